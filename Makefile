@@ -1,0 +1,45 @@
+# One way to run things. PYTHON must be 3.10 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_RUN := sinder-runs/demo
+
+.PHONY: demo test lint man bench clean
+
+# torch is installed by its pinned version first: a looser range may fetch gigabytes of CUDA packages.
+$(BIN)/sinder: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.tested: $(BIN)/sinder
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: $(BIN)/sinder  ## predict, repair and export the demo backbone
+	rm -rf $(DEMO_RUN)
+	$(BIN)/sinder predict-defects demo_vit --format table
+	$(BIN)/sinder repair demo_vit --out $(DEMO_RUN) --format table
+	$(BIN)/sinder export $(DEMO_RUN) --to native --out $(DEMO_RUN)/exported.pth --format table
+	@$(BIN)/python -c "import json; d = json.load(open('$(DEMO_RUN)/summary.json'))['defects']; \
+	print('defective tokens', d['before']['tokens'], '→', d['after']['tokens'], '· report: $(DEMO_RUN)/report.html')"
+
+test: $(VENV)/.tested  ## the whole suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.tested  ## style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+man: $(VENV)/.tested  ## write the man pages anew from the command tree
+	$(BIN)/python -m sinder_cli.cli.manpage man
+
+bench: $(VENV)/.tested  ## ratios against the reference's way, side by side in one run
+	$(BIN)/python tests/benchmarks/repair_step.py
+	$(BIN)/python tests/benchmarks/predict.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache sinder-runs

@@ -1,0 +1,138 @@
+"""DINOv2: the eight official models, and any checkpoint of the same architecture as `dinov2_custom`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sinder_cli import (
+    Backbone,
+    BadInputError,
+    Listing,
+    ModelRequest,
+    UsageError,
+    Weights,
+    attention_kernel,
+    download,
+    hookimpl,
+    require_matching,
+)
+
+from .config import HEAD_WIDTH, OFFICIAL, Config, differences, parameter_count, tensor_shapes
+from .inference import canonical, infer_config
+from .layers import layer_map
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SINDER_API = 1
+
+CUSTOM = "dinov2_custom"
+BASE_URL = "https://dl.fbaipublicfiles.com/dinov2"
+
+
+@hookimpl
+def sinder_listing() -> Sequence[Listing]:
+    """The official models with and without registers, and `dinov2_custom`."""
+    official = [
+        Listing(name, _summary(config), parameter_count(config), config.patch, 1 + config.registers)
+        for name, config in OFFICIAL.items()
+    ]
+    return [*official, Listing(CUSTOM, "any DINOv2 checkpoint, given with --weights; its sizes are read off it")]
+
+
+@hookimpl
+def sinder_weights(request: ModelRequest) -> Path:
+    """The official checkpoint of `request.model`, downloaded once."""
+    _require_known(request.model)
+    if request.model == CUSTOM:
+        raise UsageError(f"no weights for {CUSTOM}", "it has no official checkpoint", "name a file with --weights")
+    return download(official_url(request.model), request.emit)
+
+
+@hookimpl
+def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
+    """Describe the transformer that a checkpoint holds; under an official name it must be exactly that model."""
+    _require_known(request.model)
+    weights = canonical(weights)
+    config = infer_config(weights)
+    if request.model in OFFICIAL:
+        _require_official(request.model, config, weights)
+    require_matching(tensor_shapes(config), weights, request.model)
+    heads = _heads(request, config)
+
+    def build() -> nn.Module:
+        from .module import VisionTransformer
+
+        return VisionTransformer(config, heads, attention_kernel(request.attention))
+
+    return Backbone(
+        name=request.model,
+        layers=layer_map(config),
+        weights=weights,
+        patch_size=config.patch,
+        prefix_tokens=1 + config.registers,
+        has_cls=True,
+        image_size=config.grid * config.patch,
+        build=build,
+        embed=lambda module, images: (module.embed(images), None),
+        run_block=lambda module, index, tokens, _: module.blocks[index](tokens),
+        finish=lambda module, tokens: module.norm(tokens),
+    )
+
+
+def official_url(model: str) -> str:
+    """Where the official checkpoint of an official model lies."""
+    plain = model.removesuffix("_reg")
+    registers = OFFICIAL[model].registers
+    return f"{BASE_URL}/{plain}/{plain}{f'_reg{registers}' if registers else ''}_pretrain.pth"
+
+
+def _summary(config: Config) -> str:
+    registers = f", {config.registers} registers" if config.registers else ""
+    return f"DINOv2, {config.depth} blocks of width {config.width}, {config.mlp} MLP{registers}"
+
+
+def _require_known(model: str) -> None:
+    names = [*OFFICIAL, CUSTOM]
+    if model not in names:
+        near = difflib.get_close_matches(model, names, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it offers {', '.join(names)}"
+        raise UsageError(f"unknown model {model!r}", "the dinov2 plugin does not offer it", hint)
+
+
+def _require_official(model: str, found: Config, weights: Weights) -> None:
+    """Refuse another architecture than the named model's, by name where the weights are another official model's."""
+    differing = differences(found, OFFICIAL[model])
+    if not differing:
+        return
+    owner = next((name for name, config in OFFICIAL.items() if config == found), None)
+    if owner:
+        sizes = {"width": f"width {found.width}", "depth": f"depth {found.depth}"}
+        telling = [
+            size for name, size in (sizes | {"registers": f"{found.registers} registers"}).items() if name in differing
+        ]
+        why, remedy = f"it is {owner}, with {_listed(telling)}", f"name the model {owner}"
+    else:
+        why, remedy = f"it has {_listed(list(differing.values()))}", f"{CUSTOM} takes such checkpoints"
+    raise BadInputError(f"weights {weights.source.label} do not fit {model}", why, remedy)
+
+
+def _heads(request: ModelRequest, config: Config) -> int:
+    """The number of attention heads, which no tensor shows: that of the official models' width, or the user's."""
+    usual, odd = divmod(config.width, HEAD_WIDTH)
+    heads = usual if request.heads is None else request.heads
+    if request.model in OFFICIAL and heads != usual:
+        raise UsageError(f"cannot use {heads} heads", f"{request.model} has {usual}", "leave --heads out")
+    if request.heads is None and odd:
+        why = f"width {config.width} is no multiple of {HEAD_WIDTH}"
+        raise UsageError(f"cannot tell the number of heads of {request.model}", why, "give --heads")
+    if heads < 1 or config.width % heads:
+        raise UsageError(f"cannot use {heads} heads", f"they do not divide width {config.width}", "give other --heads")
+    return heads
+
+
+def _listed(phrases: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))

@@ -1,0 +1,56 @@
+"""Attention kernels that plugins may offer; all compute softmax(QKᵀ/√d) V."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from sinder_cli.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+AttentionName = Literal["auto", "sdpa", "xformers", "eager"]
+
+
+def attention_kernel(name: AttentionName = "auto") -> AttentionKernel:
+    """A function of q, k, v, each `[batch, heads, tokens, head width]`, that returns the same shape.
+
+    `auto` is PyTorch's fused kernel. Raises `UnavailableError` if xformers is asked for and cannot run here.
+    """
+    if name == "xformers":
+        return _xformers_kernel()
+    if name == "eager":
+        return _eager
+    from torch.nn.functional import scaled_dot_product_attention
+
+    return scaled_dot_product_attention
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+    return scores.softmax(dim=-1) @ v
+
+
+def _xformers_kernel() -> AttentionKernel:
+    remedy = "use --attention sdpa"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from xformers.ops import memory_efficient_attention
+    except Exception as error:  # a wheel built for another torch fails in many ways
+        raise UnavailableError("cannot use xformers attention", f"{type(error).__name__}: {error}", remedy) from error
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UnavailableError("cannot use xformers attention", "its kernels need a CUDA device", remedy)
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # xformers wants [batch, tokens, heads, head width]
+        mixed: Tensor = memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return mixed.transpose(1, 2)
+
+    return kernel

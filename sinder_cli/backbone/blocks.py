@@ -1,0 +1,47 @@
+"""The tensors of one block, read by role from the checkpoint: all that weights-only commands ever hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sinder_cli.backbone.checkpoint import Weights
+from sinder_cli.backbone.layermap import BlockMap, WeightRef, references
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockTensors:
+    """One block's map together with its tensors by role, such as `mlp.up` `[H, N]`."""
+
+    map: BlockMap
+    by_role: dict[str, Tensor]
+
+    def get(self, role: str) -> Tensor | None:
+        return self.by_role.get(role)
+
+    def __getitem__(self, role: str) -> Tensor:
+        return self.by_role[role]
+
+
+def rows_of(tensor: Tensor, ref: WeightRef) -> Tensor:
+    """The part of a stored tensor that a reference means; a view."""
+    return tensor if ref.rows is None else tensor[ref.rows[0] : ref.rows[1]]
+
+
+_MIXING_ROLES = ("attention.query", "attention.key")  # the linearization drops the mixing of tokens
+
+
+def read_block(
+    weights: Weights, block: BlockMap, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> BlockTensors:
+    """Read the mapped tensors of one block but its queries and keys, as float32 unless `dtype` says otherwise."""
+    import torch
+
+    roles = {role: ref for role, ref in references(block) if not role.startswith(_MIXING_ROLES)}
+    stored = weights.read({ref.name for ref in roles.values()})
+    wide = {name: tensor.to(device, dtype or torch.float32) for name, tensor in stored.items()}
+    return BlockTensors(block, {role: rows_of(wide[ref.name], ref) for role, ref in roles.items()})

@@ -1,0 +1,284 @@
+"""Checkpoint files, read lazily by tensor name: nothing is kept mapped or in memory between two reads."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sinder_cli.errors import BadInputError, NoInputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+SAFETENSORS_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+
+TORCH_MAGIC = (b"PK", b"\x80")  # a zip archive, or the pickle of torch before 1.6
+BATCH_BYTES = 128 << 20  # about one block of a ViT-g: a .pth file is listed anew at every read, so read several at once
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a stored tensor, known without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class TensorSource(Protocol):
+    """Named tensors that can be listed without being read."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]: ...
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of whole tensors, in their stored dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """A `.safetensors` file. Every read maps it anew and copies out, so that its pages do not pile up in memory."""
+
+    path: Path
+    infos: Mapping[str, TensorInfo] = field(repr=False)
+
+    @property
+    def label(self) -> str:
+        return str(self.path)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        with _opened(self.path) as file:
+            return {name: file.get_tensor(name).clone() for name in names}
+
+
+@dataclass(frozen=True)
+class TorchFile:
+    """A `.pth`/`.pt` file of tensors, nested dictionaries flattened to dotted names; never unpickled freely."""
+
+    path: Path
+    infos: Mapping[str, TensorInfo] = field(repr=False)
+
+    @property
+    def label(self) -> str:
+        return str(self.path)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        stored = _load_torch(self.path)
+        return {name: stored[name].clone() for name in names}
+
+
+@dataclass(frozen=True)
+class MemoryTensors:
+    """Tensors that a plugin made itself, such as a model drawn from a seed."""
+
+    label: str
+    tensors: Mapping[str, Tensor] = field(repr=False)
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: self.tensors[name].clone() for name in names}
+
+
+def open_checkpoint(path: Path) -> TensorSource:
+    """Open a weights file by its suffix, reading names, shapes and dtypes only.
+
+    Raises `NoInputError` where there is no file and `BadInputError` for one that is no checkpoint.
+    """
+    if not path.is_file():
+        why = "it is a folder" if path.is_dir() else "there is no such file"
+        raise NoInputError(f"cannot read weights {path}", why, "give --weights a .safetensors, .pth or .pt file")
+    if path.suffix == ".safetensors":
+        return SafetensorsFile(path, _safetensors_infos(path))
+    if path.suffix in {".pth", ".pt", ".bin"}:
+        return TorchFile(
+            path, {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in _load_torch(path).items()}
+        )
+    raise BadInputError(
+        f"cannot read weights {path}", f"unknown suffix {path.suffix!r}", "use .safetensors, .pth or .pt"
+    )
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise BadInputError(f"cannot read weights {path}", str(error), "is it whole? fetch it again") from error
+
+
+def _safetensors_infos(path: Path) -> dict[str, TensorInfo]:
+    import torch
+
+    with _opened(path) as file:
+        infos = {}
+        for name in file.offset_keys():  # the order of the file
+            part = file.get_slice(name)
+            dtype = SAFETENSORS_DTYPES.get(part.get_dtype())
+            if dtype is None:
+                raise BadInputError(f"cannot read weights {path}", f"{name} has dtype {part.get_dtype()}")
+            infos[name] = TensorInfo(tuple(part.get_shape()), getattr(torch, dtype))
+        return infos
+
+
+def _load_torch(path: Path) -> dict[str, Tensor]:
+    import torch
+
+    def load(mmap: bool) -> Any:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+    try:
+        with path.open("rb") as file:
+            if not file.read(2).startswith(TORCH_MAGIC):
+                raise ValueError("torch.save did not write this file")
+        try:
+            stored = load(mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            stored = load(mmap=False)  # files older than torch 1.6 are no zip archives and cannot be mapped
+    except pickle.UnpicklingError as error:
+        remedy = "save the state dict alone: torch.save(model.state_dict(), …), better yet as .safetensors"
+        raise BadInputError(
+            f"cannot read weights {path}", "it holds more than tensors, and pickles are never trusted", remedy
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken pickle can raise anything
+        why = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        raise BadInputError(f"cannot read weights {path}", why, "is it whole? fetch it again") from error
+    flat = dict(_flatten(stored))
+    if not flat:
+        raise BadInputError(f"cannot read weights {path}", "it holds no named tensors", "save a state dict")
+    return flat
+
+
+def _flatten(stored: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    import torch
+
+    if isinstance(stored, Mapping):
+        for name, value in stored.items():
+            yield from _flatten(value, f"{prefix}.{name}" if prefix else str(name))
+    elif isinstance(stored, torch.Tensor):
+        yield prefix, stored.detach()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of one backbone inside a source, by canonical name (the module's), in the order of the source."""
+
+    source: TensorSource
+    stored_names: Mapping[str, str] = field(repr=False)  # canonical name → name in the source
+    prefix: str = ""
+    ignored: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, source: TensorSource) -> Weights:
+        """Every tensor of the source under its own name."""
+        return cls(source, {name: name for name in source.infos})
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.stored_names)
+
+    def info(self, name: str) -> TensorInfo:
+        return self.source.infos[self.stored_names[name]]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.info(name).shape
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.stored_names
+
+    def output_name(self, name: str) -> str:
+        """The name under which a canonical tensor is exported: as stored, without the wrapper it was found under."""
+        return self.stored_names[name].removeprefix(self.prefix)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read whole tensors, in their stored dtype, as copies."""
+        wanted = {self.stored_names[name]: name for name in names}
+        return {wanted[stored]: tensor for stored, tensor in self.source.read(wanted).items()}
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Read whole tensors in the given order, holding about `BATCH_BYTES` of them at a time."""
+        batch: list[str] = []
+        size = 0
+        for name in names:
+            info = self.info(name)
+            batch.append(name)
+            size += math.prod(info.shape) * info.dtype.itemsize
+            if size >= BATCH_BYTES:
+                yield from self._in_order(batch)
+                batch, size = [], 0
+        if batch:
+            yield from self._in_order(batch)
+
+    def _in_order(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        tensors = self.read(names)
+        for name in names:
+            yield name, tensors.pop(name)
+
+    def located(self, anchor: str) -> Weights:
+        """Find the backbone inside a nested checkpoint by a tensor that every such backbone has.
+
+        `teacher.backbone.patch_embed.proj.weight` puts the backbone under `teacher.backbone.`; where both a
+        student and a teacher are stored, the teacher is meant. Raises `BadInputError` if it is not found or not unique.
+        """
+        prefixes = [name.removesuffix(anchor) for name in self.names if name == anchor or name.endswith("." + anchor)]
+        if not prefixes:
+            raise BadInputError(
+                f"cannot use weights {self.source.label}",
+                f"none of its {len(self.names)} tensors is {anchor!r}, with or without a prefix",
+                "is it a checkpoint of this model?",
+            )
+        chosen = [p for p in prefixes if "teacher" in p or "ema" in p] if len(prefixes) > 1 else prefixes
+        if len(chosen) != 1:
+            raise BadInputError(
+                f"cannot use weights {self.source.label}", f"it holds several backbones: {', '.join(prefixes)}"
+            )
+        prefix = chosen[0]
+        inside = {
+            name.removeprefix(prefix): stored for name, stored in self.stored_names.items() if name.startswith(prefix)
+        }
+        outside = tuple(name for name in self.names if not name.startswith(prefix))
+        return Weights(self.source, inside, prefix, outside)
+
+    def renamed(self, rename: Callable[[str], str]) -> Weights:
+        """The same tensors under other canonical names; two that become one are refused."""
+        names: dict[str, str] = {}
+        for name, stored in self.stored_names.items():
+            canonical = rename(name)
+            if canonical in names:
+                raise BadInputError(
+                    f"cannot use weights {self.source.label}", f"{names[canonical]} and {stored} both mean {canonical}"
+                )
+            names[canonical] = stored
+        return Weights(self.source, names, self.prefix, self.ignored)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, dtypes, shapes and bytes of all tensors, sorted by canonical name, one at a time."""
+        import torch
+
+        digest = hashlib.sha256()
+        for name, tensor in self.stream(sorted(self.names)):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()

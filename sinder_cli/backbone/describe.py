@@ -1,0 +1,77 @@
+"""The records that pass between a plugin and the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinder_cli.backbone.attention import AttentionName
+from sinder_cli.backbone.checkpoint import Weights
+from sinder_cli.backbone.layermap import LayerMap
+from sinder_cli.events import Emit, silent
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One line of `sinder backbones`: a model name that a plugin offers, and what is known without its weights."""
+
+    name: str
+    summary: str
+    parameters: int | None = None
+    patch_size: int | None = None
+    prefix_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """What the user said about the model: its name, and options that a plugin may need to describe it."""
+
+    model: str
+    weights: Path | None = None
+    heads: int | None = None
+    attention: AttentionName = "auto"
+    emit: Emit = silent
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A Vision Transformer as a plugin describes it: embed → blocks → norm, with its layer map.
+
+    `embed(module, images)` takes normalized images `[B, 3, H, W]` and returns the tokens `[B, prefix + patches, N]`
+    (patches row by row) and a context that every block may need, shared by all images of the batch, or None.
+    `run_block(module, index, tokens, context)` runs one block on the residual stream.
+    `finish(module, tokens)` applies the final norm.
+    `build()` makes the module, in any initialization; its state dict has exactly the names of `weights`.
+    """
+
+    name: str
+    layers: LayerMap
+    weights: Weights
+    patch_size: int
+    prefix_tokens: int  # cls and registers, cls first
+    has_cls: bool
+    image_size: int  # pixels; the default side of a square input
+    build: Callable[[], nn.Module]
+    embed: Callable[[Any, Tensor], tuple[Tensor, Any]]  # the first argument is what `build` made
+    run_block: Callable[[Any, int, Tensor, Any], Tensor]
+    finish: Callable[[Any, Tensor], Tensor]
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    sample_images: Callable[[int, int], list[Image]] | None = None  # (count, seed); for models that bring their data
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers.blocks)
+
+    @property
+    def width(self) -> int:
+        return self.layers.width

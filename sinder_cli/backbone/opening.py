@@ -1,0 +1,156 @@
+"""From what the user asked for to a checked description, and from that to a module that holds its weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from sinder_cli.backbone.checkpoint import Weights, open_checkpoint
+from sinder_cli.backbone.describe import Backbone, ModelRequest
+from sinder_cli.backbone.layermap import BlockMap, GatedMlpMap, WeightRef, references
+from sinder_cli.errors import BadInputError, SinderError, UnavailableError
+from sinder_cli.events import Noted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+
+def open_backbone(hooks: Any, request: ModelRequest) -> Backbone:
+    """Open the weights, let the plugin describe them, and check its layer map against them.
+
+    Raises `BadInputError` for weights or maps that do not fit and `UnavailableError` for a plugin that breaks.
+    """
+    try:
+        found = request.weights or hooks.sinder_weights(request=request)
+        if found is None:
+            raise BadInputError(
+                f"no weights for {request.model!r}", "its plugin has none", "name a file with --weights"
+            )
+        source = open_checkpoint(found) if isinstance(found, Path) else found
+        backbone: Backbone = hooks.sinder_backbone(request=request, weights=Weights.of(source))
+    except (SinderError, KeyboardInterrupt):
+        raise
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise BadInputError(f"bad layer map of {request.model!r}", f"{place}: {first['msg']}") from error
+    except Exception as error:
+        raise UnavailableError(
+            f"the plugin of {request.model!r} failed", f"{type(error).__name__}: {error}", "tell its author"
+        ) from error
+    check_layer_map(backbone)
+    weights = backbone.weights
+    under = f" under {weights.prefix!r}" if weights.prefix else ""
+    ignored = f", {len(weights.ignored)} outside it ignored" if weights.ignored else ""
+    request.emit(Noted(f"{weights.source.label}: matched {len(weights.names)} tensors{under}{ignored}"))
+    return backbone
+
+
+def check_layer_map(backbone: Backbone) -> None:
+    """Refuse a map that names a missing tensor, rows out of range or a wrong shape. Raises `BadInputError`."""
+    layers = backbone.layers
+    shapes = {index: _block_shapes(block) for index, block in enumerate(layers.blocks)}
+    for index, block in enumerate(layers.blocks):
+        sizes: dict[str, int] = {"N": layers.width}
+        for role, ref in references(block):
+            shape = _shape_of(ref, backbone.weights, f"block {index}, {role}")
+            _check_shape(shape, shapes[index].get(role), sizes, f"block {index}, {role} ({ref})")
+    if layers.position is not None:
+        shape = _shape_of(layers.position.weight, backbone.weights, "position")
+        place = f"position ({layers.position.weight})"
+        if shape[-1:] != (layers.width,):
+            raise _bad_map(place, f"its shape is {_times(shape)}, and its last size is not width {layers.width}")
+        if math.prod(shape[:-1]) <= layers.position.prefix:
+            raise _bad_map(place, f"{layers.position.prefix} prefix rows leave no patches")
+
+
+def _block_shapes(block: BlockMap) -> dict[str, tuple[str, ...]]:
+    """The shape of each role in symbols: N width, A inner width of attention, H hidden width of the MLP."""
+    shapes: dict[str, tuple[str, ...]] = {
+        "attention.value": ("A", "N"),
+        "attention.output": ("N", "A"),
+        "attention.value_bias": ("A",),
+        "attention.output_bias": ("N",),
+        "mlp.up": ("H", "N"),
+        "mlp.up_bias": ("H",),
+        "mlp.down": ("N", "H"),
+        "mlp.down_bias": ("N",),
+    }
+    if isinstance(block.mlp, GatedMlpMap):
+        shapes |= {"mlp.gate": ("H", "N"), "mlp.gate_bias": ("H",)}
+    for part in ("attention", "mlp"):
+        shapes |= {f"{part}.scale": ("N",), f"{part}.norm.weight": ("N",), f"{part}.norm.bias": ("N",)}
+    return shapes
+
+
+def _shape_of(ref: WeightRef, weights: Weights, place: str) -> tuple[int, ...]:
+    if ref.name not in weights:
+        raise _bad_map(place, f"there is no tensor {ref.name!r}")
+    shape = weights.shape(ref.name)
+    if ref.rows is None:
+        return shape
+    start, stop = ref.rows
+    held = shape[0] if shape else 0
+    if not 0 <= start < stop <= held:
+        raise _bad_map(place, f"rows {start}:{stop} are out of range of {ref.name!r}, which has {held}")
+    return (stop - start, *shape[1:])
+
+
+def _check_shape(shape: tuple[int, ...], symbols: tuple[str, ...] | None, sizes: dict[str, int], place: str) -> None:
+    if symbols is None:
+        return
+    expected = tuple(sizes.setdefault(symbol, size) for symbol, size in zip(symbols, shape, strict=False))
+    if len(shape) != len(symbols) or expected != shape:
+        known = " × ".join(str(sizes.get(symbol, symbol)) for symbol in symbols)
+        raise _bad_map(place, f"its shape is {' × '.join(map(str, shape))}, not {known}")
+
+
+def _bad_map(place: str, why: str) -> BadInputError:
+    return BadInputError(f"the layer map does not fit these weights: {place}", why, "is it the right checkpoint?")
+
+
+def require_matching(expected: Mapping[str, tuple[int, ...]], weights: Weights, model: str) -> None:
+    """Refuse weights whose names or shapes are not exactly those expected: `BadInputError` counts and names them."""
+    missing = [name for name in expected if name not in weights]
+    unexpected = [name for name in weights.names if name not in expected]
+    misshaped = [
+        f"{name} ({_times(weights.shape(name))} for {_times(expected[name])})"
+        for name in weights.names
+        if name in expected and weights.shape(name) != tuple(expected[name])
+    ]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
+        if names
+    ]
+    if problems:
+        matched = len(expected) - len(missing) - len(misshaped)
+        raise BadInputError(
+            f"weights {weights.source.label} do not fit {model}",
+            f"{matched} tensors match, {'; '.join(problems)}".replace(";", ","),
+            "give the checkpoint of this model",
+        )
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
+
+
+def load_module(backbone: Backbone, device: str = "cpu") -> nn.Module:
+    """Build the module, fill it strictly with the weights as float32, some tensors at a time, and freeze it."""
+    import torch
+
+    with torch.device("meta"):
+        module = backbone.build()
+    state = module.state_dict()
+    require_matching({name: tuple(tensor.shape) for name, tensor in state.items()}, backbone.weights, backbone.name)
+    module = module.to_empty(device=device)
+    targets = module.state_dict()
+    for name, tensor in backbone.weights.stream(targets):
+        targets[name].copy_(tensor)
+    return module.eval().requires_grad_(False)

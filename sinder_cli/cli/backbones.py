@@ -1,0 +1,16 @@
+"""`sinder backbones`: what is installed."""
+
+from __future__ import annotations
+
+from sinder_cli import api
+from sinder_cli.cli.options import Format
+from sinder_cli.cli.output import show
+
+
+def command(format: Format = None) -> None:
+    """List the models that the installed plugins offer."""
+    from sinder_cli.report.documents import backbones_document
+    from sinder_cli.report.tables import backbones_table
+
+    rows = api.backbones()
+    show(format, lambda: backbones_table(rows), lambda: backbones_document(rows))

@@ -1,0 +1,120 @@
+"""Events → the terminal: live bars on a terminal, a line every few seconds elsewhere; always on standard error."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from sinder_cli.events import Advanced, Emit, Event, Finished, Noted, Started, Warned
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+@contextmanager
+def display() -> Iterator[Emit]:
+    """A listener for events, for the length of one command."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield _Lines().hear
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=console, transient=True, refresh_per_second=5) as progress:
+        yield _Bars(progress).hear
+
+
+class _Bars:
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.tasks: dict[str, TaskID] = {}
+
+    def hear(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self.tasks[event.phase] = self.progress.add_task(event.phase, total=event.total, detail=event.unit)
+        elif isinstance(event, Advanced):
+            self.progress.advance(self.tasks[event.phase], event.amount)
+        elif isinstance(event, Finished):
+            if event.phase in self.tasks:
+                self.progress.remove_task(self.tasks.pop(event.phase))
+        elif text := message(event):
+            self.progress.console.print(text, soft_wrap=True, markup=False)
+        elif step := _step(event):
+            for phase in self.tasks:
+                self.progress.update(self.tasks[phase], completed=step[0], detail=step[1])
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self.started: dict[str, Started] = {}
+        self.done: dict[str, int] = {}
+        self.spoken = time.monotonic()
+        self.began = time.monotonic()
+
+    def hear(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self.started[event.phase], self.done[event.phase] = event, 0
+            self.began = time.monotonic()
+        elif isinstance(event, Advanced):
+            self.done[event.phase] += event.amount
+            self._progress(event.phase, self.done[event.phase], "")
+        elif text := message(event):
+            print(text, file=sys.stderr, flush=True)
+        elif step := _step(event):
+            self._progress("repairing", step[0], f", {step[1]}")
+
+    def _progress(self, phase: str, done: int, detail: str) -> None:
+        now = time.monotonic()
+        if now - self.spoken < SECONDS_BETWEEN_LINES:
+            return
+        self.spoken = now
+        total, unit = self.started[phase].total, self.started[phase].unit
+        rate = done / max(now - self.began, 1e-9)
+        left = f", {_clock((total - done) / rate)} left" if total else ""
+        print(f"sinder: {phase}: {done}/{total or '?'} {unit}, {rate:.3g}/s{left}{detail}", file=sys.stderr, flush=True)
+
+
+def message(event: Event) -> str:
+    """The line for a note or a warning; empty for other events."""
+    if isinstance(event, Noted):
+        return f"sinder: {event.text}"
+    if isinstance(event, Warned):
+        return f"sinder: warning: {event.text}"
+    return ""
+
+
+def _step(event: Event) -> tuple[int, str] | None:
+    """The number of a repair step and what to say of it."""
+    from sinder_cli.repair.loop import StepRecord
+
+    if not isinstance(event, StepRecord):
+        return None
+    found = f"block {event.block}, loss {event.loss:.3g}" if event.loss is not None else "no defect"
+    rate = event.step / max(event.seconds, 1e-9)
+    return event.step, f"{rate:.2g}/s, {found}, {event.density:.0%} clean, {_memory()}"
+
+
+def _memory() -> str:
+    """The largest resident memory so far, or the device's where one is used."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
+    scale = 2**30 if sys.platform == "darwin" else 2**20
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale:.1f} GiB"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

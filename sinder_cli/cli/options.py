@@ -1,0 +1,95 @@
+"""Command-line options that several subcommands share, and options made from a settings model."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from pydantic.fields import FieldInfo
+
+from sinder_cli.backbone.attention import AttentionName
+from sinder_cli.backbone.describe import ModelRequest
+from sinder_cli.defects.settings import AnalyzeSettings, read_settings
+from sinder_cli.events import Emit
+
+OutputFormat = Literal["table", "json"]
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name; `sinder backbones` lists them.")]
+WeightsFile = Annotated[
+    Path | None,
+    typer.Option("--weights", metavar="FILE", help="Checkpoint: .safetensors, .pth or .pt; default: the official one."),
+]
+Heads = Annotated[
+    int | None, typer.Option("--heads", min=1, help="Attention heads, where the checkpoint's width / 64 is wrong.")
+]
+Attention = Annotated[AttentionName, typer.Option("--attention", help="Attention kernel.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="PATH", help="Folder or image; repeatable; - reads paths from standard input."),
+]
+MoreData = Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help="More folders or images.")]
+Format = Annotated[
+    OutputFormat | None, typer.Option("--format", help="Default: table on a terminal, else one JSON document.")
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="Settings as TOML; the command line goes over them.")
+]
+
+
+def model_request(
+    model: str, weights: Path | None, heads: int | None, emit: Emit, attention: AttentionName = "auto"
+) -> ModelRequest:
+    """What the user said about the model."""
+    return ModelRequest(model, weights, heads, attention, emit)
+
+
+def with_settings(kind: type[AnalyzeSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Replace a command's parameter `settings` by `--config` and one option for each field of the settings model."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [parameter for name, parameter in signature.parameters.items() if name != "settings"]
+        options = [_option(name, field) for name, field in kind.model_fields.items()]
+        config = _keyword("config", ConfigFile)
+
+        @functools.wraps(command)
+        def wrapper(config: Path | None = None, **values: Any) -> None:
+            given = {name: values.pop(name) for name in kind.model_fields}
+            chosen = {name: value for name, value in given.items() if value is not None}
+            command(**values, settings=read_settings(kind, chosen, config))
+
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        wrapper.__signature__ = inspect.Signature([*parameters, *options, config])  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in (*parameters, *options, config)}
+        return wrapper
+
+    return decorate
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    default = "" if field.default is None else f" (default: {field.default})"
+    flag = f"--{name.replace('_', '-')}"
+    parsed = _parsed_type(field.annotation)
+    choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
+    metavar = "|".join(map(str, choices)) or None
+    option = typer.Option(flag, help=f"{field.description}{default}", metavar=metavar, show_default=False)
+    return _keyword(name, Annotated[parsed | None, option])
+
+
+def _keyword(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _parsed_type(annotation: Any) -> Any:
+    """What the command line parses; the settings model checks ranges and choices."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next(part for part in typing.get_args(annotation) if part is not type(None))
+    if typing.get_origin(annotation) is Literal:
+        return type(typing.get_args(annotation)[0])
+    return annotation

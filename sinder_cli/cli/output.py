@@ -1,0 +1,20 @@
+"""Results → standard output: a table on a terminal, one JSON document otherwise or on request."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+from sinder_cli.cli.options import OutputFormat
+
+
+def show(chosen: OutputFormat | None, table: Callable[[], RenderableType], document: Callable[[], Any]) -> None:
+    """Print a result in the format asked for, or in the one that suits where it goes."""
+    if (chosen or ("table" if sys.stdout.isatty() else "json")) == "json":
+        print(json.dumps(document(), indent=2, allow_nan=False, ensure_ascii=False))
+        return
+    Console(highlight=False, soft_wrap=not sys.stdout.isatty()).print(table())

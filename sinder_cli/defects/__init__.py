@@ -1,0 +1,1 @@
+"""Where defects come from (the weights) and where they show (the tokens)."""

@@ -1,0 +1,63 @@
+"""The settings of everything that runs images: the one source of defaults, help texts and TOML keys."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sinder_cli.defects.rules import MIN_GAP
+from sinder_cli.errors import NoInputError, UsageError
+
+
+class AnalyzeSettings(BaseModel):
+    """How images are run and when a token counts as defective; defaults are the paper's (SINDER, sections 4 and 5)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mask_threshold: float = Field(4.0, gt=0, description="Standard deviations beyond which a token is marked.")
+    min_tokens: int = Field(3, ge=1, description="Marked tokens that make a block defective.")
+    min_gap: float = Field(
+        MIN_GAP, ge=0, description="σ₁/σ₂ that a direction needs to be trusted; 0: the paper's rule."
+    )
+    kernel: Literal[3, 5] = Field(3, description="Side of the neighbourhood, in patches; half of it is the border.")
+    image_size: int | None = Field(None, ge=1, description="Side of the centre crop in pixels; default: the model's.")
+    batch_size: int = Field(1, ge=1, description="Images at a time.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Precision of the forward passes; deltas and weights stay float32."
+    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")
+    seed: int = Field(0, ge=0, description="Seed of the order of images, and of drawn ones.")
+
+
+Settings = TypeVar("Settings", bound=AnalyzeSettings)
+
+
+def read_settings(kind: type[Settings], given: dict[str, object], file: Path | None = None) -> Settings:
+    """Settings from a TOML file and, over them, those given on the command line.
+
+    Raises `NoInputError` for a missing file and `UsageError` that names the setting and what is wrong with it.
+    """
+    stored = _read_toml(file) if file else {}
+    try:
+        return kind.model_validate(stored | given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        where = f" in {file}" if file and first["loc"][0] not in given else ""
+        raise UsageError(f"bad setting {name!r}{where}", first["msg"], "--help lists the settings") from error
+
+
+def _read_toml(file: Path) -> dict[str, object]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NoInputError(f"cannot read settings {file}", error.strerror or str(error), "check --config") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read settings {file}", str(error), "it must be TOML") from error

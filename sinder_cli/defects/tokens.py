@@ -1,0 +1,51 @@
+"""The residual stream, block by block, always before the final norm."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sinder_cli.backbone.describe import Backbone
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+OUTLIER_FACTOR = 3.0  # × the median patch norm of the image: the rule of thumb for "high-norm"
+
+
+def residual_stream(backbone: Backbone, module: nn.Module, images: Tensor) -> Iterator[Tensor]:
+    """The tokens after each block in turn, `[B, prefix + h·w, N]`, for normalized images `[B, 3, H, W]`."""
+    tokens, context = backbone.embed(module, images)
+    for index in range(backbone.depth):
+        tokens = backbone.run_block(module, index, tokens, context)
+        yield tokens
+
+
+def autocast(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Mixed precision for forward passes; none at float32."""
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+@torch.no_grad()
+def last_tokens(backbone: Backbone, module: nn.Module, images: Tensor) -> Tensor:
+    """The tokens after the last block, before the final norm, in float32."""
+    for tokens in residual_stream(backbone, module, images):
+        last = tokens
+    return last.float()
+
+
+def patch_grid(backbone: Backbone, tokens: Tensor, images: Tensor) -> Tensor:
+    """The patch tokens as a grid `[B, h, w, N]`, registers and cls left out."""
+    h, w = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
+    return tokens[:, backbone.prefix_tokens :].unflatten(1, (h, w))
+
+
+def outlier_mask(norms: Tensor) -> Tensor:
+    """Tokens with a norm above 3 × the median of their image: `[B, …]` → bool of that shape."""
+    median = norms.flatten(1).median(dim=1).values
+    return norms > OUTLIER_FACTOR * median.reshape(-1, *[1] * (norms.dim() - 1))

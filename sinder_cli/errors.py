@@ -1,0 +1,73 @@
+"""Every failure a user can cause or meet, each with the exit code that a shell script can rely on."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SinderError(Exception):
+    """A failure told in one line: what failed, why, and what to do about it."""
+
+    exit_code: ClassVar[int] = 70
+
+    def __init__(self, what: str, why: str, remedy: str = "") -> None:
+        super().__init__(what, why, remedy)
+        self.what, self.why, self.remedy = what, why, remedy
+
+    def __str__(self) -> str:
+        line = f"{self.what}: {self.why}" + (f"; {self.remedy}" if self.remedy else "")
+        return " ".join(line.split())
+
+
+class UsageError(SinderError):
+    """The command line or a settings file asks for something that does not exist."""
+
+    exit_code = 2
+
+
+class DefectsFoundError(SinderError):
+    """The user asked to fail when defects are found, and they were."""
+
+    exit_code = 1
+
+
+class BadInputError(SinderError):
+    """A checkpoint, image or layer map cannot be used as it is."""
+
+    exit_code = 65
+
+
+class NoInputError(SinderError):
+    """A file or folder that was named is missing or empty."""
+
+    exit_code = 66
+
+
+class UnavailableError(SinderError):
+    """A plugin, a library or a download that the command needs is not there."""
+
+    exit_code = 69
+
+
+class CannotCreateError(SinderError):
+    """An output cannot be created where it was asked for."""
+
+    exit_code = 73
+
+
+class StorageError(SinderError):
+    """Reading or writing broke off: an I/O error, or a full disk."""
+
+    exit_code = 74
+
+
+class TryAgainError(SinderError):
+    """Out of memory, or the folder is in use: the same command may succeed later."""
+
+    exit_code = 75
+
+
+class ConflictError(SinderError):
+    """Settings or plugins contradict each other."""
+
+    exit_code = 78

@@ -1,0 +1,69 @@
+"""What a long computation tells its caller while it runs: small records, given to one callback.
+
+The stages emit; only the command line turns events into text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Started:
+    """A phase with a known or unknown amount of work begins."""
+
+    phase: str
+    total: int | None = None
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """The running phase did `amount` more units of its work."""
+
+    phase: str
+    amount: int = 1
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The phase is over."""
+
+    phase: str
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A fact worth a line: which weights were matched, what was decided."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Something was skipped or is doubtful; the work goes on."""
+
+    text: str
+
+
+Event = object
+Emit = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """Drop the event: the default for callers who do not listen."""
+
+
+def tracked(items: Iterable[T], emit: Emit, phase: str, total: int | None, unit: str = "") -> Iterator[T]:
+    """Pass `items` through and report each as one unit of `phase`."""
+    emit(Started(phase, total, unit))
+    try:
+        for item in items:
+            yield item
+            emit(Advanced(phase))
+    finally:
+        emit(Finished(phase))

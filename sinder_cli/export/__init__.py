@@ -1,0 +1,1 @@
+"""Writing a backbone where people load models: one module per target format, and the check of what was written."""

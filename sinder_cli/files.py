@@ -1,0 +1,103 @@
+"""Files that are either whole or not there: written beside the target, flushed to disk, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sinder_cli.errors import CannotCreateError, SinderError, StorageError
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
+
+
+def output_error(path: Path, error: OSError) -> SinderError:
+    """Tell a full disk or an I/O error (74) from a place where nothing can be created (73)."""
+    reason = error.strerror or str(error)
+    if error.errno in _NO_ROOM:
+        return StorageError(f"cannot write {path}", reason, "free space there and run again")
+    return CannotCreateError(f"cannot create {path}", reason, "choose another output path")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it and rename it over `path`, else remove it.
+
+    Raises `CannotCreateError` or `StorageError` for what the file system refuses.
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise output_error(path, error) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise output_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write `document` as indented JSON, whole or not at all; NaN is refused."""
+    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+
+
+def require_writable_folder(folder: Path) -> None:
+    """Create `folder` if need be and prove, before any work is done, that files can be made in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise output_error(folder, error) from error
+
+
+def require_writable_file(path: Path) -> None:
+    """Prove, before any work is done, that `path` can be created."""
+    if path.is_dir():
+        raise CannotCreateError(f"cannot create {path}", "it is a folder", "name a file")
+    if not path.parent.is_dir():
+        raise CannotCreateError(f"cannot create {path}", f"there is no folder {path.parent}", "create it first")
+    require_writable_folder(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""What a repair changed, for people: figures, one offline HTML page and a model card."""

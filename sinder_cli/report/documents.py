@@ -1,0 +1,80 @@
+"""Results as JSON documents: plain dictionaries of numbers that are finite or null."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from sinder_cli.backbone.registry import InstalledBackbone
+
+if TYPE_CHECKING:
+    from sinder_cli.api import Analysis, RepairResult
+    from sinder_cli.defects.prediction import Prediction
+
+TAPPED = "residual stream after each block, before the final norm"
+
+
+def finite(value: Any) -> Any:
+    """`value` with every NaN and infinity in it turned into None."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def prediction_document(prediction: Prediction) -> dict[str, Any]:
+    """`sinder predict-defects --format json`."""
+    depth = max(len(rows) for rows in prediction.stages.values())
+    blocks: list[dict[str, Any]] = [{"block": index} for index in range(depth)]
+    for stage, rows in prediction.stages.items():
+        for row in rows:
+            blocks[row.block][stage] = {
+                "sigma": row.sigma,
+                "gap": row.pair.gap,
+                "angle_to_previous_deg": row.angle_to_previous,
+            }
+    return finite(
+        {
+            "model": prediction.model,
+            "width": prediction.width,
+            "settled_from": {stage: prediction.settled_from(stage) for stage in prediction.stages},
+            "blocks": blocks,
+            "position_embedding": asdict(prediction.position) if prediction.position else None,
+        }
+    )
+
+
+def analysis_document(analysis: Analysis) -> dict[str, Any]:
+    """`sinder analyze --format json`."""
+    return finite(
+        {
+            "model": analysis.model,
+            "tapped": TAPPED,
+            "images": analysis.images,
+            "image_size": analysis.image_size,
+            "skipped": analysis.skipped,
+            "blocks": [asdict(block) for block in analysis.blocks],
+        }
+    )
+
+
+def repair_document(result: RepairResult) -> dict[str, Any]:
+    """`sinder repair --format json`: the summary and where the run directory is."""
+    return finite(result.summary | {"folder": str(result.folder), "report": str(result.folder / "report.html")})
+
+
+def backbones_document(rows: Sequence[InstalledBackbone]) -> list[dict[str, Any]]:
+    """`sinder backbones --format json`."""
+    return [
+        {
+            **(asdict(row.listing) if row.listing else {"name": None}),
+            "plugin": row.plugin.name,
+            "distribution": row.plugin.distribution,
+            "available": not row.problem,
+            "problem": row.problem or None,
+        }
+        for row in rows
+    ]

@@ -1,0 +1,160 @@
+"""Equation (5) against a loop over tokens in plain Python."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask, interior
+from sinder_cli.defects.settings import AnalyzeSettings
+from sinder_cli.defects.tokens import outlier_mask
+
+N = 16
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def planted(spots: list[tuple[int, int]], size: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Patches `[1, h, w, N]` nearly orthogonal to ν but for `spots`, and ν."""
+    nu = drawn(N, seed=99)
+    nu = nu / nu.norm()
+    patches = drawn(1, size, size, N, seed=seed)
+    patches = patches - 0.95 * (patches @ nu)[..., None] * nu
+    for row, column in spots:
+        patches[0, row, column] -= 40 * nu  # the sign does not matter
+    return patches, nu
+
+
+def looped_logits(image: list[list[list[float]]], nu: list[float]) -> list[list[float]]:
+    def cosine(x: list[float]) -> float:
+        dot = sum(a * b for a, b in zip(x, nu, strict=True))
+        return dot / math.sqrt(sum(a * a for a in x)) / math.sqrt(sum(b * b for b in nu))
+
+    return [[-abs(cosine(x)) for x in row] for row in image]
+
+
+def looped_mask(logits: list[list[float]], threshold: float, margin: int) -> list[list[bool]]:
+    flat = [logit for row in logits for logit in row]
+    limit = statistics.fmean(flat) - threshold * statistics.stdev(flat)  # stdev divides by n − 1
+    height, width = len(logits), len(logits[0])
+    return [
+        [
+            logits[r][c] < limit and margin <= r < height - margin and margin <= c < width - margin
+            for c in range(width)
+        ]
+        for r in range(height)
+    ]  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(3, 9),
+    width=st.integers(3, 9),
+    seed=st.integers(0, 1000),
+    threshold=st.sampled_from([0.5, 1.0, 2.0, 4.0]),
+    margin=st.sampled_from([1, 2]),
+)
+def test_the_mask_is_that_of_a_loop_over_tokens(
+    height: int, width: int, seed: int, threshold: float, margin: int
+) -> None:
+    patches, nu = drawn(2, height, width, N, seed=seed), 3 * drawn(N, seed=seed + 1)
+    logits = alignment_logits(patches, nu)
+    masks = defect_mask(logits, DetectionRule(threshold, margin=margin))
+    for image, found, mask in zip(patches, logits, masks, strict=True):
+        expected = looped_logits(image.tolist(), nu.tolist())
+        torch.testing.assert_close(found, torch.tensor(expected), atol=1e-6, rtol=0)
+        assert mask.tolist() == looped_mask(found.tolist(), threshold, margin)
+
+
+def test_logits_do_not_depend_on_lengths_or_signs() -> None:
+    patches, nu = drawn(1, 5, 5, N), drawn(N, seed=1)
+    torch.testing.assert_close(alignment_logits(-7 * patches, 0.1 * nu), alignment_logits(patches, nu))
+
+
+def test_logits_are_float32_whatever_the_tokens_are() -> None:
+    patches, nu = drawn(1, 5, 5, N), drawn(N, seed=1)
+    assert alignment_logits(patches.bfloat16(), nu).dtype == torch.float32
+    assert alignment_logits(torch.zeros(1, 2, 2, N), nu).eq(0).all()
+
+
+def test_planted_tokens_are_marked_and_no_others() -> None:
+    spots = [(3, 4), (6, 6), (9, 2)]
+    patches, nu = planted(spots)
+    mask = defect_mask(alignment_logits(patches, nu), DetectionRule())
+    assert [tuple(spot) for spot in mask[0].nonzero().tolist()] == spots
+
+
+@pytest.mark.parametrize(("kernel", "border"), [(3, (0, 5)), (3, (11, 5)), (5, (1, 5)), (5, (6, 10))])
+def test_a_token_within_half_a_kernel_of_the_border_is_never_marked(kernel: int, border: tuple[int, int]) -> None:
+    inside = (5, 5)
+    patches, nu = planted([border, inside])
+    rule = DetectionRule.of(AnalyzeSettings.model_validate({"kernel": kernel}))
+    mask = defect_mask(alignment_logits(patches, nu), rule)
+    assert mask[0].nonzero().tolist() == [list(inside)]
+
+
+def test_the_unbiased_deviation_decides_a_close_case() -> None:
+    # one token of n at −1, the others at 0: mean − t·std = −1/n − t/√n (unbiased) or −1/n − t·√(n−1)/n (biased)
+    n = 25
+    logits = torch.zeros(1, 5, 5)
+    logits[0, 2, 2] = -1.0
+    unbiased, biased = (1 - 1 / n) * math.sqrt(n), (1 - 1 / n) * n / math.sqrt(n - 1)
+    between = (unbiased + biased) / 2
+    assert not defect_mask(logits, DetectionRule(between)).any()
+    assert defect_mask(logits, DetectionRule(unbiased - 1e-3)).sum() == 1
+
+
+def test_border_patches_count_in_the_mean_and_the_deviation() -> None:
+    logits = torch.zeros(1, 5, 5)
+    logits[0, 2, 2] = -1.0
+    assert defect_mask(logits, DetectionRule(4.0)).sum() == 1
+    logits[0, 0, :] = -1.0
+    assert not defect_mask(logits, DetectionRule(4.0)).any()
+
+
+def test_an_image_is_judged_by_itself_whatever_is_in_its_batch() -> None:
+    first, nu = planted([(3, 4), (6, 6), (9, 2)], seed=1)
+    second, _ = planted([(5, 5)], seed=2)
+    third = 1000 * drawn(1, 12, 12, N, seed=3)
+    logits = alignment_logits(torch.cat([first, second, third]), nu)
+    masks = defect_mask(logits, DetectionRule())
+    for index, image in enumerate((first, second, third)):
+        assert torch.equal(masks[index], defect_mask(alignment_logits(image, nu), DetectionRule())[0])
+    assert masks.flatten(1).sum(dim=1).tolist()[:2] == [3, 1]
+
+
+@pytest.mark.parametrize(("height", "width", "margin"), [(1, 1, 1), (2, 5, 1), (4, 4, 2), (3, 9, 2)])
+def test_a_grid_without_an_interior_has_no_marked_token(height: int, width: int, margin: int) -> None:
+    assert not interior(torch.zeros(height, width, dtype=torch.bool), margin).any()
+
+
+def test_the_interior_is_what_the_margin_leaves() -> None:
+    inside = interior(torch.zeros(7, 4, 6, dtype=torch.bool), 1)
+    assert inside.tolist() == [[0 < r < 3 and 0 < c < 5 for c in range(6)] for r in range(4)]
+
+
+def test_a_direction_is_trusted_from_the_least_gap_on() -> None:
+    rule = DetectionRule.of(AnalyzeSettings())
+    assert [rule.trusts(gap) for gap in (1.0, 1.099, 1.1, 5.0, math.inf)] == [False, False, True, True, True]
+    assert DetectionRule.of(AnalyzeSettings(min_gap=0)).trusts(1.0)
+
+
+def test_the_defaults_are_those_of_the_paper() -> None:
+    assert DetectionRule.of(AnalyzeSettings()) == DetectionRule(threshold=4.0, min_tokens=3, min_gap=1.1, margin=1)
+    assert DetectionRule.of(AnalyzeSettings(kernel=5)).margin == 2
+
+
+def test_an_outlier_is_above_three_times_the_median_norm_of_its_image() -> None:
+    norms = torch.ones(2, 3, 3)
+    norms[0, 1, 1] = 3.01
+    norms[0, 0, 0] = 3.0
+    norms[1] = 10.0
+    assert outlier_mask(norms).nonzero().tolist() == [[0, 1, 1]]

@@ -1,0 +1,95 @@
+"""SGD on ε against torch.optim.SGD, and what reaches the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sinder_cli.events import Noted
+from sinder_cli.repair.deltas import Deltas, Target
+
+N = 32
+LR, MOMENTUM = 0.05, 0.9
+
+
+def drawn_gradient(target: Target, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(target.delta.shape, generator=generator, dtype=torch.float64).to(target.delta.dtype)
+
+
+def test_the_descent_is_torchs_sgd_with_momentum_and_no_gradient_for_untouched_targets(planted: Any) -> None:
+    deltas = Deltas(planted.backbone, planted.module)
+    targets = [*deltas.of_block(1), *deltas.of_block(3)]
+    twins = {target.name: torch.zeros_like(target.delta, requires_grad=True) for target in targets}
+    optimizer = torch.optim.SGD(twins.values(), lr=LR, momentum=MOMENTUM)
+    originals = {target.name: target.weight.clone() for target in targets}
+    for step in range(6):
+        chosen = [target for index, target in enumerate(targets) if (index + step) % 3]  # each rests now and then
+        gradients = {target.name: drawn_gradient(target, 10 * step + len(target.name)) for target in chosen}
+        for name, twin in twins.items():
+            twin.grad = gradients.get(name)
+        deltas.descend(gradients, LR, MOMENTUM)
+        optimizer.step()
+    for target in targets:
+        twin = twins[target.name].detach()
+        torch.testing.assert_close(target.delta, twin)
+        U, S, Vt = torch.linalg.svd(originals[target.name], full_matrices=False)
+        torch.testing.assert_close(target.weight, U @ torch.diag(S + twin) @ Vt)
+
+
+def test_a_delta_of_zero_leaves_the_weights_bit_for_bit(single: Any) -> None:
+    before = {name: tensor.clone() for name, tensor in single.module.state_dict().items()}
+    deltas = Deltas(single.backbone, single.module)
+    targets = deltas.of_block(2)
+    deltas.descend({target.name: torch.zeros_like(target.delta) for target in targets}, LR, MOMENTUM)
+    assert all(torch.equal(before[name], tensor) for name, tensor in single.module.state_dict().items())
+
+
+def test_only_the_targeted_rows_of_a_fused_weight_change(single: Any) -> None:
+    before = {name: tensor.clone() for name, tensor in single.module.state_dict().items()}
+    deltas = Deltas(single.backbone, single.module)
+    gradients = {target.name: torch.ones_like(target.delta) for target in deltas.of_block(2)}
+    deltas.descend({"blocks.2.attention.value": gradients["blocks.2.attention.value"]}, LR, MOMENTUM)
+    after = single.module.state_dict()
+    changed = {name for name, tensor in after.items() if not torch.equal(before[name], tensor)}
+    assert changed == {"blocks.2.qkv.weight"}
+    same_rows = (after["blocks.2.qkv.weight"] == before["blocks.2.qkv.weight"]).all(dim=1)
+    assert same_rows.nonzero().flatten().tolist() == list(range(2 * N))  # query and key
+
+
+def test_a_block_is_decomposed_once_and_its_targets_are_value_output_and_mlp(planted: Any) -> None:
+    events: list[object] = []
+    deltas = Deltas(planted.backbone, planted.module, events.append)
+    first = deltas.of_block(4)
+    assert deltas.of_block(4) is first
+    assert [type(event) for event in events] == [Noted]
+    gate = {"blocks.4.mlp.gate"} if planted.backbone.layers.blocks[4].mlp.kind == "gated" else set()
+    assert {target.name for target in first} == gate | {
+        "blocks.4.attention.value", "blocks.4.attention.output", "blocks.4.mlp.up", "blocks.4.mlp.down",
+    }  # fmt: skip
+
+
+def test_touched_targets_are_listed_in_the_order_of_their_blocks(planted: Any) -> None:
+    deltas = Deltas(planted.backbone, planted.module)
+    for index in (4, 0, 2):
+        deltas.of_block(index)
+    blocks = [int(target.name.split(".")[1]) for target in deltas.touched]
+    assert blocks == sorted(blocks)
+    assert set(blocks) == {0, 2, 4}
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_target_keeps_its_velocity_while_it_rests(single: Any, momentum: float) -> None:
+    deltas = Deltas(single.backbone, single.module)
+    target = deltas.of_block(0)[0]
+    gradient = torch.ones_like(target.delta)
+    deltas.descend({target.name: gradient}, LR, momentum)
+    velocity, delta = target.velocity.clone(), target.delta.clone()
+    deltas.descend({}, LR, momentum)
+    assert torch.equal(target.velocity, velocity)
+    assert torch.equal(target.delta, delta)
+    deltas.descend({target.name: gradient}, LR, momentum)
+    torch.testing.assert_close(target.velocity, gradient * (1 + momentum))

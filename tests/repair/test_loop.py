@@ -1,0 +1,211 @@
+"""The loop: which images it sees in which order, what it skips, and when it stops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask
+from sinder_cli.errors import BadInputError
+from sinder_cli.events import Warned
+from sinder_cli.images import Preprocessing, UnreadableImageError, shuffled
+from sinder_cli.repair.deltas import Deltas
+from sinder_cli.repair.loop import Progress, StepRecord, density_window, repair_steps
+from sinder_cli.repair.objective import learning_targets
+from sinder_cli.repair.settings import RepairSettings
+
+RED = [(3, 3), (5, 8), (9, 4)]
+
+
+class Pictures:
+    """Images in memory; None cannot be decoded."""
+
+    def __init__(self, *tensors: Tensor | None) -> None:
+        self.tensors = tensors
+        self.loaded: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def name(self, index: int) -> str:
+        return f"picture {index}"
+
+    def load(self, index: int) -> Image.Image:
+        self.loaded.append(index)
+        tensor = self.tensors[index]
+        if tensor is None:
+            raise UnreadableImageError("it is broken")
+        pixels = (tensor.permute(1, 2, 0).double().numpy() * 255).round()
+        return Image.fromarray(pixels.astype(np.uint8))
+
+    def fingerprint(self) -> str:
+        return "in memory"
+
+
+class Run:
+    """One repair of a planted model over given pictures."""
+
+    def __init__(self, planted: Any, pictures: Pictures, **settings: Any) -> None:
+        self.settings = RepairSettings.model_validate(settings)
+        self.progress = Progress(density_window(len(pictures)))
+        self.deltas = Deltas(planted.backbone, planted.module)
+        self.events: list[object] = []
+        self.steps = repair_steps(
+            planted.backbone,
+            planted.directions,
+            self.deltas,
+            pictures,
+            Preprocessing(24, planted.backbone.mean, planted.backbone.std),
+            self.settings,
+            self.progress,
+            self.events.append,
+        )
+
+    def finish(self) -> list[StepRecord]:
+        return list(self.steps)
+
+    @property
+    def warnings(self) -> list[str]:
+        return [event.text for event in self.events if isinstance(event, Warned)]
+
+
+def weights_of(planted: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in planted.module.state_dict().items()}
+
+
+def test_clean_images_change_nothing_and_end_the_run_at_the_stop_density(single: Any) -> None:
+    before = weights_of(single)
+    run = Run(single, Pictures(*[single.image(i) for i in range(4)]), stop_density=0.75)
+    records = run.finish()
+    assert len(records) == 6  # 75 % of a window of two passes, 8 images
+    assert [record.density for record in records] == [(i + 1) / 8 for i in range(6)]
+    assert all(record.loss is None and record.block is None and not record.skipped for record in records)
+    assert all(torch.equal(before[name], tensor) for name, tensor in single.module.state_dict().items())
+
+
+def test_defective_images_hold_the_density_down_until_max_steps(single: Any) -> None:
+    pictures = Pictures(*[single.image(i, red=RED) for i in range(2)])
+    records = Run(single, pictures, lr=1e-9, max_steps=7).finish()
+    assert [record.step for record in records] == list(range(1, 8))
+    assert {record.density for record in records} == {0.0}
+    assert all(record.block == 1 and record.masked_tokens == 3 and record.defective == 1 for record in records)
+
+
+def test_steps_draw_defective_tokens_to_the_targets_they_had(single: Any) -> None:
+    image = single.image(0, torch.float32, red=RED)
+
+    def grid() -> Tensor:
+        return single.module(image[None])[1][:, 1:].unflatten(1, (12, 12))  # after the first defective block
+
+    logits = alignment_logits(grid(), single.directions.nu[1])
+    mask = defect_mask(logits, DetectionRule())[0]
+    targets = learning_targets(grid()[0], logits[0], mask, 3, 0.1)
+    before = (grid()[0][mask] - targets).norm(dim=1).sum()
+    Run(single, Pictures(image), lr=0.01, max_steps=5).finish()
+    after = (grid()[0][mask] - targets).norm(dim=1).sum()
+    assert mask.sum() == 3
+    assert after < before * (1 - 1e-4)
+
+
+def test_two_runs_of_the_same_seed_are_bit_identical_and_another_seed_is_not(single: Any) -> None:
+    pictures = [single.image(i, red=RED if i % 2 else []) for i in range(5)]
+    original = weights_of(single)
+
+    def repaired(seed: int) -> tuple[list[float | None], dict[str, Tensor]]:
+        single.module.load_state_dict(original)
+        records = Run(single, Pictures(*pictures), seed=seed, max_steps=6, stop_density=1.0).finish()
+        return [record.loss for record in records], weights_of(single)
+
+    (losses, weights), (again, same), (other, _) = repaired(0), repaired(0), repaired(1)
+    assert losses == again
+    assert losses != other
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+def test_the_density_counts_images_not_seen_yet_as_defective() -> None:
+    progress = Progress(10)
+    progress.recent.extend([True] * 4)
+    assert progress.density == 0.4
+    progress.recent.extend([True] * 6 + [False] * 5)
+    assert progress.density == 0.5
+
+
+@pytest.mark.parametrize(("images", "window"), [(1, 2), (4, 8), (499, 998), (500, 1000), (30_000, 1000)])
+def test_the_density_window_is_two_passes_but_a_thousand_images_at_most(images: int, window: int) -> None:
+    assert density_window(images) == window
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(single: Any) -> None:
+    before = weights_of(single)
+    pictures = Pictures(single.image(0, green=[(5, 5)]), single.image(1))
+    run = Run(single, pictures, max_steps=4, stop_density=1.0)
+    records = run.finish()
+    assert sorted(record.skipped for record in records) == [False, False, True, True]
+    assert all(record.loss is None for record in records)
+    assert (run.progress.nonfinite, sum(run.progress.recent)) == (2, 2)  # and the broken image is not clean
+    assert run.warnings == [
+        f"step {record.step} skipped: its loss or gradient is not finite" for record in records if record.skipped
+    ]
+    assert all(torch.equal(before[name], tensor) for name, tensor in single.module.state_dict().items())
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(single: Any) -> None:
+    run = Run(single, Pictures(single.image(0, green=[(5, 5)])))
+    seen = []
+    with pytest.raises(BadInputError, match="the repair has diverged") as caught:
+        seen.extend(run.steps)
+    assert caught.value.exit_code == 65
+    assert run.progress.nonfinite == 10
+
+
+def test_a_finite_step_in_between_starts_the_count_anew(single: Any) -> None:
+    pictures = Pictures(single.image(0, green=[(5, 5)]), single.image(1, red=RED))
+    run = Run(single, pictures, lr=1e-9, max_steps=24)
+    assert len(run.finish()) == 24
+    assert run.progress.nonfinite == 12
+
+
+def test_unreadable_images_are_named_once_and_left_out(single: Any) -> None:
+    pictures = Pictures(single.image(0), None, single.image(2), None)
+    run = Run(single, pictures, max_steps=6, stop_density=1.0)
+    records = run.finish()
+    assert [record.images for record in records] == [1, 2, 3, 4, 5, 6]
+    assert run.progress.unreadable == {"picture 1": "it is broken", "picture 3": "it is broken"}
+    assert sorted(run.warnings) == ["skipped picture 1: it is broken", "skipped picture 3: it is broken"]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_one_readable_image_is_enough_in_any_order(single: Any, seed: int) -> None:
+    pictures = Pictures(single.image(0), None, None, None)
+    run = Run(single, pictures, seed=seed, max_steps=6, stop_density=1.0)
+    assert len(run.finish()) == 6
+
+
+def test_images_none_of_which_can_be_decoded_are_bad_input(single: Any) -> None:
+    run = Run(single, Pictures(None, None, None))
+    with pytest.raises(BadInputError, match="no image could be decoded: all 3 failed") as caught:
+        next(run.steps)
+    assert caught.value.exit_code == 65
+
+
+def test_a_batch_runs_over_the_end_of_a_pass(single: Any) -> None:
+    pictures = Pictures(*[single.image(i) for i in range(3)])
+    records = Run(single, pictures, batch_size=2, max_steps=3, stop_density=1.0).finish()
+    assert [record.images for record in records] == [2, 4, 6]
+    assert pictures.loaded[:6] == [index for index, _ in zip(shuffled(3, 0), range(6), strict=False)]
+
+
+def test_the_order_depends_on_the_seed_and_the_pass_alone() -> None:
+    def passes(seed: int) -> list[list[int]]:
+        order = shuffled(20, seed)
+        return [[next(order) for _ in range(20)] for _ in range(3)]
+
+    assert passes(0) == passes(0)
+    assert passes(0) != passes(1)
+    assert all(sorted(one) == list(range(20)) for one in passes(0))
+    assert len({tuple(one) for one in passes(0)}) == 3

@@ -1,0 +1,113 @@
+"""The learning target and the loss against loops over tokens in plain Python."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from sinder_cli.repair.objective import learning_targets, neighbour_loss
+
+N = 8
+GAUSSIAN = {
+    3: [[1, 2, 1], [2, 4, 2], [1, 2, 1]],
+    5: [[1, 4, 7, 4, 1], [4, 16, 26, 16, 4], [7, 26, 41, 26, 7], [4, 16, 26, 16, 4], [1, 4, 7, 4, 1]],
+}
+Kernel = Literal[3, 5]
+
+
+def drawn(height: int = 9, width: int = 7, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(height, width, N, generator=generator), -torch.rand(height, width, generator=generator)
+
+
+def mask_of(spots: list[tuple[int, int]], like: Tensor) -> Tensor:
+    mask = torch.zeros_like(like, dtype=torch.bool)
+    for row, column in spots:
+        mask[row, column] = True
+    return mask
+
+
+def looped_target(
+    patches: list[list[list[float]]], logits: list[list[float]], row: int, column: int, kernel: int, tau: float
+) -> list[float]:
+    reach, total, target = kernel // 2, 0.0, [0.0] * N
+    for i in range(kernel):
+        for j in range(kernel):
+            r, c = row + i - reach, column + j - reach
+            weight = math.exp(logits[r][c] / tau) * GAUSSIAN[kernel][i][j]
+            total += weight
+            for n in range(N):
+                target[n] += weight * patches[r][c][n]
+    return [value / total for value in target]
+
+
+def looped_loss(patches: Tensor, logits: Tensor, spots: list[tuple[int, int]], kernel: int, tau: float) -> float:
+    tokens, scores = patches.tolist(), logits.tolist()
+    distances = [
+        math.dist(tokens[r][c], looped_target(tokens, scores, r, c, kernel, tau)) for r, c in spots
+    ]  # fmt: skip
+    reach = kernel // 2
+    norms = [
+        math.hypot(*tokens[r][c])
+        for r in range(reach, len(tokens) - reach)
+        for c in range(reach, len(tokens[0]) - reach)
+    ]
+    return sum(distances) / len(distances) / (sum(norms) / len(norms))
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("tau", [0.03, 0.1, 1.0])
+def test_targets_and_loss_are_those_of_a_loop_over_tokens(kernel: Kernel, tau: float) -> None:
+    patches, logits = drawn()
+    spots = [(2, 2), (3, 4), (6, 3)]
+    mask = mask_of(spots, logits)
+    expected = [looped_target(patches.tolist(), logits.tolist(), r, c, kernel, tau) for r, c in spots]
+    torch.testing.assert_close(learning_targets(patches, logits, mask, kernel, tau), torch.tensor(expected))
+    loss = neighbour_loss(patches, logits, mask, kernel, tau)
+    assert loss.item() == pytest.approx(looped_loss(patches, logits, spots, kernel, tau), rel=1e-5)
+
+
+def test_a_low_temperature_takes_the_target_from_the_least_aligned_neighbours() -> None:
+    patches, logits = drawn()
+    logits.fill_(-1.0)
+    logits[1, 2] = -0.1
+    target = learning_targets(patches, logits, mask_of([(2, 2)], logits), 3, 0.02)
+    torch.testing.assert_close(target[0], patches[1, 2], atol=1e-5, rtol=0)
+
+
+def test_a_tiny_temperature_among_aligned_tokens_gives_no_nan() -> None:
+    patches, logits = drawn()
+    logits.fill_(-1.0)  # exp(−1/0.001) is 0 in float32
+    target = learning_targets(patches, logits, mask_of([(2, 2)], logits), 3, 0.001)
+    weights = torch.tensor(GAUSSIAN[3], dtype=torch.float32) / 16
+    torch.testing.assert_close(target[0], torch.einsum("ij,ijn->n", weights, patches[1:4, 1:4]))
+
+
+def test_targets_and_scale_carry_no_gradient() -> None:
+    patches, logits = drawn()
+    patches.requires_grad_(True)
+    mask = mask_of([(2, 2), (4, 4)], logits)
+    (gradient,) = torch.autograd.grad(neighbour_loss(patches, logits, mask, 3, 0.1), patches)
+    with torch.no_grad():
+        scale = patches[1:-1, 1:-1].norm(dim=-1).mean()
+        distance = patches[mask] - learning_targets(patches, logits, mask, 3, 0.1)
+    expected = torch.zeros_like(gradient)
+    expected[mask] = distance / distance.norm(dim=1, keepdim=True) / 2 / scale
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_the_loss_does_not_change_with_the_size_of_all_tokens() -> None:
+    patches, logits = drawn()
+    mask = mask_of([(2, 2), (4, 4)], logits)
+    small, large = (neighbour_loss(factor * patches, logits, mask, 3, 0.1) for factor in (1.0, 1000.0))
+    torch.testing.assert_close(small, large)
+
+
+def test_half_precision_tokens_give_a_float32_loss() -> None:
+    patches, logits = drawn()
+    loss = neighbour_loss(patches.bfloat16(), logits, mask_of([(2, 2)], logits), 3, 0.1)
+    assert loss.dtype == torch.float32

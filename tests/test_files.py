@@ -1,0 +1,150 @@
+"""Files that are either whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from sinder_cli.errors import CannotCreateError, StorageError
+from sinder_cli.files import (
+    output_error,
+    replacing,
+    require_writable_file,
+    require_writable_folder,
+    sha256_of,
+    write_json,
+    write_text,
+)
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    return path
+
+
+def only_the_old_is_there(old: Path) -> bool:
+    return list(old.parent.iterdir()) == [old] and old.read_text() == "old"
+
+
+def test_a_file_is_replaced_only_when_it_is_whole(old: Path) -> None:
+    with replacing(old) as temporary:
+        assert temporary.parent == old.parent
+        temporary.write_text("new")
+        assert old.read_text() == "old"
+    assert old.read_text() == "new"
+    assert list(old.parent.iterdir()) == [old]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failure_leaves_the_old_file_and_no_temporary(old: Path, error: type[BaseException]) -> None:
+    def write() -> None:
+        with replacing(old) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert only_the_old_is_there(old)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_is_a_storage_error_and_leaves_the_old_file(
+    old: Path, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=os.strerror(code)) as caught:
+        write_text(old, "new")
+    assert caught.value.exit_code == 74
+    assert only_the_old_is_there(old)
+
+
+def test_every_file_and_its_folder_are_flushed_to_disk(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+    genuine = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(os.fstat(handle).st_ino), genuine(handle)))
+    write_text(old, "new")
+    assert flushed == [old.stat().st_ino, old.parent.stat().st_ino]
+
+
+def test_a_place_where_nothing_can_be_created_is_an_error_of_its_own(old: Path) -> None:
+    for place in (old / "below a file.json", old.parent / "absent" / "result.json"):
+        with pytest.raises(CannotCreateError) as caught:
+            write_text(place, "new")
+        assert caught.value.exit_code == 73
+        assert str(place) in str(caught.value)
+    assert only_the_old_is_there(old)
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CannotCreateError):
+        write_text(tmp_path / "folder", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_new_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "new", "text")
+        assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+
+
+def test_json_is_indented_and_ends_with_a_line_feed(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"ν": [1, None]})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"ν": [1, None]}
+    assert text.endswith("}\n")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_json_that_no_other_reader_understands_is_not_written(old: Path, value: float) -> None:
+    with pytest.raises(ValueError, match="Out of range"):
+        write_json(old, {"loss": value})
+    assert only_the_old_is_there(old)
+
+
+def test_a_folder_is_created_and_proved_writable(tmp_path: Path) -> None:
+    require_writable_folder(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_folder_below_a_file_cannot_be_created(old: Path) -> None:
+    with pytest.raises(CannotCreateError):
+        require_writable_folder(old / "run")
+
+
+def test_a_file_to_be_written_must_be_no_folder_and_in_one(old: Path) -> None:
+    require_writable_file(old)
+    require_writable_file(old.parent / "new")
+    with pytest.raises(CannotCreateError, match="it is a folder"):
+        require_writable_file(old.parent)
+    with pytest.raises(CannotCreateError, match="there is no folder"):
+        require_writable_file(old.parent / "absent" / "new")
+    assert only_the_old_is_there(old)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [(errno.ENOSPC, StorageError), (errno.EFBIG, StorageError), (errno.EACCES, CannotCreateError)]
+)
+def test_an_os_error_is_told_as_no_room_or_no_permission(code: int, kind: type[Exception]) -> None:
+    assert type(output_error(Path("x"), OSError(code, os.strerror(code)))) is kind
+
+
+def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 8192  # longer than one piece
+    (tmp_path / "a").write_bytes(content)
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(content).hexdigest()
