@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
+from sinder_cli.ahead import loaded_ahead
 from sinder_cli.errors import BadInputError, NoInputError
+from sinder_cli.events import Emit, Warned
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -134,16 +134,13 @@ def decode(path: Path) -> Image:
     from PIL import ImageOps
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
-            pillow.init()
-            formats = [name for name in FORMATS if name in pillow.OPEN]  # one that it was built without is a KeyError
-            with pillow.open(path, formats=formats) as file:
-                if file.width * file.height > MAX_PIXELS:
-                    raise UnreadableImageError(f"{file.width}×{file.height} pixels are too many")
-                file.load()
-                image = ImageOps.exif_transpose(file)
-                return _to_rgb(image)
+        pillow.init()
+        formats = [name for name in FORMATS if name in pillow.OPEN]  # one that it was built without is a KeyError
+        with pillow.open(path, formats=formats) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise UnreadableImageError(f"{file.width}×{file.height} pixels are too many")
+            file.load()
+            return _to_rgb(ImageOps.exif_transpose(file))
     except UnreadableImageError:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, … on bad files
@@ -219,20 +216,17 @@ def load_in_order(source: ImageSource, preprocess: Preprocessing, indices: Itera
         except UnreadableImageError as error:
             return LoadedImage(index, source.name(index), None, str(error))
 
-    yield from _ahead(load, indices)
+    yield from loaded_ahead(load, indices, READ_AHEAD)
 
 
-def _ahead(load: Callable[[int], LoadedImage], indices: Iterable[int]) -> Iterator[LoadedImage]:
-    from collections import deque
-
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = deque()  # type: ignore[var-annotated]
-        for index in indices:
-            pending.append(pool.submit(load, index))
-            if len(pending) > READ_AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+def readable(loaded: Iterable[LoadedImage], unreadable: dict[str, str], emit: Emit) -> Iterator[tuple[str, Tensor]]:
+    """Name and pixels of the images that could be decoded; each other one is told once and added to `unreadable`."""
+    for image in loaded:
+        if image.pixels is not None:
+            yield image.name, image.pixels
+        elif image.name not in unreadable:
+            emit(Warned(f"skipped {image.name}: {image.problem}"))
+            unreadable[image.name] = image.problem
 
 
 def shuffled(count: int, seed: int) -> Iterator[int]:

@@ -46,9 +46,10 @@ def sinder_listing() -> Sequence[Listing]:
 @hookimpl
 def sinder_weights(request: ModelRequest) -> MemoryTensors:
     """Make the weights; nothing is stored."""
+    planted = _planted(request.model)
     from .planting import demo_weights
 
-    return MemoryTensors(request.model, demo_weights(_planted(request.model)))
+    return MemoryTensors(request.model, demo_weights(planted))
 
 
 @hookimpl

@@ -38,10 +38,13 @@ _MIXING_ROLES = ("attention.query", "attention.key")  # the linearization drops 
 def read_block(
     weights: Weights, block: BlockMap, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> BlockTensors:
-    """Read the mapped tensors of one block but its queries and keys, as float32 unless `dtype` says otherwise."""
+    """Read the mapped tensors of one block but its queries and keys, as float32 unless `dtype` says otherwise.
+
+    They are copied here and now, so that reading ahead in a thread waits for the disk instead of the computation.
+    """
     import torch
 
     roles = {role: ref for role, ref in references(block) if not role.startswith(_MIXING_ROLES)}
     stored = weights.read({ref.name for ref in roles.values()})
-    wide = {name: tensor.to(device, dtype or torch.float32) for name, tensor in stored.items()}
+    wide = {name: tensor.to(device, dtype or torch.float32, copy=True) for name, tensor in stored.items()}
     return BlockTensors(block, {role: rows_of(wide[ref.name], ref) for role, ref in roles.items()})

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 import pickle
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,13 +45,13 @@ class TensorSource(Protocol):
     def infos(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of whole tensors, in their stored dtype."""
+        """Whole tensors in their stored dtype; writing into them changes no file."""
         ...
 
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """A `.safetensors` file. Every read maps it anew and copies out, so that its pages do not pile up in memory."""
+    """A `.safetensors` file. Every read maps it anew, so that pages no longer needed leave memory."""
 
     path: Path
     infos: Mapping[str, TensorInfo] = field(repr=False)
@@ -61,7 +62,7 @@ class SafetensorsFile:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         with _opened(self.path) as file:
-            return {name: file.get_tensor(name).clone() for name in names}
+            return {name: file.get_tensor(name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class TorchFile:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         stored = _load_torch(self.path)
-        return {name: stored[name].clone() for name in names}
+        return {name: stored[name] for name in names}
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,12 @@ class Weights:
         """The name under which a canonical tensor is exported: as stored, without the wrapper it was found under."""
         return self.stored_names[name].removeprefix(self.prefix)
 
+    def output_infos(self) -> dict[str, TensorInfo]:
+        """Shape and dtype of every tensor by the name under which it is exported, in the order of the source."""
+        return {self.output_name(name): self.info(name) for name in self.names}
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read whole tensors, in their stored dtype, as copies."""
+        """Read whole tensors in their stored dtype; writing into them changes no file."""
         wanted = {self.stored_names[name]: name for name in names}
         return {wanted[stored]: tensor for stored, tensor in self.source.read(wanted).items()}
 
@@ -249,7 +254,9 @@ class Weights:
                 f"none of its {len(self.names)} tensors is {anchor!r}, with or without a prefix",
                 "is it a checkpoint of this model?",
             )
-        chosen = [p for p in prefixes if "teacher" in p or "ema" in p] if len(prefixes) > 1 else prefixes
+        chosen = (
+            [p for p in prefixes if {"teacher", "ema"} & set(re.split(r"[._]", p))] if len(prefixes) > 1 else prefixes
+        )
         if len(chosen) != 1:
             raise BadInputError(
                 f"cannot use weights {self.source.label}", f"it holds several backbones: {', '.join(prefixes)}"

@@ -70,8 +70,12 @@ def check_layer_map(backbone: Backbone) -> None:
 
 
 def _block_shapes(block: BlockMap) -> dict[str, tuple[str, ...]]:
-    """The shape of each role in symbols: N width, A inner width of attention, H hidden width of the MLP."""
+    """The shape of each role in symbols: N width, Q, K, A inner widths of queries, keys and values, H hidden width."""
     shapes: dict[str, tuple[str, ...]] = {
+        "attention.query": ("Q", "N"),
+        "attention.query_bias": ("Q",),
+        "attention.key": ("K", "N"),
+        "attention.key_bias": ("K",),
         "attention.value": ("A", "N"),
         "attention.output": ("N", "A"),
         "attention.value_bias": ("A",),
@@ -91,7 +95,9 @@ def _block_shapes(block: BlockMap) -> dict[str, tuple[str, ...]]:
 def _shape_of(ref: WeightRef, weights: Weights, place: str) -> tuple[int, ...]:
     if ref.name not in weights:
         raise _bad_map(place, f"there is no tensor {ref.name!r}")
-    shape = weights.shape(ref.name)
+    shape, dtype = weights.shape(ref.name), weights.info(ref.name).dtype
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise _bad_map(place, f"{ref.name!r} holds {dtype}: quantized weights cannot be decomposed")
     if ref.rows is None:
         return shape
     start, stop = ref.rows

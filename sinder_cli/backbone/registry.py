@@ -97,9 +97,13 @@ def installed_backbones() -> Iterator[InstalledBackbone]:
     """Every listed model of every plugin; a plugin that cannot be loaded gives a row with its problem."""
     for plugin in installed_plugins().values():
         try:
-            listings = load_plugin(plugin).sinder_listing() or ()
+            listings = list(load_plugin(plugin).sinder_listing() or ())
         except SinderError as error:
             yield InstalledBackbone(plugin, None, str(error))
+            continue
+        except Exception as error:  # of the plugin's own code
+            problem = f"cannot list plugin {plugin.name!r} of {plugin.distribution}: {type(error).__name__}: {error}"
+            yield InstalledBackbone(plugin, None, problem)
             continue
         for listing in listings:
             yield InstalledBackbone(plugin, listing)

@@ -7,7 +7,7 @@ read and holds one tensor. The library reads every such file back in the tests.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 def write_safetensors(
     path: Path,
     infos: Mapping[str, TensorInfo],
-    read: Callable[[str], Tensor],
+    tensors: Iterable[Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the tensors named by `infos`, whole or not at all; `read(name)` is called once for each, in file order."""
+    """Write the tensors that `infos` announces, whole or not at all; they are taken one at a time, in that order."""
     with replacing(path) as temporary, temporary.open("wb") as file:
-        stream_safetensors(file, infos, read, metadata)
+        stream_safetensors(file, infos, tensors, metadata)
 
 
 def stream_safetensors(
     file: IO[bytes],
     infos: Mapping[str, TensorInfo],
-    read: Callable[[str], Tensor],
+    tensors: Iterable[Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the safetensors format to an open binary file: header length, JSON header padded to 8 bytes, data."""
@@ -49,11 +49,10 @@ def stream_safetensors(
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     file.write(len(encoded).to_bytes(8, "little") + encoded)
-    for name, info in infos.items():
-        tensor = read(name).detach().cpu().contiguous()
+    for (name, info), tensor in zip(infos.items(), tensors, strict=True):
         if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
             raise AssertionError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, announced as {info}")
-        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def stored_as(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:

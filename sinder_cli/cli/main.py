@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from types import FrameType
 
@@ -15,27 +16,38 @@ from sinder_cli.cli.app import Invocation, command
 from sinder_cli.errors import SinderError, StorageError, TryAgainError, UsageError
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived; raised in the main thread so that half-written files are removed on the way out."""
+class Ended(BaseException):
+    """SIGINT or SIGTERM arrived; raised in the main thread so that half-written files are removed on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = signal.Signals(number)
+
+
+ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `sinder` with these arguments and end the process with the documented exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     invocation = Invocation()
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in ENDED:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in a script's background
+            signal.signal(number, _end)
+    warnings.filterwarnings("ignore", module="PIL")  # remarks on odd metadata of images that decode all the same
     try:
         code = command().main(args=given, prog_name="sinder", standalone_mode=False, obj=invocation)
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except BrokenPipeError:
         _die_by(signal.SIGPIPE)
-    except (KeyboardInterrupt, typer.Abort):
-        print("sinder: interrupted", file=sys.stderr)
-        _die_by(signal.SIGINT)
-    except Terminated:
-        print("sinder: terminated", file=sys.stderr)
-        _die_by(signal.SIGTERM)
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # the parser turns one into exit code 1
+            _die_by(signal.SIGPIPE)
+        raise
+    except Ended as end:  # no KeyboardInterrupt, which the parser turns into an exit code
+        print(f"sinder: {ENDED[end.number]}", file=sys.stderr)
+        _die_by(end.number)
     except Exception as error:
         if invocation.debug:
             traceback.print_exc()
@@ -60,8 +72,8 @@ def as_failure(error: Exception) -> SinderError:
     return SinderError("internal error", f"{type(error).__name__}: {text}", "run `sinder --debug …` and report it")
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise Terminated
+def _end(number: int, _frame: FrameType | None) -> None:
+    raise Ended(number)
 
 
 def _die_by(number: signal.Signals) -> None:

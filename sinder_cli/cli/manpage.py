@@ -1,4 +1,4 @@
-"""Manual pages from the command tree: `python -m sinder_cli.cli.manpage FOLDER` writes sinder.1 and one a subcommand."""
+"""Manual pages from the command tree: `python -m sinder_cli.cli.manpage FOLDER` writes one for every command."""
 
 from __future__ import annotations
 

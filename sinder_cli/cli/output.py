@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console, RenderableType
 
@@ -17,4 +18,6 @@ def show(chosen: OutputFormat | None, table: Callable[[], RenderableType], docum
     if (chosen or ("table" if sys.stdout.isatty() else "json")) == "json":
         print(json.dumps(document(), indent=2, allow_nan=False, ensure_ascii=False))
         return
-    Console(highlight=False, soft_wrap=not sys.stdout.isatty()).print(table())
+    colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"  # Rich alone keeps bold and italic
+    console = Console(color_system=colours, highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    console.print(table())  # without markup, since names and paths may hold [brackets]

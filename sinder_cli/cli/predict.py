@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -16,7 +16,7 @@ from sinder_cli.cli.output import show
 from sinder_cli.files import require_writable_file
 
 if TYPE_CHECKING:
-    from sinder_cli.defects.prediction import Prediction
+    from sinder_cli.defects.prediction import Prediction, Stage
 
 
 class StageName(str, Enum):
@@ -42,13 +42,12 @@ def command(
     format: Format = None,
 ) -> None:
     """Predict the defect directions of every block from the weights alone."""
-    from sinder_cli.defects.prediction import STAGES
     from sinder_cli.report.documents import prediction_document
     from sinder_cli.report.tables import prediction_table
 
     if out and out != "-":
         require_writable_file(Path(out))
-    stages = [name for name in STAGES if name in {choice.value for choice in stage or StageName}]
+    stages = cast("list[Stage]", [name.value for name in StageName if name in (stage or StageName)])
     with display() as emit:
         prediction = api.predict(model_request(model, weights, heads, emit), stages, emit)
     if out:
@@ -64,6 +63,6 @@ def _write_directions(out: str, prediction: Prediction) -> None:
     tensors = {str(stage): prediction.directions(stage) for stage in prediction.stages}
     metadata = {"model": prediction.model, "content": "defect directions, rows of unit norm"}
     if out == "-":
-        stream_safetensors(sys.stdout.buffer, infos_of(tensors), tensors.__getitem__, metadata)
+        stream_safetensors(sys.stdout.buffer, infos_of(tensors), tensors.values(), metadata)
     else:
-        write_safetensors(Path(out), infos_of(tensors), tensors.__getitem__, metadata)
+        write_safetensors(Path(out), infos_of(tensors), tensors.values(), metadata)

@@ -74,7 +74,7 @@ def mean_hidden_jacobian(block: BlockTensors) -> Tensor:
     if isinstance(mlp, GatedMlpMap):
         W1, W2 = block["mlp.gate"], block["mlp.up"]
         alpha, beta = gated_gains(phi, W1, block.get("mlp.gate_bias"), W2, block.get("mlp.up_bias"))
-        return alpha[:, None] * W1 + beta[:, None] * W2
+        return (alpha[:, None] * W1).addcmul_(beta[:, None], W2)
     W1 = block["mlp.up"]
     return plain_gains(phi, W1, block.get("mlp.up_bias"))[:, None] * W1
 

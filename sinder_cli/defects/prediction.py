@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from sinder_cli.ahead import loaded_ahead
 from sinder_cli.backbone.blocks import read_block
 from sinder_cli.backbone.describe import Backbone
 from sinder_cli.defects.linearize import attention_part, block_part, mlp_part, plus_identity
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 Stage = Literal["attention", "mlp", "block", "cumulative"]
 STAGES: tuple[Stage, ...] = ("attention", "mlp", "block", "cumulative")
 
+SIDE_BY_SIDE = 2  # searches at a time on a CPU; more only compete for its cache
 SETTLED_DEGREES = 5.0  # a direction has settled when no later block turns it further than this
 
 
@@ -71,50 +75,67 @@ def predict(
 ) -> Prediction:
     """Linearize every block and find the leading left singular vector of the stages asked for (SINDER, section 3).
 
+    The stages of a block are searched side by side: a matrix–vector product keeps but one core busy.
     Raises `BadInputError` naming the first block whose linear part has a NaN or an infinity.
     """
     spectra: dict[Stage, list[BlockSpectrum]] = {stage: [] for stage in STAGES if stage in stages}
-    for index, stage, matrix, log_scale in stage_matrices(backbone, stages, emit, device):
-        if not math.isfinite(matrix.sum().item()):
-            raise BadInputError(
-                f"cannot predict the defects of {backbone.name}",
-                f"the linear part ({stage}) of block {index} is not finite",
-                "do its weights hold NaN or infinity?",
-            )
-        previous = spectra[stage][-1].pair if spectra[stage] else None
-        pair = leading_left(matrix, previous.direction if previous else None)
-        turned = angle_between(pair.direction, previous.direction) if previous else None
-        scale = math.exp(min(log_scale, 600.0))  # so that a product of very many large gains stays a number
-        spectra[stage].append(BlockSpectrum(index, pair, pair.sigma * scale, turned))
+    with ThreadPoolExecutor(max_workers=SIDE_BY_SIDE if device == "cpu" else 1) as pool:
+        for index, matrices in stage_matrices(backbone, tuple(spectra), emit, device):
+            for stage, part in matrices.items():
+                _require_finite(part.matrix, backbone, index, stage)
+            previous = [rows[-1] if rows else None for rows in spectra.values()]
+            found = pool.map(_spectrum, repeat(index), matrices.values(), previous)
+            for rows, row in zip(spectra.values(), found, strict=True):
+                rows.append(row)
     kept: dict[Stage, tuple[BlockSpectrum, ...]] = {stage: tuple(rows) for stage, rows in spectra.items()}
     return Prediction(backbone.name, backbone.width, kept, check_positions(backbone))
 
 
+@dataclass(frozen=True)
+class ScaledMatrix:
+    """One stage of one block, `[N, N]`, divided by exp(log_scale)."""
+
+    matrix: Tensor
+    log_scale: float = 0.0
+
+
 def stage_matrices(
     backbone: Backbone, stages: Sequence[Stage], emit: Emit, device: str = "cpu"
-) -> Iterator[tuple[int, Stage, Tensor, float]]:
-    """The matrix of each stage asked for, block by block, with the logarithm of the factor it was divided by."""
+) -> Iterator[tuple[int, dict[Stage, ScaledMatrix]]]:
+    """The matrices of the stages asked for, block by block; nothing is computed that no stage needs."""
     G: Tensor | None = None
     log_scale = 0.0
-    numbered = list(enumerate(backbone.layers.blocks))
-    for index, block_map in tracked(numbered, emit, "predicting", len(numbered), "blocks"):
-        block = read_block(backbone.weights, block_map, device=device)
+    maps = backbone.layers.blocks
+    blocks = loaded_ahead(lambda block_map: read_block(backbone.weights, block_map, device=device), maps, ahead=1)
+    for index, block in enumerate(tracked(blocks, emit, "predicting", len(maps), "blocks")):
         A = attention_part(block)
-        if "attention" in stages:
-            yield index, "attention", plus_identity(A), 0.0
-        if set(stages) == {"attention"}:
-            continue
-        C = mlp_part(block)
-        if "mlp" in stages:
-            yield index, "mlp", plus_identity(C), 0.0
-        if not {"block", "cumulative"} & set(stages):
-            continue
-        E = block_part(A, C, block_map.parallel)
-        if "block" in stages:
-            yield index, "block", E, 0.0
-        if "cumulative" in stages:
-            G = E if G is None else E @ G
-            scale = float(G.norm()) / math.sqrt(backbone.width)
-            G = G / scale
-            log_scale += math.log(scale)
-            yield index, "cumulative", G, log_scale
+        found: dict[Stage, ScaledMatrix] = {"attention": ScaledMatrix(plus_identity(A))}
+        if set(stages) != {"attention"}:
+            C = mlp_part(block)
+            found["mlp"] = ScaledMatrix(plus_identity(C))
+            if {"block", "cumulative"} & set(stages):
+                E = block_part(A, C, block.map.parallel)
+                found["block"] = ScaledMatrix(E)
+            if "cumulative" in stages:
+                G = E if G is None else E @ G
+                scale = float(G.norm()) / math.sqrt(backbone.width)
+                G = G / scale
+                log_scale += math.log(scale)
+                found["cumulative"] = ScaledMatrix(G, log_scale)
+        yield index, {stage: found[stage] for stage in stages}
+
+
+def _spectrum(block: int, part: ScaledMatrix, previous: BlockSpectrum | None) -> BlockSpectrum:
+    pair = leading_left(part.matrix, previous.pair.direction if previous else None)
+    turned = angle_between(pair.direction, previous.pair.direction) if previous else None
+    scale = math.exp(min(part.log_scale, 600.0))  # so that a product of very many large gains stays a number
+    return BlockSpectrum(block, pair, pair.sigma * scale, turned)
+
+
+def _require_finite(matrix: Tensor, backbone: Backbone, block: int, stage: Stage) -> None:
+    if not math.isfinite(matrix.sum().item()):
+        raise BadInputError(
+            f"cannot predict the defects of {backbone.name}",
+            f"the linear part ({stage}) of block {block} is not finite",
+            "do its weights hold NaN or infinity?",
+        )

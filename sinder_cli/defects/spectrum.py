@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 KRYLOV_SIZE = 40  # vectors kept between restarts are KEPT of these
 KEPT = 8
 MAX_RESTARTS = 12
+SAFE_EXPONENT = 20  # squares of entries within 2^±20 neither overflow nor vanish in float32
 ANGLE_TOLERANCE = 1e-4  # radians: the bound ‖M Mᵀu − σ²u‖ / (σ₁² − σ₂²) on the angle to the true direction
 
 
@@ -43,8 +44,10 @@ def leading_left(matrix: Tensor, start: Tensor | None = None) -> LeadingPair:
     `start` `[N]` warms the search. σ₂ comes from a second search in the complement of ν, so that a doubled σ₁, which
     no single Krylov space can see, is reported as a gap of 1. The result depends on the input alone.
     """
-    scale = 2.0 ** math.frexp(matrix.abs().max().item())[1]  # a power of 2 costs no bits
-    matrix = matrix / scale
+    exponent = math.frexp(torch.linalg.vector_norm(matrix, math.inf).item())[1]
+    scale = 2.0**exponent if abs(exponent) > SAFE_EXPONENT else 1.0  # a power of 2 costs no bits
+    if scale != 1.0:
+        matrix = matrix / scale
     seed = _seeded(matrix)
     first = seed if start is None else start.to(matrix) / start.norm() + 1e-3 * seed
     u, runner_up, sigma = _lanczos(matrix, first, None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +12,9 @@ import torch
 from sinder_cli.backbone.describe import Backbone
 from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask
 from sinder_cli.defects.prediction import Prediction
+from sinder_cli.defects.settings import AnalyzeSettings
 from sinder_cli.defects.spectrum import angle_between, fixed_sign
-from sinder_cli.defects.tokens import outlier_mask, patch_grid, residual_stream
+from sinder_cli.defects.tokens import autocast, outlier_mask, patch_grid, residual_stream
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -90,6 +93,24 @@ def collect(
             counts = defect_mask(alignment_logits(patches, nu[index]), rule).flatten(1).sum(dim=1)
             collector.masked_tokens += int(counts.sum())
             collector.masked_images += int((counts >= rule.min_tokens).sum())
+
+
+def survey(
+    backbone: Backbone,
+    module: nn.Module,
+    prediction: Prediction,
+    images: Iterable[Tensor],
+    settings: AnalyzeSettings,
+    device: str,
+) -> tuple[BlockSurvey, ...]:
+    """Run normalized images `[3, H, W]` in batches and sum up every block; one row a block."""
+    blocks = [BlockCollector() for _ in range(backbone.depth)]
+    rule = DetectionRule.of(settings)
+    pending = iter(images)
+    while batch := list(islice(pending, settings.batch_size)):
+        with autocast(settings.dtype, torch.device(device)):
+            collect(backbone, module, torch.stack(batch).to(device), prediction, rule, blocks)
+    return summarize(blocks, prediction) if blocks[0].norms else ()
 
 
 def summarize(blocks: list[BlockCollector], prediction: Prediction) -> tuple[BlockSurvey, ...]:

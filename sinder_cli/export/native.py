@@ -6,9 +6,9 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sinder_cli.backbone.checkpoint import TensorSource, Weights, open_checkpoint
+from sinder_cli.backbone.checkpoint import Weights, open_checkpoint
 from sinder_cli.backbone.storing import write_safetensors
-from sinder_cli.errors import BadInputError, UsageError
+from sinder_cli.errors import BadInputError, StorageError, UsageError
 from sinder_cli.files import replacing
 
 if TYPE_CHECKING:
@@ -17,42 +17,49 @@ if TYPE_CHECKING:
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
+def require_native_suffix(path: Path) -> None:
+    """Raises `UsageError` for a file name that says no format we write."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"cannot export to {path}", f"unknown suffix {path.suffix!r}", f"use {' or '.join(SUFFIXES)}")
+
+
 def write_native(path: Path, weights: Weights) -> None:
     """Write all tensors of a backbone under their exported names; read back and compared before it gets its name.
 
     Raises `UsageError` for another suffix and `BadInputError` if what was written differs, which leaves nothing.
     """
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"cannot export to {path}", f"unknown suffix {path.suffix!r}", f"use {' or '.join(SUFFIXES)}")
+    require_native_suffix(path)
     with replacing(path) as temporary:
         draft = temporary.with_suffix(path.suffix)
         try:
             _write(draft, weights)
-            _compare(open_checkpoint(draft), weights)
+            _compare(Weights.of(open_checkpoint(draft)), weights)
             draft.replace(temporary)
         finally:
             draft.unlink(missing_ok=True)
 
 
 def _write(path: Path, weights: Weights) -> None:
-    canonical = {weights.output_name(name): name for name in weights.names}
+    tensors = weights.stream(weights.names)
     if path.suffix == ".safetensors":
-        infos = {output: weights.info(name) for output, name in canonical.items()}
-        write_safetensors(path, infos, lambda output: weights.read([canonical[output]])[canonical[output]])
+        write_safetensors(path, weights.output_infos(), (tensor for _, tensor in tensors))
         return
     import torch
 
-    torch.save(OrderedDict((output, weights.read([name])[name]) for output, name in canonical.items()), path)
+    state = OrderedDict((weights.output_name(name), tensor.clone()) for name, tensor in tensors)
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # how torch's zip writer tells of a full disk
+        raise StorageError(f"cannot write {path}", str(error), "free space there and run again") from error
 
 
-def _compare(written: TensorSource, weights: Weights) -> None:
+def _compare(written: Weights, weights: Weights) -> None:
     import torch
 
-    names = [weights.output_name(name) for name in weights.names]
-    if list(written.infos) != names:
+    if written.names != list(weights.output_infos()):
         raise BadInputError(f"export of {weights.source.label} failed", "the names read back differ")
-    for name, output in zip(weights.names, names, strict=True):
-        original, copy = weights.read([name])[name], written.read([output])[output]
+    pairs = zip(weights.stream(weights.names), written.stream(written.names), strict=True)
+    for (_, original), (output, copy) in pairs:
         if original.dtype != copy.dtype or not torch.equal(_bits(original), _bits(copy)):
             raise BadInputError(f"export of {weights.source.label} failed", f"{output} reads back differently")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,9 @@ from torch.nn.functional import cosine_similarity
 
 from sinder_cli.backbone.describe import Backbone
 from sinder_cli.defects.tokens import last_tokens, outlier_mask, patch_grid
+from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, tracked
+from sinder_cli.images import ImageSource, Preprocessing, load_in_order, readable, require_some
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,6 +30,12 @@ class Snapshot:
     cls: Tensor | None  # [K, N]
     samples: Tensor  # [≤ SAMPLES, h, w, N] patch tokens of the first images
 
+    def require_finite(self, what: str, remedy: str) -> None:
+        """Raises `BadInputError` where a token is NaN or infinite: nothing of such a model is worth keeping."""
+        broken = int((~self.norms.flatten(1).isfinite().all(dim=1)).sum())
+        if broken:
+            raise BadInputError(what, f"its tokens are not finite on {broken} of {len(self.norms)} images", remedy)
+
     def defects(self) -> dict[str, float]:
         """Share and number of patch tokens above 3 × their image's median norm; largest and median norm."""
         medians = self.norms.flatten(1).median(dim=1).values
@@ -39,6 +48,24 @@ class Snapshot:
             "median_norm": self.norms.median().item(),
             "max_ratio": ratios.max().item(),
         }
+
+
+def evaluation_images(
+    source: ImageSource, preprocess: Preprocessing, most: int, unreadable: dict[str, str], emit: Emit
+) -> dict[str, Tensor]:
+    """Up to `most` readable images `[3, H, W]` by name, spread evenly over the source.
+
+    Those that cannot be decoded are named and added to `unreadable`. Raises `BadInputError` if none can.
+    """
+    count = min(most, len(source))
+    spread = [index * len(source) // count for index in range(count)]
+    for indices in (spread, range(len(source))):  # if none of the chosen can be read, take any before giving up
+        loaded = tracked(load_in_order(source, preprocess, indices), emit, "reading images", len(indices), "images")
+        images = dict(islice(readable(loaded, unreadable, emit), count))
+        if images:
+            return images
+    require_some(0, len(unreadable))
+    return {}
 
 
 def take_snapshot(

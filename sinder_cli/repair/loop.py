@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from sinder_cli.backbone.describe import Backbone
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, Warned, silent
-from sinder_cli.images import ImageSource, LoadedImage, Preprocessing, load_in_order, require_some, shuffled
+from sinder_cli.images import ImageSource, LoadedImage, Preprocessing, load_in_order, readable, require_some, shuffled
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.repair.step import Directions, step_gradient
@@ -42,6 +43,7 @@ class Progress:
 
     window: int
     recent: deque[bool] = field(init=False)
+    steps: int = 0
     images: int = 0
     nonfinite: int = 0
     nonfinite_in_a_row: int = 0
@@ -74,13 +76,14 @@ def repair_steps(
     device = directions.nu.device
     batches = _batches(source, preprocess, settings, progress, emit)
     for step in range(1, settings.max_steps + 1):
-        images = torch.stack([image.pixels for image in next(batches) if image.pixels is not None]).to(device)
+        images = next(batches).to(device)
         gradient = step_gradient(backbone, deltas.module, directions, deltas, images, settings)
         finite = gradient.finite
         if finite:
             deltas.descend(gradient.gradients, settings.lr, settings.momentum)
         _count_nonfinite(progress, finite, step, emit)
         defective = len(gradient.losses)
+        progress.steps = step
         progress.images += len(images)
         progress.recent.extend([False] * defective + [True] * (len(images) - defective))
         yield StepRecord(
@@ -116,17 +119,21 @@ def _count_nonfinite(progress: Progress, finite: bool, step: int, emit: Emit) ->
 
 def _batches(
     source: ImageSource, preprocess: Preprocessing, settings: RepairSettings, progress: Progress, emit: Emit
-) -> Iterator[list[LoadedImage]]:
-    """Endless batches of readable images; an unreadable one is named once and left out from then on."""
-    batch: list[LoadedImage] = []
-    for image in load_in_order(source, preprocess, shuffled(len(source), settings.seed)):
-        if image.pixels is None:
-            if image.name not in progress.unreadable:
-                emit(Warned(f"skipped {image.name}: {image.problem}"))
-                progress.unreadable[image.name] = image.problem
-            require_some(len(source) - len(progress.unreadable), len(progress.unreadable))
-            continue
-        batch.append(image)
+) -> Iterator[Tensor]:
+    """Endless batches `[B, 3, H, W]` of readable images; an unreadable one is named once and passed over.
+
+    Raises `BadInputError` once every image of the source has turned out to be unreadable.
+    """
+    batch: list[Tensor] = []
+    loaded = load_in_order(source, preprocess, shuffled(len(source), settings.seed))
+    for _, pixels in readable(_until_all_failed(loaded, source, progress), progress.unreadable, emit):
+        batch.append(pixels)
         if len(batch) == settings.batch_size:
-            yield batch
+            yield torch.stack(batch)
             batch = []
+
+
+def _until_all_failed(loaded: Iterator[LoadedImage], source: ImageSource, progress: Progress) -> Iterator[LoadedImage]:
+    for image in loaded:
+        require_some(len(source) - len(progress.unreadable), len(progress.unreadable))
+        yield image

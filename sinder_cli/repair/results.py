@@ -1,63 +1,92 @@
-"""What a repair leaves behind: the repaired weights, the adapter and the summary, as files of the run directory."""
+"""What a repair amounts to: the repaired weights, the adapter, and the records of the run."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sinder_cli.backbone.blocks import rows_of
 from sinder_cli.backbone.checkpoint import Weights
+from sinder_cli.backbone.describe import Backbone, ModelRequest
 from sinder_cli.backbone.storing import infos_of, stored_as, write_safetensors
+from sinder_cli.images import ImageSource, Preprocessing
 from sinder_cli.repair.deltas import Deltas, Target
-from sinder_cli.repair.loop import StepRecord
 from sinder_cli.repair.settings import RepairSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sinder_cli.repair.evaluation import Snapshot
+    from sinder_cli.repair.loop import Progress
+
 ADAPTER_FORMAT = "sinder-adapter-1"
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """The names inside a run directory."""
+class RepairResult:
+    """What `repair` left in its run directory, and the tokens before and after for pictures."""
 
-    path: Path
+    folder: Path
+    model: str
+    summary: dict[str, Any]
+    config: dict[str, Any]
+    before: Snapshot
+    after: Snapshot
+    pictures: list[Tensor]  # [3, H, W] inputs of the first images, normalized with `mean` and `std`
+    names: list[str]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.json"
 
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+def run_config(
+    backbone: Backbone,
+    request: ModelRequest,
+    settings: RepairSettings,
+    preprocess: Preprocessing,
+    source: ImageSource,
+    device: str,
+) -> dict[str, Any]:
+    """`config.json`: resolved settings, versions, and the fingerprints of the weights and of the list of images."""
+    import torch
 
-    @property
-    def model(self) -> Path:
-        return self.path / "model.safetensors"
+    from sinder_cli import __version__
 
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter.safetensors"
+    return {
+        "model": backbone.name,
+        "heads": request.heads,
+        "weights": {"source": backbone.weights.source.label, "fingerprint": backbone.weights.fingerprint()},
+        "images": {"count": len(source), "fingerprint": source.fingerprint()},
+        "settings": settings.model_copy(update={"image_size": preprocess.size}).model_dump(),
+        "device": device,
+        "versions": {"sinder": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
 
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
 
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
+def run_summary(
+    backbone: Backbone, before: Snapshot, after: Snapshot, progress: Progress, deltas: Deltas, settings: RepairSettings
+) -> dict[str, Any]:
+    """`summary.json`, but for the seconds that the run took."""
+    from sinder_cli.repair.evaluation import cls_cosine
 
-    @property
-    def card(self) -> Path:
-        return self.path / "README.md"
-
-    def record(self, step: StepRecord) -> None:
-        """Append one line to the metrics."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(step)) + "\n")
+    changed = changed_targets(deltas)
+    return {
+        "model": backbone.name,
+        "defects": {"before": before.defects(), "after": after.defects()},
+        "cls_cosine": cls_cosine(before, after),
+        "tapped": "residual stream after the last block, before the final norm",
+        "evaluation_images": len(before.norms),
+        "steps": progress.steps,
+        "images": progress.images,
+        "skipped_images": len(progress.unreadable),
+        "skipped_steps": progress.nonfinite,
+        "changed_weights": len(changed),
+        "trained_values": sum(len(target.delta) for target in changed),
+        "clean_share": progress.density,
+        "stopped_by": "density" if progress.density >= settings.stop_density else "max_steps",
+    }
 
 
 def changed_targets(deltas: Deltas) -> list[Target]:
@@ -65,28 +94,22 @@ def changed_targets(deltas: Deltas) -> list[Target]:
     return [target for target in deltas.touched if bool(target.delta.any())]
 
 
-def repaired_tensor(weights: Weights, name: str, targets: list[Target]) -> Tensor:
-    """One tensor of the repaired backbone in its stored dtype; rows that no target covers keep their bits.
+def repaired_tensors(weights: Weights, targets: list[Target]) -> Iterator[Tensor]:
+    """The tensors of the repaired backbone in their stored dtype; rows that no target covers keep their bits.
 
     Raises `BadInputError` naming the tensor if a value does not fit its dtype.
     """
-    tensor = weights.read([name])[name]
-    for target in targets:
-        if target.ref.name == name:
-            part = rows_of(tensor, target.ref)
-            part.copy_(stored_as(target.weight.cpu(), str(target.ref), tensor.dtype))
-    return tensor
+    for name, tensor in weights.stream(weights.names):
+        for target in targets:
+            if target.ref.name == name:
+                part = rows_of(tensor, target.ref)
+                part.copy_(stored_as(target.weight.cpu(), str(target.ref), tensor.dtype))
+        yield tensor
 
 
 def write_model(path: Path, weights: Weights, deltas: Deltas) -> None:
     """The repaired backbone in the key order, names and dtypes of the input, one tensor at a time."""
-    targets = changed_targets(deltas)
-    canonical = {weights.output_name(name): name for name in weights.names}
-    write_safetensors(
-        path,
-        {output: weights.info(name) for output, name in canonical.items()},
-        lambda output: repaired_tensor(weights, canonical[output], targets),
-    )
+    write_safetensors(path, weights.output_infos(), repaired_tensors(weights, changed_targets(deltas)))
 
 
 def write_adapter(path: Path, model: str, fingerprint: str, deltas: Deltas, settings: RepairSettings) -> None:
@@ -98,4 +121,4 @@ def write_adapter(path: Path, model: str, fingerprint: str, deltas: Deltas, sett
         "base_fingerprint": fingerprint,
         "settings": settings.model_dump_json(),
     }
-    write_safetensors(path, infos_of(tensors), tensors.__getitem__, metadata)
+    write_safetensors(path, infos_of(tensors), tensors.values(), metadata)

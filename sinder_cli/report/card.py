@@ -10,7 +10,7 @@ from sinder_cli.report import facts
 from sinder_cli.report.templates import markdown_template
 
 if TYPE_CHECKING:
-    from sinder_cli.api import RepairResult
+    from sinder_cli.repair.results import RepairResult
 
 WRITTEN_WITH_THE_CARD = ("report.html", "README.md")
 FILES = {

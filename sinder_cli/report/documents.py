@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from sinder_cli.backbone.registry import InstalledBackbone
 
 if TYPE_CHECKING:
-    from sinder_cli.api import Analysis, RepairResult
+    from sinder_cli.api import Analysis
     from sinder_cli.defects.prediction import Prediction
+    from sinder_cli.repair.results import RepairResult
 
 TAPPED = "residual stream after each block, before the final norm"
 
@@ -26,16 +27,18 @@ def finite(value: Any) -> Any:
 
 
 def prediction_document(prediction: Prediction) -> dict[str, Any]:
-    """`sinder predict-defects --format json`."""
-    depth = max(len(rows) for rows in prediction.stages.values())
-    blocks: list[dict[str, Any]] = [{"block": index} for index in range(depth)]
-    for stage, rows in prediction.stages.items():
-        for row in rows:
-            blocks[row.block][stage] = {
-                "sigma": row.sigma,
-                "gap": row.pair.gap,
-                "angle_to_previous_deg": row.angle_to_previous,
-            }
+    """`sinder predict-defects --format json`: a row a block, each of its measures by stage."""
+    blocks = [
+        {
+            "block": rows[0].block,
+            "sigma": {stage: row.sigma for stage, row in zip(prediction.stages, rows, strict=True)},
+            "gap": {stage: row.pair.gap for stage, row in zip(prediction.stages, rows, strict=True)},
+            "angle_to_previous_deg": {
+                stage: row.angle_to_previous for stage, row in zip(prediction.stages, rows, strict=True)
+            },
+        }
+        for rows in zip(*prediction.stages.values(), strict=True)
+    ]
     return finite(
         {
             "model": prediction.model,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sinder_cli.repair.settings import RepairSettings
 
 if TYPE_CHECKING:
-    from sinder_cli.api import RepairResult
+    from sinder_cli.repair.results import RepairResult
 
 PAPER_TITLE = "SINDER: Repairing the Singular Defects of DINOv2"
 PAPER_AUTHORS = "Haoqi Wang, Tong Zhang, Mathieu Salzmann"

@@ -11,7 +11,7 @@ from sinder_cli.report.charts import Chart, line_chart, log_ticks
 from sinder_cli.report.templates import html_template
 
 if TYPE_CHECKING:
-    from sinder_cli.api import RepairResult
+    from sinder_cli.repair.results import RepairResult
 
 SIDES = ("before", "after")
 

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from sinder_cli.backbone.registry import InstalledBackbone
 from sinder_cli.defects.rules import MIN_GAP
 from sinder_cli.report import facts
 
 if TYPE_CHECKING:
-    from sinder_cli.api import Analysis, RepairResult
+    from sinder_cli.api import Analysis
     from sinder_cli.defects.positions import PositionCheck
     from sinder_cli.defects.prediction import BlockSpectrum, Prediction
+    from sinder_cli.repair.results import RepairResult
 
 
 HEADINGS = {"attention": "attn", "mlp": "mlp", "block": "block", "cumulative": "cumul"}  # 80 columns hold no more
@@ -24,6 +26,7 @@ HEADINGS = {"attention": "attn", "mlp": "mlp", "block": "block", "cumulative": "
 def prediction_table(prediction: Prediction) -> RenderableType:
     """σ₁, σ₁/σ₂ and the turn from the previous block, for each stage of each block."""
     table = _table(prediction.model)
+    table.padding = (0, 1, 0, 0)  # one space between columns: two would not fit
     table.add_column("", justify="right")
     for stage in prediction.stages:
         table.add_column(f"{HEADINGS[stage]}\nσ₁", justify="right")
@@ -35,11 +38,11 @@ def prediction_table(prediction: Prediction) -> RenderableType:
     return Group(table, *_prediction_words(prediction))
 
 
-def _spectrum_cells(row: BlockSpectrum) -> tuple[str, str, str]:
+def _spectrum_cells(row: BlockSpectrum) -> list[Text]:
     dim = "" if row.pair.gap >= MIN_GAP else "dim"
     gap = f"{row.pair.gap:.2f}" if row.pair.gap < 100 else _short(row.pair.gap)
     cells = (_short(row.sigma), gap, _degrees(row.angle_to_previous))
-    return tuple(f"[{dim}]{cell}[/]" if dim else cell for cell in cells)  # type: ignore[return-value]
+    return [Text(cell, dim) for cell in cells]
 
 
 def _prediction_words(prediction: Prediction) -> list[str]:
@@ -137,7 +140,7 @@ def backbones_table(rows: Sequence[InstalledBackbone]) -> RenderableType:
     for row in rows:
         listing = row.listing
         if listing is None:
-            table.add_row("", row.plugin.name, row.plugin.distribution, "", "", "", f"[red]{row.problem}[/]")
+            table.add_row("", row.plugin.name, row.plugin.distribution, "", "", "", Text(row.problem, "red"))
             continue
         sizes = (_millions(listing.parameters), _whole(listing.patch_size), _whole(listing.prefix_tokens))
         table.add_row(listing.name, row.plugin.name, row.plugin.distribution, *sizes, "there")

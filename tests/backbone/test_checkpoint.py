@@ -165,7 +165,8 @@ def test_a_backbone_without_a_prefix_is_located_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "meant"), [("student.backbone.", "teacher.backbone."), ("model.", "model_ema."), ("", "teacher.")]
+    ("other", "meant"),
+    [("student.backbone.", "teacher.backbone."), ("model.", "model_ema."), ("", "teacher."), ("schema.", "ema.")],
 )
 def test_the_teacher_is_preferred_to_the_student(other: str, meant: str) -> None:
     for order in ((other, meant), (meant, other)):

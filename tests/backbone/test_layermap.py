@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -114,6 +115,20 @@ def test_a_missing_tensor_is_named(name: str) -> None:
 )
 def test_a_wrong_shape_is_named_with_its_place(name: str, shape: tuple[int, ...], told: str) -> None:
     assert told in refusal(backbone_of(block_map(), SHAPES | {name: shape}))
+
+
+def test_quantized_weights_are_refused_by_name() -> None:
+    backbone = backbone_of(block_map(), SHAPES)
+    tensors = {name: torch.zeros(shape) for name, shape in SHAPES.items()} | {"up": torch.zeros(HIDDEN, N).char()}
+    quantized = replace(backbone, weights=Weights.of(MemoryTensors("memory", tensors)))
+    assert "block 0, mlp.up: 'up' holds torch.int8: quantized weights" in refusal(quantized)
+
+
+def test_queries_are_checked_as_well() -> None:
+    block = block_map()
+    attention = block.attention.model_copy(update={"query": ref("qkv", (0, INNER)), "query_bias": ref("norm1")})
+    told = refusal(backbone_of(block.model_copy(update={"attention": attention}), SHAPES))
+    assert "attention.query_bias (norm1): its shape is 8, not 6" in told
 
 
 def test_a_wrong_width_is_refused() -> None:

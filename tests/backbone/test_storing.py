@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ MIXED: dict[str, Tensor] = {
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    write_safetensors(path, infos_of(tensors), tensors.__getitem__, metadata)
+    write_safetensors(path, infos_of(tensors), tensors.values(), metadata)
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -76,15 +77,27 @@ def test_a_tensor_in_any_memory_layout_is_written_in_its_logical_order(tmp_path:
     assert all(torch.equal(found[name], view) for name, view in views.items())
 
 
-def test_each_tensor_is_asked_for_once_in_the_order_of_the_file(tmp_path: Path) -> None:
-    asked = []
+def test_one_tensor_is_taken_at_a_time(tmp_path: Path) -> None:
+    taken: list[weakref.ref[Tensor]] = []
 
-    def read(name: str) -> Tensor:
-        asked.append(name)
-        return MIXED[name]
+    def tensors() -> Iterator[Tensor]:
+        for _ in range(5):
+            assert sum(known() is not None for known in taken) <= 1  # the one that was just written
+            tensor = torch.ones(3)
+            taken.append(weakref.ref(tensor))
+            yield tensor
 
-    write_safetensors(tmp_path / "a.safetensors", infos_of(MIXED), read)
-    assert asked == list(MIXED)
+    infos = {f"t{index}": TensorInfo((3,), torch.float32) for index in range(5)}
+    write_safetensors(tmp_path / "a.safetensors", infos, tensors())
+    assert len(taken) == 5
+
+
+@pytest.mark.parametrize("count", [len(MIXED) - 1, len(MIXED) + 1], ids=["too few", "too many"])
+def test_another_number_of_tensors_than_announced_is_an_error(count: int, tmp_path: Path) -> None:
+    tensors = [*MIXED.values(), torch.ones(1)][:count]
+    with pytest.raises(ValueError, match=r"zip\(\)"):
+        write_safetensors(tmp_path / "a.safetensors", infos_of(MIXED), tensors)
+    assert list(tmp_path.iterdir()) == []
 
 
 def broken(name: str) -> Tensor:
@@ -110,7 +123,7 @@ def test_a_write_that_fails_leaves_no_file(
     if replaces:
         path.write_bytes(b"old")
     with pytest.raises((RuntimeError, AssertionError), match=told):
-        write_safetensors(path, infos_of(MIXED), read)
+        write_safetensors(path, infos_of(MIXED), (read(name) for name in MIXED))
     assert [file.read_bytes() for file in tmp_path.iterdir()] == ([b"old"] if replaces else [])
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from sinder_cli.api import RepairResult
 from sinder_cli.repair.evaluation import SAMPLES, Snapshot, cls_cosine
 from sinder_cli.repair.loop import StepRecord
+from sinder_cli.repair.results import RepairResult
 from sinder_cli.repair.settings import RepairSettings
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

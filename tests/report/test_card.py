@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from sinder_cli.api import RepairResult
-from sinder_cli.repair.results import RunFolder
+from sinder_cli.repair.folder import RunFolder
+from sinder_cli.repair.results import RepairResult
 from sinder_cli.report.card import FILES, render_card
 from sinder_cli.report.templates import code_span, table_cell
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sinder_cli.api import RepairResult
+from sinder_cli.repair.results import RepairResult
 from sinder_cli.report.facts import counted, duration, number, percent, run_facts, stop_reason
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sinder_cli.api import RepairResult
+from sinder_cli.repair.results import RepairResult
 from sinder_cli.report.page import charts, render_repair_page
 
 MakeResult = Callable[..., RepairResult]

@@ -1,0 +1,82 @@
+"""The run directory: what a repair leaves behind, by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sinder_cli.errors import BadInputError, CannotCreateError, NoInputError
+from sinder_cli.files import require_writable_folder
+from sinder_cli.repair.loop import StepRecord
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The names inside a run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter.safetensors"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def card(self) -> Path:
+        return self.path / "README.md"
+
+    def record(self, step: StepRecord) -> None:
+        """Append one line to the metrics."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(step)) + "\n")
+
+    def require_new(self) -> None:
+        """Prove, before any work is done, that this can become a run directory; nothing is left of the proof.
+
+        Raises `CannotCreateError` for a folder that is not empty or cannot be made.
+        """
+        there = self.path.exists()
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise CannotCreateError(
+                f"cannot create run directory {self.path}", "it is not empty", "choose another --out"
+            )
+        require_writable_folder(self.path)
+        if not there:
+            self.path.rmdir()
+
+    def repaired_model(self) -> tuple[str, int | None]:
+        """The name of the model that was repaired here, and the heads that its user gave.
+
+        Raises `BadInputError` for an unreadable `config.json` and `NoInputError` for a run that did not finish.
+        """
+        try:
+            config: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
+            model, heads = str(config["model"]), config.get("heads")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise BadInputError(f"cannot read {self.config}", why, "is it a run directory?") from error
+        if not self.model.is_file():
+            why = "there is no model.safetensors: its run did not finish"
+            raise NoInputError(f"cannot export {self.path}", why, "run `sinder repair` anew")
+        return model, heads

@@ -1,0 +1,92 @@
+"""The reference's way to repair, written anew for comparison: no part of it is used by sinder.
+
+Every target weight is a parametrization U diag(S + ε) Vᵀ that is rebuilt in each forward pass; autograd goes through
+the whole depth; gradients outside the window are thrown away; SGD with momentum; one image at a time. Detection and
+loss are sinder's own functions, so that only the way of computing the step differs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from sinder_cli import Backbone, WeightRef
+from sinder_cli.backbone.layermap import trained_references
+from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask
+from sinder_cli.defects.tokens import autocast, patch_grid
+from sinder_cli.repair.objective import neighbour_loss
+from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repair.step import Directions
+
+
+class Rebuilt(nn.Module):
+    """A parameter whose target rows are U diag(S + ε) Vᵀ."""
+
+    def __init__(self, weight: Tensor, targets: dict[str, WeightRef]) -> None:
+        super().__init__()
+        self.spans = {name: ref.rows or (0, len(weight)) for name, ref in targets.items()}
+        self.epsilon = nn.ParameterDict()
+        for name, (start, stop) in self.spans.items():
+            U, S, Vt = torch.linalg.svd(weight[start:stop].detach(), full_matrices=False)
+            key = name.replace(".", "_")
+            for kind, tensor in (("U", U), ("S", S), ("Vt", Vt)):
+                self.register_buffer(f"{key}_{kind}", tensor.contiguous())
+            self.epsilon[key] = nn.Parameter(torch.zeros_like(S))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        pieces, at = [], 0
+        for name, (start, stop) in sorted(self.spans.items(), key=lambda item: item[1]):
+            key = name.replace(".", "_")
+            U, S, Vt = (getattr(self, f"{key}_{kind}") for kind in ("U", "S", "Vt"))
+            pieces += [weight[at:start], U @ torch.diag(S + self.epsilon[key]) @ Vt]  # as the authors' code has it
+            at = stop
+        return torch.cat([*pieces, weight[at:]])
+
+
+class ReferenceRepair:
+    """The training loop of the reference, one image a step."""
+
+    def __init__(self, backbone: Backbone, module: nn.Module, directions: Directions, settings: RepairSettings) -> None:
+        self.backbone, self.module, self.directions, self.settings = backbone, module, directions, settings
+        self.by_block: list[list[nn.Parameter]] = []
+        for index, block in enumerate(backbone.layers.blocks):
+            by_parameter: dict[str, dict[str, WeightRef]] = {}
+            for role, ref in trained_references(block).items():
+                by_parameter.setdefault(ref.name, {})[f"blocks.{index}.{role}"] = ref
+            rebuilt = [self._parametrize(name, targets) for name, targets in by_parameter.items()]
+            self.by_block.append([epsilon for part in rebuilt for epsilon in part.epsilon.values()])
+        self.optimizer = torch.optim.SGD(
+            [epsilon for block in self.by_block for epsilon in block], lr=settings.lr, momentum=settings.momentum
+        )
+
+    def _parametrize(self, name: str, targets: dict[str, WeightRef]) -> Rebuilt:
+        parent, attribute = name.rsplit(".", 1)
+        owner = self.module.get_submodule(parent)
+        rebuilt = Rebuilt(getattr(owner, attribute), targets)
+        parametrize.register_parametrization(owner, attribute, rebuilt)
+        return rebuilt
+
+    def step(self, image: Tensor) -> float | None:
+        """One image `[1, 3, H, W]`; the loss, or None for a clean one."""
+        self.optimizer.zero_grad()
+        settings, rule = self.settings, DetectionRule.of(self.settings)
+        with autocast(settings.dtype, image.device), torch.enable_grad():
+            tokens, context = self.backbone.embed(self.module, image)
+            for block in range(self.backbone.depth):
+                tokens = self.backbone.run_block(self.module, block, tokens, context)
+                if not rule.trusts(self.directions.gaps[block]):
+                    continue
+                patches = patch_grid(self.backbone, tokens, image)
+                logits = alignment_logits(patches.detach(), self.directions.nu[block])
+                masks = defect_mask(logits, rule)
+                if masks.sum() < rule.min_tokens:
+                    continue
+                loss = neighbour_loss(patches[0], logits[0], masks[0], settings.kernel, settings.temperature)
+                loss.backward()
+                for earlier in self.by_block[: block - settings.window + 1]:
+                    for epsilon in earlier:
+                        epsilon.grad = None
+                self.optimizer.step()
+                return loss.item()
+        return None

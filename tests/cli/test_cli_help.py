@@ -1,0 +1,106 @@
+"""Help, manual pages and README say what the commands do, and asking for help costs nothing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sinder_cli import __version__
+from sinder_cli.cli.app import command
+from sinder_cli.cli.manpage import EXIT_CODES, pages
+
+Sinder = Callable[..., subprocess.CompletedProcess[str]]
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("analyze", "backbones", "export", "predict-defects", "repair")
+HEAVY = {"torch", "matplotlib", "numpy", "PIL", "transformers", "safetensors", "sinder_plugins"}
+
+
+def options_of(name: str) -> list[str]:
+    """Every long option of a subcommand."""
+    tree: Any = command()
+    flags = [flag for parameter in tree.commands[name].params for flag in parameter.opts if flag.startswith("--")]
+    return [*flags, "--help"]
+
+
+def test_these_are_the_commands() -> None:
+    tree: Any = command()
+    assert sorted(tree.commands) == list(COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["repair", "--help"], ["--version"], []])
+def test_asking_for_help_imports_nothing_heavy(arguments: list[str], environment: dict[str, str]) -> None:
+    code = (
+        "import sys, atexit\n"
+        f"atexit.register(lambda: print('LOADED', *sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr))\n"
+        "from sinder_cli.cli.main import main\n"
+        f"main({arguments!r})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0
+    assert run.stderr == "LOADED\n"
+    assert "\x1b" not in run.stdout
+    assert __version__ in run.stdout if arguments == ["--version"] else "Usage" in run.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_option_within_80_columns(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tree: Any = command()
+    tree.main(args=[name, "--help"], prog_name="sinder", standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert [option for option in options_of(name) if option not in shown] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_on_its_manual_page(name: str) -> None:
+    page = pages()[f"sinder-{name}.1"].replace("\\-", "-")
+    assert [option for option in options_of(name) if not re.search(rf"^\.B .*{option}\b", page, re.MULTILINE)] == []
+
+
+def test_the_manual_pages_in_the_repository_are_those_of_the_command_tree() -> None:
+    stored = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "man").iterdir()}
+    assert stored == pages(), "run `make man`"
+
+
+def test_the_main_page_lists_every_command_and_exit_code() -> None:
+    page = pages()["sinder.1"]
+    for name in COMMANDS:
+        assert f".BR sinder\\-{name.replace('-', chr(92) + '-')} (1)" in page
+    for code in EXIT_CODES:
+        assert f".B {code}\n" in page
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_in_the_readme(name: str) -> None:
+    assert f"sinder {name}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_option_that_the_readme_uses_exists() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    used = [re.search(r"^    sinder ([a-z-]+)(.*)", line.split("  #")[0]) for line in lines]
+    found = [(match[1], option) for match in used if match for option in re.findall(r"--[a-z-]+", match[2])]
+    assert len(found) >= 8
+    assert [(name, option) for name, option in found if option not in options_of(name)] == []
+
+
+@pytest.mark.skipif(shutil.which("groff") is None, reason="groff is not installed")
+@pytest.mark.parametrize("name", ["sinder.1", *(f"sinder-{name}.1" for name in COMMANDS)])
+def test_groff_renders_a_page_without_a_warning(name: str) -> None:
+    run = subprocess.run(
+        ["groff", "-man", "-Tutf8", "-ww", "-K", "utf8", "-b", str(ROOT / "man" / name)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    plain = re.sub(r"\x1b\[[0-9;]*m|.\x08", "", run.stdout).replace("−", "-").replace("‐", "-")
+    options = re.findall(r"^\.B .*?(--[a-z-]+)", pages()[name].replace("\\-", "-"), re.MULTILINE)
+    assert "--help" in options
+    assert [option for option in options if option not in plain] == []

@@ -1,0 +1,31 @@
+"""What is printed says the names as they are."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+from rich.table import Table
+
+from sinder_cli.cli.output import show
+
+
+def test_brackets_in_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table(title="runs[bold]/[/x]")
+    table.add_column("model[red]")
+    table.add_row("[/]vit")
+    show("table", lambda: table, dict)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("runs[bold]/[/x]", "model[red]", "[/]vit"))
+
+
+def test_a_document_is_printed_where_no_terminal_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    show(None, lambda: "a table", lambda: {"σ": 1.5})
+    assert capsys.readouterr().out == '{\n  "σ": 1.5\n}\n'
+
+
+def test_a_number_that_json_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        show("json", lambda: "", lambda: {"loss": float("nan")})

@@ -1,0 +1,45 @@
+"""Running the command line as a user does: a process of its own, with real files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Completed = subprocess.CompletedProcess[str]
+COMMAND = (sys.executable, "-m", "sinder_cli")
+UNWANTED = {"NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES", "PYTHONPATH", "PYTHONWARNINGS"}
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One thread, since tests share the machine; an empty cache, so that no test finds an official checkpoint."""
+    kept = {name: value for name, value in os.environ.items() if name not in UNWANTED}
+    return kept | {
+        "OMP_NUM_THREADS": "1",
+        "TORCH_HOME": str(tmp_path_factory.mktemp("torch")),
+        "TERM": "xterm-256color",
+    }
+
+
+@pytest.fixture(scope="session")
+def sinder(environment: dict[str, str]) -> Callable[..., Completed]:
+    """Run `sinder` with these arguments and catch what it prints."""
+
+    def run(*arguments: str | Path, stdin: str = "", cwd: Path | None = None, **variables: str) -> Completed:
+        return subprocess.run(
+            [*COMMAND, *map(str, arguments)],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env=environment | variables,
+            timeout=300,
+            check=False,
+        )
+
+    return run

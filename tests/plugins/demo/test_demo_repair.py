@@ -1,0 +1,106 @@
+"""The demo, end to end: the planted defect goes, and the features come back to those of the clean twin."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sinder_plugins.demo.drawing import draw_images
+from sinder_plugins.demo.planting import demo_weights
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from sinder_cli import ModelRequest, api
+from sinder_cli.backbone.opening import load_module
+from sinder_cli.defects.tokens import last_tokens
+
+README = Path(__file__).parents[3] / "README.md"
+pytestmark = pytest.mark.slow
+
+
+def final_tokens(request: ModelRequest, seed: int) -> Tensor:
+    """`[8, 401, N]` before the final norm, on images that the repair has not seen."""
+    backbone = api.open_model(request)
+    preprocess = api.preprocessing(backbone, None)
+    images = torch.stack([preprocess(image) for image in draw_images(8, seed)])
+    return last_tokens(backbone, load_module(backbone), images)
+
+
+def documented_files() -> list[str]:
+    """The names in README's table of the run directory."""
+    table = README.read_text(encoding="utf-8").split("## What a repair leaves behind")[1].split("## ")[0]
+    return re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+
+
+def test_no_token_of_more_than_three_medians_is_left(repaired: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = json.loads((repaired / "summary.json").read_text())
+    before, after = summary["defects"]["before"], summary["defects"]["after"]
+    with capsys.disabled():
+        print(f"\ndemo: {summary['steps']} steps, {summary['seconds']} s, cls cosine {summary['cls_cosine']:.4f},")
+        print(f"  before {before}\n  after  {after}")
+    assert before["tokens"] >= 3 * summary["evaluation_images"]
+    assert before["max_ratio"] > 10
+    assert (after["tokens"], after["fraction"]) == (0, 0)
+    assert after["max_ratio"] < 3
+    assert summary["cls_cosine"] >= 0.98
+    assert summary["stopped_by"] == "density"
+    assert summary["clean_share"] >= 0.75
+    assert summary["seconds"] > 0
+
+
+def test_features_of_unseen_images_come_back_to_those_of_the_clean_twin(repaired: Path) -> None:
+    original = final_tokens(ModelRequest("demo_vit"), seed=99)
+    healed = final_tokens(ModelRequest("demo_vit", repaired / "model.safetensors"), seed=99)
+    clean = final_tokens(ModelRequest("demo_vit_clean"), seed=99)
+    before, after = (cosine_similarity(tokens, clean, dim=-1) for tokens in (original, healed))
+    cls_before, cls_after = before[:, 0].mean(), after[:, 0].mean()
+    patches_before, patches_after = before[:, 1:].mean(), after[:, 1:].mean()
+    assert cls_after >= 0.99
+    assert cls_after > cls_before
+    assert patches_after > patches_before
+
+
+def test_the_run_directory_holds_what_the_readme_names_and_nothing_else(repaired: Path) -> None:
+    assert len(documented_files()) >= 7
+    assert sorted(path.name for path in repaired.iterdir()) == sorted(documented_files())
+
+
+def test_every_file_of_the_run_directory_is_valid(repaired: Path) -> None:
+    config, summary = (json.loads((repaired / f"{name}.json").read_text()) for name in ("config", "summary"))
+    assert config["settings"]["seed"] == 0
+    assert config["model"] == summary["model"] == "demo_vit"
+    lines = [json.loads(line) for line in (repaired / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, summary["steps"] + 1))
+    assert (lines[0]["block"], lines[0]["images"]) == (5, 1)
+    assert lines[-1]["density"] == summary["clean_share"]
+    original, healed = demo_weights(True), load_file(repaired / "model.safetensors")
+    assert {name: (t.shape, t.dtype) for name, t in healed.items()} == {
+        name: (t.shape, t.dtype) for name, t in original.items()
+    }
+    deltas = load_file(repaired / "adapter.safetensors")
+    assert len(deltas) == summary["changed_weights"] == 24  # four targets of each block up to the planted one
+    assert sum(len(delta) for delta in deltas.values()) == summary["trained_values"]
+    assert all(delta.any() for delta in deltas.values())
+    page = (repaired / "report.html").read_text(encoding="utf-8")
+    loads = re.findall(r"""(?:src|href|action)\s*=\s*["']?(?!data:|#)([^"'\s>]+)|url\((?!["']?data:)([^)]*)\)""", page)
+    assert [found for found in loads if "arxiv.org" not in found[0]] == []
+    assert not re.search(r"<(?:script|link|iframe)[^>]+(?:src|href)|@import", page)
+    assert (repaired / "README.md").read_text(encoding="utf-8").lstrip().startswith(("#", "---"))
+
+
+def test_the_clean_twin_comes_out_bit_for_bit_as_it_went_in(repaired_clean: Path) -> None:
+    folder = repaired_clean
+    original, written = demo_weights(False), load_file(folder / "model.safetensors")
+    assert list(original) == [name for name in original if torch.equal(original[name], written[name])]
+    assert len(written) == len(original)
+    assert load_file(folder / "adapter.safetensors") == {}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 40
+    assert {line["masked_tokens"] for line in lines} == {0}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["changed_weights"] == 0
+    assert summary["cls_cosine"] == pytest.approx(1)

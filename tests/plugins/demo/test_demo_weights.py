@@ -1,0 +1,130 @@
+"""The planted defect is what the plugin says it is."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from sinder_plugins.demo.drawing import draw_images
+from sinder_plugins.demo.planting import BLOCK, NEURON, demo_weights
+from torch import Tensor
+
+from sinder_cli import ModelRequest, UsageError, api
+from sinder_cli.backbone.opening import load_module
+from sinder_cli.defects.settings import AnalyzeSettings
+from sinder_cli.defects.spectrum import angle_between
+from sinder_cli.defects.tokens import outlier_mask, patch_grid, residual_stream
+
+COLUMN = f"blocks.{BLOCK}.down.weight"
+HASH = "import hashlib; from sinder_plugins.demo.planting import demo_weights; " + (
+    "print(hashlib.sha256(b''.join(t.numpy().tobytes() for t in demo_weights(True).values())).hexdigest())"
+)
+
+
+@pytest.fixture(scope="module")
+def planted() -> dict[str, Tensor]:
+    return demo_weights(True)
+
+
+@pytest.fixture(scope="module")
+def nu(planted: dict[str, Tensor]) -> Tensor:
+    """The direction that the planted column writes."""
+    column = planted[COLUMN][:, NEURON]
+    return column / column.norm()
+
+
+def test_another_process_makes_the_same_weights(planted: dict[str, Tensor]) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    other = subprocess.run([sys.executable, "-c", HASH], capture_output=True, text=True, check=True, env=environment)
+    here = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in planted.values()))
+    assert other.stdout.strip() == here.hexdigest()
+
+
+def test_whoever_changes_its_weights_changes_nobody_elses() -> None:
+    demo_weights(True)[COLUMN].zero_()
+    assert demo_weights(True)[COLUMN].any()
+
+
+def test_the_twins_differ_in_one_column_of_one_tensor(planted: dict[str, Tensor]) -> None:
+    clean = demo_weights(False)
+    assert list(planted) == list(clean)
+    assert [name for name in planted if not torch.equal(planted[name], clean[name])] == [COLUMN]
+    different = (planted[COLUMN] != clean[COLUMN]).any(dim=0).nonzero().flatten().tolist()
+    assert different == [NEURON]
+    assert not clean[COLUMN][:, NEURON].any()
+
+
+def test_images_depend_on_the_seed_and_their_number_alone() -> None:
+    few, more, others = draw_images(2, seed=3), draw_images(4, seed=3), draw_images(2, seed=4)
+    assert [image.tobytes() for image in few] == [image.tobytes() for image in more[:2]]
+    assert few[0].tobytes() != few[1].tobytes()
+    assert few[0].tobytes() != others[0].tobytes()
+    assert {image.size for image in more} == {(320, 320)}
+
+
+def test_the_predicted_direction_is_near_the_planted_one_from_its_block_on(nu: Tensor) -> None:
+    prediction = api.predict(ModelRequest("demo_vit"), ("cumulative",))
+    angles = [angle_between(direction, nu) for direction in prediction.directions()]
+    assert all(angle < 25 for angle in angles[BLOCK:]), angles
+    assert all(angle > 45 for angle in angles[:BLOCK]), angles
+    assert prediction.settled_from() == BLOCK == 5
+    assert [gap >= 1.1 for gap in prediction.gaps()] == [False] * BLOCK + [True] * (12 - BLOCK)
+
+
+def test_outlying_tokens_lie_along_the_planted_direction_in_every_image(nu: Tensor) -> None:
+    backbone = api.open_model(ModelRequest("demo_vit"))
+    module = load_module(backbone)
+    preprocess = api.preprocessing(backbone, None)
+    images = torch.stack([preprocess(image) for image in draw_images(6, seed=11)])
+    with torch.no_grad():
+        for block, tokens in enumerate(residual_stream(backbone, module, images)):
+            patches = patch_grid(backbone, tokens, images)
+            outlying = outlier_mask(patches.norm(dim=-1))
+            per_image = outlying.flatten(1).sum(dim=1)
+            assert bool((per_image >= 3).all() if block >= BLOCK else (per_image == 0).all()), (block, per_image)
+            if block >= BLOCK:
+                unit = torch.nn.functional.normalize(patches[outlying], dim=1)
+                observed = torch.linalg.svd(unit, full_matrices=False).Vh[0]
+                assert angle_between(observed, nu) < 5
+
+
+@pytest.fixture
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "DRAWN_IMAGES", 16)
+
+
+@pytest.mark.usefixtures("few_images")
+def test_the_analysis_shows_outliers_from_the_planted_block_on_and_none_before() -> None:
+    analysis = api.analyze(ModelRequest("demo_vit"), (), AnalyzeSettings(device="cpu", batch_size=16))
+    assert analysis.images == 16
+    for row in analysis.blocks:
+        found = (row.outlier_tokens, row.masked_tokens, row.masked_images)
+        if row.block < BLOCK:
+            assert found == (0, 0, 0)
+            assert row.angle_to_predicted is None
+        else:
+            assert row.outlier_tokens >= 3 * analysis.images
+            assert row.masked_tokens >= 3 * analysis.images
+            assert row.masked_images == analysis.images
+            assert row.angle_to_predicted is not None
+            assert row.angle_to_predicted < 25
+            assert row.max_norm > 10 * row.median_norm
+
+
+@pytest.mark.usefixtures("few_images")
+def test_the_clean_twin_has_no_outlying_token_and_no_settled_direction() -> None:
+    settings = AnalyzeSettings(device="cpu", batch_size=16)
+    analysis = api.analyze(ModelRequest("demo_vit_clean"), (), settings)
+    assert [row.outlier_tokens for row in analysis.blocks] == [0] * 12
+    assert [row.masked_images for row in analysis.blocks] == [0] * 12
+    assert all(row.gap < 1.1 for row in analysis.blocks)
+    assert api.predict(ModelRequest("demo_vit_clean"), ("cumulative",)).settled_from() is None
+
+
+def test_a_third_name_is_refused_with_the_two_that_there_are() -> None:
+    with pytest.raises(UsageError, match="demo_vit or demo_vit_clean"):
+        api.open_model(ModelRequest("demo_vitamin"))
