@@ -4,7 +4,6 @@ This module is what the author of a backbone plugin imports, and nothing else.
 """
 
 from sinder_cli.backbone.attention import attention_kernel
-from sinder_cli.backbone.checkpoint import MemoryTensors, TensorInfo, TensorSource, Weights
 from sinder_cli.backbone.describe import IMAGENET_MEAN, IMAGENET_STD, Backbone, Listing, ModelRequest
 from sinder_cli.backbone.download import download
 from sinder_cli.backbone.hookspecs import SINDER_API, hookimpl
@@ -19,6 +18,8 @@ from sinder_cli.backbone.layermap import (
     WeightRef,
 )
 from sinder_cli.backbone.opening import require_matching
+from sinder_cli.backbone.sources import MemoryTensors, TensorInfo, TensorSource
+from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError, NoInputError, SinderError, UnavailableError, UsageError
 
 __version__ = "0.1.0"

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from sinder_cli.backbone.attention import attention_kernel
+from sinder_cli.backbone.attention import require_attention
 from sinder_cli.backbone.describe import Backbone, ModelRequest
 from sinder_cli.backbone.device import resolve_device
-from sinder_cli.backbone.opening import load_module, open_backbone
+from sinder_cli.backbone.opening import load_module, open_backbone, require_loadable
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
 from sinder_cli.defects.settings import AnalyzeSettings
 from sinder_cli.errors import NoInputError, UsageError
@@ -89,7 +89,7 @@ def analyze(
     from sinder_cli.defects.survey import survey
 
     device = resolve_device(settings.device)
-    attention_kernel(request.attention)
+    require_attention(request.attention, device)
     backbone = open_model(request)
     preprocess = preprocessing(backbone, settings.image_size)
     source = named or drawn_images(backbone, settings.seed)
@@ -126,7 +126,7 @@ def repair(
     folder = RunFolder(out)
     folder.require_new()
     device = resolve_device(settings.device)
-    attention_kernel(request.attention)
+    require_attention(request.attention, device)
     backbone = open_model(request)
     preprocess = preprocessing(backbone, settings.image_size)
     source = named or drawn_images(backbone, settings.seed)
@@ -184,10 +184,13 @@ def export(source: str, target: str, out: Path, request: ModelRequest, emit: Emi
     require_native_suffix(out)
     require_writable_file(out)
     run = RunFolder(Path(source))
-    if run.config.is_file():
+    if run.path.is_dir() or source.startswith(("/", ".")):
+        if request.weights or request.heads:
+            raise UsageError(f"cannot export {source}", "a run has its own weights and heads", "leave the option out")
         model, heads = run.repaired_model()
         request = replace(request, model=model, weights=run.model, heads=heads)
     backbone = open_model(request)
+    require_loadable(backbone)
     emit(Noted(f"writing {out}"))
     write_native(out, backbone.weights)
     return ExportResult(out, target, len(backbone.weights.names), out.stat().st_size, sha256_of(out))

@@ -29,8 +29,9 @@ def output_error(path: Path, error: OSError) -> SinderError:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it and rename it over `path`, else remove it.
 
-    Raises `CannotCreateError` or `StorageError` for what the file system refuses.
+    A symbolic link is followed. Raises `CannotCreateError` or `StorageError` for what the file system refuses.
     """
+    path = path.resolve()
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         os.close(handle)
@@ -53,7 +54,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may hold any bytes
 
 
 def write_json(path: Path, document: Any) -> None:
@@ -62,7 +63,7 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def require_writable_folder(folder: Path) -> None:
-    """Create `folder` if need be and prove, before any work is done, that files can be made in it."""
+    """Create `folder` if need be and prove that files can be made in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -71,13 +72,26 @@ def require_writable_folder(folder: Path) -> None:
         raise output_error(folder, error) from error
 
 
+def require_creatable_folder(folder: Path) -> None:
+    """Prove, before any work is done, that `folder` is there or can be made; nothing is left of the proof."""
+    nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise output_error(folder, error) from error
+
+
 def require_writable_file(path: Path) -> None:
-    """Prove, before any work is done, that `path` can be created."""
+    """Prove, before any work is done, that `path` can be created or replaced."""
+    what = f"cannot create {path}"
     if path.is_dir():
-        raise CannotCreateError(f"cannot create {path}", "it is a folder", "name a file")
+        raise CannotCreateError(what, "it is a folder", "name a file")
+    if path.exists() and not path.is_file():
+        raise CannotCreateError(what, "it is a device or a pipe", "name a file")
     if not path.parent.is_dir():
-        raise CannotCreateError(f"cannot create {path}", f"there is no folder {path.parent}", "create it first")
-    require_writable_folder(path.parent)
+        raise CannotCreateError(what, f"there is no folder {path.parent}", "create it first")
+    require_creatable_folder(path.parent)
 
 
 def sha256_of(path: Path) -> str:

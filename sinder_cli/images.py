@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".ppm", ".pgm"})
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "PPM")  # what Pillow may try; MPO opens as JPEG
-MAX_PIXELS = 1 << 28  # 16384²; refused by header
+MAX_PIXELS = 178_956_970  # Pillow's own limit, by header, which a program may have lifted; no resizing beyond it
 READ_AHEAD = 4  # images decoded ahead of the computation
 
 

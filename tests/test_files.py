@@ -15,6 +15,7 @@ from sinder_cli.errors import CannotCreateError, StorageError
 from sinder_cli.files import (
     output_error,
     replacing,
+    require_creatable_folder,
     require_writable_file,
     require_writable_folder,
     sha256_of,
@@ -148,3 +149,27 @@ def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
     content = bytes(range(256)) * 8192  # longer than one piece
     (tmp_path / "a").write_bytes(content)
     assert sha256_of(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_symbolic_link_is_followed_and_stays_a_link(old: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.txt"
+    link.symlink_to(old)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert old.read_text() == "new"
+
+
+def test_text_with_an_undecodable_file_name_is_written_all_the_same(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff.png")
+    write_text(tmp_path / "a.txt", f"skipped {name}")
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "skipped \\udcff.png"
+
+
+def test_a_device_is_no_file_to_be_written() -> None:
+    with pytest.raises(CannotCreateError, match="it is a device"):
+        require_writable_file(Path("/dev/null"))
+
+
+def test_the_proof_that_a_folder_can_be_made_makes_nothing(tmp_path: Path) -> None:
+    require_creatable_folder(tmp_path / "a" / "b" / "c")
+    assert list(tmp_path.iterdir()) == []

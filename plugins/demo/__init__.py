@@ -7,6 +7,7 @@ three hooks; the model is in `model.py`, the planting in `planting.py`, the imag
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from sinder_cli import (
     AttentionMap,
@@ -19,11 +20,11 @@ from sinder_cli import (
     NormMap,
     PlainMlpMap,
     PositionMap,
-    UsageError,
     WeightRef,
     Weights,
     attention_kernel,
     hookimpl,
+    require_matching,
 )
 
 SINDER_API = 1
@@ -35,8 +36,7 @@ PLANTED = {"demo_vit": True, "demo_vit_clean": False}
 @hookimpl
 def sinder_listing() -> Sequence[Listing]:
     """Both twins."""
-    per_block = 4 * WIDTH * WIDTH + 2 * WIDTH * HIDDEN + 9 * WIDTH + HIDDEN
-    parameters = DEPTH * per_block + WIDTH * (3 * PATCH * PATCH + GRID * GRID + 5)
+    parameters = sum(prod(shape) for shape in tensor_shapes().values())
     return [
         Listing("demo_vit", "small ViT from a seed, a defect planted in block 5", parameters, PATCH, 1),
         Listing("demo_vit_clean", "its twin without the defect", parameters, PATCH, 1),
@@ -46,16 +46,15 @@ def sinder_listing() -> Sequence[Listing]:
 @hookimpl
 def sinder_weights(request: ModelRequest) -> MemoryTensors:
     """Make the weights; nothing is stored."""
-    planted = _planted(request.model)
     from .planting import demo_weights
 
-    return MemoryTensors(request.model, demo_weights(planted))
+    return MemoryTensors(request.model, demo_weights(PLANTED[request.model]))
 
 
 @hookimpl
 def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
-    """Describe the demo ViT."""
-    _planted(request.model)
+    """Describe the demo ViT. Raises `BadInputError` for weights of anything else."""
+    require_matching(tensor_shapes(), weights, request.model)
     from .drawing import draw_images
     from .model import DemoVit
 
@@ -80,10 +79,21 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
     )
 
 
-def _planted(model: str) -> bool:
-    if model not in PLANTED:
-        raise UsageError(f"unknown model {model!r}", "the demo plugin has two", f"use {' or '.join(PLANTED)}")
-    return PLANTED[model]
+def tensor_shapes() -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model's state dict with its shape, in its order."""
+    shapes: dict[str, tuple[int, ...]] = {"cls": (1, 1, WIDTH), "position": (1, 1 + GRID * GRID, WIDTH)}
+    shapes |= _affine("patches", (WIDTH, 3, PATCH, PATCH))
+    for index in range(DEPTH):
+        at = f"blocks.{index}"
+        shapes |= _affine(f"{at}.norm1", (WIDTH,))
+        shapes |= _affine(f"{at}.qkv", (3 * WIDTH, WIDTH)) | _affine(f"{at}.out", (WIDTH, WIDTH))
+        shapes |= _affine(f"{at}.norm2", (WIDTH,))
+        shapes |= _affine(f"{at}.up", (HIDDEN, WIDTH)) | _affine(f"{at}.down", (WIDTH, HIDDEN))
+    return shapes | _affine("norm", (WIDTH,))
+
+
+def _affine(name: str, weight: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
 
 
 def _block(at: str) -> BlockMap:

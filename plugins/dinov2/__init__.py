@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +45,6 @@ def sinder_listing() -> Sequence[Listing]:
 @hookimpl
 def sinder_weights(request: ModelRequest) -> Path:
     """The official checkpoint of `request.model`, downloaded once."""
-    _require_known(request.model)
     if request.model == CUSTOM:
         raise UsageError(f"no weights for {CUSTOM}", "it has no official checkpoint", "name a file with --weights")
     return download(official_url(request.model), request.emit)
@@ -55,7 +53,6 @@ def sinder_weights(request: ModelRequest) -> Path:
 @hookimpl
 def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
     """Describe the transformer that a checkpoint holds; under an official name it must be exactly that model."""
-    _require_known(request.model)
     weights = canonical(weights)
     config = infer_config(weights)
     if request.model in OFFICIAL:
@@ -93,14 +90,6 @@ def official_url(model: str) -> str:
 def _summary(config: Config) -> str:
     registers = f", {config.registers} registers" if config.registers else ""
     return f"DINOv2, {config.depth} blocks of width {config.width}, {config.mlp} MLP{registers}"
-
-
-def _require_known(model: str) -> None:
-    names = [*OFFICIAL, CUSTOM]
-    if model not in names:
-        near = difflib.get_close_matches(model, names, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"it offers {', '.join(names)}"
-        raise UsageError(f"unknown model {model!r}", "the dinov2 plugin does not offer it", hint)
 
 
 def _require_official(model: str, found: Config, weights: Weights) -> None:

@@ -30,23 +30,29 @@ def attention_kernel(name: AttentionName = "auto") -> AttentionKernel:
     return scaled_dot_product_attention
 
 
+def require_attention(name: AttentionName, device: str) -> None:
+    """Refuse a kernel that does not run on a resolved device. Raises `UnavailableError`."""
+    attention_kernel(name)
+    if name == "xformers" and not device.startswith("cuda"):
+        raise _no_xformers(f"its kernels do not run on device {device!r}")
+
+
 def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
     return scores.softmax(dim=-1) @ v
 
 
 def _xformers_kernel() -> AttentionKernel:
-    remedy = "use --attention sdpa"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from xformers.ops import memory_efficient_attention
     except Exception as error:  # a wheel built for another torch fails in many ways
-        raise UnavailableError("cannot use xformers attention", f"{type(error).__name__}: {error}", remedy) from error
+        raise _no_xformers(f"{type(error).__name__}: {error}") from error
     import torch
 
     if not torch.cuda.is_available():
-        raise UnavailableError("cannot use xformers attention", "its kernels need a CUDA device", remedy)
+        raise _no_xformers("its kernels need a CUDA device")
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # xformers wants [batch, tokens, heads, head width]
@@ -54,3 +60,7 @@ def _xformers_kernel() -> AttentionKernel:
         return mixed.transpose(1, 2)
 
     return kernel
+
+
+def _no_xformers(why: str) -> UnavailableError:
+    return UnavailableError("cannot use xformers attention", why, "use --attention sdpa")

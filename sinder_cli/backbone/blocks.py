@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sinder_cli.backbone.checkpoint import Weights
 from sinder_cli.backbone.layermap import BlockMap, WeightRef, references
+from sinder_cli.backbone.weights import Weights
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinder_cli.backbone.attention import AttentionName
-from sinder_cli.backbone.checkpoint import Weights
 from sinder_cli.backbone.layermap import LayerMap
+from sinder_cli.backbone.weights import Weights
 from sinder_cli.events import Emit, silent
 
 if TYPE_CHECKING:
@@ -22,13 +22,17 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Listing:
-    """One line of `sinder backbones`: a model name that a plugin offers, and what is known without its weights."""
+    """One line of `sinder backbones`: a model name that a plugin offers, and what is known without its weights.
+
+    `requires` names the modules that the model needs beyond sinder's own dependencies, such as `timm`.
+    """
 
     name: str
     summary: str
     parameters: int | None = None
     patch_size: int | None = None
     prefix_tokens: int | None = None
+    requires: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,6 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
-    there = {
-        "cpu": True,
-        "cuda": torch.cuda.device_count() > int(number or 0),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not there.get(kind, False):
+    if kind == "cuda" and torch.cuda.device_count() <= int(number or 0):
         raise UnavailableError(f"cannot use device {name!r}", "PyTorch does not see it", "use --device cpu")
     return name

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pluggy
 
-from sinder_cli.backbone.checkpoint import TensorSource, Weights
 from sinder_cli.backbone.describe import Backbone, Listing, ModelRequest
+from sinder_cli.backbone.sources import TensorSource
+from sinder_cli.backbone.weights import Weights
 
 PROJECT = "sinder"
 ENTRY_POINT_GROUP = "sinder.backbones"
@@ -20,7 +21,11 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec(firstresult=True)
 def sinder_listing() -> Sequence[Listing]:
-    """List the model names that this plugin offers."""
+    """List the model names that this plugin offers, without importing torch.
+
+    Any other name is refused before the next hook is called, unless a listed one has a `/` in it, as
+    `hf/OWNER/NAME` has: that stands for more names than can be listed.
+    """
     raise AssertionError
 
 

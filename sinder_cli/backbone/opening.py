@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from sinder_cli.backbone.checkpoint import Weights, open_checkpoint
 from sinder_cli.backbone.describe import Backbone, ModelRequest
 from sinder_cli.backbone.layermap import BlockMap, GatedMlpMap, WeightRef, references
+from sinder_cli.backbone.sources import open_checkpoint
+from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError, SinderError, UnavailableError
 from sinder_cli.events import Noted
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
 
@@ -23,32 +25,43 @@ if TYPE_CHECKING:
 def open_backbone(hooks: Any, request: ModelRequest) -> Backbone:
     """Open the weights, let the plugin describe them, and check its layer map against them.
 
-    Raises `BadInputError` for weights or maps that do not fit and `UnavailableError` for a plugin that breaks.
+    Raises `BadInputError` for weights or maps that do not fit and `UnavailableError` for a plugin that breaks or
+    describes nothing. `OSError` and `MemoryError` are this machine's, not the plugin's, and pass.
     """
-    try:
-        found = request.weights or hooks.sinder_weights(request=request)
-        if found is None:
-            raise BadInputError(
-                f"no weights for {request.model!r}", "its plugin has none", "name a file with --weights"
-            )
-        source = open_checkpoint(found) if isinstance(found, Path) else found
-        backbone: Backbone = hooks.sinder_backbone(request=request, weights=Weights.of(source))
-    except (SinderError, KeyboardInterrupt):
-        raise
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise BadInputError(f"bad layer map of {request.model!r}", f"{place}: {first['msg']}") from error
-    except Exception as error:
-        raise UnavailableError(
-            f"the plugin of {request.model!r} failed", f"{type(error).__name__}: {error}", "tell its author"
-        ) from error
+    found = request.weights
+    if found is None:
+        with _plugin_of(request.model):
+            found = hooks.sinder_weights(request=request)
+    if found is None:
+        raise BadInputError(f"no weights for {request.model!r}", "its plugin has none", "name a file with --weights")
+    source = open_checkpoint(found) if isinstance(found, Path) else found
+    with _plugin_of(request.model):
+        backbone = hooks.sinder_backbone(request=request, weights=Weights.of(source))
+    if not isinstance(backbone, Backbone):  # None where it lacks the hook
+        why = f"its sinder_backbone gives {type(backbone).__name__}, no Backbone"
+        raise UnavailableError(f"the plugin of {request.model!r} failed", why, "tell its author")
     check_layer_map(backbone)
     weights = backbone.weights
     under = f" under {weights.prefix!r}" if weights.prefix else ""
     ignored = f", {len(weights.ignored)} outside it ignored" if weights.ignored else ""
     request.emit(Noted(f"{weights.source.label}: matched {len(weights.names)} tensors{under}{ignored}"))
     return backbone
+
+
+@contextlib.contextmanager
+def _plugin_of(model: str) -> Iterator[None]:
+    """Tell what goes wrong in a plugin's code as the plugin's failure."""
+    try:
+        yield
+    except (SinderError, MemoryError, OSError):
+        raise
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise BadInputError(f"bad layer map of {model!r}", f"{place}: {first['msg']}") from error
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UnavailableError(f"the plugin of {model!r} failed", why, "tell its author") from error
 
 
 def check_layer_map(backbone: Backbone) -> None:
@@ -147,16 +160,34 @@ def _times(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "scalar"
 
 
-def load_module(backbone: Backbone, device: str = "cpu") -> nn.Module:
-    """Build the module, fill it strictly with the weights as float32, some tensors at a time, and freeze it."""
+def require_loadable(backbone: Backbone) -> nn.Module:
+    """Refuse weights that are not exactly those of the module, in names and shapes: `BadInputError` names them.
+
+    Returns the module as built on the meta device, where it takes no memory.
+    """
     import torch
 
     with torch.device("meta"):
         module = backbone.build()
-    state = module.state_dict()
-    require_matching({name: tuple(tensor.shape) for name, tensor in state.items()}, backbone.weights, backbone.name)
-    module = module.to_empty(device=device)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    require_matching(expected, backbone.weights, backbone.name)
+    return module
+
+
+def load_module(backbone: Backbone, device: str = "cpu") -> nn.Module:
+    """Build the module, fill it strictly with the weights as float32, some tensors at a time, and freeze it.
+
+    Raises `BadInputError` for weights that are not exactly the module's.
+    """
+    module = require_loadable(backbone)
+    # buffers that no file fills must be computed, which the meta device does not do
+    module = backbone.build().to(device) if _computes_buffers(module) else module.to_empty(device=device)
     targets = module.state_dict()
     for name, tensor in backbone.weights.stream(targets):
         targets[name].copy_(tensor)
     return module.eval().requires_grad_(False)
+
+
+def _computes_buffers(module: nn.Module) -> bool:
+    """Whether the module has buffers that its state dict leaves out (`persistent=False`)."""
+    return not {name for name, _ in module.named_buffers()} <= module.state_dict().keys()

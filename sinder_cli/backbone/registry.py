@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from typing import Any
 
 import pluggy
@@ -32,6 +33,18 @@ class InstalledBackbone:
     plugin: PluginEntry
     listing: Listing | None
     problem: str = ""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The modules that the model requires and that are not installed; none of them is imported to find out."""
+        return tuple(name for name in self.listing.requires if not _is_there(name)) if self.listing else ()
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # the package around it is missing, or has no spec
+        return False
 
 
 def installed_plugins() -> dict[str, PluginEntry]:
@@ -77,12 +90,36 @@ def load_plugin(plugin: PluginEntry) -> Any:
 
 
 def hooks_for(model: str) -> Any:
-    """The hooks of the plugin that a model name belongs to. Raises `UsageError` with near names if there is none."""
+    """The hooks of the plugin that a model name belongs to; of them only the listing has been called.
+
+    Raises `UsageError` with near names if no plugin offers the model, `UnavailableError` if its plugin breaks.
+    """
     plugins = installed_plugins()
     name = plugin_name_of(model, list(plugins))
     if name is None:
         raise unknown_model(model)
-    return load_plugin(plugins[name])
+    hooks = load_plugin(plugins[name])
+    if not _offers(model, _listings(plugins[name], hooks)):
+        raise unknown_model(model)
+    return hooks
+
+
+def _offers(model: str, listings: list[Listing]) -> bool:
+    """Whether a model is listed; a plugin that lists nothing, or a name with a `/`, may take names it does not list."""
+    names = [listing.name for listing in listings]
+    return not names or model in names or any("/" in name for name in names)
+
+
+def _listings(plugin: PluginEntry, hooks: Any) -> list[Listing]:
+    """What a plugin lists. Raises `UnavailableError` for a listing that fails or lists something else."""
+    try:
+        listings = list(hooks.sinder_listing() or ())
+        if strange := next((row for row in listings if not isinstance(row, Listing)), None):
+            raise TypeError(f"{strange!r} is no Listing")
+    except Exception as error:  # of the plugin's own code
+        where = f"cannot list plugin {plugin.name!r} of {plugin.distribution}"
+        raise UnavailableError(where, f"{type(error).__name__}: {error}", "tell its author") from error
+    return listings
 
 
 def unknown_model(model: str) -> UsageError:
@@ -97,13 +134,9 @@ def installed_backbones() -> Iterator[InstalledBackbone]:
     """Every listed model of every plugin; a plugin that cannot be loaded gives a row with its problem."""
     for plugin in installed_plugins().values():
         try:
-            listings = list(load_plugin(plugin).sinder_listing() or ())
+            listings = _listings(plugin, load_plugin(plugin))
         except SinderError as error:
             yield InstalledBackbone(plugin, None, str(error))
-            continue
-        except Exception as error:  # of the plugin's own code
-            problem = f"cannot list plugin {plugin.name!r} of {plugin.distribution}: {type(error).__name__}: {error}"
-            yield InstalledBackbone(plugin, None, problem)
             continue
         for listing in listings:
             yield InstalledBackbone(plugin, listing)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from sinder_cli.backbone.checkpoint import SAFETENSORS_DTYPES, TensorInfo
+from sinder_cli.backbone.sources import SAFETENSORS_DTYPES, TensorInfo
 from sinder_cli.errors import BadInputError
 from sinder_cli.files import replacing
 

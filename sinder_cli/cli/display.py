@@ -9,7 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from sinder_cli.events import Advanced, Emit, Event, Finished, Noted, Started, Warned
 
@@ -27,11 +37,19 @@ def display() -> Iterator[Emit]:
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
+        _Rate(),
         TextColumn("{task.fields[detail]}"),
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=console, transient=True, refresh_per_second=5) as progress:
         yield _Bars(progress).hear
+
+
+class _Rate(ProgressColumn):
+    """Units a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.2g}/s" if task.speed else "")
 
 
 class _Bars:
@@ -100,16 +118,16 @@ def _step(event: Event) -> tuple[int, str] | None:
     if not isinstance(event, StepRecord):
         return None
     found = f"block {event.block}, loss {event.loss:.3g}" if event.loss is not None else "no defect"
-    rate = event.step / max(event.seconds, 1e-9)
-    return event.step, f"{rate:.2g}/s, {found}, {event.density:.0%} clean, {_memory()}"
+    return event.step, f"{found}, {event.density:.0%} clean, {_memory()}"
 
 
 def _memory() -> str:
     """The largest resident memory so far, or the device's where one is used."""
     import torch
 
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
+    on_gpu = max((torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())), default=0)
+    if on_gpu:
+        return f"{on_gpu / 2**30:.1f} GiB on the GPU"
     scale = 2**30 if sys.platform == "darwin" else 2**20
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale:.1f} GiB"
 

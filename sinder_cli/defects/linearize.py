@@ -82,7 +82,7 @@ def mean_hidden_jacobian(block: BlockTensors) -> Tensor:
 def plain_gains(phi: Callable[[Tensor], Tensor], W1: Tensor, b1: Tensor | None) -> Tensor:
     """d_k = E[φ'(h_k)], h_k ~ N(b_k, s_k²), s_k = ‖w_k‖; equal to E[z φ(b_k + s_k z)]/s_k. `[H, N]` → `[H]`."""
     s = W1.norm(dim=1).double().clamp_min(MIN_SCALE)
-    _, z_phi, _ = _hermite_moments(phi, _bias(b1, W1), s)
+    _, z_phi, _ = _gaussian_moments(phi, _bias(b1, W1), s)
     return (z_phi / s).to(W1.dtype)
 
 
@@ -95,12 +95,12 @@ def gated_gains(
     """
     s = W1.norm(dim=1).double().clamp_min(MIN_SCALE)
     rho = (W1 * W2).sum(dim=1).double() / s**2
-    phi_, z_phi, z2_phi = _hermite_moments(phi, _bias(b1, W1), s)
+    phi_, z_phi, z2_phi = _gaussian_moments(phi, _bias(b1, W1), s)
     alpha = _bias(b2, W2) * z_phi / s + rho * (z2_phi - phi_)
     return alpha.to(W1.dtype), phi_.to(W1.dtype)
 
 
-def _hermite_moments(phi: Callable[[Tensor], Tensor], b: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gaussian_moments(phi: Callable[[Tensor], Tensor], b: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """E[φ], E[zφ] and E[z²φ] of φ(b + s z) over z ~ N(0, 1), each `[H]`, in float64."""
     z = torch.linspace(-QUADRATURE_REACH, QUADRATURE_REACH, QUADRATURE_NODES, dtype=torch.float64, device=b.device)
     density = torch.exp(-0.5 * z**2)

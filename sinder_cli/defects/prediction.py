@@ -51,8 +51,8 @@ class Prediction:
     position: PositionCheck | None
 
     def directions(self, stage: Stage = "cumulative") -> Tensor:
-        """The directions ν of a stage, `[blocks, N]` float32 rows of unit norm."""
-        return torch.stack([spectrum.pair.direction.float() for spectrum in self.stages[stage]])
+        """The directions ν of a stage, `[blocks, N]` float32 rows of unit norm, on the CPU."""
+        return torch.stack([spectrum.pair.direction.float().cpu() for spectrum in self.stages[stage]])
 
     def gaps(self, stage: Stage = "cumulative") -> list[float]:
         """σ₁/σ₂ of a stage, block by block."""

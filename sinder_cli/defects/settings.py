@@ -15,7 +15,7 @@ from sinder_cli.errors import NoInputError, UsageError
 class AnalyzeSettings(BaseModel):
     """How images are run and when a token counts as defective; defaults are the paper's (SINDER, sections 4 and 5)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     mask_threshold: float = Field(4.0, gt=0, description="Standard deviations beyond which a token is marked.")
     min_tokens: int = Field(3, ge=1, description="Marked tokens that make a block defective.")
@@ -28,7 +28,7 @@ class AnalyzeSettings(BaseModel):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Precision of the forward passes; deltas and weights stay float32."
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
     seed: int = Field(0, ge=0, description="Seed of the order of images, and of drawn ones.")
 
 

@@ -14,7 +14,7 @@ from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect
 from sinder_cli.defects.prediction import Prediction
 from sinder_cli.defects.settings import AnalyzeSettings
 from sinder_cli.defects.spectrum import angle_between, fixed_sign
-from sinder_cli.defects.tokens import autocast, outlier_mask, patch_grid, residual_stream
+from sinder_cli.defects.tokens import in_precision, outlier_mask, patch_grid, residual_stream
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,7 +53,8 @@ class BlockCollector:
 
     def add_outliers(self, tokens: Tensor) -> None:
         """Fold the unit vectors of outlying tokens `[M, N]` into the running singular directions."""
-        unit = tokens / tokens.norm(dim=1, keepdim=True)
+        finite = tokens[tokens.norm(dim=1).isfinite()]
+        unit = finite / finite.norm(dim=1, keepdim=True)
         rows = unit if self.sketch is None else torch.cat([self.sketch, unit])
         _, S, Vt = torch.linalg.svd(rows, full_matrices=False)
         self.sketch = S[:SKETCH_ROWS, None] * Vt[:SKETCH_ROWS]
@@ -105,11 +106,10 @@ def survey(
 ) -> tuple[BlockSurvey, ...]:
     """Run normalized images `[3, H, W]` in batches and sum up every block; one row a block."""
     blocks = [BlockCollector() for _ in range(backbone.depth)]
-    rule = DetectionRule.of(settings)
+    rule, running = DetectionRule.of(settings), in_precision(backbone, settings.dtype)
     pending = iter(images)
     while batch := list(islice(pending, settings.batch_size)):
-        with autocast(settings.dtype, torch.device(device)):
-            collect(backbone, module, torch.stack(batch).to(device), prediction, rule, blocks)
+        collect(running, module, torch.stack(batch).to(device), prediction, rule, blocks)
     return summarize(blocks, prediction) if blocks[0].norms else ()
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,11 +24,20 @@ def residual_stream(backbone: Backbone, module: nn.Module, images: Tensor) -> It
         yield tokens
 
 
-def autocast(dtype: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Mixed precision for forward passes; none at float32."""
+def in_precision(backbone: Backbone, dtype: str) -> Backbone:
+    """The backbone with its forward passes, and nothing else, under autocast; itself at float32."""
     if dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+        return backbone
+
+    def embed(module: Any, images: Tensor) -> tuple[Tensor, Any]:
+        with torch.autocast(images.device.type, dtype=getattr(torch, dtype)):
+            return backbone.embed(module, images)
+
+    def run_block(module: Any, index: int, tokens: Tensor, context: Any) -> Tensor:
+        with torch.autocast(tokens.device.type, dtype=getattr(torch, dtype)):
+            return backbone.run_block(module, index, tokens, context)
+
+    return replace(backbone, embed=embed, run_block=run_block)
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sinder_cli.backbone.checkpoint import Weights, open_checkpoint
+from sinder_cli.backbone.sources import open_checkpoint
 from sinder_cli.backbone.storing import write_safetensors
+from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError, StorageError, UsageError
 from sinder_cli.files import replacing
 
@@ -56,11 +57,11 @@ def _write(path: Path, weights: Weights) -> None:
 def _compare(written: Weights, weights: Weights) -> None:
     import torch
 
-    if written.names != list(weights.output_infos()):
-        raise BadInputError(f"export of {weights.source.label} failed", "the names read back differ")
+    if list(written.output_infos().items()) != list(weights.output_infos().items()):
+        raise BadInputError(f"export of {weights.source.label} failed", "names, shapes or dtypes read back differ")
     pairs = zip(weights.stream(weights.names), written.stream(written.names), strict=True)
     for (_, original), (output, copy) in pairs:
-        if original.dtype != copy.dtype or not torch.equal(_bits(original), _bits(copy)):
+        if not torch.equal(_bits(original), _bits(copy)):
             raise BadInputError(f"export of {weights.source.label} failed", f"{output} reads back differently")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sinder_cli.errors import BadInputError, CannotCreateError, NoInputError
-from sinder_cli.files import require_writable_folder
+from sinder_cli.files import require_creatable_folder
 from sinder_cli.repair.loop import StepRecord
 
 
@@ -56,20 +56,21 @@ class RunFolder:
 
         Raises `CannotCreateError` for a folder that is not empty or cannot be made.
         """
-        there = self.path.exists()
         if self.path.is_dir() and any(self.path.iterdir()):
             raise CannotCreateError(
-                f"cannot create run directory {self.path}", "it is not empty", "choose another --out"
+                f"cannot create run directory {self.path}", "it is not empty", "choose another --out, or remove it"
             )
-        require_writable_folder(self.path)
-        if not there:
-            self.path.rmdir()
+        require_creatable_folder(self.path)
 
     def repaired_model(self) -> tuple[str, int | None]:
         """The name of the model that was repaired here, and the heads that its user gave.
 
         Raises `BadInputError` for an unreadable `config.json` and `NoInputError` for a run that did not finish.
         """
+        if not self.config.is_file():
+            raise NoInputError(
+                f"cannot export {self.path}", "it is no run directory of `sinder repair`", "check the path"
+            )
         try:
             config: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
             model, heads = str(config["model"]), config.get("heads")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinder_cli.backbone.blocks import rows_of
-from sinder_cli.backbone.checkpoint import Weights
 from sinder_cli.backbone.describe import Backbone, ModelRequest
 from sinder_cli.backbone.storing import infos_of, stored_as, write_safetensors
+from sinder_cli.backbone.weights import Weights
 from sinder_cli.images import ImageSource, Preprocessing
 from sinder_cli.repair.deltas import Deltas, Target
 from sinder_cli.repair.settings import RepairSettings

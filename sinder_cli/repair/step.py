@@ -9,6 +9,7 @@ No module is swapped and none is parametrized: any attention kernel, autocast an
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import torch
 from sinder_cli.backbone.blocks import rows_of
 from sinder_cli.backbone.describe import Backbone
 from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask
-from sinder_cli.defects.tokens import autocast, patch_grid
+from sinder_cli.defects.tokens import in_precision, patch_grid
 from sinder_cli.repair.deltas import Deltas, Target
 from sinder_cli.repair.objective import neighbour_loss
 from sinder_cli.repair.settings import RepairSettings
@@ -59,8 +60,8 @@ class StepGradient:
     @property
     def finite(self) -> bool:
         """Whether neither loss nor gradient has a NaN or an infinity."""
-        tensors = [torch.tensor(self.losses), *self.gradients.values()]
-        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+        sums = [gradient.sum() for gradient in self.gradients.values()]  # one look at the device, not one a target
+        return all(map(math.isfinite, self.losses)) and (not sums or math.isfinite(torch.stack(sums).sum().item()))
 
 
 @torch.no_grad()
@@ -77,10 +78,11 @@ def first_defects(
     for block in range(backbone.depth):
         entering.append(tokens)
         tokens = backbone.run_block(module, block, tokens, context)
-        if not rule.trusts(directions.gaps[block]):
+        trusted = rule.trusts(directions.gaps[block])
+        if not trusted and block < backbone.depth - 1:  # what is not finite stays so: the last block tells
             continue
         logits = alignment_logits(patch_grid(backbone, tokens, images), directions.nu[block])
-        masks = defect_mask(logits, rule)
+        masks = defect_mask(logits, rule) & trusted
         broken = ~logits.isfinite().flatten(1).all(dim=1)
         defective = (masks.flatten(1).sum(dim=1) >= rule.min_tokens) | broken  # [B]
         if not defective.any():
@@ -103,18 +105,18 @@ def step_gradient(
     settings: RepairSettings,
 ) -> StepGradient:
     """The projected gradient of a batch `[B, 3, H, W]`: the mean over its defective images, each in its own window."""
-    with autocast(settings.dtype, images.device):
-        defects = first_defects(backbone, module, directions, images, DetectionRule.of(settings), settings.window)
-        losses: list[float] = []
-        gradients: dict[str, Tensor] = {}
-        count = sum(len(found.masks) for found in defects)
-        for found in defects:
-            targets = [t for block in range(found.start, found.block + 1) for t in deltas.of_block(block)]
-            values, by_parameter = _window_gradient(backbone, module, found, targets, settings, images)
-            losses += values
-            for target in targets:
-                projected = target.basis.project(rows_of(by_parameter[target.ref.name], target.ref)) / count
-                gradients[target.name] = gradients.get(target.name, 0) + projected
+    running = in_precision(backbone, settings.dtype)
+    defects = first_defects(running, module, directions, images, DetectionRule.of(settings), settings.window)
+    losses: list[float] = []
+    gradients: dict[str, Tensor] = {}
+    count = sum(len(found.masks) for found in defects)
+    for found in defects:
+        targets = [t for block in range(found.start, found.block + 1) for t in deltas.of_block(block)]
+        values, by_parameter = _window_gradient(running, module, found, targets, settings, images)
+        losses += values
+        for target in targets:
+            projected = target.basis.project(rows_of(by_parameter[target.ref.name], target.ref)) / count
+            gradients[target.name] = gradients.get(target.name, 0) + projected
     masked = sum(int(found.masks.sum()) for found in defects)
     return StepGradient(tuple(losses), gradients, defects[0].block if defects else None, masked)
 

@@ -76,7 +76,8 @@ def backbones_document(rows: Sequence[InstalledBackbone]) -> list[dict[str, Any]
             **(asdict(row.listing) if row.listing else {"name": None}),
             "plugin": row.plugin.name,
             "distribution": row.plugin.distribution,
-            "available": not row.problem,
+            "available": not (row.problem or row.missing),
+            "missing": list(row.missing),
             "problem": row.problem or None,
         }
         for row in rows

@@ -130,21 +130,25 @@ def repair_table(result: RepairResult) -> RenderableType:
 
 
 def backbones_table(rows: Sequence[InstalledBackbone]) -> RenderableType:
-    """One line a model; a plugin that cannot be loaded is named with the reason."""
+    """One line a model, and what it lacks to run; a plugin that cannot be loaded is named with the reason."""
     table = _table("")
     for name in ("name", "plugin", "distribution"):
         table.add_column(name)
     for name in ("parameters", "patch", "prefix"):
         table.add_column(name, justify="right")
-    table.add_column("library")
+    table.add_column("library", overflow="fold")  # a name cut short would help nobody
     for row in rows:
         listing = row.listing
         if listing is None:
             table.add_row("", row.plugin.name, row.plugin.distribution, "", "", "", Text(row.problem, "red"))
             continue
         sizes = (_millions(listing.parameters), _whole(listing.patch_size), _whole(listing.prefix_tokens))
-        table.add_row(listing.name, row.plugin.name, row.plugin.distribution, *sizes, "there")
+        table.add_row(listing.name, row.plugin.name, row.plugin.distribution, *sizes, _library(row))
     return table
+
+
+def _library(row: InstalledBackbone) -> Text:
+    return Text(f"missing: {', '.join(row.missing)}", "red") if row.missing else Text("there")
 
 
 def _table(title: str) -> Table:

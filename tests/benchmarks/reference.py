@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from sinder_cli import Backbone, WeightRef
 from sinder_cli.backbone.layermap import trained_references
 from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask
-from sinder_cli.defects.tokens import autocast, patch_grid
+from sinder_cli.defects.tokens import in_precision, patch_grid
 from sinder_cli.repair.objective import neighbour_loss
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.repair.step import Directions
@@ -71,10 +71,11 @@ class ReferenceRepair:
         """One image `[1, 3, H, W]`; the loss, or None for a clean one."""
         self.optimizer.zero_grad()
         settings, rule = self.settings, DetectionRule.of(self.settings)
-        with autocast(settings.dtype, image.device), torch.enable_grad():
-            tokens, context = self.backbone.embed(self.module, image)
-            for block in range(self.backbone.depth):
-                tokens = self.backbone.run_block(self.module, block, tokens, context)
+        running = in_precision(self.backbone, settings.dtype)
+        with torch.enable_grad():
+            tokens, context = running.embed(self.module, image)
+            for block in range(running.depth):
+                tokens = running.run_block(self.module, block, tokens, context)
                 if not rule.trusts(self.directions.gaps[block]):
                     continue
                 patches = patch_grid(self.backbone, tokens, image)

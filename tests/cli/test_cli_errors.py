@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "a misspelt model": Case("predict-defects demo_vitt", 2, "use demo_vit or demo_vit_clean"),
+    "a misspelt model": Case("predict-defects demo_vitt", 2, "did you mean demo_vit or demo_vit_clean"),
     "a misspelt plugin": Case("predict-defects dinv2_vits14", 2, "did you mean dinov2_vits14"),
     "a misspelt official model": Case("analyze dinov2_vits41 --data {photos}", 2, "dinov2_vits14"),
     "an unknown command": Case("mend demo_vit", 2, "mend"),
@@ -42,6 +42,7 @@ CASES = {
     "no model": Case("repair", 2, "MODEL"),
     "a value that is no number": Case("repair demo_vit --batch-size many", 2, "--batch-size"),
     "a value out of range": Case("repair demo_vit --out {new} --lr 0", 2, "lr"),
+    "an infinite value": Case("repair demo_vit --out {new} --lr inf", 2, "lr"),
     "a value that is no choice": Case("analyze demo_vit --kernel 4", 2, "kernel"),
     "an unknown stage": Case("predict-defects demo_vit --stage last", 2, "--stage"),
     "a device of no kind": Case("analyze demo_vit --device tpu", 2, "device"),
@@ -70,6 +71,13 @@ CASES = {
     "an export into no folder": Case("export demo_vit --to native --out {new}/a.pth", 73, "there is no folder"),
     "an export onto a folder": Case("export demo_vit --to native --out {folder}.pth", 73, "it is a folder"),
     "xformers where there is none": Case("repair demo_vit --attention xformers --out {new}", 69, "--attention sdpa"),
+    "directions onto a device": Case("predict-defects demo_vit -o /dev/null", 73, "it is a device"),
+    "a new run directory for an unknown model": Case("repair demo_vitt --out {new}/a/b", 2, "demo_vit"),
+    "a run that is not there": Case("export {new}/run --to native --out {new}.pth", 66, "no run directory"),
+    "a folder that is no run": Case("export {empty} --to native --out {new}.pth", 66, "no run directory"),
+    "weights for a run": Case(
+        "export {unfinished} --weights {small} --to native --out {new}.pth", 2, "its own weights"
+    ),
     "a run without an end": Case("export {unfinished} --to native --out {new}.pth", 66, "did not finish"),
     "a run whose config is no JSON": Case("export {spoilt} --to native --out {new}.pth", 65, "config.json"),
 }

@@ -33,6 +33,10 @@ BREAKAGES = {
         "from sinder_cli import hookimpl\n@hookimpl\ndef sinder_listing(): return 1 / 0",
         "division by zero",
     ),
+    "a listing of something else": (
+        "from sinder_cli import hookimpl\n@hookimpl\ndef sinder_listing(): return ['broken_tiny']",
+        "'broken_tiny' is no Listing",
+    ),
 }
 
 
@@ -58,9 +62,11 @@ def test_the_document_lists_every_model(sinder: Sinder) -> None:
         "parameters": 5529024,
         "patch_size": 14,
         "prefix_tokens": 1,
+        "requires": [],
         "plugin": "demo",
         "distribution": "sinder-cli",
         "available": True,
+        "missing": [],
         "problem": None,
     }
 
@@ -80,6 +86,19 @@ def test_a_plugin_of_somebody_else_is_found_by_its_entry_point(sinder: Sinder, t
     rows = json.loads(sinder("backbones", PYTHONPATH=str(tmp_path)).stdout)
     row = next(row for row in rows if row["name"] == "other_tiny")
     assert (row["plugin"], row["distribution"], row["available"]) == ("other", "other-vits", True)
+
+
+def test_a_model_whose_library_is_missing_is_listed_as_such(sinder: Sinder, tmp_path: Path) -> None:
+    needy = GOOD.replace("8, 1)", "8, 1, requires=('json', 'no_such_library', 'no_such_package.part'))")
+    install(tmp_path, "needy-vits", "needy", needy)
+    rows = json.loads(sinder("backbones", PYTHONPATH=str(tmp_path)).stdout)
+    row = next(row for row in rows if row["name"] == "needy_tiny")
+    assert (row["available"], row["missing"]) == (False, ["no_such_library", "no_such_package.part"])
+    assert (row["requires"], row["problem"]) == (["json", "no_such_library", "no_such_package.part"], None)
+    table = sinder("backbones", "--format", "table", PYTHONPATH=str(tmp_path)).stdout
+    told = "".join(table[table.index("needy_tiny") :].split())
+    assert "missing:no_such_library,no_such_package.part" in told
+    assert max(map(len, table.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(("text", "word"), BREAKAGES.values(), ids=BREAKAGES)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sinder_cli import ModelRequest, UnavailableError, api, attention_kernel
+from sinder_cli.defects.settings import AnalyzeSettings
 from sinder_cli.repair.loop import StepRecord
 from sinder_cli.repair.settings import RepairSettings
 
@@ -50,6 +51,13 @@ def test_predictions_on_the_gpu_are_those_on_the_cpu() -> None:
     assert cuda.gaps() == pytest.approx(cpu.gaps(), rel=1e-3)
     cosines = (cuda.directions().cpu()[5:] * cpu.directions()[5:]).sum(dim=1)
     assert cosines.min() > 1 - 1e-5
+
+
+def test_an_analysis_on_the_gpu_is_that_on_the_cpu() -> None:
+    cpu, cuda = (api.analyze(ModelRequest("demo_vit"), (), AnalyzeSettings(device=name)) for name in ("cpu", "cuda"))
+    assert [row.outlier_tokens for row in cuda.blocks] == [row.outlier_tokens for row in cpu.blocks]
+    angles = [(a.angle_to_predicted, b.angle_to_predicted) for a, b in zip(cuda.blocks, cpu.blocks, strict=True)]
+    assert all(a == b if b is None else a == pytest.approx(b, abs=0.1) for a, b in angles)
 
 
 @pytest.mark.slow

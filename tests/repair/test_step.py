@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sinder_cli.backbone.layermap import trained_references
-from sinder_cli.defects.detection import DetectionRule
+from sinder_cli.defects.detection import DetectionRule, alignment_logits
+from sinder_cli.repair import step
 from sinder_cli.repair.basis import singular_basis
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.settings import RepairSettings
@@ -203,3 +205,23 @@ def test_a_basis_is_float32_or_better_and_contiguous(stored: torch.dtype, used: 
     for tensor in (basis.U, basis.S, basis.Vt):
         assert tensor.dtype == used
         assert tensor.is_contiguous()
+
+
+def test_an_image_with_nan_tokens_is_not_clean_where_no_direction_is_trusted(planted: Any) -> None:
+    untrusted = replace(planted, directions=Directions(planted.directions.nu, [1.0] * DEPTH))
+    found = gradient_of(untrusted, [planted.image(0, green=[(5, 5)])])
+    assert math.isnan(found.losses[0])
+    assert gradient_of(untrusted, [planted.image(0, red=RED)]).losses == ()
+
+
+def test_nothing_but_the_forward_pass_runs_in_bfloat16(single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watched(patches: Tensor, direction: Tensor) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return alignment_logits(patches, direction)
+
+    monkeypatch.setattr(step, "alignment_logits", watched)
+    gradient_of(single, [single.image(0, torch.float32, red=RED)], dtype="bfloat16")
+    assert seen
+    assert not any(seen)

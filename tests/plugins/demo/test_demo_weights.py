@@ -6,14 +6,19 @@ import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from sinder_plugins.demo import tensor_shapes
 from sinder_plugins.demo.drawing import draw_images
+from sinder_plugins.demo.model import DemoVit
 from sinder_plugins.demo.planting import BLOCK, NEURON, demo_weights
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from sinder_cli import ModelRequest, UsageError, api
+from sinder_cli import BadInputError, ModelRequest, UsageError, api
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.defects.settings import AnalyzeSettings
 from sinder_cli.defects.spectrum import angle_between
@@ -126,5 +131,30 @@ def test_the_clean_twin_has_no_outlying_token_and_no_settled_direction() -> None
 
 
 def test_a_third_name_is_refused_with_the_two_that_there_are() -> None:
-    with pytest.raises(UsageError, match="demo_vit or demo_vit_clean"):
+    with pytest.raises(UsageError, match=r"did you mean demo_vit or demo_vit_clean\?"):
         api.open_model(ModelRequest("demo_vitamin"))
+
+
+def test_plain_data_and_module_agree_on_names_order_and_shapes() -> None:
+    state = DemoVit(scaled_dot_product_attention).state_dict()
+    assert list(tensor_shapes().items()) == [(name, tuple(tensor.shape)) for name, tensor in state.items()]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"head.weight": torch.ones(2)}, "1 unexpected: head.weight"),
+        ({"norm.bias": None}, "1 missing: norm.bias"),
+        (
+            {"patches.weight": torch.ones(192, 3, 16, 16)},
+            r"1 mis-shaped: patches.weight \(192×3×16×16 for",
+        ),
+    ],
+)
+def test_weights_of_another_model_are_refused_before_anything_is_predicted(
+    change: dict[str, Tensor | None], why: str, planted: dict[str, Tensor], tmp_path: Path
+) -> None:
+    tensors = {name: tensor for name, tensor in (planted | change).items() if tensor is not None}
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(BadInputError, match=why):
+        api.predict(ModelRequest("demo_vit", tmp_path / "other.safetensors"), ("attention",))

@@ -16,7 +16,7 @@ from sinder_plugins.dinov2.inference import infer_config
 from torch import Tensor
 
 from sinder_cli import Backbone, BadInputError, MemoryTensors, ModelRequest, TensorInfo, UsageError, Weights
-from sinder_cli.backbone import checkpoint
+from sinder_cli.backbone import weights as weights_module
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.events import Noted
 
@@ -149,7 +149,7 @@ def test_a_model_is_loaded_in_few_reads_of_bounded_size(
     hooks: Any, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bound, largest = 1 << 20, max(tensor.nbytes for tensor in tensors.values())
-    monkeypatch.setattr(checkpoint, "BATCH_BYTES", bound)
+    monkeypatch.setattr(weights_module, "BATCH_BYTES", bound)
     READS.clear()
     backbone = hooks.sinder_backbone(
         request=ModelRequest("dinov2_custom"), weights=Weights.of(CountedReads("counted", tensors))
@@ -165,7 +165,7 @@ def test_the_fingerprint_does_not_depend_on_how_much_is_read_at_once(
 ) -> None:
     weights = describe(tensors).weights
     at_once = weights.fingerprint()
-    monkeypatch.setattr(checkpoint, "BATCH_BYTES", 1)
+    monkeypatch.setattr(weights_module, "BATCH_BYTES", 1)
     assert weights.fingerprint() == at_once
     tensors["norm.bias"][3] += 1e-6
     assert weights.fingerprint() != at_once

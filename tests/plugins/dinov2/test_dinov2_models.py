@@ -14,7 +14,7 @@ from sinder_plugins.dinov2 import official_url
 from sinder_plugins.dinov2.config import OFFICIAL, Config, parameter_count, tensor_shapes
 from sinder_plugins.dinov2.module import VisionTransformer
 
-from sinder_cli import ModelRequest, UsageError, attention_kernel
+from sinder_cli import ModelRequest, UsageError, api, attention_kernel
 
 
 def built(config: Config, heads: int = 2) -> VisionTransformer:
@@ -102,14 +102,14 @@ def test_official_checkpoints_are_where_torch_hub_finds_them() -> None:
 @pytest.mark.parametrize(
     ("asked", "near"), [("dinov2_vitg", "dinov2_vitg14"), ("dinov2_vits14_registers", "dinov2_vits14_reg")]
 )
-def test_an_unknown_name_is_refused_with_near_names(hooks: Any, asked: str, near: str) -> None:
+def test_an_unknown_name_is_refused_with_near_names(asked: str, near: str) -> None:
     with pytest.raises(UsageError, match=f"unknown model '{asked}'.*did you mean.*{near}"):
-        hooks.sinder_weights(request=ModelRequest(asked))
+        api.open_model(ModelRequest(asked))
 
 
-def test_an_unknown_name_is_refused_even_when_weights_are_given(hooks: Any) -> None:
+def test_an_unknown_name_is_refused_even_when_weights_are_given() -> None:
     with pytest.raises(UsageError, match="unknown model"):
-        hooks.sinder_backbone(request=ModelRequest("dinov2_vitg", Path("any.pth")), weights=None)
+        api.open_model(ModelRequest("dinov2_vitg", Path("any.pth")))
 
 
 def test_a_custom_model_needs_weights(hooks: Any) -> None:

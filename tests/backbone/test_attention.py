@@ -1,0 +1,53 @@
+"""An attention kernel that cannot run where the model does is refused before any work."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sinder_cli import ModelRequest, UnavailableError, api
+from sinder_cli.backbone.attention import require_attention
+from sinder_cli.defects.settings import AnalyzeSettings
+from sinder_cli.repair.settings import RepairSettings
+
+
+@pytest.fixture
+def cuda_and_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that seems to have both."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "xformers.ops", SimpleNamespace(memory_efficient_attention=None))
+
+
+@pytest.mark.usefixtures("cuda_and_xformers")
+def test_xformers_is_refused_on_the_cpu_even_beside_a_cuda_device() -> None:
+    require_attention("xformers", "cuda")
+    require_attention("xformers", "cuda:1")
+    for device in ("cpu", "mps"):
+        with pytest.raises(UnavailableError, match=f"do not run on device '{device}'; use --attention sdpa"):
+            require_attention("xformers", device)
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa", "eager"])
+def test_the_others_run_everywhere(name: str) -> None:
+    for device in ("cpu", "cuda", "mps"):
+        require_attention(name, device)
+
+
+@pytest.mark.usefixtures("cuda_and_xformers")
+@pytest.mark.parametrize("verb", ["analyze", "repair"])
+def test_the_verbs_that_run_the_model_ask_with_their_device(
+    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "open_model", lambda request: pytest.fail(f"{request.model} was opened"))
+    request = ModelRequest("demo_vit", attention="xformers")
+    run = {
+        "analyze": lambda: api.analyze(request, (), AnalyzeSettings(device="cpu")),
+        "repair": lambda: api.repair(request, (), tmp_path / "run", RepairSettings(device="cpu")),
+    }
+    with pytest.raises(UnavailableError, match="do not run on device 'cpu'"):
+        run[verb]()

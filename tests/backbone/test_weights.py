@@ -1,0 +1,138 @@
+"""A backbone's tensors are found in what holds them, renamed, streamed and fingerprinted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sinder_cli import BadInputError, MemoryTensors, Weights
+from sinder_cli.backbone import weights as module
+from sinder_cli.backbone.sources import open_checkpoint
+
+ANCHOR = "patch_embed.weight"
+
+
+def drawn() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "z.weight": torch.randn(4, 3, generator=generator),
+        "a.bias": torch.randn(5, generator=generator).half(),
+        "m.count": torch.tensor(7),
+        "m.empty": torch.zeros(0, 3, dtype=torch.bfloat16),
+    }
+
+
+def weights_of(*names: str) -> Weights:
+    tensors = {name: torch.full((2,), float(index)) for index, name in enumerate(names)}
+    return Weights.of(MemoryTensors("memory", tensors))
+
+
+def test_a_backbone_is_located_under_its_prefix() -> None:
+    weights = weights_of("model.net." + ANCHOR, "model.net.norm", "head.weight").located(ANCHOR)
+    assert (weights.names, weights.prefix, weights.ignored) == ([ANCHOR, "norm"], "model.net.", ("head.weight",))
+    assert weights.read(["norm"])["norm"].tolist() == [1.0, 1.0]
+    assert weights.output_name("norm") == "norm"
+
+
+def test_a_backbone_without_a_prefix_is_located_as_it_is() -> None:
+    weights = weights_of(ANCHOR, "norm").located(ANCHOR)
+    assert (weights.names, weights.prefix, weights.ignored) == ([ANCHOR, "norm"], "", ())
+
+
+@pytest.mark.parametrize(
+    ("other", "meant"),
+    [("student.backbone.", "teacher.backbone."), ("model.", "model_ema."), ("", "teacher."), ("schema.", "ema.")],
+)
+def test_the_teacher_is_preferred_to_the_student(other: str, meant: str) -> None:
+    for order in ((other, meant), (meant, other)):
+        weights = weights_of(*(prefix + name for prefix in order for name in (ANCHOR, "norm")))
+        assert weights.located(ANCHOR).prefix == meant
+
+
+@pytest.mark.parametrize("prefixes", [("left.", "right."), ("teacher.a.", "teacher.b.")])
+def test_several_backbones_none_of_which_is_meant_are_refused(prefixes: tuple[str, str]) -> None:
+    with pytest.raises(BadInputError, match=f"several backbones: {prefixes[0]}, {prefixes[1]}"):
+        weights_of(*(prefix + ANCHOR for prefix in prefixes)).located(ANCHOR)
+
+
+def test_a_checkpoint_of_something_else_is_refused() -> None:
+    with pytest.raises(BadInputError, match="none of its 2 tensors is"):
+        weights_of("not" + ANCHOR, "norm").located(ANCHOR)  # the name ends alike, but not after a dot
+
+
+def test_renamed_tensors_are_read_and_exported_under_the_right_names() -> None:
+    weights = weights_of("model." + ANCHOR, "model.old.w").located(ANCHOR).renamed(lambda n: n.replace("old", "new"))
+    assert weights.names == [ANCHOR, "new.w"]
+    assert weights.read(["new.w"])["new.w"].tolist() == [1.0, 1.0]
+    assert weights.output_name("new.w") == "old.w"
+    assert "old.w" not in weights
+
+
+def test_two_tensors_that_become_one_are_refused() -> None:
+    with pytest.raises(BadInputError, match=r"a\.x and b\.x both mean x"):
+        weights_of("a.x", "b.x").renamed(lambda name: name[2:])
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    return Weights.of(MemoryTensors("memory", tensors)).fingerprint()
+
+
+def test_a_fingerprint_changes_with_one_bit() -> None:
+    changed = drawn()
+    changed["z.weight"].view(torch.int32)[3, 2] ^= 1
+    assert fingerprint(changed) != fingerprint(drawn())
+
+
+def test_a_fingerprint_changes_with_names_shapes_and_dtypes() -> None:
+    variants = [
+        {"w": torch.zeros(4)},
+        {"v": torch.zeros(4)},
+        {"w": torch.zeros(2, 2)},
+        {"w": torch.zeros(4, dtype=torch.int32)},
+        {"w": torch.zeros(4), "v": torch.zeros(0)},
+    ]
+    assert len({fingerprint(variant) for variant in variants}) == len(variants)
+
+
+def test_a_fingerprint_does_not_depend_on_the_file_or_the_order(tmp_path: Path) -> None:
+    save_file(drawn(), tmp_path / "a.safetensors")
+    torch.save(dict(reversed(drawn().items())), tmp_path / "a.pth")
+    found = {Weights.of(open_checkpoint(tmp_path / name)).fingerprint() for name in ("a.safetensors", "a.pth")}
+    assert found == {fingerprint(drawn())}
+
+
+class Recording:
+    """A source that notes what is asked of it at a time."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.inner = MemoryTensors("memory", tensors)
+        self.label, self.infos = "memory", self.inner.infos
+        self.asked: list[list[str]] = []
+
+    def read(self, names: Any) -> dict[str, Tensor]:
+        self.asked.append(list(names))
+        return self.inner.read(self.asked[-1])
+
+
+def test_a_stream_holds_no_more_than_a_batch_and_keeps_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH_BYTES", 100)
+    source = Recording({f"w{i}": torch.full((10,), float(i)) for i in range(7)})  # 40 bytes each
+    order = ["w3", "w0", "w6", "w1", "w2", "w5", "w4"]
+    streamed = list(Weights.of(source).stream(order))
+    assert [name for name, _ in streamed] == order
+    assert all(tensor[0].item() == int(name[1]) for name, tensor in streamed)
+    assert source.asked == [order[:3], order[3:6], order[6:]]
+
+
+def test_nothing_is_read_until_it_is_asked_for() -> None:
+    source = Recording(drawn())
+    weights = Weights.of(source).renamed(str.upper)
+    assert weights.shape("Z.WEIGHT") == (4, 3)
+    assert source.asked == []
+    weights.read(["A.BIAS"])
+    assert source.asked == [["a.bias"]]
