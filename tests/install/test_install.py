@@ -10,7 +10,7 @@ import sys
 import sysconfig
 import zipfile
 from collections.abc import Callable
-from importlib.metadata import Distribution, distribution
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 import pytest
@@ -110,9 +110,11 @@ def test_the_installed_command_works_far_from_the_repository(installed: Path, py
 
 def editable() -> Distribution | None:
     """This environment's install of the package, if it is one of the repository itself."""
-    found = distribution("sinder-cli")
-    source = json.loads(found.read_text("direct_url.json") or "{}")
-    return found if source.get("dir_info", {}).get("editable") else None
+    for found in distributions(name="sinder-cli"):  # the egg-info of a build in the working folder is one as well
+        source = json.loads(found.read_text("direct_url.json") or "{}")
+        if source.get("dir_info", {}).get("editable"):
+            return found
+    return None
 
 
 @pytest.mark.skipif(editable() is None, reason="the package is not installed in editable mode")
