@@ -128,6 +128,17 @@ def test_every_hidden_state_of_a_register_model_equals_that_of_transformers_at_o
         assert relative_error(mine, other) <= TOLERANCE
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg"])
+def test_an_official_model_in_full_size_equals_that_of_transformers(name: str, describe: Describe, drawn: Draw) -> None:
+    config = dinov2.OFFICIAL[name]
+    tensors, batch = drawn(config), images(37, 37, count=1)
+    ours, theirs = hidden_states(describe(tensors, name), batch), transformers_states(config, tensors, batch)
+    assert len(ours) == config.depth + 2
+    for mine, other in zip(ours, theirs, strict=True):
+        assert relative_error(mine, other) <= TOLERANCE
+
+
 def cubic(t: float) -> float:
     """Keys' cubic convolution kernel with a = −0.75, PyTorch's."""
     a, t = -0.75, abs(t)
