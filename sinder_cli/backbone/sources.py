@@ -7,6 +7,7 @@ import errno
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,6 +31,11 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+def infos_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    """Shapes and dtypes of tensors at hand."""
+    return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 class TensorSource(Protocol):
@@ -85,9 +91,9 @@ class MemoryTensors:
     label: str
     tensors: Mapping[str, Tensor] = field(repr=False)
 
-    @property
+    @cached_property
     def infos(self) -> Mapping[str, TensorInfo]:
-        return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items()}
+        return infos_of(self.tensors)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self.tensors[name].clone() for name in names}
@@ -105,9 +111,7 @@ def open_checkpoint(path: Path) -> TensorSource:
     if path.suffix == ".safetensors":
         return SafetensorsFile(path, _safetensors_infos(path))
     if path.suffix in {".pth", ".pt", ".bin"}:
-        return TorchFile(
-            path, {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in _load_torch(path).items()}
-        )
+        return TorchFile(path, infos_of(_load_torch(path)))
     raise BadInputError(
         f"cannot read weights {path}", f"unknown suffix {path.suffix!r}", "use .safetensors, .pth or .pt"
     )

@@ -78,8 +78,3 @@ def _code(name: str, info: TensorInfo) -> str:
     if code is None:
         raise BadInputError(f"cannot store {name} as safetensors", f"there is no code for {info.dtype}")
     return code
-
-
-def infos_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
-    """Shapes and dtypes of tensors at hand."""
-    return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}

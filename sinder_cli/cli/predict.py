@@ -58,7 +58,8 @@ def command(
 
 def _write_directions(out: str, prediction: Prediction) -> None:
     """One `[blocks, N]` float32 tensor a stage."""
-    from sinder_cli.backbone.storing import infos_of, stream_safetensors, write_safetensors
+    from sinder_cli.backbone.sources import infos_of
+    from sinder_cli.backbone.storing import stream_safetensors, write_safetensors
 
     tensors = {str(stage): prediction.directions(stage) for stage in prediction.stages}
     metadata = {"model": prediction.model, "content": "defect directions, rows of unit norm"}

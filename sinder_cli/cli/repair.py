@@ -42,6 +42,7 @@ def command(
     settings: RepairSettings,
 ) -> None:
     """Repair a backbone's singular defects with unlabelled images."""
+    from sinder_cli.repair.folder import RunFolder
     from sinder_cli.report.card import render_card
     from sinder_cli.report.documents import repair_document
     from sinder_cli.report.page import render_repair_page
@@ -52,6 +53,7 @@ def command(
     with display() as emit:
         request = model_request(model, weights, heads, emit, attention)
         result = api.repair(request, places, folder, settings, emit, sys.stdin)
-    write_text(result.folder / "report.html", render_repair_page(result))
-    write_text(result.folder / "README.md", render_card(result))
+    run = RunFolder(result.folder)
+    write_text(run.report, render_repair_page(result))
+    write_text(run.card, render_card(result))
     show(format, lambda: repair_table(result), lambda: repair_document(result))

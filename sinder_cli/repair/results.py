@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sinder_cli import __version__
 from sinder_cli.backbone.blocks import rows_of
 from sinder_cli.backbone.describe import Backbone, ModelRequest
-from sinder_cli.backbone.storing import infos_of, stored_as, write_safetensors
+from sinder_cli.backbone.sources import infos_of
+from sinder_cli.backbone.storing import stored_as, write_safetensors
 from sinder_cli.backbone.weights import Weights
 from sinder_cli.images import ImageSource, Preprocessing
 from sinder_cli.repair.deltas import Deltas, Target
+from sinder_cli.repair.evaluation import Snapshot, cls_cosine
 from sinder_cli.repair.settings import RepairSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sinder_cli.repair.evaluation import Snapshot
     from sinder_cli.repair.loop import Progress
 
 ADAPTER_FORMAT = "sinder-adapter-1"
@@ -52,8 +54,6 @@ def run_config(
     """`config.json`: resolved settings, versions, and the fingerprints of the weights and of the list of images."""
     import torch
 
-    from sinder_cli import __version__
-
     return {
         "model": backbone.name,
         "heads": request.heads,
@@ -69,8 +69,6 @@ def run_summary(
     backbone: Backbone, before: Snapshot, after: Snapshot, progress: Progress, deltas: Deltas, settings: RepairSettings
 ) -> dict[str, Any]:
     """`summary.json`, but for the seconds that the run took."""
-    from sinder_cli.repair.evaluation import cls_cosine
-
     changed = changed_targets(deltas)
     return {
         "model": backbone.name,

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sinder_cli import BadInputError, TensorInfo
-from sinder_cli.backbone.storing import infos_of, stored_as, write_safetensors
+from sinder_cli.backbone.sources import infos_of
+from sinder_cli.backbone.storing import stored_as, write_safetensors
 
 MIXED: dict[str, Tensor] = {
     "z.last": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),
