@@ -40,6 +40,7 @@ man: $(VENV)/.tested  ## write the man pages anew from the command tree
 bench: $(VENV)/.tested  ## ratios against the reference's way, side by side in one run
 	$(BIN)/python tests/benchmarks/repair_step.py
 	$(BIN)/python tests/benchmarks/predict.py
+	$(BIN)/python tests/benchmarks/analyze.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache sinder-runs

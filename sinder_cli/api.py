@@ -3,48 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.attention import require_attention
 from sinder_cli.backbone.describe import Backbone, ModelRequest
 from sinder_cli.backbone.device import resolve_device
 from sinder_cli.backbone.opening import load_module, open_backbone, require_loadable
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
-from sinder_cli.defects.settings import AnalyzeSettings
 from sinder_cli.errors import NoInputError, UsageError
 from sinder_cli.events import Emit, Finished, Noted, Started, Warned, silent, tracked
-from sinder_cli.files import require_writable_file, require_writable_folder, sha256_of, write_json
-from sinder_cli.images import (
-    DrawnImages,
-    ImageSource,
-    Preprocessing,
-    find_images,
-    load_in_order,
-    readable,
-    require_some,
-)
+from sinder_cli.files import require_new_folder, require_writable_file, require_writable_folder, sha256_of, write_json
+from sinder_cli.images.choosing import sampled, spread
+from sinder_cli.images.finding import find_images
+from sinder_cli.images.loading import LoadedImage, load_in_order, readable, require_some
+from sinder_cli.images.preprocessing import MIN_PATCHES, Preprocessing, Resize
+from sinder_cli.images.processes import worker_count
+from sinder_cli.images.sources import DrawnImages, ImageSource
 from sinder_cli.repair.settings import RepairSettings
 
 if TYPE_CHECKING:
-    from sinder_cli.defects.prediction import Prediction, Stage
-    from sinder_cli.defects.survey import BlockSurvey
+    from torch import Tensor
+
+    from sinder_cli.analysis.results import AnalysisResult
+    from sinder_cli.analysis.survey import Subject
+    from sinder_cli.defects.prediction import Prediction
+    from sinder_cli.defects.rules import Stage
     from sinder_cli.repair.results import RepairResult
 
 DRAWN_IMAGES = 64  # how many a backbone draws that brings its own
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """What `analyze` found: a row a block, and what could not be read."""
-
-    model: str
-    images: int
-    image_size: int
-    blocks: tuple[BlockSurvey, ...]
-    skipped: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -64,7 +54,19 @@ def backbones() -> list[InstalledBackbone]:
 
 
 def open_model(request: ModelRequest) -> Backbone:
-    """Ask the plugin that the model belongs to for a checked description."""
+    """Ask the plugin that the model belongs to for a checked description; of what a run repaired, for its directory.
+
+    Raises `UsageError` for a run directory with weights or heads of another.
+    """
+    from sinder_cli.repair.folder import RunFolder
+
+    run = RunFolder(Path(request.model))
+    if run.config.is_file() or request.model.startswith(("/", "./", "../")):
+        if request.weights or request.heads:
+            why = "a run has its own weights and heads"
+            raise UsageError(f"cannot use {request.model} with other weights", why, "leave the option out")
+        model, heads = run.repaired_model()
+        request = replace(request, model=model, weights=run.model, heads=heads)
     return open_backbone(hooks_for(request.model), request)
 
 
@@ -82,26 +84,71 @@ def analyze(
     settings: AnalyzeSettings,
     emit: Emit = silent,
     stdin: IO[str] | None = None,
-) -> Analysis:
-    """Token norms, defects, and observed against predicted directions, block by block."""
-    named = find_images(places, stdin) if places else None  # before a checkpoint is read, or even downloaded
-    from sinder_cli.defects.prediction import predict as predict_defects
-    from sinder_cli.defects.survey import survey
+    other: ModelRequest | None = None,
+    draw: bool = False,
+) -> AnalysisResult:
+    """What the tokens do, block by block, and whether the weights predict it; of two backbones if `other` is given.
+
+    Either may be a run directory. `settings.clamp` makes a second one out of the first. `draw` asks for portraits,
+    which are made as they are gone through. Raises `UsageError` for two backbones that do not compare.
+    """
+    if other is not None and settings.clamp is not None:
+        raise UsageError("cannot compare with two models", "one is named, one is clamped", "leave one of them out")
+    named = find_images(places, stdin, emit) if places else None  # before a checkpoint is read, or even downloaded
+    from sinder_cli.analysis.batches import equal_shapes
+    from sinder_cli.analysis.clamp import clamped
+    from sinder_cli.analysis.portraits import portraits, shown_blocks
+    from sinder_cli.analysis.results import AnalysisResult, analysis_of
+    from sinder_cli.analysis.survey import require_comparable, survey
 
     device = resolve_device(settings.device)
     require_attention(request.attention, device)
-    backbone = open_model(request)
-    preprocess = preprocessing(backbone, settings.image_size)
-    source = named or drawn_images(backbone, settings.seed)
-    prediction = predict_defects(backbone, ("cumulative",), emit, device)
-    module = load_module(backbone, device)
+    first = open_model(request)
+    shown = shown_blocks(first.depth, settings.blocks)
+    preprocess = preprocessing(first, settings.image_size, settings.resize)
+    source = named or drawn_images(first, settings.seed)
+    compared = [first]
+    if other is not None:
+        compared.append(open_model(other))
+    elif settings.clamp is not None:
+        compared.append(clamped(first, settings.clamp, emit))
+    require_comparable(compared)
+    subjects = [_subject(backbone, device, emit) for backbone in compared]
+
+    chosen = sampled(len(source), settings.limit, settings.seed)
+    workers = worker_count(settings.workers)
     skipped: dict[str, str] = {}
-    everything = load_in_order(source, preprocess, range(len(source)))
-    loaded = tracked(everything, emit, "analyzing", len(source), "images")
-    images = (pixels for _, pixels in readable(loaded, skipped, emit))
-    rows = survey(backbone, module, prediction, images, settings, device)
-    require_some(len(source) - len(skipped), len(skipped))
-    return Analysis(backbone.name, len(source) - len(skipped), preprocess.size, rows, skipped)
+
+    def batches(loaded: Iterator[LoadedImage]) -> Iterator[tuple[list[str], Tensor]]:
+        return equal_shapes(readable(loaded, skipped, emit), settings.batch_size)
+
+    loaded = load_in_order(source, preprocess, chosen, workers)
+    counted = tracked(loaded, emit, "analyzing", len(chosen), "images")
+    grid = preprocess.size // first.patch_size
+    drawn = spread(chosen, len(chosen) if settings.figures == "all" else settings.figures) if draw else []
+    images = (pixels for _, pixels in batches(counted))
+    surveys = survey(subjects, images, (grid, grid), settings, device, components=bool(drawn))
+    require_some(surveys.images, len(skipped))
+    drawn = [index for index in drawn if source.name(index) not in skipped]
+    again = batches(load_in_order(source, preprocess, drawn, workers))
+    return AnalysisResult(
+        analysis=analysis_of(subjects, surveys, settings, (grid, grid), skipped),
+        predictions=tuple(subject.prediction for subject in subjects),
+        surveys=surveys.sides,
+        blocks=shown,
+        portraits=portraits(subjects, again, surveys.basis, settings, device) if surveys.basis else iter(()),
+        drawn=len(drawn),
+        mean=preprocess.mean,
+        std=preprocess.std,
+    )
+
+
+def _subject(backbone: Backbone, device: str, emit: Emit) -> Subject:
+    """A backbone with its predictions, and its weights in place."""
+    from sinder_cli.analysis.survey import Subject
+    from sinder_cli.defects.prediction import predict as predict_defects
+
+    return Subject(backbone, load_module(backbone, device), predict_defects(backbone, emit=emit, device=device))
 
 
 def repair(
@@ -114,7 +161,7 @@ def repair(
 ) -> RepairResult:
     """Fine-tune singular values until the images are clean, and leave a run directory behind."""
     began = time.monotonic()
-    named = find_images(places, stdin) if places else None  # before a checkpoint is read, or even downloaded
+    named = find_images(places, stdin, emit) if places else None  # before a checkpoint is read, or even downloaded
     from sinder_cli.defects.prediction import predict as predict_defects
     from sinder_cli.repair.deltas import Deltas
     from sinder_cli.repair.evaluation import SAMPLES, evaluation_images, take_snapshot
@@ -124,7 +171,7 @@ def repair(
     from sinder_cli.repair.step import Directions
 
     folder = RunFolder(out)
-    folder.require_new()
+    require_new_folder(folder.path)
     device = resolve_device(settings.device)
     require_attention(request.attention, device)
     backbone = open_model(request)
@@ -177,19 +224,12 @@ def repair(
 def export(source: str, target: str, out: Path, request: ModelRequest, emit: Emit = silent) -> ExportResult:
     """Write a run's or a model's weights where they can be loaded; checked before the file gets its name."""
     from sinder_cli.export.native import require_native_suffix, write_native
-    from sinder_cli.repair.folder import RunFolder
 
     if target != "native":
         raise UsageError(f"unknown export format {target!r}", "only native is known", "use --to native")
     require_native_suffix(out)
     require_writable_file(out)
-    run = RunFolder(Path(source))
-    if run.path.is_dir() or source.startswith(("/", ".")):
-        if request.weights or request.heads:
-            raise UsageError(f"cannot export {source}", "a run has its own weights and heads", "leave the option out")
-        model, heads = run.repaired_model()
-        request = replace(request, model=model, weights=run.model, heads=heads)
-    backbone = open_model(request)
+    backbone = open_model(replace(request, model=source))
     require_loadable(backbone)
     emit(Noted(f"writing {out}"))
     write_native(out, backbone.weights)
@@ -203,14 +243,14 @@ def drawn_images(backbone: Backbone, seed: int) -> ImageSource:
     return DrawnImages(tuple(backbone.sample_images(DRAWN_IMAGES, seed)), backbone.name)
 
 
-def preprocessing(backbone: Backbone, image_size: int | None) -> Preprocessing:
-    """The model's normalization and a crop rounded down to whole patches. Raises `UsageError` for less than 5 × 5."""
+def preprocessing(backbone: Backbone, image_size: int | None, resize: Resize = "square") -> Preprocessing:
+    """The model's normalization, and a size rounded down to whole patches. Raises `UsageError` for under 5 × 5."""
     size = image_size or backbone.image_size
     rounded = size - size % backbone.patch_size
-    if rounded < 5 * backbone.patch_size:
+    if rounded < MIN_PATCHES * backbone.patch_size:
         raise UsageError(
             f"image size {size} is too small",
-            f"it makes under 5 × 5 patches of {backbone.patch_size} pixels",
-            f"use --image-size {5 * backbone.patch_size} or more",
+            f"it makes under {MIN_PATCHES} × {MIN_PATCHES} patches of {backbone.patch_size} pixels",
+            f"use --image-size {MIN_PATCHES * backbone.patch_size} or more",
         )
-    return Preprocessing(rounded, backbone.mean, backbone.std)
+    return Preprocessing(rounded, backbone.mean, backbone.std, resize, backbone.patch_size)

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,11 +45,37 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-        _flush_folder(path.parent)
+        _flush(path.parent)
     except OSError as error:
         raise output_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success flush what is in it and rename it to `path`, else remove it.
+
+    `path` may be an empty folder; folders above it are created. Raises `CannotCreateError` or `StorageError` for what
+    the file system refuses.
+    """
+    path = path.resolve()
+    require_new_folder(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    except OSError as error:
+        raise output_error(path, error) from error
+    try:
+        yield temporary
+        _flush_tree(temporary)
+        temporary.chmod(0o777 & ~_umask())
+        temporary.rename(path)  # over an empty folder, never over one that was filled meanwhile
+        _flush(path.parent)
+    except OSError as error:
+        raise output_error(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -70,6 +97,16 @@ def require_writable_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise output_error(folder, error) from error
+
+
+def require_new_folder(folder: Path) -> None:
+    """Prove, before any work is done, that `folder` is empty or can be made; nothing is left of the proof.
+
+    Raises `CannotCreateError` for one that is not empty or cannot be made.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise CannotCreateError(f"cannot create {folder}", "it is not empty", "choose another --out, or remove it")
+    require_creatable_folder(folder)
 
 
 def require_creatable_folder(folder: Path) -> None:
@@ -94,6 +131,11 @@ def require_writable_file(path: Path) -> None:
     require_creatable_folder(path.parent)
 
 
+def printable(text: str) -> str:
+    """Text that any file can hold, on one line: what of a file's name is no character is told as `\\udcff`."""
+    return " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
@@ -109,8 +151,13 @@ def _umask() -> int:
     return mask
 
 
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _flush_tree(folder: Path) -> None:
+    for place in (*folder.rglob("*"), folder):
+        _flush(place)
+
+
+def _flush(place: Path) -> None:
+    descriptor = os.open(place, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

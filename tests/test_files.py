@@ -15,6 +15,7 @@ from sinder_cli.errors import CannotCreateError, StorageError
 from sinder_cli.files import (
     output_error,
     replacing,
+    replacing_folder,
     require_creatable_folder,
     require_writable_file,
     require_writable_folder,
@@ -173,3 +174,74 @@ def test_a_device_is_no_file_to_be_written() -> None:
 def test_the_proof_that_a_folder_can_be_made_makes_nothing(tmp_path: Path) -> None:
     require_creatable_folder(tmp_path / "a" / "b" / "c")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "out"
+    with replacing_folder(target) as temporary:
+        (temporary / "figures").mkdir()
+        (temporary / "figures" / "one.png").touch()
+        assert temporary.parent == target.parent
+        assert not target.exists()
+    assert (target / "figures" / "one.png").exists()
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failure_leaves_nothing_of_a_folder(tmp_path: Path, error: type[BaseException]) -> None:
+    def write() -> None:
+        with replacing_folder(tmp_path / "out") as temporary:
+            (temporary / "half").touch()
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_folder_is_filled_and_a_filled_one_is_refused_untouched(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    with replacing_folder(target) as temporary:
+        (temporary / "first").touch()
+    with pytest.raises(CannotCreateError, match="it is not empty"), replacing_folder(target):
+        pass
+    assert [path.name for path in target.iterdir()] == ["first"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    writing = replacing_folder(target)
+    writing.__enter__()
+    target.mkdir()
+    (target / "theirs").touch()
+    with pytest.raises(CannotCreateError):
+        writing.__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == [target]
+    assert [path.name for path in target.iterdir()] == ["theirs"]
+
+
+def test_a_folder_does_not_take_the_place_of_a_file(old: Path) -> None:
+    for place in (old, old / "below"):
+        with pytest.raises(CannotCreateError), replacing_folder(place):
+            pass
+    assert only_the_old_is_there(old)
+
+
+def test_all_that_is_in_a_folder_is_flushed_and_has_the_usual_permissions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = []
+    genuine = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(os.fstat(handle).st_ino), genuine(handle)))
+    before = os.umask(0o027)
+    try:
+        with replacing_folder(tmp_path / "out") as temporary:
+            (temporary / "a").mkdir()
+            (temporary / "a" / "b").touch()
+    finally:
+        os.umask(before)
+    places = [tmp_path, tmp_path / "out", tmp_path / "out" / "a", tmp_path / "out" / "a" / "b"]
+    assert {place.stat().st_ino for place in places} == set(flushed)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750

@@ -131,3 +131,9 @@ def trained_references(block: BlockMap) -> dict[str, WeightRef]:
     gate = {"mlp.gate": mlp.gate} if isinstance(mlp, GatedMlpMap) else {}
     attention = {"attention.value": block.attention.value, "attention.output": block.attention.output}
     return attention | gate | {"mlp.up": mlp.up, "mlp.down": mlp.down}
+
+
+def linear_references(block: BlockMap) -> tuple[WeightRef, ...]:
+    """Every linear layer's weight of a block: queries and keys, as far as the map names them, and the trained ones."""
+    steering = (block.attention.query, block.attention.key)
+    return (*(ref for ref in steering if ref is not None), *trained_references(block).values())

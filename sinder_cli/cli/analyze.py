@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from sinder_cli import api
+from sinder_cli.analysis.settings import AnalyzeSettings
+from sinder_cli.backbone.describe import ModelRequest
 from sinder_cli.cli.display import display
 from sinder_cli.cli.options import (
     Attention,
@@ -18,7 +24,8 @@ from sinder_cli.cli.options import (
     with_settings,
 )
 from sinder_cli.cli.output import show
-from sinder_cli.defects.settings import AnalyzeSettings
+from sinder_cli.errors import DefectsFoundError, UsageError
+from sinder_cli.files import require_new_folder
 
 
 @with_settings(AnalyzeSettings)
@@ -29,16 +36,51 @@ def command(
     data: Data = None,
     weights: WeightsFile = None,
     heads: Heads = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--out",
+            metavar="DIR",
+            help="Write report.html, report.json, directions and figures into a new folder; - for JSON on stdout.",
+        ),
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option("--compare", metavar="MODEL|RUN", help="A second model of the same shape, or a run.")
+    ] = None,
+    compare_weights: Annotated[
+        Path | None, typer.Option("--compare-weights", metavar="FILE", help="Checkpoint of the second model.")
+    ] = None,
+    compare_heads: Annotated[
+        int | None, typer.Option("--compare-heads", min=1, help="Attention heads of the second model.")
+    ] = None,
+    fail_on_defects: Annotated[
+        bool, typer.Option("--fail-on-defects", help="Exit with 1 if the model has outlying tokens, predicted or not.")
+    ] = False,
     attention: Attention = "auto",
     format: Format = None,
     settings: AnalyzeSettings,
 ) -> None:
     """Show token norms, defects, and observed against predicted directions."""
+    if (compare_weights or compare_heads) and compare is None:
+        raise UsageError("no second model", "--compare-weights and --compare-heads belong to one", "add --compare")
+    folder = Path(out) if out and out != "-" else None
+    if folder:
+        require_new_folder(folder)
+    with display() as emit:
+        request = model_request(model, weights, heads, emit, attention)
+        other = ModelRequest(compare, compare_weights, compare_heads, attention, emit) if compare else None
+        places = [*(data or []), *(more_data or [])]
+        result = api.analyze(request, places, settings, emit, sys.stdin, other, draw=folder is not None)
+        analysis = result.analysis
+        if folder:
+            from sinder_cli.report.analysis_folder import write_analysis
+
+            analysis = write_analysis(folder, result, emit)
     from sinder_cli.report.documents import analysis_document
     from sinder_cli.report.tables import analysis_table
 
-    places = [*(data or []), *(more_data or [])]
-    with display() as emit:
-        request = model_request(model, weights, heads, emit, attention)
-        analysis = api.analyze(request, places, settings, emit, sys.stdin)
-    show(format, lambda: analysis_table(analysis), lambda: analysis_document(analysis))
+    chosen = "json" if out == "-" else format
+    show(chosen, lambda: analysis_table(analysis, folder), lambda: analysis_document(analysis))
+    if fail_on_defects and analysis.verdict.kind in ("defects", "unpredicted"):
+        raise DefectsFoundError(f"{analysis.model} fails", analysis.verdict.sentence.rstrip("."))

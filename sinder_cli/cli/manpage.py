@@ -1,4 +1,4 @@
-"""Manual pages from the command tree: `python -m sinder_cli.cli.manpage FOLDER` writes one for every command."""
+"""Manual pages from the command tree: `python -m sinder_cli.cli.manpage FOLDER` writes all of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sinder_cli import __version__
 from sinder_cli.cli.app import HELP, command
 from sinder_cli.files import write_text
+from sinder_cli.report.roff import escape, head
+from sinder_cli.report.schema_page import NAME, schema_page
 
 EXIT_CODES = {
     0: "done, reported skips included",
@@ -26,35 +27,35 @@ EXIT_CODES = {
 
 
 def pages() -> dict[str, str]:
-    """File name → roff, for `sinder` and every subcommand."""
+    """File name → roff: for `sinder`, every subcommand and the format of an analysis."""
     tree = command()
     rendered = {"sinder.1": _main_page(tree)}
     for name, subcommand in sorted(tree.commands.items()):
         rendered[f"sinder-{name}.1"] = _page(f"sinder {name}", subcommand)
-    return rendered
+    return rendered | {NAME: schema_page()}
 
 
 def _main_page(tree: Any) -> str:
     lines = [*_head("sinder", HELP.split("\n")[0]), ".SH SYNOPSIS", ".B sinder", "[\\-\\-debug] COMMAND [ARGS]"]
-    lines += [".SH DESCRIPTION", *(_escape(line) for line in HELP.split("\n") if line)]
+    lines += [".SH DESCRIPTION", *(escape(line) for line in HELP.split("\n") if line)]
     lines += [".SH COMMANDS"]
     for name, subcommand in sorted(tree.commands.items()):
-        lines += [".TP", f".BR sinder\\-{_escape(name)} (1)", _escape(_summary(subcommand))]
+        lines += [".TP", f".BR sinder\\-{escape(name)} (1)", escape(_summary(subcommand))]
     lines += [".SH OPTIONS", *_options(tree), ".SH EXIT STATUS"]
     for code, meaning in EXIT_CODES.items():
-        lines += [".TP", f".B {code}", _escape(meaning)]
+        lines += [".TP", f".B {code}", escape(meaning)]
     return "\n".join(lines) + "\n"
 
 
 def _page(name: str, subcommand: Any) -> str:
     arguments = [p for p in subcommand.params if p.param_type_name == "argument"]
-    synopsis = " ".join(["[OPTIONS]", *(_escape(argument.metavar) for argument in arguments)])
-    lines = [*_head(name.replace(" ", "-"), _summary(subcommand)), ".SH SYNOPSIS", f".B {_escape(name)}", synopsis]
-    lines += [".SH DESCRIPTION", _escape(_summary(subcommand))]
+    synopsis = " ".join(["[OPTIONS]", *(escape(argument.metavar) for argument in arguments)])
+    lines = [*_head(name.replace(" ", "-"), _summary(subcommand)), ".SH SYNOPSIS", f".B {escape(name)}", synopsis]
+    lines += [".SH DESCRIPTION", escape(_summary(subcommand))]
     if arguments:
         lines += [".SH ARGUMENTS"]
     for argument in arguments:
-        lines += [".TP", f".I {_escape(argument.metavar)}", _escape(argument.help or "")]
+        lines += [".TP", f".I {escape(argument.metavar)}", escape(argument.help or "")]
     lines += [".SH OPTIONS", *_options(subcommand)]
     return "\n".join([*lines, ".SH SEE ALSO", ".BR sinder (1)"]) + "\n"
 
@@ -65,7 +66,7 @@ def _options(subcommand: Any) -> list[str]:
         record = option.get_help_record(_context(subcommand)) if option.param_type_name == "option" else None
         if record:
             flags, text = record
-            lines += [".TP", f".B {_escape(flags)}", _escape(text)]
+            lines += [".TP", f".B {escape(flags)}", escape(text)]
     return [*lines, ".TP", ".B \\-\\-help", "Show this message and exit."]
 
 
@@ -74,21 +75,11 @@ def _context(subcommand: Any) -> Any:
 
 
 def _head(name: str, summary: str) -> list[str]:
-    return [
-        f'.TH {_escape(name).upper()} 1 "" "sinder {__version__}" "User Commands"',
-        ".SH NAME",
-        f"{_escape(name)} \\- {_escape(summary.rstrip('.'))}",
-    ]
+    return head(name, 1, summary, "User Commands")
 
 
 def _summary(subcommand: Any) -> str:
     return (subcommand.help or "").split("\n")[0]
-
-
-def _escape(text: str) -> str:
-    """Text as roff prints it: no line may begin with a control character, and hyphens stay minus signs."""
-    escaped = text.replace("\\", "\\e").replace("-", "\\-")
-    return f"\\&{escaped}" if escaped.startswith((".", "'")) else escaped
 
 
 def write_pages(folder: Path) -> None:

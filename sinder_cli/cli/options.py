@@ -15,12 +15,14 @@ from pydantic.fields import FieldInfo
 
 from sinder_cli.backbone.attention import AttentionName
 from sinder_cli.backbone.describe import ModelRequest
-from sinder_cli.defects.settings import AnalyzeSettings, read_settings
+from sinder_cli.defects.settings import DetectionSettings, read_settings
 from sinder_cli.events import Emit
 
 OutputFormat = Literal["table", "json"]
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's name; `sinder backbones` lists them.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model's name, as `sinder backbones` lists them, or a run directory.")
+]
 WeightsFile = Annotated[
     Path | None,
     typer.Option("--weights", metavar="FILE", help="Checkpoint: .safetensors, .pth or .pt; default: the official one."),
@@ -49,7 +51,7 @@ def model_request(
     return ModelRequest(model, weights, heads, attention, emit)
 
 
-def with_settings(kind: type[AnalyzeSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_settings(kind: type[DetectionSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replace a command's parameter `settings` by `--config` and one option for each field of the settings model."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -73,7 +75,7 @@ def with_settings(kind: type[AnalyzeSettings]) -> Callable[[Callable[..., None]]
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
-    default = "" if field.default is None else f" (default: {field.default})"
+    default = "" if field.default is None or field.default is False else f" (default: {field.default})"
     flag = f"--{name.replace('_', '-')}"
     parsed = _parsed_type(field.annotation)
     choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
@@ -87,9 +89,10 @@ def _keyword(name: str, annotation: Any) -> inspect.Parameter:
 
 
 def _parsed_type(annotation: Any) -> Any:
-    """What the command line parses; the settings model checks ranges and choices."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return next(part for part in typing.get_args(annotation) if part is not type(None))
+    """What the command line parses; the settings model checks ranges and choices, and reads lists and alternatives."""
     if typing.get_origin(annotation) is Literal:
         return type(typing.get_args(annotation)[0])
-    return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        parts = [part for part in typing.get_args(annotation) if part is not type(None)]
+        return _parsed_type(parts[0]) if len(parts) == 1 else str
+    return annotation if isinstance(annotation, type) else str

@@ -16,7 +16,8 @@ from sinder_cli.cli.output import show
 from sinder_cli.files import require_writable_file
 
 if TYPE_CHECKING:
-    from sinder_cli.defects.prediction import Prediction, Stage
+    from sinder_cli.defects.prediction import Prediction
+    from sinder_cli.defects.rules import Stage
 
 
 class StageName(str, Enum):

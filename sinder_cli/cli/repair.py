@@ -45,7 +45,7 @@ def command(
     from sinder_cli.repair.folder import RunFolder
     from sinder_cli.report.card import render_card
     from sinder_cli.report.documents import repair_document
-    from sinder_cli.report.page import render_repair_page
+    from sinder_cli.report.repair_page import render_repair_page
     from sinder_cli.report.tables import repair_table
 
     places = [*(data or []), *(more_data or [])]

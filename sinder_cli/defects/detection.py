@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sinder_cli.defects.rules import MIN_GAP
-from sinder_cli.defects.settings import AnalyzeSettings
+from sinder_cli.defects.settings import DetectionSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ class DetectionRule:
     margin: int = 1  # border patches never marked: half the neighbourhood's kernel
 
     @classmethod
-    def of(cls, settings: AnalyzeSettings) -> DetectionRule:
+    def of(cls, settings: DetectionSettings) -> DetectionRule:
         """Equation (5) as the settings have it."""
         return cls(settings.mask_threshold, settings.min_tokens, settings.min_gap, settings.kernel // 2)
 
@@ -33,11 +33,16 @@ class DetectionRule:
         return gap >= self.min_gap
 
 
+def alignments(patches: Tensor, directions: Tensor) -> Tensor:
+    """`|cos(x, ν)|` in float32: patches `[…, N]`, directions ν `[S, N]` → `[…, S]`."""
+    nu = directions.float() / directions.float().norm(dim=-1, keepdim=True)
+    tokens = patches.float()
+    return ((tokens @ nu.T) / tokens.norm(dim=-1, keepdim=True).clamp_min(1e-12)).abs()
+
+
 def alignment_logits(patches: Tensor, direction: Tensor) -> Tensor:
     """`−|cos(x, ν)|` in float32: patches `[B, h, w, N]`, ν `[N]` → `[B, h, w]`."""
-    nu = direction.float() / direction.float().norm()
-    tokens = patches.float()
-    return -((tokens @ nu) / tokens.norm(dim=-1).clamp_min(1e-12)).abs()
+    return -alignments(patches, direction[None])[..., 0]
 
 
 def defect_mask(logits: Tensor, rule: DetectionRule) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,16 +16,13 @@ from sinder_cli.backbone.blocks import read_block
 from sinder_cli.backbone.describe import Backbone
 from sinder_cli.defects.linearize import attention_part, block_part, mlp_part, plus_identity
 from sinder_cli.defects.positions import PositionCheck, check_positions
-from sinder_cli.defects.rules import MIN_GAP
+from sinder_cli.defects.rules import MIN_GAP, STAGES, Stage
 from sinder_cli.defects.spectrum import LeadingPair, angle_between, leading_left
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, silent, tracked
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Stage = Literal["attention", "mlp", "block", "cumulative"]
-STAGES: tuple[Stage, ...] = ("attention", "mlp", "block", "cumulative")
 
 SIDE_BY_SIDE = 2  # searches at a time on a CPU; more only compete for its cache
 SETTLED_DEGREES = 5.0  # a direction has settled when no later block turns it further than this

@@ -1,3 +1,10 @@
 """Limits that several stages share, each with its source; free of torch, so that help texts can quote them."""
 
+from __future__ import annotations
+
+from typing import Literal
+
 MIN_GAP = 1.1  # σ₁/σ₂ under which a direction counts as not determined (ours; see DetectionRule)
+
+Stage = Literal["attention", "mlp", "block", "cumulative"]
+STAGES: tuple[Stage, ...] = ("attention", "mlp", "block", "cumulative")

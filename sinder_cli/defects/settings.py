@@ -12,7 +12,7 @@ from sinder_cli.defects.rules import MIN_GAP
 from sinder_cli.errors import NoInputError, UsageError
 
 
-class AnalyzeSettings(BaseModel):
+class DetectionSettings(BaseModel):
     """How images are run and when a token counts as defective; defaults are the paper's (SINDER, sections 4 and 5)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -23,16 +23,19 @@ class AnalyzeSettings(BaseModel):
         MIN_GAP, ge=0, description="σ₁/σ₂ that a direction needs to be trusted; 0: the paper's rule."
     )
     kernel: Literal[3, 5] = Field(3, description="Side of the neighbourhood, in patches; half of it is the border.")
-    image_size: int | None = Field(None, ge=1, description="Side of the centre crop in pixels; default: the model's.")
+    image_size: int | None = Field(None, ge=1, description="Side of the images in pixels; default: the model's.")
     batch_size: int = Field(1, ge=1, description="Images at a time.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Precision of the forward passes; deltas and weights stay float32."
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
-    seed: int = Field(0, ge=0, description="Seed of the order of images, and of drawn ones.")
+    seed: int = Field(0, ge=0, description="Seed of the order or choice of images, and of drawn ones.")
+    workers: int | None = Field(
+        None, ge=0, le=64, description="Processes that decode images; 0: none; default: one a spare core, at most 4."
+    )
 
 
-Settings = TypeVar("Settings", bound=AnalyzeSettings)
+Settings = TypeVar("Settings", bound=DetectionSettings)
 
 
 def read_settings(kind: type[Settings], given: dict[str, object], file: Path | None = None) -> Settings:
@@ -46,8 +49,10 @@ def read_settings(kind: type[Settings], given: dict[str, object], file: Path | N
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        where = f" in {file}" if file and first["loc"][0] not in given else ""
-        raise UsageError(f"bad setting {name!r}{where}", first["msg"], "--help lists the settings") from error
+        what = f"bad setting {name!r}" if name else "settings contradict each other"
+        where = f" in {file}" if file and not {*first["loc"][:1]} & given.keys() else ""
+        why = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{what}{where}", why, "--help lists the settings") from error
 
 
 def _read_toml(file: Path) -> dict[str, object]:

@@ -14,7 +14,10 @@ from sinder_cli.backbone.describe import Backbone
 from sinder_cli.defects.tokens import last_tokens, outlier_mask, patch_grid
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, tracked
-from sinder_cli.images import ImageSource, Preprocessing, load_in_order, readable, require_some
+from sinder_cli.images.choosing import spread
+from sinder_cli.images.loading import load_in_order, readable, require_some
+from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.images.sources import ImageSource
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,11 +60,13 @@ def evaluation_images(
 
     Those that cannot be decoded are named and added to `unreadable`. Raises `BadInputError` if none can.
     """
-    count = min(most, len(source))
-    spread = [index * len(source) // count for index in range(count)]
-    for indices in (spread, range(len(source))):  # if none of the chosen can be read, take any before giving up
+    everything = range(len(source))
+    for indices in (
+        spread(everything, most),
+        everything,
+    ):  # if none of the chosen can be read, take any before giving up
         loaded = tracked(load_in_order(source, preprocess, indices), emit, "reading images", len(indices), "images")
-        images = dict(islice(readable(loaded, unreadable, emit), count))
+        images = dict(islice(readable(loaded, unreadable, emit), most))
         if images:
             return images
     require_some(0, len(unreadable))

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sinder_cli.errors import BadInputError, CannotCreateError, NoInputError
-from sinder_cli.files import require_creatable_folder
+from sinder_cli.errors import BadInputError, NoInputError
 from sinder_cli.repair.loop import StepRecord
 
 
@@ -51,26 +50,13 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(step)) + "\n")
 
-    def require_new(self) -> None:
-        """Prove, before any work is done, that this can become a run directory; nothing is left of the proof.
-
-        Raises `CannotCreateError` for a folder that is not empty or cannot be made.
-        """
-        if self.path.is_dir() and any(self.path.iterdir()):
-            raise CannotCreateError(
-                f"cannot create run directory {self.path}", "it is not empty", "choose another --out, or remove it"
-            )
-        require_creatable_folder(self.path)
-
     def repaired_model(self) -> tuple[str, int | None]:
         """The name of the model that was repaired here, and the heads that its user gave.
 
         Raises `BadInputError` for an unreadable `config.json` and `NoInputError` for a run that did not finish.
         """
         if not self.config.is_file():
-            raise NoInputError(
-                f"cannot export {self.path}", "it is no run directory of `sinder repair`", "check the path"
-            )
+            raise NoInputError(f"cannot use {self.path}", "it is no run directory of `sinder repair`", "check the path")
         try:
             config: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
             model, heads = str(config["model"]), config.get("heads")
@@ -79,5 +65,5 @@ class RunFolder:
             raise BadInputError(f"cannot read {self.config}", why, "is it a run directory?") from error
         if not self.model.is_file():
             why = "there is no model.safetensors: its run did not finish"
-            raise NoInputError(f"cannot export {self.path}", why, "run `sinder repair` anew")
+            raise NoInputError(f"cannot use {self.path}", why, "run `sinder repair` anew")
         return model, heads

@@ -13,7 +13,10 @@ from torch import Tensor
 from sinder_cli.backbone.describe import Backbone
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, Warned, silent
-from sinder_cli.images import ImageSource, LoadedImage, Preprocessing, load_in_order, readable, require_some, shuffled
+from sinder_cli.images.loading import LoadedImage, load_in_order, readable, require_some, shuffled
+from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.images.processes import worker_count
+from sinder_cli.images.sources import ImageSource
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.repair.step import Directions, step_gradient
@@ -125,7 +128,8 @@ def _batches(
     Raises `BadInputError` once every image of the source has turned out to be unreadable.
     """
     batch: list[Tensor] = []
-    loaded = load_in_order(source, preprocess, shuffled(len(source), settings.seed))
+    order = shuffled(len(source), settings.seed)
+    loaded = load_in_order(source, preprocess, order, worker_count(settings.workers))
     for _, pixels in readable(_until_all_failed(loaded, source, progress), progress.unreadable, emit):
         batch.append(pixels)
         if len(batch) == settings.batch_size:

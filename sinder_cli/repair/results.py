@@ -14,7 +14,8 @@ from sinder_cli.backbone.describe import Backbone, ModelRequest
 from sinder_cli.backbone.sources import infos_of
 from sinder_cli.backbone.storing import stored_as, write_safetensors
 from sinder_cli.backbone.weights import Weights
-from sinder_cli.images import ImageSource, Preprocessing
+from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.images.sources import ImageSource
 from sinder_cli.repair.deltas import Deltas, Target
 from sinder_cli.repair.evaluation import Snapshot, cls_cosine
 from sinder_cli.repair.settings import RepairSettings

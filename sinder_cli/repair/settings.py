@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from sinder_cli.defects.settings import AnalyzeSettings
+from sinder_cli.defects.settings import DetectionSettings
 
 
-class RepairSettings(AnalyzeSettings):
+class RepairSettings(DetectionSettings):
     """Defaults are the paper's (SINDER, section 5, and the authors' code) where it has the setting."""
 
     max_steps: int = Field(30_000, ge=1, description="Steps at most; images are gone through again in a new order.")

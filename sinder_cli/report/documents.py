@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 from sinder_cli.backbone.registry import InstalledBackbone
 
 if TYPE_CHECKING:
-    from sinder_cli.api import Analysis
+    from sinder_cli.analysis.records import Analysis
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.repair.results import RepairResult
-
-TAPPED = "residual stream after each block, before the final norm"
 
 
 def finite(value: Any) -> Any:
@@ -51,17 +49,8 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
 
 
 def analysis_document(analysis: Analysis) -> dict[str, Any]:
-    """`sinder analyze --format json`."""
-    return finite(
-        {
-            "model": analysis.model,
-            "tapped": TAPPED,
-            "images": analysis.images,
-            "image_size": analysis.image_size,
-            "skipped": analysis.skipped,
-            "blocks": [asdict(block) for block in analysis.blocks],
-        }
-    )
+    """`sinder analyze --format json`, and `report.json`: sinder-analysis(5) describes it."""
+    return finite(analysis.model_dump(mode="json"))
 
 
 def repair_document(result: RepairResult) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sinder_cli.repair.settings import RepairSettings
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from sinder_cli.repair.results import RepairResult
 
 PAPER_TITLE = "SINDER: Repairing the Singular Defects of DINOv2"
@@ -66,7 +69,8 @@ def duration(seconds: float) -> str:
 
 def counted(count: int, noun: str) -> str:
     """1 step, 1,200 steps."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    ending = "" if count == 1 else "es" if noun.endswith(("ch", "s", "x")) else "s"
+    return f"{count:,} {noun}{ending}"
 
 
 def verdict(result: RepairResult) -> Verdict:
@@ -138,11 +142,22 @@ def stop_reason(result: RepairResult) -> str:
 
 def setting_facts(result: RepairResult) -> list[Named]:
     """The settings that were in force, each with its help text."""
-    fields = RepairSettings.model_fields
+    return settings_told(RepairSettings, result.config["settings"])
+
+
+def settings_told(kind: type[BaseModel], values: Mapping[str, Any]) -> list[Named]:
+    """Settings of one kind, each with its help text."""
+    fields = kind.model_fields
     return [
-        Named(name, str(value), (fields[name].description or "") if name in fields else "")
-        for name, value in result.config["settings"].items()
+        Named(name, _told(value), (fields[name].description or "") if name in fields else "")
+        for name, value in values.items()
     ]
+
+
+def _told(value: object) -> str:
+    if value is None:
+        return "default"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def origin_facts(result: RepairResult) -> list[Named]:

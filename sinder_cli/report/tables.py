@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -14,12 +16,13 @@ from sinder_cli.defects.rules import MIN_GAP
 from sinder_cli.report import facts
 
 if TYPE_CHECKING:
-    from sinder_cli.api import Analysis
+    from sinder_cli.analysis.records import Analysis, Distribution, Marked, Side, Verdict
     from sinder_cli.defects.positions import PositionCheck
     from sinder_cli.defects.prediction import BlockSpectrum, Prediction
     from sinder_cli.repair.results import RepairResult
 
-
+BARS = "▁▂▃▄▅▆▇█"
+FLAT = 0.05  # a logarithmic range under which all bars are of one height: 5 %
 HEADINGS = {"attention": "attn", "mlp": "mlp", "block": "block", "cumulative": "cumul"}  # 80 columns hold no more
 
 
@@ -74,40 +77,96 @@ def _position_words(check: PositionCheck) -> str:
     )
 
 
-def analysis_table(analysis: Analysis) -> RenderableType:
-    """Norms of the residual stream, marked tokens, and observed against predicted direction, block by block."""
-    title = f"{analysis.model}, {facts.counted(analysis.images, 'image')} of {analysis.image_size} px"
-    table = _table(title)
-    registers = any(block.register_norm is not None for block in analysis.blocks)
-    names = [
-        "block",
-        "median\nnorm",
-        "99 %\nnorm",
-        "largest\nnorm",
-        "masked\n(eq. 5)",
-        "> 3 ×\nmedian",
-        "σ₁/σ₂",
-        "angle",
-    ]
-    names += ["cls\nnorm"] + (["register\nnorm"] if registers else [])
-    for name in names:
+def analysis_table(analysis: Analysis, folder: Path | None = None) -> RenderableType:
+    """The verdict, the norm over blocks at a glance, what was found block by block, and where the files are."""
+    parts: list[RenderableType] = [_analysis_title(analysis), _side_table(analysis)]
+    parts.append(_sparkline_words(analysis))
+    if analysis.other and analysis.comparison:
+        parts += ["", f"Against {analysis.other.model} ({analysis.other.weights}):"]
+        parts += [_comparison_table(analysis, analysis.other), _sparkline_words(analysis.other)]
+    parts += ["", *_verdict_words(analysis.model, analysis.verdict)]
+    if analysis.other:
+        parts += _verdict_words(f"{analysis.other.model}, the second", analysis.other.verdict)
+    if folder:
+        parts.append(f"report: {folder / 'report.html'}, {facts.counted(len(analysis.figures), 'figure')} beside it")
+    return Group(*parts)
+
+
+def _analysis_title(analysis: Analysis) -> str:
+    skipped = f", {len(analysis.skipped):,} skipped" if analysis.skipped else ""
+    return f"{analysis.model}, {facts.counted(analysis.images, 'image')}{skipped}; norms before the final norm"
+
+
+def _verdict_words(model: str, verdict: Verdict) -> list[str]:
+    return [f"{model}: {verdict.sentence}", verdict.confidence]
+
+
+def _side_table(side: Side) -> Table:
+    """One row a block: norms of patch tokens, marked tokens, and the observed against the predicted direction."""
+    table = _table("")
+    table.padding = (0, 1, 0, 0)
+    columns = ["block", "median\nnorm", "99 %\nnorm", "largest\nnorm", "cls\nnorm"]
+    registers = any(block.register_norm for block in side.blocks)
+    threshold = any(block.marked["above_threshold"] for block in side.blocks)
+    columns += ["register\nnorm"] if registers else []
+    columns += ["masked\n(eq. 5)", "> 3 ×\nmedian"] + (["above\nlimit"] if threshold else [])
+    columns += ["σ₁/σ₂", "angle", "spread"]
+    for name in columns:
         table.add_column(name, justify="right")
-    for block in analysis.blocks:
-        cells = [
-            str(block.block),
-            _short(block.median_norm),
-            _short(block.p99_norm),
-            _short(block.max_norm),
-            str(block.masked_tokens),
-            str(block.outlier_tokens),
-            f"{block.gap:.2f}",
-            _degrees(block.angle_to_predicted),
-            _short(block.cls_norm),
-        ]
-        table.add_row(*cells, *([_short(block.register_norm)] if registers else []))
-    words = "Patch tokens of the residual stream, before the final norm; angle: observed to predicted direction."
-    skipped = [f"{facts.counted(len(analysis.skipped), 'image')} skipped."] if analysis.skipped else []
-    return Group(table, words, *skipped)
+    for block in side.blocks:
+        norm = block.patch_norm
+        cells = [str(block.block), *(_short(value) for value in ((norm.median, norm.p99, norm.max) if norm else ()))]
+        cells += [] if norm else ["", "", ""]
+        cells.append(_median(block.cls_norm))
+        cells += [_median(block.register_norm)] if registers else []
+        cells += [_tokens(block.marked["equation_5"]), _tokens(block.marked["outlying"])]
+        cells += [_tokens(block.marked["above_threshold"])] if threshold else []
+        seen = block.observed
+        angle, spread = (seen.angle_to_predicted_deg["cumulative"], seen.spread_across_deg) if seen else (None, None)
+        table.add_row(*cells, f"{block.gap['cumulative']:.2f}", _degrees(angle), _degrees(spread))
+    return table
+
+
+def _comparison_table(analysis: Analysis, other: Side) -> Table:
+    """One row a block: both sides' largest norm and marked tokens, and how far their tokens agree."""
+    table = _table("")
+    for name in ("block", "largest\nfirst", "norm\nsecond", "> 3 ×\nfirst", "median\nsecond", "masked\nfirst"):
+        table.add_column(name, justify="right")
+    for name in ("(eq. 5)\nsecond", "cosine\npatch", "\ncls"):
+        table.add_column(name, justify="right")
+    for one, two, pair in zip(analysis.blocks, other.blocks, analysis.comparison or (), strict=True):
+        cells = [str(one.block)]
+        cells += [_short(side.patch_norm.max if side.patch_norm else None) for side in (one, two)]
+        cells += [_tokens(side.marked["outlying"]) for side in (one, two)]
+        cells += [_tokens(side.marked["equation_5"]) for side in (one, two)]
+        cells += [_cosine(pair.patch_cosine), _cosine(pair.cls_cosine)]
+        table.add_row(*cells)
+    return table
+
+
+def _sparkline_words(side: Side) -> str:
+    largest = [block.patch_norm.max if block.patch_norm else 0.0 for block in side.blocks]
+    return f"largest norm over blocks, log: {sparkline(largest)}  {_short(min(largest))} to {_short(max(largest))}"
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Positive values as bars of eight heights on a logarithmic scale, one character each; the lowest where equal."""
+    logs = [math.log(max(value, 1e-12)) for value in values]
+    low, span = min(logs), max(logs) - min(logs)
+    steps = (round((at - low) / span * (len(BARS) - 1)) if span > FLAT else 0 for at in logs)
+    return "".join(BARS[step] for step in steps)
+
+
+def _median(distribution: Distribution | None) -> str:
+    return _short(distribution.median) if distribution else ""
+
+
+def _cosine(distribution: Distribution | None) -> str:
+    return f"{distribution.median:.4f}" if distribution else ""
+
+
+def _tokens(marked: Marked | None) -> str:
+    return "–" if marked is None else str(marked.tokens)
 
 
 def repair_table(result: RepairResult) -> RenderableType:

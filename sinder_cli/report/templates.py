@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def html_template(name: str) -> Template:
     """A template whose values are escaped for HTML; a name that it misspells is an error."""
-    return _environment(autoescape=True).from_string(_source(name))
+    return _environment(autoescape=True).get_template(name)
 
 
 def markdown_template(name: str) -> Template:
@@ -19,7 +19,7 @@ def markdown_template(name: str) -> Template:
     environment = _environment(autoescape=False)
     environment.filters["code"] = code_span
     environment.filters["cell"] = table_cell
-    return environment.from_string(_source(name))
+    return environment.get_template(name)
 
 
 def code_span(text: object) -> str:
@@ -36,9 +36,10 @@ def table_cell(text: object) -> str:
 
 
 def _environment(autoescape: bool) -> Environment:
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     return Environment(
+        loader=FunctionLoader(_source),
         autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sinder_cli import ModelRequest, UnavailableError, api
+from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.attention import require_attention
-from sinder_cli.defects.settings import AnalyzeSettings
 from sinder_cli.repair.settings import RepairSettings
 
 

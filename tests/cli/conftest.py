@@ -13,7 +13,8 @@ from sinder_plugins.dinov2.module import VisionTransformer
 from torch import Tensor
 
 from sinder_cli import IMAGENET_MEAN, IMAGENET_STD, attention_kernel
-from sinder_cli.images import Preprocessing, decode
+from sinder_cli.images.decoding import decode
+from sinder_cli.images.preprocessing import Preprocessing
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg")
 SIDE = 168  # pixels: 12 × 12 patches, enough for three tokens to lie four standard deviations out

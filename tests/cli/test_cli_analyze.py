@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sinder_plugins.dinov2.module import VisionTransformer
 from torch import Tensor
 
@@ -49,23 +51,32 @@ def hooked_tokens(weights: Path, photographs: Path) -> list[Tensor]:
 def test_the_numbers_are_those_of_forward_hooks_on_the_module(
     sinder: Sinder, with_registers: Path, photographs: Path
 ) -> None:
-    run = sinder("analyze", CUSTOM, "--weights", with_registers, photographs, "--batch-size", "4")
+    run = sinder("analyze", CUSTOM, "--weights", with_registers, photographs, "--batch-size", "4", "--resize", "square")
     assert run.returncode == 0, run.stderr
-    document = json.loads(run.stdout)
-    assert (document["images"], document["image_size"], document["skipped"]) == (6, SIDE, {})
+    document = analysed(run)
+    assert (document["images"], document["grid"], document["skipped"]) == (6, [9, 9], {})
     assert "before the final norm" in document["tapped"]
     expected = hooked_tokens(with_registers, photographs)
     assert len(document["blocks"]) == len(expected) == 3
     for row, tokens in zip(document["blocks"], expected, strict=True):
         norms = tokens.norm(dim=-1)
         patches = norms[:, 5:]
-        assert row["median_norm"] == pytest.approx(patches.flatten().median().item(), rel=1e-4)
-        assert row["p99_norm"] == pytest.approx(np.quantile(patches.numpy(), 0.99), rel=1e-4)
-        assert row["max_norm"] == pytest.approx(patches.max().item(), rel=1e-4)
-        assert row["cls_norm"] == pytest.approx(norms[:, 0].median().item(), rel=1e-4)
-        assert row["register_norm"] == pytest.approx(norms[:, 1:5].flatten().median().item(), rel=1e-4)
+        summed_up(row["patch_norm"], patches)
+        summed_up(row["cls_norm"], norms[:, 0])
+        summed_up(row["register_norm"], norms[:, 1:5])
         outliers = patches > 3 * patches.median(dim=1, keepdim=True).values
-        assert row["outlier_tokens"] == int(outliers.sum())
+        assert row["marked"]["outlying"]["tokens"] == int(outliers.sum())
+
+
+def summed_up(found: dict[str, float], values: Tensor) -> None:
+    """A distribution of the document against numpy."""
+    numbers = values.double().numpy().ravel()
+    assert found["count"] == len(numbers)
+    assert found["mean"] == pytest.approx(numbers.mean(), rel=1e-4)
+    assert found["min"] == pytest.approx(numbers.min(), rel=1e-4)
+    assert found["max"] == pytest.approx(numbers.max(), rel=1e-4)
+    for name, share in (("p01", 0.01), ("median", 0.5), ("p99", 0.99)):
+        assert found[name] == pytest.approx(np.quantile(numbers, share), rel=5e-3)
 
 
 def test_registers_have_a_column_of_their_own(sinder: Sinder, with_registers: Path, photographs: Path) -> None:
@@ -73,7 +84,7 @@ def test_registers_have_a_column_of_their_own(sinder: Sinder, with_registers: Pa
     run = sinder(*arguments, "--format", "table")
     assert run.returncode == 0, run.stderr
     assert "register" in run.stdout
-    assert "1 image of 126 px" in run.stdout
+    assert "1 image; norms before the final norm" in run.stdout
     assert max(map(len, run.stdout.splitlines()[:6])) <= 80
     assert "\x1b" not in run.stdout + run.stderr
     assert "…" not in run.stdout
@@ -135,3 +146,136 @@ def test_a_corrupt_image_is_skipped_named_and_counted(
     assert document["images"] == 1
     assert list(document["skipped"]) == [str(broken)]
     assert f"sinder: warning: skipped {broken}" in run.stderr
+
+
+def test_the_verdict_on_the_demo_and_on_its_twin(sinder: Sinder) -> None:
+    run = sinder("analyze", "demo_vit", "--limit", "4", "--fail-on-defects")
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("sinder: error: demo_vit fails: defects from block 5")
+    found = analysed(run)
+    assert found["verdict"]["kind"] == "defects"
+    assert found["verdict"]["first_block"] == 5
+    clean = sinder("analyze", "demo_vit_clean", "--limit", "4", "--fail-on-defects")
+    assert clean.returncode == 0, clean.stderr
+    assert analysed(clean)["verdict"]["kind"] == "none"
+
+
+def test_the_table_has_a_verdict_a_sparkline_and_says_where_the_files_are(sinder: Sinder, tmp_path: Path) -> None:
+    run = sinder(
+        "analyze", "demo_vit", "--limit", "2", "--figures", "1", "--out", tmp_path / "look", "--format", "table"
+    )
+    assert run.returncode == 0, run.stderr
+    assert "▁▁▁▁▁███████" in run.stdout
+    assert "demo_vit: defects from block 5" in run.stdout
+    assert f"report: {tmp_path / 'look' / 'report.html'}" in run.stdout
+
+
+def test_the_folder_holds_what_standard_output_says_and_more(sinder: Sinder, tmp_path: Path) -> None:
+    folder = tmp_path / "look"
+    run = sinder("analyze", "demo_vit", "--limit", "3", "--figures", "2", "--blocks", "4,5", "--out", folder)
+    assert run.returncode == 0, run.stderr
+    document = analysed(run)
+    assert document == json.loads((folder / "report.json").read_text())
+    assert document["schema_version"] == 1
+    listed = {figure["file"] for figure in document["figures"]}
+    assert listed == {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")}
+    assert all(figure["caption"] for figure in document["figures"])
+    directions = load_file(folder / "directions.safetensors")
+    assert directions["observed"].shape == directions["predicted.cumulative"].shape == (12, 192)
+    assert directions["observed"].norm(dim=1).tolist() == pytest.approx([0.0] * 5 + [1.0] * 7, abs=1e-5)
+    cosines = (directions["observed"] * directions["predicted.cumulative"]).sum(dim=1)[5:]
+    assert cosines.abs().min() > np.cos(np.radians(4))
+    assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["look"]
+
+
+def test_a_dash_prints_the_document_and_writes_nothing(sinder: Sinder, tmp_path: Path) -> None:
+    run = sinder("analyze", "demo_vit_clean", "--limit", "2", "-o", "-", "--format", "table", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert analysed(run)["images"] == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_original_is_compared_with_its_twin_and_with_its_clamped_self(sinder: Sinder) -> None:
+    twin = sinder("analyze", "demo_vit", "--compare", "demo_vit_clean", "--limit", "2")
+    assert twin.returncode == 0, twin.stderr
+    clamped = sinder("analyze", "demo_vit", "--clamp", "3", "--limit", "2")
+    assert clamped.returncode == 0, clamped.stderr
+    for run in (twin, clamped):
+        document = analysed(run)
+        assert document["verdict"]["kind"] == "defects"
+        assert document["other"]["verdict"]["kind"] == "none"
+        assert [pair["block"] for pair in document["comparison"]] == list(range(12))
+        assert document["comparison"][4]["patch_cosine"]["median"] == pytest.approx(1, abs=1e-3)
+        assert 0.9 < document["comparison"][11]["cls_cosine"]["median"] < 1
+        assert document["comparison"][11]["patch_cosine"]["min"] < 0.5
+    table = sinder(
+        "analyze", "demo_vit", "--compare", "demo_vit_clean", "--limit", "1", "--format", "table", COLUMNS="80"
+    )
+    assert "Against demo_vit_clean" in table.stdout
+
+
+@pytest.mark.parametrize("resize", ["short", "square", "none"])
+def test_images_keep_their_shape_unless_a_square_is_asked_for(
+    resize: str, sinder: Sinder, with_registers: Path, photographs: Path
+) -> None:
+    image = photographs / "chelsea.png"  # 451 × 300
+    run = sinder("analyze", CUSTOM, "--weights", with_registers, image, "--resize", resize)
+    assert run.returncode == 0, run.stderr
+    patches = {"short": 9 * (451 * 126 // 300 // 14), "square": 81, "none": (451 // 14) * (300 // 14)}
+    assert analysed(run)["blocks"][0]["patch_norm"]["count"] == patches[resize]
+
+
+def test_a_limit_draws_images_by_the_seed(sinder: Sinder, with_registers: Path, photographs: Path) -> None:
+    def medians(seed: str) -> list[float]:
+        options = ("--limit", "2", "--seed", seed, "--workers", "0")
+        run = sinder("analyze", CUSTOM, "--weights", with_registers, photographs, *options)
+        assert analysed(run)["images"] == 2
+        return [block["patch_norm"]["median"] for block in analysed(run)["blocks"]]
+
+    assert medians("0") == medians("0")
+    assert len({tuple(medians(seed)) for seed in "0123"}) > 1
+
+
+def test_the_head_of_a_document_ends_the_analysis_quietly(environment: dict[str, str]) -> None:
+    line = f"{shlex.quote(sys.executable)} -m sinder_cli analyze demo_vit_clean --limit 1 --format json | head -1"
+    run = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment, timeout=300, check=True)
+    assert run.stdout == "{\n"
+    assert "Traceback" not in run.stderr
+    assert "error" not in run.stderr
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_images(
+    environment: dict[str, str], with_registers: Path, photographs: Path, tmp_path: Path
+) -> None:
+    def peak(count: int) -> float:
+        """MB of the process at its largest, over so many links to photographs."""
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        sources = sorted(photographs.iterdir())
+        for index in range(count):
+            source = sources[index % len(sources)]
+            (folder / f"{index:05d}{source.suffix}").symlink_to(source)
+        script = (
+            "import resource, sys; from sinder_cli.cli.main import main\n"
+            "try: main(sys.argv[1:])\n"
+            "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+        )
+        options = ["--image-size", "70", "--resize", "square", "--batch-size", "8"]
+        command = [sys.executable, "-c", script, "analyze", CUSTOM, "--weights", str(with_registers), *options]
+        run = subprocess.run([*command, str(folder)], capture_output=True, text=True, env=environment, check=True)
+        assert json.loads(run.stdout)["images"] == count
+        return int(run.stderr.splitlines()[-1]) / 1024
+
+    assert peak(1000) < peak(50) + 30
+
+
+def test_a_corrupt_image_whose_name_is_no_text_is_named_all_the_same(
+    sinder: Sinder, with_registers: Path, photographs: Path, tmp_path: Path
+) -> None:
+    odd = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.png")
+    Path(odd).write_bytes(b"no image")
+    run = sinder("analyze", CUSTOM, "--weights", with_registers, photographs / "rocket.jpg", odd)
+    assert run.returncode == 0, run.stderr
+    assert [name.split("/")[-1] for name in analysed(run)["skipped"]] == ["caf\\udce9.png"]

@@ -57,6 +57,19 @@ CASES = {
     "only corrupt images": Case("repair {model} --data {corrupt} --out {new}", 65, "no image could be decoded"),
     "only corrupt images, to analyze": Case("analyze {model} --data {corrupt}", 65, "no image could be decoded"),
     "missing weights": Case("predict-defects dinov2_vits14 --weights {new}.pth", 66, "no such file"),
+    "a comparison with another shape": Case(
+        "analyze dinov2_custom --weights {small} --compare demo_vit {photos}", 2, "their width differs"
+    ),
+    "a comparison with two models": Case("analyze demo_vit --compare demo_vit_clean --clamp 3", 2, "leave one of them"),
+    "weights of no second model": Case("analyze demo_vit --compare-weights {small}", 2, "add --compare"),
+    "a comparison with no run": Case("analyze demo_vit --compare {empty}", 66, "no run directory"),
+    "a size for images that keep theirs": Case("analyze demo_vit --resize none --image-size 70", 2, "no image_size"),
+    "an unknown way of resizing": Case("analyze demo_vit --resize long", 2, "'short', 'square' or 'none'"),
+    "blocks that are no numbers": Case("analyze demo_vit --blocks 3,x", 2, "blocks"),
+    "blocks that are not there": Case("analyze demo_vit --blocks 3,12", 2, "0 to 11"),
+    "a negative number of figures": Case("analyze demo_vit --figures -1", 2, "0 or more"),
+    "a report under a file": Case("analyze demo_vit --out {readme}/look", 73, "cannot create"),
+    "a report into a folder in use": Case("analyze demo_vit --out {photos}", 73, "not empty"),
     "missing settings": Case("analyze demo_vit --config {new}.toml", 66, "--config"),
     "a truncated .pth": Case("predict-defects dinov2_custom --weights {truncated}.pth", 65, "fetch it again"),
     "a truncated .safetensors": Case(

@@ -18,7 +18,7 @@ from safetensors.torch import load, load_file
 from sinder_plugins.dinov2.config import OFFICIAL
 
 from sinder_cli import Backbone, ModelRequest, api
-from sinder_cli.defects.prediction import STAGES
+from sinder_cli.defects.rules import STAGES
 from sinder_cli.report.tables import prediction_table
 
 Sinder = Callable[..., subprocess.CompletedProcess[str]]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask, interior
-from sinder_cli.defects.settings import AnalyzeSettings
+from sinder_cli.defects.settings import DetectionSettings
 from sinder_cli.defects.tokens import outlier_mask
 
 N = 16
@@ -96,7 +96,7 @@ def test_planted_tokens_are_marked_and_no_others() -> None:
 def test_a_token_within_half_a_kernel_of_the_border_is_never_marked(kernel: int, border: tuple[int, int]) -> None:
     inside = (5, 5)
     patches, nu = planted([border, inside])
-    rule = DetectionRule.of(AnalyzeSettings.model_validate({"kernel": kernel}))
+    rule = DetectionRule.of(DetectionSettings.model_validate({"kernel": kernel}))
     mask = defect_mask(alignment_logits(patches, nu), rule)
     assert mask[0].nonzero().tolist() == [list(inside)]
 
@@ -142,14 +142,14 @@ def test_the_interior_is_what_the_margin_leaves() -> None:
 
 
 def test_a_direction_is_trusted_from_the_least_gap_on() -> None:
-    rule = DetectionRule.of(AnalyzeSettings())
+    rule = DetectionRule.of(DetectionSettings())
     assert [rule.trusts(gap) for gap in (1.0, 1.099, 1.1, 5.0, math.inf)] == [False, False, True, True, True]
-    assert DetectionRule.of(AnalyzeSettings(min_gap=0)).trusts(1.0)
+    assert DetectionRule.of(DetectionSettings(min_gap=0)).trusts(1.0)
 
 
 def test_the_defaults_are_those_of_the_paper() -> None:
-    assert DetectionRule.of(AnalyzeSettings()) == DetectionRule(threshold=4.0, min_tokens=3, min_gap=1.1, margin=1)
-    assert DetectionRule.of(AnalyzeSettings(kernel=5)).margin == 2
+    assert DetectionRule.of(DetectionSettings()) == DetectionRule(threshold=4.0, min_tokens=3, min_gap=1.1, margin=1)
+    assert DetectionRule.of(DetectionSettings(kernel=5)).margin == 2
 
 
 def test_an_outlier_is_above_three_times_the_median_norm_of_its_image() -> None:

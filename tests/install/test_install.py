@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 PARTS = ("sinder_cli", "plugins", "man", "pyproject.toml", "README.md", "LICENSE")
 PAGES = {"sinder.1", *(f"sinder-{name}.1" for name in ("analyze", "backbones", "export", "predict-defects", "repair"))}
+FORMATS = {"sinder-analysis.5"}
 WHERE = "import sinder_cli, sinder_plugins, importlib.util as u; print(sinder_cli.__file__, u.find_spec('plugins'))"
 Python = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -74,7 +75,7 @@ def test_the_wheel_holds_what_is_needed_at_run_time_and_no_folder_named_plugins(
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     data = {name.split(".data/data/")[1] for name in names if ".data/data/" in name}
-    assert data == {f"share/man/man1/{page}" for page in PAGES}
+    assert data == {f"share/man/man{page[-1]}/{page}" for page in PAGES | FORMATS}
     inside = {name for name in names if ".data/" not in name and ".dist-info/" not in name}
     stored = {
         f"{target}/{path.relative_to(ROOT / folder).as_posix()}"
@@ -83,7 +84,7 @@ def test_the_wheel_holds_what_is_needed_at_run_time_and_no_folder_named_plugins(
         if path.is_file() and path.suffix != ".pyc"
     }
     assert inside == stored
-    assert {"sinder_cli/py.typed", "sinder_cli/report/page.html.jinja", "sinder_cli/report/card.md.jinja"} <= inside
+    assert {"sinder_cli/py.typed", "sinder_cli/report/base.html.jinja", "sinder_cli/report/card.md.jinja"} <= inside
 
 
 def test_the_installed_package_is_not_the_repository(python: Python, installed: Path) -> None:
@@ -105,7 +106,7 @@ def test_the_installed_command_works_far_from_the_repository(installed: Path, py
     assert document["settled_from"] == {"cumulative": 5}
     templates = "import sinder_cli.report.templates as t; print(t.html_template and t.markdown_template and 'there')"
     assert python("-c", templates).stdout.split() == ["there"]
-    assert {path.name for path in (installed / "share" / "man" / "man1").iterdir()} == PAGES
+    assert {path.name for path in (installed / "share" / "man").rglob("*.?")} == PAGES | FORMATS
 
 
 def editable() -> Distribution | None:
@@ -130,4 +131,6 @@ def test_the_editable_install_finds_the_same_things_from_elsewhere(environment: 
     assert plugins == "None"
     rows = json.loads(run("-m", "sinder_cli", "backbones"))
     assert {"demo", "dinov2"} <= {row["plugin"] for row in rows if row["available"]}
-    assert run("-c", "from sinder_cli.cli.manpage import pages; print(*sorted(pages()))").split() == sorted(PAGES)
+    assert run("-c", "from sinder_cli.cli.manpage import pages; print(*sorted(pages()))").split() == sorted(
+        PAGES | FORMATS
+    )

@@ -11,12 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask
+from sinder_cli.defects.targets import learning_targets
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Warned
-from sinder_cli.images import Preprocessing, UnreadableImageError, shuffled
+from sinder_cli.images.decoding import UnreadableImageError
+from sinder_cli.images.loading import shuffled
+from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.loop import Progress, StepRecord, density_window, repair_steps
-from sinder_cli.repair.objective import learning_targets
 from sinder_cli.repair.settings import RepairSettings
 
 RED = [(3, 3), (5, 8), (9, 4)]
@@ -24,6 +26,8 @@ RED = [(3, 3), (5, 8), (9, 4)]
 
 class Pictures:
     """Images in memory; None cannot be decoded."""
+
+    in_memory = True
 
     def __init__(self, *tensors: Tensor | None) -> None:
         self.tensors = tensors

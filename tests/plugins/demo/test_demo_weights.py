@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sinder_cli import BadInputError, ModelRequest, UsageError, api
 from sinder_cli.backbone.opening import load_module
-from sinder_cli.defects.settings import AnalyzeSettings
+from sinder_cli.defects.settings import DetectionSettings
 from sinder_cli.defects.spectrum import angle_between
 from sinder_cli.defects.tokens import outlier_mask, patch_grid, residual_stream
 
@@ -104,7 +104,7 @@ def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few_images")
 def test_the_analysis_shows_outliers_from_the_planted_block_on_and_none_before() -> None:
-    analysis = api.analyze(ModelRequest("demo_vit"), (), AnalyzeSettings(device="cpu", batch_size=16))
+    analysis = api.analyze(ModelRequest("demo_vit"), (), DetectionSettings(device="cpu", batch_size=16))
     assert analysis.images == 16
     for row in analysis.blocks:
         found = (row.outlier_tokens, row.masked_tokens, row.masked_images)
@@ -122,7 +122,7 @@ def test_the_analysis_shows_outliers_from_the_planted_block_on_and_none_before()
 
 @pytest.mark.usefixtures("few_images")
 def test_the_clean_twin_has_no_outlying_token_and_no_settled_direction() -> None:
-    settings = AnalyzeSettings(device="cpu", batch_size=16)
+    settings = DetectionSettings(device="cpu", batch_size=16)
     analysis = api.analyze(ModelRequest("demo_vit_clean"), (), settings)
     assert [row.outlier_tokens for row in analysis.blocks] == [0] * 12
     assert [row.masked_images for row in analysis.blocks] == [0] * 12

@@ -8,20 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sinder_cli.report import facts
 from sinder_cli.report.charts import Chart, line_chart, log_ticks
+from sinder_cli.report.panels import Panel
 from sinder_cli.report.templates import html_template
 
 if TYPE_CHECKING:
     from sinder_cli.repair.results import RepairResult
 
 SIDES = ("before", "after")
-
-
-class Panel(NamedTuple):
-    """One picture: its caption, what a reader who cannot see it is told, and the picture as a `data:` URI."""
-
-    caption: str
-    alt: str
-    uri: str
 
 
 class Sample(NamedTuple):
@@ -36,7 +29,7 @@ class Sample(NamedTuple):
 def render_repair_page(result: RepairResult) -> str:
     """The whole page as one string of HTML that loads nothing: styles, drawings and pictures are inside."""
     low, high = _shown_range(result)
-    return html_template("page.html.jinja").render(
+    return html_template("repair.html.jinja").render(
         model=result.model,
         verdict=facts.verdict(result),
         comparison=facts.comparison(result),

@@ -1,0 +1,103 @@
+"""A backbone whose linear layers have their largest singular values clamped (SINDER, figure 4); no file is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from sinder_cli.backbone.blocks import rows_of
+from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.layermap import WeightRef, linear_references
+from sinder_cli.backbone.sources import TensorInfo, TensorSource
+from sinder_cli.events import Emit, tracked
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NEGLIGIBLE = 1e-7  # of σ₁: what is smaller drowns in the rounding of W Wᵀ, and float32 hardly holds it
+
+
+@dataclass(frozen=True)
+class LargestPart:
+    """What clamping takes from a weight W: `U diag(1 − σ_K/σ) Uᵀ W` of the M < K singular directions above the K-th.
+
+    `U` `[out, M]` and `excess` `[M]`, float32. Right singular vectors are never needed: Uᵀ W = S Vᵀ.
+    """
+
+    U: Tensor
+    excess: Tensor
+
+    def taken_from(self, weight: Tensor) -> Tensor:
+        """The clamped weight, in the dtype of `weight` `[out, in]`."""
+        wide = weight.float()
+        return (wide - (self.U * self.excess) @ (self.U.T @ wide)).to(weight.dtype)
+
+
+def largest_part(weight: Tensor, k: int) -> LargestPart:
+    """What lowers the singular values of `weight` `[out, in]` above the K-th to it; nothing where there is no K-th.
+
+    The leading left singular vectors are eigenvectors of W Wᵀ, or images of those of Wᵀ W where that is smaller;
+    in float64 they lose nothing that matters for the largest.
+    """
+    wide = weight.double()
+    tall = wide.shape[0] > wide.shape[1]
+    gram = wide.T @ wide if tall else wide @ wide.T
+    values, vectors = torch.linalg.eigh(gram)
+    sigma = values.flip(0).clamp_min(0).sqrt()  # largest first
+    if k > len(sigma):
+        return LargestPart(wide.new_zeros(len(wide), 0).float(), wide.new_zeros(0).float())
+    above = sigma[sigma > torch.maximum(sigma[k - 1], NEGLIGIBLE * sigma[0])]  # the first of them, fewer than K
+    leading = vectors.flip(1)[:, : len(above)]
+    U = wide @ leading / above if tall else leading
+    return LargestPart(U.float(), (1 - sigma[k - 1] / above).float())
+
+
+@dataclass(frozen=True)
+class ClampedTensors:
+    """A source of tensors in which some rows of some tensors are clamped as they are read."""
+
+    source: TensorSource
+    parts: Mapping[str, tuple[tuple[WeightRef, LargestPart], ...]] = field(repr=False)  # by stored name
+    k: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.source.label}, singular values clamped at K = {self.k}"
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self.source.infos
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read whole tensors, clamped; writing into them changes no file."""
+        found = self.source.read(names)
+        return {name: self._clamped(name, tensor) for name, tensor in found.items()}
+
+    def _clamped(self, name: str, tensor: Tensor) -> Tensor:
+        if name not in self.parts:
+            return tensor
+        tensor = tensor.clone()
+        for ref, part in self.parts[name]:
+            rows = rows_of(tensor, ref)
+            rows.copy_(part.taken_from(rows))
+        return tensor
+
+
+def clamped(backbone: Backbone, k: int, emit: Emit) -> Backbone:
+    """The backbone with the singular values of every linear layer of its blocks lowered to the layer's K-th.
+
+    Linear layers are query, key, value, output and all MLP weights, each part of a fused projection by itself.
+    """
+    weights = backbone.weights
+    parts: dict[str, list[tuple[WeightRef, LargestPart]]] = {}
+    for block in tracked(backbone.layers.blocks, emit, "clamping", backbone.depth, "blocks"):
+        refs = linear_references(block)
+        stored = weights.read({ref.name for ref in refs})
+        for ref in refs:
+            part = largest_part(rows_of(stored[ref.name], ref), k)
+            parts.setdefault(weights.stored_names[ref.name], []).append((ref, part))
+    source = ClampedTensors(weights.source, {name: tuple(each) for name, each in parts.items()}, k)
+    return replace(backbone, weights=replace(weights, source=source))

@@ -1,0 +1,52 @@
+"""Principal components of patch tokens, from sums that grow image by image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import pad
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A mean `[N]` and principal components `[N, 3]`, float64 on the CPU."""
+
+    mean: Tensor
+    components: Tensor
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Coordinates of tokens `[…, N]` → `[…, 3]`, float32."""
+        return ((tokens.double().cpu() - self.mean) @ self.components).float()
+
+
+class Moments:
+    """Count, sum and second moments of tokens, in float64."""
+
+    def __init__(self, width: int, device: str | torch.device = "cpu") -> None:
+        self.count = 0
+        self.sum = torch.zeros(width, dtype=torch.float64, device=device)
+        self.second = torch.zeros(width, width, dtype=torch.float64, device=device)
+
+    def add(self, tokens: Tensor) -> None:
+        """Take in tokens `[M, N]`; those that are not finite are left out."""
+        kept = tokens[tokens.isfinite().all(dim=1)].double()
+        self.count += len(kept)
+        self.sum += kept.sum(dim=0)
+        self.second += kept.T @ kept
+
+    def basis(self, count: int = 3) -> Basis:
+        """The leading eigenvectors of the covariance.
+
+        Deterministic: a full symmetric eigendecomposition, and of the two signs of a vector the one that makes its
+        largest entry positive. Fewer than `count` dimensions are filled up with zeros.
+        """
+        mean = (self.sum / max(self.count, 1)).cpu()
+        covariance = (self.second / max(self.count, 1)).cpu() - mean[:, None] * mean
+        vectors = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :count]  # [N, count], largest eigenvalue first
+        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+        return Basis(mean, pad(vectors * largest.sign(), (0, count - vectors.shape[1])))

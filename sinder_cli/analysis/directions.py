@@ -1,0 +1,103 @@
+"""The direction that outlying tokens share, and how far they spread around it, without keeping a token."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from sinder_cli.analysis.records import Observed
+from sinder_cli.defects.rules import Stage
+from sinder_cli.defects.spectrum import angle_between, fixed_sign
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SKETCH_ROWS = 8  # singular directions kept; a defect needs one
+FOLDED_AT_ONCE = 64  # new rows a decomposition
+
+
+class Sketch:
+    """The leading singular directions of a growing matrix, of which only `SKETCH_ROWS` rows are kept.
+
+    Rows are `s_k v_k` of the matrix so far, in float64, largest first; what is cut off is smaller than all of them.
+    Exact up to that rank. Beyond it energies are bounds from below, near for directions that stand out from the rest.
+    """
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None  # [≤ SKETCH_ROWS, N]
+
+    def fold(self, rows: Tensor) -> None:
+        """Take in more rows `[M, N]`, or those of another sketch."""
+        for part in rows.double().split(FOLDED_AT_ONCE):
+            stacked = part if self.rows is None else torch.cat([self.rows, part])
+            mixing = torch.linalg.eigh(stacked @ stacked.T).eigenvectors.flip(1)  # [m, m], largest first
+            self.rows = mixing[:, :SKETCH_ROWS].T @ stacked
+
+    @property
+    def energies(self) -> list[float]:
+        """The leading eigenvalues σ² of the matrix's Gram matrix, largest first."""
+        return [] if self.rows is None else (self.rows**2).sum(dim=1).tolist()
+
+
+class ObservedDirection:
+    """The leading direction of the outlying tokens' unit vectors, over images."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.images = 0
+        self.all_tokens = Sketch()  # of unit vectors of tokens
+        self.all_images = Sketch()  # of one unit vector an image: the leading direction of its tokens
+        self.companions = 0  # tokens of images with two or more
+        self.off_axis = 0.0  # Σ sin² between those and the direction of their own image
+
+    def add(self, tokens: Tensor) -> None:
+        """Take in the outlying tokens `[M, N]` of one image; those that are not finite are left out."""
+        tokens = tokens.double().cpu()
+        norms = tokens.norm(dim=1)
+        good = norms.isfinite() & (norms > 0)
+        count = int(good.sum())
+        if not count:
+            return
+        image = Sketch()
+        image.fold(tokens[good] / norms[good, None])
+        assert image.rows is not None
+        self.tokens += count
+        self.images += 1
+        self.all_tokens.fold(image.rows)
+        self.all_images.fold(image.rows[:1] / image.rows[:1].norm())
+        if count > 1:
+            self.companions += count
+            self.off_axis += max(0.0, count - image.energies[0])
+
+    @property
+    def direction(self) -> Tensor | None:
+        """The direction all outlying tokens share, `[N]` float32 of unit norm and fixed sign; None without any."""
+        rows = self.all_tokens.rows
+        return None if rows is None else fixed_sign(rows[0] / rows[0].norm()).float()
+
+    def record(self, predicted: dict[Stage, Tensor]) -> Observed | None:
+        """Sum up, with the angle to each predicted direction `[N]`; None without outlying tokens.
+
+        Spreads are the angles whose sine is the root mean square of the sines. Within: between a token and its
+        image's direction. Across: between two images' directions, over all pairs, which is σ⁴ summed over the sketch
+        of those n unit vectors, less the n pairs of equals: Σ_ij cos²(d_i, d_j) = ‖D Dᵀ‖² = Σ_k σ_k⁴.
+        """
+        direction = self.direction
+        if direction is None:
+            return None
+        pairs = self.images * (self.images - 1)
+        same = sum(energy**2 for energy in self.all_images.energies) - self.images
+        return Observed(
+            tokens=self.tokens,
+            images=self.images,
+            explained=min(1.0, self.all_tokens.energies[0] / self.tokens),
+            spread_within_deg=_angle_of(self.off_axis / self.companions) if self.companions else None,
+            spread_across_deg=_angle_of(1 - same / pairs) if pairs else None,
+            angle_to_predicted_deg={stage: angle_between(direction, nu) for stage, nu in predicted.items()},
+        )
+
+
+def _angle_of(sin_squared: float) -> float:
+    return math.degrees(math.asin(math.sqrt(min(1.0, max(0.0, sin_squared)))))

@@ -1,0 +1,154 @@
+"""A second pass over a few images: per image, everything that its pictures show, as small maps on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import cosine_similarity
+
+from sinder_cli.analysis.attention import ClsAttention
+from sinder_cli.analysis.components import Basis
+from sinder_cli.analysis.settings import AnalyzeSettings
+from sinder_cli.analysis.survey import BlockTokens, Subject, block_tokens, in_basis
+from sinder_cli.defects.rules import STAGES
+from sinder_cli.defects.targets import learning_targets
+from sinder_cli.defects.tokens import in_precision, residual_stream
+from sinder_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TEMPERATURES = (0.01, 0.1, 1.0)  # τ of the learning targets that are drawn
+SHOWN_BLOCKS = 4
+CUMULATIVE = STAGES.index("cumulative")
+
+
+@dataclass(frozen=True)
+class TargetMaps:
+    """What equation (5) would do to one image: norms at its first defective block, marked tokens at their target."""
+
+    block: int
+    norms: Tensor  # [h, w], as they are
+    mask: Tensor  # bool [h, w]
+    by_temperature: dict[float, Tensor]  # τ → [h, w]
+
+
+@dataclass(frozen=True)
+class PortraitSide:
+    """One backbone's tokens of one image."""
+
+    components: Tensor  # [h, w, 3]: last block, in the shared basis
+    norms: Tensor  # [h, w]: last block
+    in_basis: Tensor  # bool [h, w]: the tokens that the basis was taken from
+    outlying: Tensor  # bool [h, w]: last block, above 3 × the median
+    angles: dict[int, Tensor]  # block → [h, w] degrees to ν of the cumulative stage
+    masks: dict[int, Tensor]  # block → bool [h, w], equation (5); blocks whose direction is determined
+    attention: Tensor | None  # [h, w]: of cls in the last block, mean over heads; None without cls
+    targets: TargetMaps | None  # None where no block of this image is defective
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """One image and what each backbone makes of it."""
+
+    name: str
+    image: Tensor  # [3, H, W] float32: what the backbones saw, normalized
+    sides: tuple[PortraitSide, ...]
+    patch_cosine: Tensor | None  # [h, w]: between both sides' last blocks
+
+
+def shown_blocks(depth: int, chosen: Sequence[int] | None) -> tuple[int, ...]:
+    """The blocks to draw: those chosen, else the last of each quarter of the depth (9, 19, 29, 39 of 40).
+
+    Raises `UsageError` for a block that is not there.
+    """
+    if chosen is None:
+        quarters = min(SHOWN_BLOCKS, depth)
+        return tuple((at + 1) * depth // quarters - 1 for at in range(quarters))
+    beyond = [block for block in chosen if block >= depth]
+    if beyond:
+        raise UsageError(f"cannot draw block {beyond[0]}", f"blocks are 0 to {depth - 1}", "change --blocks")
+    return tuple(dict.fromkeys(chosen))
+
+
+@torch.no_grad()
+def portraits(
+    subjects: Sequence[Subject],
+    batches: Iterable[tuple[list[str], Tensor]],
+    basis: Basis,
+    settings: AnalyzeSettings,
+    device: str,
+) -> Iterator[Portrait]:
+    """Run named batches `[B, 3, H, W]` again and give each image's maps, one image at a time."""
+    for names, batch in batches:
+        images = batch.to(device)
+        runs = [_run(subject, images, basis, settings) for subject in subjects]
+        lasts = [last for last, _ in runs]
+        cosine = cosine_similarity(lasts[0], lasts[1], dim=-1).cpu() if len(runs) == 2 else None  # [B, h, w]
+        for at, name in enumerate(names):
+            sides = tuple(sides[at] for _, sides in runs)
+            yield Portrait(name, batch[at].cpu(), sides, None if cosine is None else cosine[at])
+
+
+def _run(
+    subject: Subject, images: Tensor, basis: Basis, settings: AnalyzeSettings
+) -> tuple[Tensor, list[PortraitSide]]:
+    """One backbone's pass over a batch: the last block's patches `[B, h, w, N]`, and the maps of each image."""
+    nu = subject.directions(images.device)
+    running = in_precision(subject.backbone, settings.dtype)
+    shown = shown_blocks(subject.backbone.depth, settings.blocks)
+    angles: dict[int, Tensor] = {}
+    masks: dict[int, Tensor] = {}
+    targets: list[TargetMaps | None] = [None] * len(images)
+    with ClsAttention() as watched:
+        for block, tokens in enumerate(residual_stream(running, subject.module, images)):
+            side = block_tokens(subject, tokens, images, block, nu[block], settings)
+            found = side.masks.get("equation_5")
+            if block in shown:
+                angles[block] = side.degrees[..., CUMULATIVE].cpu()
+                if found is not None:
+                    masks[block] = found.cpu()
+            if found is not None:
+                targets = [old or _targets(block, side, at, settings) for at, old in enumerate(targets)]
+    attention = _cls_map(watched.weights, subject, side)
+    components, norms = basis.project(side.patches), side.norms.cpu()
+    outlying, used = side.masks["outlying"].cpu(), in_basis(side, settings).cpu()
+    return side.patches, [
+        PortraitSide(
+            components=components[at],
+            norms=norms[at],
+            in_basis=used[at],
+            outlying=outlying[at],
+            angles={block: part[at] for block, part in angles.items()},
+            masks={block: part[at] for block, part in masks.items()},
+            attention=None if attention is None else attention[at],
+            targets=targets[at],
+        )
+        for at in range(len(images))
+    ]
+
+
+def _targets(block: int, side: BlockTokens, at: int, settings: AnalyzeSettings) -> TargetMaps | None:
+    """The learning targets of one image of the batch, where this block of it is defective."""
+    mask = side.masks["equation_5"][at]
+    if int(mask.sum()) < settings.min_tokens:
+        return None
+    patches, logits = side.patches[at], -side.cosines[at, ..., CUMULATIVE]
+    norms = side.norms[at].cpu()
+    moved = {}
+    for temperature in TEMPERATURES:
+        target = learning_targets(patches, logits, mask, settings.kernel, temperature)
+        moved[temperature] = norms.masked_scatter(mask.cpu(), target.norm(dim=-1).cpu())
+    return TargetMaps(block, norms, mask.cpu(), moved)
+
+
+def _cls_map(weights: Tensor | None, subject: Subject, side: BlockTokens) -> Tensor | None:
+    """Attention weights `[B, heads, T]` of cls → the mean over heads on the patches, `[B, h, w]`."""
+    B, h, w, _ = side.patches.shape
+    prefix = subject.backbone.prefix_tokens
+    if weights is None or not subject.backbone.has_cls or weights.shape[0::2] != (B, prefix + h * w):
+        return None
+    return weights.mean(dim=1)[:, prefix:].unflatten(1, (h, w)).cpu()

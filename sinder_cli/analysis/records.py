@@ -1,0 +1,142 @@
+"""What `sinder analyze` reports: frozen records that are also the schema of its JSON document."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sinder_cli.defects.rules import Stage
+
+TAPPED = "residual stream after each block, before the final norm"
+
+Rule = Literal["equation_5", "outlying", "above_threshold"]
+VerdictKind = Literal["defects", "unpredicted", "aligned", "none"]
+
+
+class Record(BaseModel):
+    """A frozen record that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Distribution(Record):
+    """A set of numbers, summed up; quantiles come from fine bins and are right to 0.2 %."""
+
+    count: int = Field(description="How many there were.")
+    mean: float = Field(description="Mean.")
+    min: float = Field(description="Smallest.")
+    p01: float = Field(description="1st percentile.")
+    median: float = Field(description="Median.")
+    p99: float = Field(description="99th percentile.")
+    max: float = Field(description="Largest.")
+
+
+class Position(Record):
+    """A place of the patch grid at which tokens were marked."""
+
+    row: int = Field(description="Row of the grid, 0 at the top.")
+    column: int = Field(description="Column of the grid, 0 at the left.")
+    share: float = Field(description="Marked tokens ÷ all tokens there, over the images.")
+
+
+class Marked(Record):
+    """The patch tokens that one rule marks in one block."""
+
+    tokens: int = Field(description="How many, over all images.")
+    share: float = Field(description="The same ÷ all patch tokens.")
+    images: int = Field(description="Images with at least `min_tokens` of them.")
+    positions: tuple[Position, ...] = Field(description="Where they lie most often, at most 20 places.")
+
+
+class Observed(Record):
+    """What the outlying tokens of one block share: the leading right singular vector of their unit vectors."""
+
+    tokens: int = Field(description="Outlying tokens it was taken from.")
+    images: int = Field(description="Images they came from.")
+    explained: float = Field(description="Mean cos² between those tokens and the direction: its explained variance.")
+    spread_within_deg: float | None = Field(
+        description="RMS angle between a token and the direction of its own image; images with two or more."
+    )
+    spread_across_deg: float | None = Field(description="RMS angle between the directions of two images, all pairs.")
+    angle_to_predicted_deg: dict[Stage, float] = Field(
+        description="Angle to the direction predicted from the weights, by stage (the paper's figure 2)."
+    )
+
+
+class BlockRecord(Record):
+    """The residual stream after one block, over all images."""
+
+    block: int = Field(description="Number of the block, from 0.")
+    patch_norm: Distribution | None = Field(description="Norms of patch tokens; null if none is finite.")
+    cls_norm: Distribution | None = Field(description="Norms of the cls token.")
+    register_norm: Distribution | None = Field(description="Norms of register tokens.")
+    nonfinite: int = Field(description="Patch tokens with a NaN or an infinity.")
+    gap: dict[Stage, float] = Field(description="σ₁/σ₂ of the predicted direction, by stage; at most 1e12.")
+    determined: bool = Field(description="Whether σ₁/σ₂ of the cumulative stage reaches `min_gap`.")
+    angle_deg: dict[Stage, Distribution | None] = Field(
+        description="Angles between patch tokens and the predicted direction, by stage, 0 to 90°."
+    )
+    marked: dict[Rule, Marked | None] = Field(
+        description="Tokens by rule: equation (5) with the cumulative direction (null where it is not determined), "
+        "norm above 3 × the image's median, norm above `norm_threshold` (null without one)."
+    )
+    agreement: dict[str, float | None] = Field(
+        description="Intersection over union of two rules' tokens; null where neither marks any."
+    )
+    observed: Observed | None = Field(description="The shared direction of outlying tokens; null without any.")
+
+
+class Verdict(Record):
+    """What the numbers amount to."""
+
+    kind: VerdictKind = Field(
+        description="`defects`: outlying tokens that the weights predict; `unpredicted`: outlying tokens that they do "
+        "not; `aligned`: equation (5) marks tokens, none of outlying norm; `none`."
+    )
+    first_block: int | None = Field(description="The first block that shows them.")
+    sentence: str = Field(description="The verdict in words.")
+    confidence: str = Field(description="How sure it is, and why.")
+    tokens: int = Field(0, description="Tokens that it rests on, at the block that has most.")
+    gap: float | None = Field(None, description="σ₁/σ₂ of the predicted direction that it rests on.")
+    angle_to_predicted_deg: float | None = Field(None, description="Between the observed and that predicted direction.")
+
+
+class Side(Record):
+    """One backbone over the images."""
+
+    model: str = Field(description="Its name.")
+    weights: str = Field(description="Where its weights came from.")
+    verdict: Verdict
+    blocks: tuple[BlockRecord, ...]
+
+
+class PairRecord(Record):
+    """The same block of two backbones on the same images."""
+
+    block: int = Field(description="Number of the block, from 0.")
+    patch_cosine: Distribution | None = Field(description="Cosine between the two patch tokens at one place.")
+    cls_cosine: Distribution | None = Field(description="Cosine between the two cls tokens; null without.")
+    agreement: dict[Rule, float | None] = Field(description="Intersection over union of both sides' tokens, by rule.")
+
+
+class FigureFile(Record):
+    """One picture that was written."""
+
+    file: str = Field(description="Path inside the output folder.")
+    caption: str = Field(description="What it shows and how it was made.")
+
+
+class Analysis(Side):
+    """The whole document; the fields of the first backbone are its own."""
+
+    schema_version: Literal[1] = Field(1, description="Version of this schema.")
+    sinder: str = Field(description="Version of the program.")
+    tapped: str = Field(TAPPED, description="Where tokens are taken from.")
+    images: int = Field(description="Images that were run.")
+    skipped: dict[str, str] = Field(description="Images that could not be decoded, with the reason.")
+    grid: tuple[int, int] = Field(description="Rows and columns of the grid that positions refer to.")
+    settings: dict[str, Any] = Field(description="Resolved settings.")
+    figures: tuple[FigureFile, ...] = Field((), description="Pictures written beside this document.")
+    other: Side | None = Field(None, description="The second backbone of a comparison.")
+    comparison: tuple[PairRecord, ...] | None = Field(None, description="Both sides, block by block.")

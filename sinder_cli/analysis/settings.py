@@ -1,0 +1,49 @@
+"""The settings of `sinder analyze`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from sinder_cli.defects.settings import DetectionSettings
+from sinder_cli.images.preprocessing import Resize
+
+
+def _split(value: object) -> object:
+    """Numbers between commas, as an option gives them."""
+    return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Blocks = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_split)]
+
+
+class AnalyzeSettings(DetectionSettings):
+    """What is looked at, and what is drawn."""
+
+    resize: Resize = Field(
+        "short",
+        description="short: shorter side to the image size, shape kept; square: and the centre cropped out; none.",
+    )
+    limit: int | None = Field(None, ge=1, description="Run so many images, drawn by the seed; default: all.")
+    norm_threshold: float | None = Field(
+        None, gt=0, description="Mark tokens above this norm too, and take the observed direction from them."
+    )
+    blocks: Blocks | None = Field(
+        None, description="Blocks to draw angles and masks of, as 9,19,29,39; default: four, evenly spread."
+    )
+    figures: int | Literal["all"] = Field(
+        8, description="Images to draw, spread evenly; all draws every one; needs --out."
+    )
+    exclude_masked: bool = Field(False, description="Leave marked tokens out of the basis of the PCA pictures.")
+    clamp: int | None = Field(
+        None, ge=1, description="Compare with the weights whose singular values are clamped to their K-th."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AnalyzeSettings:
+        if isinstance(self.figures, int) and self.figures < 0:
+            raise ValueError("figures must be 0 or more, or all")
+        if self.resize == "none" and self.image_size is not None:
+            raise ValueError("resize none leaves every image its size: give no image_size")
+        return self

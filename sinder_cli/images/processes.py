@@ -1,0 +1,154 @@
+"""Work in other processes, ahead of its consumer and in order.
+
+A pipe to each process, and nothing shared, so that a death on either side ends the read on the other at once. With
+torch's DataLoader it does not: all workers write into one pipe, where half a message blocks its reader for good, and
+the error is raised by a signal handler wherever the main thread happens to be.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import cycle
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+from sinder_cli.ahead import loaded_ahead
+from sinder_cli.errors import TryAgainError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Serve = Callable[[Connection, Connection], None]  # what a process does with its end of a pipe, and with ours
+
+MAX_DEFAULT = 4  # decoding is seldom the bottleneck beyond it
+MOST_SECONDS_TO_END = 5.0  # not even a kill ends a process that waits for a file server
+END = "end"  # instead of an item: no more will come
+
+
+def default_workers() -> int:
+    """One process fewer than there are cores for this one, between 1 and 4."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_DEFAULT, max(1, cores - 1))
+
+
+def worker_count(chosen: int | None) -> int:
+    """As many as were chosen, or the default."""
+    return default_workers() if chosen is None else chosen
+
+
+def in_processes(work: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
+    """`work(item)` for each item in turn; each process is at most `ahead` + 1 items before what is asked for.
+
+    Items may be endless; `work`, the items and the results are pickled. What `work` raises is raised here. Raises
+    `TryAgainError` when a process dies or cannot be started. Closing the generator ends the processes.
+    """
+    with _started(partial(_serve, work, ahead), workers) as pipes:
+        owing: deque[Connection] = deque()  # the pipes in the order in which their answers are due
+        for item, pipe in zip(items, cycle(pipes), strict=False):
+            _send(pipe, item)
+            owing.append(pipe)
+            if len(owing) > workers * (ahead + 1):  # each process has what `loaded_ahead` wants before it answers
+                yield _receive(owing.popleft())
+        for pipe in pipes:
+            _send(pipe, END)
+        while owing:
+            yield _receive(owing.popleft())
+
+
+def _send(pipe: Connection, item: object) -> None:
+    try:
+        pipe.send(item)
+    except OSError as error:
+        raise _died() from error
+
+
+def _receive(pipe: Connection) -> Any:
+    try:
+        result, error = pipe.recv()
+    except (EOFError, OSError) as end:
+        raise _died() from end
+    if error is not None:
+        raise error
+    return result
+
+
+def _died() -> TryAgainError:
+    return TryAgainError("a process that decodes images died", "it was killed or has crashed", "lower --workers")
+
+
+@contextmanager
+def _started(serve: Serve, workers: int) -> Iterator[list[Connection]]:
+    """Pipes to so many new processes, which are ended at the end."""
+    pipes: list[Connection] = []
+    processes: list[BaseProcess] = []
+    try:
+        for _ in range(workers):
+            pipe, process = _start(serve)
+            pipes.append(pipe)
+            processes.append(process)
+        yield pipes
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(MOST_SECONDS_TO_END)
+
+
+def _start(serve: Serve) -> tuple[Connection, BaseProcess]:
+    # fork: a child must not import the user's script or notebook again, as it does when it is spawned
+    context: Any = get_context("fork" if sys.platform == "linux" else None)
+    try:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, ours), daemon=True, name="sinder-images")
+        with theirs, _signals_held(), warnings.catch_warnings():
+            # Python warns of a fork beside threads: their locks may be held, and these children take none of them
+            warnings.simplefilter("ignore", DeprecationWarning)
+            process.start()
+    except OSError as error:
+        raise TryAgainError("cannot start a process that decodes images", str(error), "lower --workers") from error
+    return ours, process
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """A child that starts meanwhile receives neither signal before it has said what it does with them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _serve(work: Callable[[Item], Result], ahead: int, pipe: Connection, other_end: Connection) -> None:
+    """The life of one process: answer each item that comes in, until no more do or the other side is gone."""
+    other_end.close()  # or the death of the parent, which holds it too, would never show
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of a terminal; the parent tells it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    warnings.simplefilter("ignore")
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123  (libtiff writes straight to standard error)
+        os.dup2(nowhere.fileno(), 2)
+    with suppress(EOFError, OSError):  # the other side is gone
+        for answer in loaded_ahead(partial(_answer, work), iter(pipe.recv, END), ahead):
+            pipe.send(answer)
+
+
+def _answer(work: Callable[[Item], Result], item: Item) -> tuple[Result | None, Exception | None]:
+    try:
+        return work(item), None
+    except Exception as error:
+        return None, error

@@ -1,0 +1,87 @@
+"""A page in a headless browser, at an exact width: what it shows, loads and complains about."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--enable-logging=stderr",
+    "--allow-file-access-from-files",  # or the frame cannot be measured
+)
+HEIGHT = 3000
+# A headless window is never narrower than about 500 pixels; a frame is.
+FRAME = """<body style="margin:0"><iframe src="page.html" style="border:0;width:WIDTHpx;height:HEIGHTpx"></iframe>
+<script>
+onload = () => {
+  const frame = frames[0], root = frame.document.documentElement;
+  const hidden = [...frame.document.querySelectorAll("img, svg")].filter(element => {
+    const box = element.getBoundingClientRect();
+    const drawn = element.tagName != "IMG" || element.naturalWidth > 0;
+    return !(drawn && box.width > 4 && box.height > 4 && box.left >= 0 && box.right <= root.clientWidth + 0.5);
+  });
+  document.title = JSON.stringify({
+    width: root.clientWidth,
+    overflow: root.scrollWidth - root.clientWidth,
+    figures: frame.document.querySelectorAll("img, svg").length,
+    hidden: hidden.map(element => element.outerHTML.slice(0, 200)),
+    loaded: frame.performance.getEntriesByType("resource").map(entry => entry.name),
+  });
+}
+</script>"""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a browser made of a page; `console` holds what it complained about."""
+
+    width: int
+    overflow: int
+    figures: int
+    hidden: list[str]
+    loaded: list[str]
+    console: list[str]
+    picture: Path
+
+
+def browser() -> str | None:
+    """The first browser that is installed."""
+    return next((path for path in map(shutil.which, NAMES) if path), None)
+
+
+def look(program: str, page: str, width: int, folder: Path) -> Seen:
+    """Open `page` in a frame of `width` pixels."""
+    (folder / "page.html").write_text(page, "utf-8")
+    (folder / "frame.html").write_text(FRAME.replace("WIDTH", str(width)).replace("HEIGHT", str(HEIGHT)), "utf-8")
+    picture = folder / f"shot-{width}.png"
+    done = [
+        _run(program, folder / f"profile-{width}-{number}", width, task, folder / "frame.html")
+        for number, task in enumerate((f"--screenshot={picture}", "--dump-dom"))
+    ]
+    title = re.search(r"<title>(.*?)</title>", done[1].stdout, re.DOTALL)
+    assert title is not None, done[1].stdout[:2000] + done[1].stderr[-2000:]
+    measured: dict[str, Any] = json.loads(html.unescape(title[1]))
+    console = [line for run in done for line in run.stderr.splitlines() if "CONSOLE" in line]
+    return Seen(**measured, console=console, picture=picture)
+
+
+def _run(program: str, profile: Path, width: int, task: str, page: Path) -> subprocess.CompletedProcess[str]:
+    size = f"--window-size={max(width, 500)},{HEIGHT}"
+    command = [program, *FLAGS, f"--user-data-dir={profile}", size, task, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)

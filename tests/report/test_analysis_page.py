@@ -1,0 +1,145 @@
+"""The page of an analysis: it opens with the verdict, says what every figure is, and lets nothing in or out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from html_page import Page
+from made_analysis import Made
+
+from sinder_cli.events import silent
+from sinder_cli.report.analysis_folder import write_analysis
+
+
+def page_of(made: Made, folder: Path) -> tuple[str, Page]:
+    write_analysis(folder / "out", made.result(), silent)
+    html = (folder / "out" / "report.html").read_text("utf-8")
+    return html, Page(html)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
+    settings = {"exclude_masked": True, "min_gap": 1.3}
+    return page_of(
+        Made(compared=True, skipped={"c.png": "truncated"}, settings=settings), tmp_path_factory.mktemp("two")
+    )
+
+
+def test_the_page_opens_with_the_verdict_and_how_sure_it_is(tmp_path: Path) -> None:
+    made = Made()
+    verdict = made.result().analysis.verdict
+    _, page = page_of(made, tmp_path)
+    assert verdict.kind == "defects"
+    opening = page.text[: page.text.index("In numbers")]
+    assert opening.endswith(f"sinder analyze of demo_vit demo_vit: {verdict.sentence} {verdict.confidence} ")
+
+
+def test_the_contents_come_in_this_order(compared: tuple[str, Page]) -> None:
+    _, page = compared
+    headings = (
+        "In numbers",
+        "Block by block",
+        "Both sides, block by block",
+        "Norms",
+        "Angles to the predicted direction",
+        "Positions",
+        "Image by image",
+        "How it was run",
+        "Where it comes from",
+        "Images that were skipped",
+        "The method is that of",
+    )
+    places = [page.text.index(heading) for heading in headings]
+    assert places == sorted(places)
+    assert page.text.index("c.png") > places[-2]
+
+
+def test_nothing_is_loaded_and_every_tag_is_closed(compared: tuple[str, Page]) -> None:
+    require_closed(*compared)
+
+
+def test_a_page_without_pictures_is_as_closed(tmp_path: Path) -> None:
+    html, page = page_of(Made(depth=1, has_cls=False, first=None, drawn=0), tmp_path)
+    require_closed(html, page)
+    assert "No image was drawn." in page.text
+
+
+def require_closed(html: str, page: Page) -> None:
+    assert page.addresses() == []
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert html.count("://") == len(page.all("a")) == 1
+    assert "@import" not in html
+    assert not page.open
+    policy = [meta for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert [meta["content"] for meta in policy] == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_the_drawings_take_their_colours_from_the_page_and_have_ids_of_their_own(compared: tuple[str, Page]) -> None:
+    html, page = compared
+    drawings = html[html.index("<svg") : html.rindex("</svg>")]
+    assert "var(--line)" in drawings
+    for colour in ("#2b5c8a", "#1d1c1a", "#5f5b55", "#c2500f"):
+        assert colour not in drawings
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {use["xlink:href"] for use in page.all("use")} <= {f"#{name}" for name in ids}
+
+
+def test_every_picture_is_told_in_words(compared: tuple[str, Page]) -> None:
+    _, page = compared
+    pictures = page.all("img")
+    assert len(pictures) > 2 * (2 + 2 * (3 + 4 + 4) + 4)
+    assert all(len(picture["alt"] or "") > 10 for picture in pictures)
+    assert all(len(drawing["aria-label"] or "") > 10 for drawing in page.all("svg"))
+
+
+def test_captions_say_how_the_figures_were_made(compared: tuple[str, Page]) -> None:
+    _, page = compared
+    for words in (
+        "From 3 images, residual stream after each block, before the final norm.",
+        "one basis for all images and both sides, from all but the marked patch tokens",
+        "colours are clipped to the 1st to 99th percentile",
+        "every map from its own smallest to its own largest weight",
+        "grey where σ₁/σ₂ is below 1.3 and ν is not determined",
+        "12 × 12 grid",
+        "(log scale), on every map",
+    ):
+        assert words in page.text, words
+
+
+def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
+    name = "\"><img src=x onerror='alert(1)'>&amp;$x$.png"
+    models = ("<script>alert(2)</script>$\\alpha$", "b</svg>")
+    made = Made(depth=1, compared=True, drawn=1, names=(name,), models=models, skipped={name: "<b>bad</b>"})
+    _, page = page_of(made, tmp_path)
+    assert not page.all("script")
+    assert all("onerror" not in attributes for _, attributes in page.tags)
+    assert name in page.text
+    assert models[0] in page.text
+    assert "<b>bad</b>" in page.text
+    assert not page.open
+
+
+def test_two_sides_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    _, page = page_of(Made(depth=1, compared=True, drawn=0, models=("demo_vit", "demo_vit")), tmp_path)
+    assert "demo_vit, first:" in page.text
+    assert "demo_vit, second:" in page.text
+
+
+def test_images_without_a_defective_block_say_so(tmp_path: Path) -> None:
+    _, page = page_of(Made(depth=2, first=None, settings={"min_tokens": 20}), tmp_path)
+    assert page.text.count("No block of this image is defective.") == 2
+
+
+def test_a_block_whose_direction_is_not_determined_has_an_empty_panel(tmp_path: Path) -> None:
+    _, page = page_of(Made(settings={"min_gap": 2.0}, drawn=1), tmp_path)
+    empty = [attributes["aria-label"] for tag, attributes in page.tags if tag == "div" and "aria-label" in attributes]
+    assert empty == [f"Block {block}: the direction is not determined" for block in (0, 1)]
+
+
+def test_the_table_of_blocks_has_a_row_a_block_and_side(tmp_path: Path) -> None:
+    html, _ = page_of(Made(depth=40, compared=True, drawn=0), tmp_path)
+    table = html[html.index('<table class="blocks sides">') :].split("</table>")[0]
+    assert table.count("<tbody>") == 40
+    assert table.count('<td class="model">B</td>') == 40

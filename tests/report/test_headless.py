@@ -1,0 +1,79 @@
+"""Both pages as a browser shows them, on a phone and on a desk."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from headless import HEIGHT, Seen, browser, look
+from made_analysis import Made
+from PIL import Image
+
+from sinder_cli.events import silent
+from sinder_cli.repair.results import RepairResult
+from sinder_cli.report.analysis_folder import write_analysis
+from sinder_cli.report.repair_page import render_repair_page
+
+pytestmark = pytest.mark.slow
+Look = Callable[[str, int], Seen]
+MakeResult = Callable[..., RepairResult]
+WIDTHS = (390, 1400)  # a phone and a desk
+LONG = "a" * 120 + ".png"
+ANALYSES = {
+    "one side": Made(depth=12, registers=True, names=(LONG,), skipped={f"{LONG}.jpg": "it is truncated"}),
+    "a comparison of 40 blocks": Made(depth=40, grid=(8, 12), compared=True, first=22, models=("hf/" + "m" * 90, "n")),
+    "two blocks without cls or defects": Made(depth=2, first=None, has_cls=False),
+}
+
+
+@pytest.fixture
+def seen(tmp_path: Path) -> Iterator[Look]:
+    program = browser()
+    if program is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
+    with tempfile.TemporaryDirectory(dir=tmp_path, ignore_cleanup_errors=True) as folder:
+        yield lambda page, width: look(program, page, width, Path(folder))
+
+
+def require_faultless(seen: Seen, width: int, figures: int) -> None:
+    assert (seen.width, seen.overflow) == (width, 0)
+    assert seen.figures >= figures
+    assert seen.hidden == []
+    assert seen.loaded == []
+    assert seen.console == []
+    with Image.open(seen.picture) as image:
+        assert image.size == (max(width, 500), HEIGHT)
+        assert len(image.convert("RGB").getcolors(1 << 24) or []) > 100
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_a_browser_shows_all_of_an_analysis_and_loads_nothing(name: str, tmp_path: Path, seen: Look) -> None:
+    write_analysis(tmp_path / "out", ANALYSES[name].result(), silent)
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    for width in WIDTHS:
+        require_faultless(seen(page, width), width, figures=6)
+
+
+def test_a_browser_shows_all_of_a_repair_and_loads_nothing(make_result: MakeResult, seen: Look) -> None:
+    page = render_repair_page(make_result(names=[LONG, "b.png"]))
+    for width in WIDTHS:
+        require_faultless(seen(page, width), width, figures=13)
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ('<p style="width:2000px">wide', lambda seen: seen.overflow > 0),
+        ('<img src="data:image/png;base64,AAAA" style="width:9px;height:9px">', lambda seen: seen.hidden),
+        ('<svg style="width:0"></svg>', lambda seen: seen.hidden),
+        ('<img src="http://127.0.0.1:9/x.png" width="9" height="9">', lambda seen: seen.console),
+        ("<script>1</script>", lambda seen: seen.console),
+    ],
+)
+def test_what_is_looked_for_would_be_found(
+    make_result: MakeResult, fault: str, found: Callable[[Seen], object], seen: Look
+) -> None:
+    page = render_repair_page(make_result()).replace("</h1>", f"</h1>{fault}")
+    assert found(seen(page, 390))
