@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.attention import require_attention
 from sinder_cli.backbone.describe import Backbone, ModelRequest
-from sinder_cli.backbone.device import resolve_device
+from sinder_cli.backbone.device import exact_device, resolve_device
 from sinder_cli.backbone.opening import load_module, open_backbone, require_loadable
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
+from sinder_cli.defects.settings import DetectionSettings
 from sinder_cli.errors import NoInputError, UsageError
 from sinder_cli.events import Emit, Finished, Noted, Started, Warned, silent, tracked
-from sinder_cli.files import require_new_folder, require_writable_file, require_writable_folder, sha256_of, write_json
+from sinder_cli.files import require_writable_file, sha256_of, write_json
 from sinder_cli.images.choosing import sampled, spread
 from sinder_cli.images.finding import find_images
-from sinder_cli.images.loading import LoadedImage, load_in_order, readable, require_some
+from sinder_cli.images.loading import LoadedImage, load_in_order, readable, require_some, skip_all
 from sinder_cli.images.preprocessing import MIN_PATCHES, Preprocessing, Resize
 from sinder_cli.images.processes import worker_count
 from sinder_cli.images.sources import DrawnImages, ImageSource
+from sinder_cli.ranks import ALONE, Ranks, require_alike
 from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.stopping import Stop
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sinder_cli.analysis.results import AnalysisResult
-    from sinder_cli.analysis.survey import Subject
+    from sinder_cli.analysis.tokens import Subject
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.defects.rules import Stage
+    from sinder_cli.repair.evaluation import Snapshot
+    from sinder_cli.repair.folder import RunFolder
     from sinder_cli.repair.results import RepairResult
 
 DRAWN_IMAGES = 64  # how many a backbone draws that brings its own
@@ -56,18 +64,24 @@ def backbones() -> list[InstalledBackbone]:
 def open_model(request: ModelRequest) -> Backbone:
     """Ask the plugin that the model belongs to for a checked description; of what a run repaired, for its directory.
 
-    Raises `UsageError` for a run directory with weights or heads of another.
+    An adapter is applied to its weights. Raises `UsageError` for a run directory with weights, heads or an adapter.
     """
     from sinder_cli.repair.folder import RunFolder
 
     run = RunFolder(Path(request.model))
     if run.config.is_file() or request.model.startswith(("/", "./", "../")):
-        if request.weights or request.heads:
+        if request.weights or request.heads or request.adapter:
             why = "a run has its own weights and heads"
             raise UsageError(f"cannot use {request.model} with other weights", why, "leave the option out")
         model, heads = run.repaired_model()
         request = replace(request, model=model, weights=run.model, heads=heads)
-    return open_backbone(hooks_for(request.model), request)
+    hooks = hooks_for(request.model)
+    if request.adapter is None:
+        return open_backbone(hooks, request)
+    from sinder_cli.repair.adapter import adapted, read_adapter
+
+    adapter = read_adapter(request.adapter)  # before a checkpoint is read, or even downloaded
+    return adapted(open_backbone(hooks, request), adapter, request.emit)
 
 
 def predict(request: ModelRequest, stages: Sequence[Stage], emit: Emit = silent) -> Prediction:
@@ -86,22 +100,24 @@ def analyze(
     stdin: IO[str] | None = None,
     other: ModelRequest | None = None,
     draw: bool = False,
-) -> AnalysisResult:
+    ranks: Ranks = ALONE,
+) -> AnalysisResult | None:
     """What the tokens do, block by block, and whether the weights predict it; of two backbones if `other` is given.
 
     Either may be a run directory. `settings.clamp` makes a second one out of the first. `draw` asks for portraits,
-    which are made as they are gone through. Raises `UsageError` for two backbones that do not compare.
+    which are made as they are gone through. Each of several `ranks` looks at its share of the images, and rank 0 has
+    the result, the others None. Raises `UsageError` for two backbones that do not compare.
     """
     if other is not None and settings.clamp is not None:
         raise UsageError("cannot compare with two models", "one is named, one is clamped", "leave one of them out")
-    named = find_images(places, stdin, emit) if places else None  # before a checkpoint is read, or even downloaded
+    named = _named_images(places, stdin, emit, ranks)  # before a checkpoint is read, or even downloaded
     from sinder_cli.analysis.batches import equal_shapes
     from sinder_cli.analysis.clamp import clamped
     from sinder_cli.analysis.portraits import portraits, shown_blocks
     from sinder_cli.analysis.results import AnalysisResult, analysis_of
     from sinder_cli.analysis.survey import require_comparable, survey
 
-    device = resolve_device(settings.device)
+    device = exact_device(_device(settings, ranks, emit))
     require_attention(request.attention, device)
     first = open_model(request)
     shown = shown_blocks(first.depth, settings.blocks)
@@ -113,21 +129,26 @@ def analyze(
     elif settings.clamp is not None:
         compared.append(clamped(first, settings.clamp, emit))
     require_comparable(compared)
-    subjects = [_subject(backbone, device, emit) for backbone in compared]
+    require_alike({"images": source.fingerprint()}, ranks)
+    subjects = [_subject(backbone, device, emit, ranks) for backbone in compared]
 
     chosen = sampled(len(source), settings.limit, settings.seed)
-    workers = worker_count(settings.workers)
+    mine = ranks.share(chosen)
+    workers = worker_count(settings.workers, ranks.local_size)
     skipped: dict[str, str] = {}
 
     def batches(loaded: Iterator[LoadedImage]) -> Iterator[tuple[list[str], Tensor]]:
         return equal_shapes(readable(loaded, skipped, emit), settings.batch_size)
 
-    loaded = load_in_order(source, preprocess, chosen, workers)
-    counted = tracked(loaded, emit, "analyzing", len(chosen), "images")
+    loaded = load_in_order(source, preprocess, mine, workers)
+    counted = tracked(loaded, emit, "analyzing", len(mine), "images")
     grid = preprocess.size // first.patch_size
     drawn = spread(chosen, len(chosen) if settings.figures == "all" else settings.figures) if draw else []
     images = (pixels for _, pixels in batches(counted))
-    surveys = survey(subjects, images, (grid, grid), settings, device, components=bool(drawn))
+    surveys = survey(subjects, images, (grid, grid), settings, device, bool(drawn), ranks)
+    skip_all(ranks.at_first(skipped), skipped, emit)
+    if surveys is None:
+        return None
     require_some(surveys.images, len(skipped))
     drawn = [index for index in drawn if source.name(index) not in skipped]
     again = batches(load_in_order(source, preprocess, drawn, workers))
@@ -143,12 +164,22 @@ def analyze(
     )
 
 
-def _subject(backbone: Backbone, device: str, emit: Emit) -> Subject:
+def _subject(backbone: Backbone, device: str, emit: Emit, ranks: Ranks) -> Subject:
     """A backbone with its predictions, and its weights in place."""
-    from sinder_cli.analysis.survey import Subject
+    from sinder_cli.analysis.tokens import Subject
     from sinder_cli.defects.prediction import predict as predict_defects
 
-    return Subject(backbone, load_module(backbone, device), predict_defects(backbone, emit=emit, device=device))
+    module = load_module(backbone, device)
+    return Subject(backbone, module, ranks.once(lambda: predict_defects(backbone, emit=emit, device=device)))
+
+
+def _named_images(places: Sequence[str], stdin: IO[str] | None, emit: Emit, ranks: Ranks) -> ImageSource | None:
+    """The images that the user named; a list on standard input is read once, by rank 0."""
+    if not places:
+        return None
+    if "-" in places and ranks.size > 1:
+        stdin = StringIO(ranks.once(lambda: (stdin or sys.stdin).read()))
+    return find_images(places, stdin, emit)
 
 
 def repair(
@@ -158,60 +189,166 @@ def repair(
     settings: RepairSettings,
     emit: Emit = silent,
     stdin: IO[str] | None = None,
-) -> RepairResult:
-    """Fine-tune singular values until the images are clean, and leave a run directory behind."""
-    began = time.monotonic()
-    named = find_images(places, stdin, emit) if places else None  # before a checkpoint is read, or even downloaded
-    from sinder_cli.defects.prediction import predict as predict_defects
-    from sinder_cli.repair.deltas import Deltas
-    from sinder_cli.repair.evaluation import SAMPLES, evaluation_images, take_snapshot
+    resume: bool = False,
+    force: bool = False,
+    stop: Stop | None = None,
+    ranks: Ranks = ALONE,
+) -> RepairResult | None:
+    """Fine-tune singular values until the images are clean, and leave a run directory behind.
+
+    `resume` goes on with an unfinished run there, if there is one; `force` gives a run up that is there. `stop` may ask
+    to end after a step: a checkpoint is written then, and `Ended` raised. Of several `ranks`, each takes its share of
+    every batch; rank 0 alone evaluates, writes and has the result, the others None.
+    """
+    if settings.batch_size < ranks.size:
+        why = f"each of the {ranks.size} processes takes its share of every batch"
+        raise UsageError(f"batch size {settings.batch_size} is too small", why, f"use --batch-size {ranks.size}")
+    named = _named_images(places, stdin, emit, ranks)  # before a checkpoint is read, or even downloaded
     from sinder_cli.repair.folder import RunFolder
-    from sinder_cli.repair.loop import Progress, density_window, repair_steps
-    from sinder_cli.repair.results import RepairResult, run_config, run_summary, write_adapter, write_model
-    from sinder_cli.repair.step import Directions
 
     folder = RunFolder(out)
-    require_new_folder(folder.path)
-    device = resolve_device(settings.device)
+    if force:
+        _require_elsewhere(out, request)
+    with folder.held(emit) if ranks.writes else nullcontext():
+        resume = ranks.once(lambda: folder.require_free(resume, force))
+        opened = _opened(request, named, settings, ranks)
+        return _repair(opened, folder, settings, emit, resume, stop or Stop(), ranks)
+
+
+def finished_repair(
+    request: ModelRequest,
+    places: Sequence[str],
+    out: Path,
+    settings: RepairSettings,
+    emit: Emit = silent,
+    stdin: IO[str] | None = None,
+) -> dict[str, Any]:
+    """`summary.json` of the run that has ended in `out`. Raises `ConflictError` where this would be another run."""
+    named = find_images(places, stdin, emit) if places else None
+    from sinder_cli.repair.folder import RunFolder
+
+    folder = RunFolder(out)
+    folder.require_same(_opened(request, named, settings).config)
+    return folder.read_summary()
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a repair starts from, and the `config.json` that says so."""
+
+    backbone: Backbone
+    preprocess: Preprocessing
+    source: ImageSource
+    device: str
+    config: dict[str, Any]
+
+
+def _opened(
+    request: ModelRequest, named: ImageSource | None, settings: RepairSettings, ranks: Ranks = ALONE
+) -> _Opened:
+    from sinder_cli.repair.results import run_config
+
+    device = _device(settings, ranks, request.emit)
     require_attention(request.attention, device)
-    backbone = open_model(request)
+    backbone = ranks.machine_first(lambda: open_model(request))
     preprocess = preprocessing(backbone, settings.image_size)
     source = named or drawn_images(backbone, settings.seed)
+    config = run_config(backbone, request, settings, preprocess, source, device)
+    require_alike(config, ranks)
+    return _Opened(backbone, preprocess, source, device, config)
+
+
+def _require_elsewhere(out: Path, request: ModelRequest) -> None:
+    """Refuse to remove the run that the model to be repaired lies in."""
+    for place in (Path(request.model), request.weights):
+        if place is not None and place.exists() and out.resolve() in (place.resolve(), *place.resolve().parents):
+            what = f"cannot replace the run in {out}"
+            raise UsageError(what, "it holds the weights that are to be repaired", "choose another --out")
+
+
+def _repair(
+    opened: _Opened,
+    folder: RunFolder,
+    settings: RepairSettings,
+    emit: Emit,
+    resume: bool,
+    stop: Stop,
+    ranks: Ranks,
+) -> RepairResult | None:
+    """Repair into a folder that this process, or rank 0, holds."""
+    began = time.monotonic()
+    from sinder_cli.defects.prediction import predict as predict_defects
+    from sinder_cli.repair.adapter import write_adapter
+    from sinder_cli.repair.batches import forget_mended, require_readable
+    from sinder_cli.repair.deltas import Deltas
+    from sinder_cli.repair.evaluation import SAMPLES, evaluation_images, take_snapshot
+    from sinder_cli.repair.forward import Directions
+    from sinder_cli.repair.loop import Progress, density_window, repair_steps
+    from sinder_cli.repair.results import RepairResult, run_summary, write_model
+    from sinder_cli.repair.session import checkpointed, restored
+
+    backbone, preprocess, source, device = opened.backbone, opened.preprocess, opened.source, opened.device
     progress = Progress(density_window(len(source)))
-    samples = evaluation_images(source, preprocess, settings.eval_images, progress.unreadable, emit)
+    samples: dict[str, Tensor] = {}
+    if ranks.writes:
+        if resume:
+            folder.require_same(opened.config, emit)
+        samples = evaluation_images(source, preprocess, settings.eval_images, progress.unreadable, emit)
+        require_readable(source, progress.unreadable, settings.strict)
     images = list(samples.values())
 
-    prediction = predict_defects(backbone, ("cumulative",), emit, device)
+    prediction = ranks.once(lambda: predict_defects(backbone, ("cumulative",), emit, exact_device(device)))
     directions = Directions(prediction.directions().to(device), prediction.gaps())
     if not any(gap >= settings.min_gap for gap in directions.gaps):
         emit(Warned(f"no direction is determined (σ₁/σ₂ < {settings.min_gap} in every block): none can be defective"))
     module = load_module(backbone, device)
-    config = run_config(backbone, request, settings, preprocess, source, device)
-    require_writable_folder(folder.path)
-    write_json(folder.config, config)
 
-    before = take_snapshot(backbone, module, images, settings.batch_size, device, emit, "looking at the original")
-    before.require_finite("the backbone is broken", "give other weights")
-    deltas = Deltas(backbone, module, emit)
-    emit(Started("repairing", settings.max_steps, "steps"))
-    for record in repair_steps(backbone, directions, deltas, source, preprocess, settings, progress, emit):
-        folder.record(record)
-        emit(record)
+    def look(phase: str) -> Snapshot:
+        return take_snapshot(backbone, module, images, settings.batch_size, device, emit, phase)
+
+    before = look("looking at the original") if ranks.writes else None
+    if before is not None:
+        before.require_finite("the backbone is broken", "give other weights")
+    deltas = Deltas(backbone, module, emit, settings.offload)
+    checkpoints = folder.checkpoints
+    if resume and restored(checkpoints, deltas, progress, emit, ranks):
+        forget_mended(source, preprocess, progress.unreadable)
+        emit(Noted(f"going on after step {progress.steps}"))
+    if ranks.writes:
+        if not resume:
+            folder.begin(opened.config)
+        folder.forget_after(progress.steps)
+
+    def save() -> None:
+        if ranks.writes:
+            folder.flush_metrics()
+            checkpoints.write(deltas, progress)
+
+    steps = repair_steps(backbone, directions, deltas, source, preprocess, settings, progress, emit, ranks)
+    earlier = progress.seconds
+    emit(Started("repairing", settings.max_steps, "steps", progress.steps))
+    with closing(checkpointed(steps, save, progress, settings, stop, emit, ranks)) as records:
+        for record in records:
+            if ranks.writes:
+                folder.record(record)
+            emit(record)
     emit(Finished("repairing"))
-    after = take_snapshot(backbone, module, images, settings.batch_size, device, emit, "looking at the repaired")
+    if before is None:
+        return None
+    after = look("looking at the repaired")
     after.require_finite("the repair has diverged", "lower --lr")
 
     emit(Noted(f"writing {folder.model}"))
     write_model(folder.model, backbone.weights, deltas)
-    write_adapter(folder.adapter, backbone.name, config["weights"]["fingerprint"], deltas, settings)
+    write_adapter(folder.adapter, backbone.name, opened.config["weights"]["fingerprint"], deltas, settings)
     summary = run_summary(backbone, before, after, progress, deltas, settings)
-    summary["seconds"] = round(time.monotonic() - began, 3)
+    summary["seconds"] = round(earlier + time.monotonic() - began, 3)
     write_json(folder.summary, summary)
     return RepairResult(
         folder=folder.path,
         model=backbone.name,
         summary=summary,
-        config=config,
+        config=opened.config,
         before=before,
         after=after,
         pictures=images[:SAMPLES],
@@ -234,6 +371,14 @@ def export(source: str, target: str, out: Path, request: ModelRequest, emit: Emi
     emit(Noted(f"writing {out}"))
     write_native(out, backbone.weights)
     return ExportResult(out, target, len(backbone.weights.names), out.stat().st_size, sha256_of(out))
+
+
+def _device(settings: DetectionSettings, ranks: Ranks, emit: Emit) -> str:
+    """The device of the settings; what it does not know of them is told."""
+    device = resolve_device(settings.device, ranks)
+    if settings.tf32 and not device.startswith("cuda"):
+        emit(Warned(f"--tf32 has no effect on device {device!r}"))
+    return device
 
 
 def drawn_images(backbone: Backbone, seed: int) -> ImageSource:

@@ -19,6 +19,7 @@ class Started:
     phase: str
     total: int | None = None
     unit: str = ""
+    done: int = 0  # by an earlier process that this one goes on from
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -45,7 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise output_error(path, error) from error
     finally:
@@ -71,11 +72,17 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         _flush_tree(temporary)
         temporary.chmod(0o777 & ~_umask())
         temporary.rename(path)  # over an empty folder, never over one that was filled meanwhile
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise output_error(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a process that was killed while it wrote `path`, file or folder, has left beside it."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -153,10 +160,11 @@ def _umask() -> int:
 
 def _flush_tree(folder: Path) -> None:
     for place in (*folder.rglob("*"), folder):
-        _flush(place)
+        flush(place)
 
 
-def _flush(place: Path) -> None:
+def flush(place: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
     descriptor = os.open(place, os.O_RDONLY)
     try:
         os.fsync(descriptor)

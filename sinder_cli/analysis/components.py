@@ -39,6 +39,18 @@ class Moments:
         self.sum += kept.sum(dim=0)
         self.second += kept.T @ kept
 
+    def merge(self, other: Moments) -> None:
+        """Take in the sums over other tokens."""
+        self.count += other.count
+        self.sum += other.sum.to(self.sum.device)
+        self.second += other.second.to(self.sum.device)
+
+    def to_cpu(self) -> Moments:
+        """The same on the CPU, as it can be sent to another process."""
+        moved = Moments(len(self.sum))
+        moved.merge(self)
+        return moved
+
     def basis(self, count: int = 3) -> Basis:
         """The leading eigenvectors of the covariance.
 

@@ -71,6 +71,16 @@ class ObservedDirection:
             self.companions += count
             self.off_axis += max(0.0, count - image.energies[0])
 
+    def merge(self, other: ObservedDirection) -> None:
+        """Take in what was seen of other images."""
+        for mine, theirs in ((self.all_tokens, other.all_tokens), (self.all_images, other.all_images)):
+            if theirs.rows is not None:
+                mine.fold(theirs.rows)
+        self.tokens += other.tokens
+        self.images += other.images
+        self.companions += other.companions
+        self.off_axis += other.off_axis
+
     @property
     def direction(self) -> Tensor | None:
         """The direction all outlying tokens share, `[N]` float32 of unit norm and fixed sign; None without any."""

@@ -108,6 +108,21 @@ class Histogram:
         self.low = torch.minimum(self.low, torch.where(good, values, torch.inf).min())
         self.high = torch.maximum(self.high, torch.where(good, values, -torch.inf).max())
 
+    def merge(self, other: Histogram) -> None:
+        """Take in what another histogram of the same scale has counted."""
+        device = self.counts.device
+        self.counts += other.counts.to(device)
+        self.total += other.total.to(device)
+        self.nonfinite += other.nonfinite.to(device)
+        self.low = torch.minimum(self.low, other.low.to(device))
+        self.high = torch.maximum(self.high, other.high.to(device))
+
+    def to_cpu(self) -> Histogram:
+        """The same on the CPU, as it can be sent to another process."""
+        moved = Histogram(self.scale)
+        moved.merge(self)
+        return moved
+
     @property
     def count(self) -> int:
         """Finite values so far."""

@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 from sinder_cli.analysis.attention import ClsAttention
 from sinder_cli.analysis.components import Basis
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.analysis.survey import BlockTokens, Subject, block_tokens, in_basis
+from sinder_cli.analysis.tokens import BlockTokens, Subject, block_tokens, in_basis
 from sinder_cli.defects.rules import STAGES
 from sinder_cli.defects.targets import learning_targets
 from sinder_cli.defects.tokens import in_precision, residual_stream

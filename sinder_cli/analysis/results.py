@@ -10,7 +10,8 @@ from sinder_cli import __version__
 from sinder_cli.analysis.portraits import Portrait
 from sinder_cli.analysis.records import Analysis, Side
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.analysis.survey import Subject, Survey, Surveys
+from sinder_cli.analysis.survey import Survey, Surveys
+from sinder_cli.analysis.tokens import Subject
 from sinder_cli.analysis.verdict import judge
 from sinder_cli.files import printable
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import combinations
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 import torch
 
@@ -12,6 +12,8 @@ from sinder_cli.analysis.records import Marked, Position, Rule
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Key = TypeVar("Key")
 
 RULES: tuple[Rule, ...] = get_args(Rule)
 SHOWN_POSITIONS = 20
@@ -33,6 +35,11 @@ class PlaceCounts:
         cells = cell_of(tuple(mask.shape[1:]), tuple(self.marked.shape))
         self.marked.view(-1).index_add_(0, cells, counts.flatten())
         self.seen.view(-1).index_add_(0, cells, torch.full_like(counts, len(mask)).flatten())
+
+    def merge(self, other: PlaceCounts) -> None:
+        """Take in the counts of other images, on the same grid."""
+        self.marked += other.marked
+        self.seen += other.seen
 
     def shares(self) -> Tensor:
         """Marked ÷ seen, `[H, W]` float64; NaN where no token fell."""
@@ -79,6 +86,14 @@ class RuleCounts:
         for pair in combinations([rule for rule in RULES if rule in masks], 2):
             self.overlap[pair] = added(self.overlap.get(pair), masks[pair[0]], masks[pair[1]])
 
+    def merge(self, other: RuleCounts) -> None:
+        """Take in the counts of other images."""
+        for rule, places in other.places.items():
+            self.tokens[rule] = self.tokens.get(rule, 0) + other.tokens[rule]
+            self.images[rule] = self.images.get(rule, 0) + other.images[rule]
+            self.places.setdefault(rule, PlaceCounts(self.grid)).merge(places)
+        merge_overlaps(self.overlap, other.overlap)
+
     def records(self) -> dict[Rule, Marked | None]:
         """One record a rule, None for one that does not apply."""
         return {rule: self._record(rule) for rule in RULES}
@@ -104,6 +119,13 @@ def added(before: tuple[int, int] | None, a: Tensor, b: Tensor) -> tuple[int, in
     """Intersection and union so far, with two more masks of one shape."""
     intersection, union = before or (0, 0)
     return intersection + int((a & b).sum()), union + int((a | b).sum())
+
+
+def merge_overlaps(into: dict[Key, tuple[int, int]], other: Mapping[Key, tuple[int, int]]) -> None:
+    """Add the intersections and unions of other images."""
+    for key, (intersection, union) in other.items():
+        before = into.get(key, (0, 0))
+        into[key] = before[0] + intersection, before[1] + union
 
 
 def ratio(intersection: int, union: int) -> float | None:

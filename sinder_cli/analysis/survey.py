@@ -4,50 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import cosine_similarity
 
+from sinder_cli.analysis.collectors import BlockCollector, BlockCurves, Collected, PairCollector
 from sinder_cli.analysis.components import Basis, Moments
-from sinder_cli.analysis.directions import ObservedDirection
-from sinder_cli.analysis.histogram import ANGLE_SCALE, COSINE_SCALE, NORM_SCALE, Curve, Histogram
 from sinder_cli.analysis.records import BlockRecord, PairRecord, Rule
-from sinder_cli.analysis.rules import RULES, RuleCounts, added, ratio
 from sinder_cli.analysis.settings import AnalyzeSettings
+from sinder_cli.analysis.tokens import Subject, block_tokens, in_basis
 from sinder_cli.backbone.describe import Backbone
-from sinder_cli.defects.detection import DetectionRule, alignments, defect_mask
-from sinder_cli.defects.prediction import Prediction
-from sinder_cli.defects.rules import STAGES, Stage
-from sinder_cli.defects.tokens import in_precision, outlier_mask, patch_grid, residual_stream
+from sinder_cli.defects.detection import DetectionRule
+from sinder_cli.defects.rules import STAGES
+from sinder_cli.defects.tokens import in_precision, residual_stream
 from sinder_cli.errors import UsageError
+from sinder_cli.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-VIOLIN_POINTS = 60
 MOST_GAP = 1e12  # σ₁/σ₂ is told no larger: JSON knows no infinity
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A backbone ready to be run, with what its weights predict."""
-
-    backbone: Backbone
-    module: Any
-    prediction: Prediction
-
-    def directions(self, device: str | torch.device) -> Tensor:
-        """The predicted directions of all stages, `[blocks, 4, N]`."""
-        return torch.stack([self.prediction.directions(stage) for stage in STAGES], dim=1).to(device)
-
-
-@dataclass(frozen=True)
-class BlockCurves:
-    """Outlines for violin plots of one block."""
-
-    norms: Curve | None
-    angles: dict[Stage, Curve | None]
 
 
 @dataclass(frozen=True)
@@ -86,115 +62,6 @@ def require_comparable(backbones: Sequence[Backbone]) -> None:
                 raise UsageError(f"cannot compare {first.name} with {other.name}", why, "name one of the same shape")
 
 
-class BlockCollector:
-    """Streamed statistics of one block of one backbone."""
-
-    def __init__(self, device: str, grid: tuple[int, int], rule: DetectionRule) -> None:
-        self.rule = rule
-        self.patch_norms, self.cls_norms, self.register_norms = (Histogram(NORM_SCALE, device) for _ in range(3))
-        self.angles = {stage: Histogram(ANGLE_SCALE, device) for stage in STAGES}
-        self.counts = RuleCounts(grid, rule.min_tokens)
-        self.observed = ObservedDirection()
-
-    def add(self, tokens: BlockTokens) -> None:
-        """The tokens of one batch."""
-        self.patch_norms.add(tokens.norms)
-        if tokens.cls is not None:
-            self.cls_norms.add(tokens.cls.norm(dim=-1))
-        self.register_norms.add(tokens.registers.norm(dim=-1))
-        for stage, degrees in zip(STAGES, tokens.degrees.unbind(dim=-1), strict=True):
-            self.angles[stage].add(degrees)
-        self.counts.add(tokens.masks)
-        seen = tokens.masks.get("above_threshold", tokens.masks["outlying"])
-        if seen.any():
-            for patches, marked in zip(tokens.patches, seen, strict=True):
-                self.observed.add(patches[marked])
-
-    def record(self, block: int, predicted: Tensor, gaps: dict[Stage, float]) -> BlockRecord:
-        """Sum up; `predicted` `[4, N]`."""
-        return BlockRecord(
-            block=block,
-            patch_norm=self.patch_norms.distribution(),
-            cls_norm=self.cls_norms.distribution(),
-            register_norm=self.register_norms.distribution(),
-            nonfinite=int(self.patch_norms.nonfinite),
-            gap=gaps,
-            determined=self.rule.trusts(gaps["cumulative"]),
-            angle_deg={stage: histogram.distribution() for stage, histogram in self.angles.items()},
-            marked=self.counts.records(),
-            agreement=self.counts.agreement(),
-            observed=self.observed.record(dict(zip(STAGES, predicted, strict=True))),
-        )
-
-    def curves(self) -> BlockCurves:
-        """The outlines of its distributions."""
-        angles = {stage: histogram.curve(VIOLIN_POINTS) for stage, histogram in self.angles.items()}
-        return BlockCurves(self.patch_norms.curve(VIOLIN_POINTS, logarithmic=True), angles)
-
-
-class PairCollector:
-    """Streamed agreement of the same block of two backbones."""
-
-    def __init__(self, device: str) -> None:
-        self.patches, self.cls = Histogram(COSINE_SCALE, device), Histogram(COSINE_SCALE, device)
-        self.overlap: dict[Rule, tuple[int, int]] = {}
-
-    def add(self, sides: Sequence[BlockTokens]) -> None:
-        """Both sides' tokens of one batch."""
-        a, b = sides
-        self.patches.add(cosine_similarity(a.patches, b.patches, dim=-1))
-        if a.cls is not None and b.cls is not None:
-            self.cls.add(cosine_similarity(a.cls, b.cls, dim=-1))
-        for rule in RULES:
-            if rule in a.masks and rule in b.masks:
-                self.overlap[rule] = added(self.overlap.get(rule), a.masks[rule], b.masks[rule])
-
-    def record(self, block: int) -> PairRecord:
-        """Sum up."""
-        agreement = {rule: ratio(*counts) for rule, counts in self.overlap.items()}
-        return PairRecord(
-            block=block,
-            patch_cosine=self.patches.distribution(),
-            cls_cosine=self.cls.distribution(),
-            agreement=agreement,
-        )
-
-
-@dataclass(frozen=True)
-class BlockTokens:
-    """One block's tokens of one batch, in float32, and what the rules mark among them."""
-
-    patches: Tensor  # [B, h, w, N]
-    norms: Tensor  # [B, h, w]: of patches
-    cls: Tensor | None  # [B, N]
-    registers: Tensor  # [B, R, N]
-    cosines: Tensor  # [B, h, w, 4]: |cos| to the predicted direction of each stage
-    masks: dict[Rule, Tensor]  # bool [B, h, w]
-
-    @property
-    def degrees(self) -> Tensor:
-        """The angles `[B, h, w, 4]` of `cosines`."""
-        return torch.rad2deg(torch.acos(self.cosines.clamp_max(1.0)))
-
-
-def block_tokens(
-    subject: Subject, tokens: Tensor, images: Tensor, block: int, nu: Tensor, settings: AnalyzeSettings
-) -> BlockTokens:
-    """Take apart the tokens after one block `[B, T, N]`; `nu` `[4, N]` holds its predicted directions."""
-    backbone, rule = subject.backbone, DetectionRule.of(settings)
-    tokens = tokens.float()
-    patches = patch_grid(backbone, tokens, images)
-    cosines = alignments(patches, nu)
-    norms = patches.norm(dim=-1)
-    masks: dict[Rule, Tensor] = {"outlying": outlier_mask(norms)}
-    if rule.trusts(subject.prediction.gaps()[block]):
-        masks["equation_5"] = defect_mask(-cosines[..., STAGES.index("cumulative")], rule)
-    if settings.norm_threshold is not None:
-        masks["above_threshold"] = norms > settings.norm_threshold
-    registers = tokens[:, int(backbone.has_cls) : backbone.prefix_tokens]
-    return BlockTokens(patches, norms, tokens[:, 0] if backbone.has_cls else None, registers, cosines, masks)
-
-
 @torch.no_grad()
 def survey(
     subjects: Sequence[Subject],
@@ -203,12 +70,33 @@ def survey(
     settings: AnalyzeSettings,
     device: str,
     components: bool = False,
-) -> Surveys:
+    ranks: Ranks = ALONE,
+) -> Surveys | None:
     """Run batches `[B, 3, H, W]` of normalized images through one or two backbones of one width and depth.
 
     `grid` is the one that positions are counted on; `components` asks for the principal components of the last
-    block's patch tokens. Memory does not grow with the number of images.
+    block's patch tokens. Memory does not grow with the number of images. Each rank has batches of its own; rank 0 sums
+    up for all, and the others get None.
     """
+    collected = _collected(subjects, batches, grid, settings, device, components).at_first(ranks)
+    if not ranks.writes:
+        return None
+    return Surveys(
+        tuple(_summed(*each) for each in zip(subjects, collected.sides, strict=True)) if collected.images else (),
+        tuple(pair.record(block) for block, pair in enumerate(collected.pairs)),
+        collected.images,
+        collected.moments.basis() if collected.moments is not None else None,
+    )
+
+
+def _collected(
+    subjects: Sequence[Subject],
+    batches: Iterable[Tensor],
+    grid: tuple[int, int],
+    settings: AnalyzeSettings,
+    device: str,
+    components: bool,
+) -> Collected:
     depth, width = subjects[0].backbone.depth, subjects[0].backbone.width
     rule = DetectionRule.of(settings)
     running = [in_precision(subject.backbone, settings.dtype) for subject in subjects]
@@ -233,19 +121,7 @@ def survey(
             if moments is not None and block == depth - 1:
                 for side in sides:
                     moments.add(side.patches[in_basis(side, settings)])
-    return Surveys(
-        tuple(_summed(*each) for each in zip(subjects, collectors, strict=True)) if count else (),
-        tuple(pair.record(block) for block, pair in enumerate(pairs)),
-        count,
-        moments.basis() if moments is not None else None,
-    )
-
-
-def in_basis(side: BlockTokens, settings: AnalyzeSettings) -> Tensor:
-    """Which patch tokens principal components are taken from, bool `[B, h, w]`: all, or those that no rule marks."""
-    if not settings.exclude_masked:
-        return torch.ones_like(side.masks["outlying"])
-    return ~torch.stack(list(side.masks.values())).any(dim=0)
+    return Collected(count, collectors, pairs, moments)
 
 
 def _summed(subject: Subject, collectors: list[BlockCollector]) -> Survey:

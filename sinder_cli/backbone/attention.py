@@ -38,7 +38,7 @@ def require_attention(name: AttentionName, device: str) -> None:
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return scores.softmax(dim=-1) @ v
 
 

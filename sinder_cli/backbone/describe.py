@@ -44,6 +44,7 @@ class ModelRequest:
     heads: int | None = None
     attention: AttentionName = "auto"
     emit: Emit = silent
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)

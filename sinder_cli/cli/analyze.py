@@ -10,9 +10,9 @@ import typer
 
 from sinder_cli import api
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.backbone.describe import ModelRequest
 from sinder_cli.cli.display import display
 from sinder_cli.cli.options import (
+    AdapterFile,
     Attention,
     Data,
     Format,
@@ -24,6 +24,7 @@ from sinder_cli.cli.options import (
     with_settings,
 )
 from sinder_cli.cli.output import show
+from sinder_cli.cli.sharing import shared
 from sinder_cli.errors import DefectsFoundError, UsageError
 from sinder_cli.files import require_new_folder
 
@@ -35,6 +36,7 @@ def command(
     more_data: MoreData = None,
     data: Data = None,
     weights: WeightsFile = None,
+    adapter: AdapterFile = None,
     heads: Heads = None,
     out: Annotated[
         str | None,
@@ -51,6 +53,9 @@ def command(
     compare_weights: Annotated[
         Path | None, typer.Option("--compare-weights", metavar="FILE", help="Checkpoint of the second model.")
     ] = None,
+    compare_adapter: Annotated[
+        Path | None, typer.Option("--compare-adapter", metavar="FILE", help="Adapter of the second model.")
+    ] = None,
     compare_heads: Annotated[
         int | None, typer.Option("--compare-heads", min=1, help="Attention heads of the second model.")
     ] = None,
@@ -62,16 +67,20 @@ def command(
     settings: AnalyzeSettings,
 ) -> None:
     """Show token norms, defects, and observed against predicted directions."""
-    if (compare_weights or compare_heads) and compare is None:
-        raise UsageError("no second model", "--compare-weights and --compare-heads belong to one", "add --compare")
+    if (compare_weights or compare_adapter or compare_heads) and compare is None:
+        why = "--compare-weights, --compare-adapter and --compare-heads belong to one"
+        raise UsageError("no second model", why, "add --compare")
     folder = Path(out) if out and out != "-" else None
-    if folder:
-        require_new_folder(folder)
-    with display() as emit:
-        request = model_request(model, weights, heads, emit, attention)
-        other = ModelRequest(compare, compare_weights, compare_heads, attention, emit) if compare else None
+    with shared() as ranks, display(ranks.writes) as emit:
+        if folder and ranks.writes:
+            require_new_folder(folder)
+        request = model_request(model, weights, adapter, heads, emit, attention)
+        second = (compare_weights, compare_adapter, compare_heads)
+        other = model_request(compare, *second, emit, attention) if compare else None
         places = [*(data or []), *(more_data or [])]
-        result = api.analyze(request, places, settings, emit, sys.stdin, other, draw=folder is not None)
+        result = api.analyze(request, places, settings, emit, sys.stdin, other, folder is not None, ranks)
+        if result is None:  # rank 0 has it
+            return
         analysis = result.analysis
         if folder:
             from sinder_cli.report.analysis_folder import write_analysis

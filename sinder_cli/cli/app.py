@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
 
 from sinder_cli import __version__
 from sinder_cli.cli import analyze, backbones, export, predict, repair
+from sinder_cli.stopping import Stop
 
 HELP = """Predict, show and repair the singular defects of pre-trained Vision Transformers.
 
@@ -20,6 +21,7 @@ class Invocation:
     """What the global options of one call said; kept outside the parser so that error handling can see it."""
 
     debug: bool = False
+    stop: Stop = field(default_factory=Stop)
 
 
 def build_app() -> typer.Typer:

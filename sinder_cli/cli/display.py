@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import (
@@ -21,14 +21,17 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from sinder_cli.events import Advanced, Emit, Event, Finished, Noted, Started, Warned
+from sinder_cli.events import Advanced, Emit, Event, Finished, Noted, Started, Warned, silent
 
 SECONDS_BETWEEN_LINES = 5.0
 
 
 @contextmanager
-def display() -> Iterator[Emit]:
-    """A listener for events, for the length of one command."""
+def display(shown: bool = True) -> Iterator[Emit]:
+    """A listener for events, for the length of one command; a silent one in a process that another speaks for."""
+    if not shown:
+        yield silent
+        return
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         yield _Lines().hear
@@ -59,7 +62,9 @@ class _Bars:
 
     def hear(self, event: Event) -> None:
         if isinstance(event, Started):
-            self.tasks[event.phase] = self.progress.add_task(event.phase, total=event.total, detail=event.unit)
+            self.tasks[event.phase] = self.progress.add_task(
+                event.phase, total=event.total, completed=event.done, detail=event.unit
+            )
         elif isinstance(event, Advanced):
             self.progress.advance(self.tasks[event.phase], event.amount)
         elif isinstance(event, Finished):
@@ -81,13 +86,13 @@ class _Lines:
 
     def hear(self, event: Event) -> None:
         if isinstance(event, Started):
-            self.started[event.phase], self.done[event.phase] = event, 0
+            self.started[event.phase], self.done[event.phase] = event, event.done
             self.began = time.monotonic()
         elif isinstance(event, Advanced):
             self.done[event.phase] += event.amount
             self._progress(event.phase, self.done[event.phase], "")
         elif text := message(event):
-            print(text, file=sys.stderr, flush=True)
+            say(text)
         elif step := _step(event):
             self._progress("repairing", step[0], f", {step[1]}")
 
@@ -97,9 +102,15 @@ class _Lines:
             return
         self.spoken = now
         total, unit = self.started[phase].total, self.started[phase].unit
-        rate = done / max(now - self.began, 1e-9)
+        rate = (done - self.started[phase].done) / max(now - self.began, 1e-9)
         left = f", {_clock((total - done) / rate)} left" if total else ""
-        print(f"sinder: {phase}: {done}/{total or '?'} {unit}, {rate:.3g}/s{left}{detail}", file=sys.stderr, flush=True)
+        say(f"sinder: {phase}: {done}/{total or '?'} {unit}, {rate:.3g}/s{left}{detail}")
+
+
+def say(text: str) -> None:
+    """A line on standard error, where that is still open: nobody who listens is no reason to stop."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def message(event: Event) -> str:

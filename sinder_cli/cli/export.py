@@ -10,7 +10,7 @@ import typer
 
 from sinder_cli import api
 from sinder_cli.cli.display import display
-from sinder_cli.cli.options import Format, Heads, WeightsFile, model_request
+from sinder_cli.cli.options import AdapterFile, Format, Heads, WeightsFile, model_request
 from sinder_cli.cli.output import show
 
 
@@ -19,12 +19,13 @@ def command(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="Target: .safetensors, .pth or .pt.")],
     to: Annotated[Literal["native"], typer.Option("--to", help="Format: the backbone's own keys, order and dtype.")],
     weights: WeightsFile = None,
+    adapter: AdapterFile = None,
     heads: Heads = None,
     format: Format = None,
 ) -> None:
     """Write the weights of a run or a model; what was written is read back and compared first."""
     with display() as emit:
-        result = api.export(source, to, out, model_request(source, weights, heads, emit), emit)
+        result = api.export(source, to, out, model_request(source, weights, adapter, heads, emit), emit)
     show(
         format,
         lambda: f"{result.path}: {result.tensors} tensors, {result.bytes:,} bytes, read back identical",

@@ -8,32 +8,26 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from types import FrameType
 
 import typer
 
 from sinder_cli.cli.app import Invocation, command
+from sinder_cli.cli.sharing import tell
 from sinder_cli.errors import SinderError, StorageError, TryAgainError, UsageError
+from sinder_cli.memory import is_out_of_memory
+from sinder_cli.ranks import launched
+from sinder_cli.stopping import Ended, Stop
 
-
-class Ended(BaseException):
-    """SIGINT or SIGTERM arrived; raised in the main thread so that half-written files are removed on the way out."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = signal.Signals(number)
-
-
-ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `sinder` with these arguments and end the process with the documented exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    invocation = Invocation()
+    invocation = Invocation(stop=Stop(once=launched().size > 1))
     for number in ENDED:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in a script's background
-            signal.signal(number, _end)
+            signal.signal(number, lambda received, _: invocation.stop.hear(received))
     warnings.filterwarnings("ignore", module="PIL")  # remarks on odd metadata of images that decode all the same
     try:
         code = command().main(args=given, prog_name="sinder", standalone_mode=False, obj=invocation)
@@ -46,13 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _die_by(signal.SIGPIPE)
         raise
     except Ended as end:  # no KeyboardInterrupt, which the parser turns into an exit code
-        print(f"sinder: {ENDED[end.number]}", file=sys.stderr)
+        _hear_no_more()
+        tell(f"sinder: {ENDED[end.number]}")
         _die_by(end.number)
     except Exception as error:
         if invocation.debug:
             traceback.print_exc()
         failure = as_failure(error)
-        print(f"sinder: error: {failure}", file=sys.stderr)
+        _hear_no_more()
+        tell(f"sinder: error: {failure}")
         sys.exit(failure.exit_code)
 
 
@@ -63,17 +59,17 @@ def as_failure(error: Exception) -> SinderError:
     if isinstance(error, typer.TyperException):
         return UsageError("bad command line", error.format_message().rstrip("."), "see --help")
     text = str(error).split("\n")[0]
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        return TryAgainError(
-            "out of memory", text or "no more to be had", "lower --batch-size, --window or --image-size"
-        )
+    if is_out_of_memory(error):
+        return TryAgainError("out of memory", text or "no more to be had", "lower --image-size or --batch-size")
     if isinstance(error, OSError):
         return StorageError("input or output failed", str(error), "check the disk and the path")
     return SinderError("internal error", f"{type(error).__name__}: {text}", "run `sinder --debug …` and report it")
 
 
-def _end(number: int, _frame: FrameType | None) -> None:
-    raise Ended(number)
+def _hear_no_more() -> None:
+    """This process ends already, and is about to say why."""
+    for number in ENDED:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _die_by(number: signal.Signals) -> None:

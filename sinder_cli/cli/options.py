@@ -27,6 +27,12 @@ WeightsFile = Annotated[
     Path | None,
     typer.Option("--weights", metavar="FILE", help="Checkpoint: .safetensors, .pth or .pt; default: the official one."),
 ]
+AdapterFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter", metavar="FILE", help="adapter.safetensors of a repair of these weights, applied to them."
+    ),
+]
 Heads = Annotated[
     int | None, typer.Option("--heads", min=1, help="Attention heads, where the checkpoint's width / 64 is wrong.")
 ]
@@ -45,10 +51,15 @@ ConfigFile = Annotated[
 
 
 def model_request(
-    model: str, weights: Path | None, heads: int | None, emit: Emit, attention: AttentionName = "auto"
+    model: str,
+    weights: Path | None,
+    adapter: Path | None,
+    heads: int | None,
+    emit: Emit,
+    attention: AttentionName = "auto",
 ) -> ModelRequest:
     """What the user said about the model."""
-    return ModelRequest(model, weights, heads, attention, emit)
+    return ModelRequest(model, weights, heads, attention, emit, adapter)
 
 
 def with_settings(kind: type[DetectionSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -75,10 +86,12 @@ def with_settings(kind: type[DetectionSettings]) -> Callable[[Callable[..., None
 
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
-    default = "" if field.default is None or field.default is False else f" (default: {field.default})"
+    default = "" if field.default in (None, ()) or field.default is False else f" (default: {field.default})"
     flag = f"--{name.replace('_', '-')}"
-    parsed = _parsed_type(field.annotation)
-    choices = typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
+    repeatable = typing.get_origin(field.annotation) is tuple
+    kind = typing.get_args(field.annotation)[0] if repeatable else field.annotation
+    parsed: Any = list[_parsed_type(kind)] if repeatable else _parsed_type(kind)  # type: ignore[misc]
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
     metavar = "|".join(map(str, choices)) or None
     option = typer.Option(flag, help=f"{field.description}{default}", metavar=metavar, show_default=False)
     return _keyword(name, Annotated[parsed | None, option])

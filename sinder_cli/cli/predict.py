@@ -11,7 +11,7 @@ import typer
 
 from sinder_cli import api
 from sinder_cli.cli.display import display
-from sinder_cli.cli.options import Format, Heads, Model, WeightsFile, model_request
+from sinder_cli.cli.options import AdapterFile, Format, Heads, Model, WeightsFile, model_request
 from sinder_cli.cli.output import show
 from sinder_cli.files import require_writable_file
 
@@ -32,6 +32,7 @@ class StageName(str, Enum):
 def command(
     model: Model,
     weights: WeightsFile = None,
+    adapter: AdapterFile = None,
     heads: Heads = None,
     out: Annotated[
         str | None,
@@ -50,7 +51,7 @@ def command(
         require_writable_file(Path(out))
     stages = cast("list[Stage]", [name.value for name in StageName if name in (stage or StageName)])
     with display() as emit:
-        prediction = api.predict(model_request(model, weights, heads, emit), stages, emit)
+        prediction = api.predict(model_request(model, weights, adapter, heads, emit), stages, emit)
     if out:
         _write_directions(out, prediction)
     if out != "-":

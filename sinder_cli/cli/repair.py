@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sinder_cli import api
 from sinder_cli.cli.display import display
+from sinder_cli.cli.logs import logged
 from sinder_cli.cli.options import (
+    AdapterFile,
     Attention,
     Data,
     Format,
@@ -22,21 +26,31 @@ from sinder_cli.cli.options import (
     with_settings,
 )
 from sinder_cli.cli.output import show
+from sinder_cli.cli.sharing import shared
+from sinder_cli.errors import UsageError
+from sinder_cli.events import Noted
 from sinder_cli.files import write_text
 from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.stopping import Ended, Stop
 
 
 @with_settings(RepairSettings)
 def command(
     *,
+    context: typer.Context,
     model: Model,
     more_data: MoreData = None,
     data: Data = None,
     weights: WeightsFile = None,
+    adapter: AdapterFile = None,
     heads: Heads = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Run directory; default: sinder-runs/MODEL.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the unfinished run in --out, if there is one, bit for bit.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a run that is in --out already.")] = False,
     attention: Attention = "auto",
     format: Format = None,
     settings: RepairSettings,
@@ -48,12 +62,50 @@ def command(
     from sinder_cli.report.repair_page import render_repair_page
     from sinder_cli.report.tables import repair_table
 
+    if resume and force:
+        raise UsageError("cannot resume a run and replace it", "--resume and --force exclude each other", "give one")
+    stop = context.obj.stop if context.obj else Stop()
     places = [*(data or []), *(more_data or [])]
     folder = out or Path("sinder-runs", model.replace("/", "-"))
-    with display() as emit:
-        request = model_request(model, weights, heads, emit, attention)
-        result = api.repair(request, places, folder, settings, emit, sys.stdin)
-    run = RunFolder(result.folder)
-    write_text(run.report, render_repair_page(result))
-    write_text(run.card, render_card(result))
-    show(format, lambda: repair_table(result), lambda: repair_document(result))
+    run = RunFolder(folder)
+    with shared() as ranks, display(ranks.writes) as shown, logged(settings, folder, shown, ranks.writes) as emit:
+        request = model_request(model, weights, adapter, heads, emit, attention)
+        try:
+            if ranks.once(lambda: resume and run.complete):
+                if ranks.writes:
+                    summary = api.finished_repair(request, places, folder, settings, emit, sys.stdin)
+                    _show_finished(summary, folder, format)
+                return
+            result = api.repair(request, places, folder, settings, emit, sys.stdin, resume, force, stop, ranks)
+            if result is None:  # rank 0 has it
+                return
+            write_text(run.report, render_repair_page(result))
+            write_text(run.card, render_card(result))
+        except Ended:
+            if run.resumable:
+                listed = ", with the same list on standard input" if "-" in places else ""
+                listed += ", under torchrun" if ranks.size > 1 else ""
+                emit(Noted(f"to go on{listed}: {resuming_command()}"))
+            raise
+    show(format, lambda: repair_table(result), lambda: repair_document(result.summary, folder))
+
+
+def _show_finished(summary: dict[str, Any], folder: Path, format: Format) -> None:
+    from sinder_cli.report.documents import repair_document
+
+    said = f"{folder}: finished already, nothing to resume"
+    show(format, lambda: said, lambda: repair_document(summary, folder))
+
+
+def resuming_command() -> str:
+    """The command line that goes on with this run, as it was called."""
+    program, *arguments = sys.argv
+    if Path(program).name == "__main__.py":  # python -m sinder_cli
+        called = sys.orig_argv[: len(sys.orig_argv) - len(arguments)]
+    else:
+        name = Path(program).name
+        found = shutil.which(name)
+        called = [name if found and Path(found).resolve() == Path(program).resolve() else program]
+    kept = [argument for argument in arguments if argument not in {"--resume", "--force"}]
+    subcommand = kept.index("repair") + 1
+    return shlex.join([*called, *kept[:subcommand], "--resume", *kept[subcommand:]])

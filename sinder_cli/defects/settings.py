@@ -24,11 +24,12 @@ class DetectionSettings(BaseModel):
     )
     kernel: Literal[3, 5] = Field(3, description="Side of the neighbourhood, in patches; half of it is the border.")
     image_size: int | None = Field(None, ge=1, description="Side of the images in pixels; default: the model's.")
-    batch_size: int = Field(1, ge=1, description="Images at a time.")
-    dtype: Literal["float32", "bfloat16"] = Field(
+    batch_size: int = Field(1, ge=1, description="Images at a time; of a repair, in all processes together.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Precision of the forward passes; deltas and weights stay float32."
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
+    tf32: bool = Field(False, description="Allow TF32 in the float32 products of a pass, on CUDA devices that have it.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")
     seed: int = Field(0, ge=0, description="Seed of the order or choice of images, and of drawn ones.")
     workers: int | None = Field(
         None, ge=0, le=64, description="Processes that decode images; 0: none; default: one a spare core, at most 4."

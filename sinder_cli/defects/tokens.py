@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.device import float32_products
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,17 +26,21 @@ def residual_stream(backbone: Backbone, module: nn.Module, images: Tensor) -> It
         yield tokens
 
 
-def in_precision(backbone: Backbone, dtype: str) -> Backbone:
-    """The backbone with its forward passes, and nothing else, under autocast; itself at float32."""
-    if dtype == "float32":
-        return backbone
+def in_precision(backbone: Backbone, dtype: str, tf32: bool = False) -> Backbone:
+    """The backbone with its forward passes, and nothing else, under autocast and with products in TF32 or not."""
+
+    @contextmanager
+    def precision(device: torch.device) -> Iterator[None]:
+        narrow = torch.autocast(device.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")
+        with narrow, float32_products(tf32):
+            yield
 
     def embed(module: Any, images: Tensor) -> tuple[Tensor, Any]:
-        with torch.autocast(images.device.type, dtype=getattr(torch, dtype)):
+        with precision(images.device):
             return backbone.embed(module, images)
 
     def run_block(module: Any, index: int, tokens: Tensor, context: Any) -> Tensor:
-        with torch.autocast(tokens.device.type, dtype=getattr(torch, dtype)):
+        with precision(tokens.device):
             return backbone.run_block(module, index, tokens, context)
 
     return replace(backbone, embed=embed, run_block=run_block)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -75,19 +75,22 @@ def readable(loaded: Iterable[LoadedImage], unreadable: dict[str, str], emit: Em
     for image in loaded:
         if image.pixels is not None:
             yield image.name, image.pixels
-        elif image.name not in unreadable:
-            emit(Warned(f"skipped {image.name}: {image.problem}"))
-            unreadable[image.name] = image.problem
+        else:
+            skip(image.name, image.problem, unreadable, emit)
 
 
-def shuffled(count: int, seed: int) -> Iterator[int]:
-    """Endless passes over `count` images, each in an order of its own that depends on the seed and the pass alone."""
-    import itertools
+def skip(name: str, problem: str, unreadable: dict[str, str], emit: Emit) -> None:
+    """Name an image that could not be decoded, unless it was named before, and add it to `unreadable`."""
+    if name not in unreadable:
+        emit(Warned(f"skipped {name}: {problem}"))
+        unreadable[name] = problem
 
-    import numpy as np
 
-    for epoch in itertools.count():
-        yield from np.random.default_rng([seed, epoch]).permutation(count).tolist()
+def skip_all(others: Iterable[Mapping[str, str]], unreadable: dict[str, str], emit: Emit) -> None:
+    """The same for all that other processes could not decode."""
+    for other in others:
+        for name, problem in other.items():
+            skip(name, problem, unreadable, emit)
 
 
 def require_some(read: int, skipped: int) -> None:

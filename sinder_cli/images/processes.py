@@ -7,6 +7,7 @@ the error is raised by a signal handler wherever the main thread happens to be.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -33,15 +34,15 @@ MOST_SECONDS_TO_END = 5.0  # not even a kill ends a process that waits for a fil
 END = "end"  # instead of an item: no more will come
 
 
-def default_workers() -> int:
-    """One process fewer than there are cores for this one, between 1 and 4."""
+def default_workers(sharing: int = 1) -> int:
+    """One process fewer than there are cores for each of those that share them, between 1 and 4."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_DEFAULT, max(1, cores - 1))
+    return min(MAX_DEFAULT, max(1, cores // sharing - 1))
 
 
-def worker_count(chosen: int | None) -> int:
-    """As many as were chosen, or the default."""
-    return default_workers() if chosen is None else chosen
+def worker_count(chosen: int | None, sharing: int = 1) -> int:
+    """As many as were chosen, or the default where so many processes share the machine."""
+    return default_workers(sharing) if chosen is None else chosen
 
 
 def in_processes(work: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
@@ -89,6 +90,14 @@ def _started(serve: Serve, workers: int) -> Iterator[list[Connection]]:
     """Pipes to so many new processes, which are ended at the end."""
     pipes: list[Connection] = []
     processes: list[BaseProcess] = []
+
+    def end() -> None:
+        for pipe in pipes:
+            pipe.close()
+        for process in processes:
+            process.kill()
+
+    atexit.register(end)  # or multiprocessing, whose turn is later, would wait for the end of those it terminates
     try:
         for _ in range(workers):
             pipe, process = _start(serve)
@@ -96,10 +105,8 @@ def _started(serve: Serve, workers: int) -> Iterator[list[Connection]]:
             processes.append(process)
         yield pipes
     finally:
-        for pipe in pipes:
-            pipe.close()
-        for process in processes:
-            process.terminate()
+        atexit.unregister(end)
+        end()
         for process in processes:
             process.join(MOST_SECONDS_TO_END)
 
@@ -135,8 +142,8 @@ def _signals_held() -> Iterator[None]:
 def _serve(work: Callable[[Item], Result], ahead: int, pipe: Connection, other_end: Connection) -> None:
     """The life of one process: answer each item that comes in, until no more do or the other side is gone."""
     other_end.close()  # or the death of the parent, which holds it too, would never show
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of a terminal; the parent tells it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, torchrun and systemd signal the whole group; the parent
+        signal.signal(number, signal.SIG_IGN)  # tells it, and may need this process for the step that it is in
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     warnings.simplefilter("ignore")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from sinder_cli.images.decoding import decode
+from sinder_cli.images.decoding import UnreadableImageError, decode
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+FileState = tuple[int, int]  # bytes, and nanoseconds of the last change
 
 
 class ImageSource(Protocol):
@@ -38,11 +40,15 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files on disk."""
+    """Image files on disk, as they are when the list is made: one that changes later is refused."""
 
     in_memory: ClassVar[bool] = False
 
     paths: tuple[Path, ...]
+    states: tuple[FileState, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "states", tuple(map(_state, self.paths)))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -51,12 +57,15 @@ class ImageFiles:
         return str(self.paths[index])
 
     def load(self, index: int) -> Image:
-        return decode(self.paths[index])
+        image = decode(self.paths[index])
+        if _state(self.paths[index]) != self.states[index]:
+            raise UnreadableImageError("the file has changed since the run began")
+        return image
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for path in self.paths:
-            digest.update(f"{path}\0{_size(path)}\n".encode(errors="surrogateescape"))
+        for path, (size, _) in zip(self.paths, self.states, strict=True):
+            digest.update(f"{path}\0{size}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
 
@@ -85,9 +94,10 @@ class DrawnImages:
         return digest.hexdigest()
 
 
-def _size(path: Path) -> int:
-    """Bytes; −1 for a file that cannot be looked at, which is told when it is decoded."""
+def _state(path: Path) -> FileState:
+    """Size and time; −1 for a file that cannot be looked at, which is told when it is decoded."""
     try:
-        return path.stat().st_size
+        found = path.stat()
     except (OSError, ValueError):  # ValueError: a NUL in the name
-        return -1
+        return -1, -1
+    return found.st_size, found.st_mtime_ns

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,17 +12,25 @@ from sinder_cli.backbone.blocks import rows_of
 from sinder_cli.backbone.describe import Backbone
 from sinder_cli.backbone.layermap import WeightRef, trained_references
 from sinder_cli.events import Emit, Noted, silent
-from sinder_cli.repair.basis import SingularBasis, singular_basis
+from sinder_cli.repair.basis import SingularBasis, blank_basis, singular_basis
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from sinder_cli.ranks import Ranks
+
+
+def target_name(block: int, role: str) -> str:
+    """How records and files name a target: `blocks.3.mlp.down`."""
+    return f"blocks.{block}.{role}"
 
 
 @dataclass
 class Target:
     """One target weight inside the module, its original W₀ `[out, in]`, its basis, ε and the momentum of ε `[r]`."""
 
-    name: str  # blocks.3.mlp.down
+    block: int
+    name: str
     ref: WeightRef  # the module's parameter that holds it, whole or in some rows
     weight: Tensor  # a view into that parameter
     original: Tensor
@@ -34,7 +42,20 @@ class Target:
         """One step of SGD with momentum on ε, written back as W₀ + U diag(ε) Vᵀ."""
         self.velocity.mul_(momentum).add_(gradient)
         self.delta.sub_(self.velocity, alpha=lr)
+        self.write()
+
+    def write(self) -> None:
+        """Put W₀ + U diag(ε) Vᵀ into the module."""
         self.weight.copy_(self.original + self.basis.change(self.delta))
+
+
+@dataclass(frozen=True)
+class TargetState:
+    """What a checkpoint holds of a target: ε and its momentum `[r]`, and the basis, which never changes."""
+
+    delta: Tensor
+    velocity: Tensor
+    basis: SingularBasis
 
 
 @dataclass
@@ -44,20 +65,27 @@ class Deltas:
     backbone: Backbone
     module: nn.Module
     emit: Emit = silent
+    offload: bool = False  # the bases wait on the CPU, and travel when a step uses them
     by_block: dict[int, list[Target]] = field(default_factory=dict)
+    agreed: set[int] = field(default_factory=set)  # blocks whose bases are the same on all ranks
 
     def of_block(self, index: int) -> list[Target]:
         """The targets of one block, decomposed now if they were not yet."""
         if index not in self.by_block:
             references = trained_references(self.backbone.layers.blocks[index])
             self.emit(Noted(f"decomposing the {len(references)} target weights of block {index}"))
-            self.by_block[index] = [self._target(f"blocks.{index}.{role}", ref) for role, ref in references.items()]
+            self.by_block[index] = [self._target(index, role, ref) for role, ref in references.items()]
         return self.by_block[index]
 
     @property
     def touched(self) -> list[Target]:
         """All targets so far, in the order of their blocks."""
         return [target for index in sorted(self.by_block) for target in self.by_block[index]]
+
+    @property
+    def changed(self) -> list[Target]:
+        """The touched targets with a delta other than zero; a weight without one is left bit for bit."""
+        return [target for target in self.touched if bool(target.delta.any())]
 
     @torch.no_grad()
     def descend(self, gradients: Mapping[str, Tensor], lr: float, momentum: float) -> None:
@@ -66,7 +94,47 @@ class Deltas:
             if target.name in gradients:
                 target.descend(gradients[target.name], lr, momentum)
 
-    def _target(self, name: str, ref: WeightRef) -> Target:
-        weight = rows_of(self.module.get_parameter(ref.name).detach(), ref)
-        basis = singular_basis(weight)
-        return Target(name, ref, weight, weight.clone(), basis, torch.zeros_like(basis.S), torch.zeros_like(basis.S))
+    def agree(self, touched: Sequence[Collection[int]], ranks: Ranks) -> None:
+        """Touch all blocks that any rank has touched, as `touched` lists them by rank.
+
+        Each has the bases of the first rank that decomposed it; nobody decomposes a block that it did not need itself.
+        """
+        for index in sorted({index for blocks in touched for index in blocks} - self.agreed):
+            holder = next(rank for rank, blocks in enumerate(touched) if index in blocks)
+            if index not in self.by_block:
+                references = trained_references(self.backbone.layers.blocks[index])
+                self.by_block[index] = [
+                    self._target(index, role, ref, blank_basis(self._weight(ref))) for role, ref in references.items()
+                ]
+            for target in self.by_block[index]:
+                device = target.weight.device
+                parts = {name: ranks.same(part.to(device), holder) for name, part in target.basis.tensors().items()}
+                target.basis = self._placed(SingularBasis(**parts), device)
+            self.agreed.add(index)
+
+    @torch.no_grad()
+    def restore(self, index: int, states: Mapping[str, TargetState]) -> None:
+        """Put the targets of a block, by name, into the state that they had; the module holds the original weights."""
+        references = trained_references(self.backbone.layers.blocks[index])
+        targets = []
+        for role, ref in references.items():
+            state = states[target_name(index, role)]
+            target = self._target(index, role, ref, state.basis)
+            target.delta.copy_(state.delta)
+            target.velocity.copy_(state.velocity)
+            target.write()
+            targets.append(target)
+        self.by_block[index] = targets
+
+    def _target(self, index: int, role: str, ref: WeightRef, basis: SingularBasis | None = None) -> Target:
+        weight = self._weight(ref)
+        basis = self._placed(singular_basis(weight) if basis is None else basis, weight.device)
+        zeros = (weight.new_zeros(len(basis.S)) for _ in range(2))
+        return Target(index, target_name(index, role), ref, weight, weight.clone(), basis, *zeros)
+
+    def _weight(self, ref: WeightRef) -> Tensor:
+        return rows_of(self.module.get_parameter(ref.name).detach(), ref)
+
+    def _placed(self, basis: SingularBasis, device: torch.device) -> SingularBasis:
+        """The basis where it waits for its steps."""
+        return basis.offloaded() if self.offload else basis.to(device)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sinder_cli.errors import BadInputError, NoInputError
-from sinder_cli.repair.loop import StepRecord
+from sinder_cli.errors import BadInputError, CannotCreateError, ConflictError, NoInputError, TryAgainError
+from sinder_cli.events import Emit, Warned, silent
+from sinder_cli.files import flush, output_error, remove_leftovers, require_writable_folder, write_json, write_text
+from sinder_cli.repair.settings import WITHOUT_EFFECT
+
+if TYPE_CHECKING:
+    from sinder_cli.repair.checkpoints import Checkpoints
+    from sinder_cli.repair.loop import StepRecord
 
 
 @dataclass(frozen=True)
@@ -45,10 +57,129 @@ class RunFolder:
     def card(self) -> Path:
         return self.path / "README.md"
 
+    @property
+    def checkpoints(self) -> Checkpoints:
+        from sinder_cli.repair.checkpoints import Checkpoints
+
+        return Checkpoints(self.path / "checkpoints")
+
+    @property
+    def written(self) -> tuple[Path, ...]:
+        """What a run writes besides its checkpoints; the configuration, which tells that there is one, comes last."""
+        return (self.summary, self.report, self.card, self.model, self.adapter, self.metrics, self.config)
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run has ended here."""
+        return self.summary.is_file()
+
+    @property
+    def complete(self) -> bool:
+        """Whether a run has ended here and nothing that it writes is missing."""
+        return all(path.is_file() for path in self.written)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return any((self.path / "checkpoints").glob("step-*"))
+
+    def read_summary(self) -> dict[str, Any]:
+        """`summary.json` of a finished run. Raises `BadInputError` where it cannot be read."""
+        try:
+            summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BadInputError(f"cannot read {self.summary}", str(error), "is it a run directory?") from error
+        return summary
+
     def record(self, step: StepRecord) -> None:
-        """Append one line to the metrics."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(step)) + "\n")
+        """Append one line to the metrics. Raises `StorageError` where the disk is full."""
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(step)) + "\n")
+        except OSError as error:
+            raise output_error(self.metrics, error) from error
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of the metrics that come after a step: a resumed run writes them again."""
+        if self.metrics.is_file():
+            lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+            write_text(self.metrics, "".join(kept))
+
+    def flush_metrics(self) -> None:
+        """Have the lines so far on the disk, before a checkpoint that comes after them is."""
+        if self.metrics.is_file():
+            flush(self.metrics)
+
+    @contextmanager
+    def held(self, emit: Emit = silent) -> Iterator[None]:
+        """Create the folder and keep other processes out of it; what stays empty of it is removed again.
+
+        Raises `TryAgainError` while another process holds it.
+        """
+        made = [place for place in (self.path, *self.path.parents) if not place.exists()]
+        require_writable_folder(self.path)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            _lock(handle, self.path, emit)
+            self._sweep()
+            yield
+        finally:
+            with suppress(OSError):
+                for place in made or [self.path]:
+                    place.rmdir()
+            os.close(handle)  # and with it the lock
+
+    def require_free(self, resume: bool, force: bool) -> bool:
+        """Whether there is an unfinished run to go on with; nothing is touched yet.
+
+        Raises `CannotCreateError` for a folder that holds anything but a run, or a run without leave to touch it, and
+        `BadInputError` for a run whose `config.json` cannot be read.
+        """
+        if not any(self.path.iterdir()):
+            return False
+        what = f"cannot create run directory {self.path}"
+        if not self.config.is_file() or not _is_of_a_run(self._read_config()):
+            raise CannotCreateError(what, "it is not empty, and holds no run", "choose another --out, or remove it")
+        if not resume and not force:
+            state = "finished run" if self.finished else "run that did not finish"
+            remedy = "--force starts anew" if self.finished else "--resume goes on with it, --force starts anew"
+            raise CannotCreateError(what, f"it holds a {state}", remedy)
+        return resume
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """Remove what is here of an earlier run, and of nothing else, and write the configuration of a new one."""
+        try:
+            if self.checkpoints.folder.exists():
+                shutil.rmtree(self.checkpoints.folder)  # first: what is half removed must not look like the new run
+            for path in self.written[:-1]:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise output_error(self.path, error) from error
+        write_json(self.config, config)
+
+    def _sweep(self) -> None:
+        """Remove what a killed process has left under temporary names."""
+        for path in self.written:
+            remove_leftovers(path)
+        self.checkpoints.sweep()
+
+    def require_same(self, config: dict[str, Any], emit: Emit = silent) -> None:
+        """Refuse to go on under other settings, images, weights or on another kind of device, naming the first.
+
+        Other versions, or another number of threads, are told: they may change the last bits. Raises `ConflictError`,
+        and `BadInputError` for a `config.json` that cannot be read.
+        """
+        stored = self._read_config()
+        what = f"cannot resume {self.path}"
+        if _shape(stored) != _shape(config):
+            why = "its config.json is of another version of sinder"
+            raise ConflictError(what, why, "use that version, or start anew with --force")
+        for name, was, now in differences(stored, config):
+            raise ConflictError(what, f"{name} was {was} and is {now}", "give what it was, or start anew with --force")
+        for name in ("threads", "versions"):
+            if stored[name] != config[name]:
+                emit(Warned(f"{name} were {stored[name]} and are {config[name]}: the last bits may differ"))
 
     def repaired_model(self) -> tuple[str, int | None]:
         """The name of the model that was repaired here, and the heads that its user gave.
@@ -57,13 +188,62 @@ class RunFolder:
         """
         if not self.config.is_file():
             raise NoInputError(f"cannot use {self.path}", "it is no run directory of `sinder repair`", "check the path")
-        try:
-            config: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
-            model, heads = str(config["model"]), config.get("heads")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            why = f"{type(error).__name__}: {error}"
-            raise BadInputError(f"cannot read {self.config}", why, "is it a run directory?") from error
+        config = self._read_config()
+        model, heads = str(config["model"]), config.get("heads")
         if not self.model.is_file():
             why = "there is no model.safetensors: its run did not finish"
             raise NoInputError(f"cannot use {self.path}", why, "run `sinder repair` anew")
         return model, heads
+
+    def _read_config(self) -> dict[str, Any]:
+        try:
+            config: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
+            str(config["model"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise BadInputError(f"cannot read {self.config}", why, "is it a run directory?") from error
+        return config
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the metrics; infinity for one that is torn."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _lock(handle: int, path: Path, emit: Emit) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        why, remedy = "another process is repairing into it", "wait for its end, or choose another --out"
+        raise TryAgainError(f"run directory {path} is in use", why, remedy) from error
+    except OSError as error:  # a file system, such as some of NFS, that locks no folders
+        emit(Warned(f"cannot keep other processes out of {path}: {error.strerror}"))
+
+
+def differences(stored: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What of two `config.json` of one shape would change the result: name, stored value, given value."""
+    for name in ("model", "heads", "attention"):
+        if stored[name] != given[name]:
+            yield name, stored[name], given[name]
+    was, now = (str(config["device"]).partition(":")[0] for config in (stored, given))
+    if was != now:
+        yield "device", was, now
+    for name, kind in (("weights", "fingerprint"), ("images", "count"), ("images", "fingerprint")):
+        if stored[name][kind] != given[name][kind]:
+            yield f"{kind} of the {name}", stored[name][kind], given[name][kind]
+    for name, now in given["settings"].items():
+        if name not in WITHOUT_EFFECT and stored["settings"][name] != now:
+            yield f"setting {name}", stored["settings"][name], now
+
+
+def _is_of_a_run(config: dict[str, Any]) -> bool:
+    """Whether a `config.json` is ours: the folders of Hugging Face models have one too."""
+    return {"model", "weights", "images", "settings", "versions"} <= config.keys()
+
+
+def _shape(document: Any) -> Any:
+    """The names in a JSON document, without the values."""
+    return {name: _shape(part) for name, part in document.items()} if isinstance(document, dict) else None

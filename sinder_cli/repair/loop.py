@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
 
 from sinder_cli.backbone.describe import Backbone
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, Warned, silent
-from sinder_cli.images.loading import LoadedImage, load_in_order, readable, require_some, shuffled
 from sinder_cli.images.preprocessing import Preprocessing
-from sinder_cli.images.processes import worker_count
 from sinder_cli.images.sources import ImageSource
+from sinder_cli.memory import told_when_it_runs_out
+from sinder_cli.ranks import ALONE, Ranks
+from sinder_cli.repair.batches import require_readable, step_batches
 from sinder_cli.repair.deltas import Deltas
+from sinder_cli.repair.forward import Directions
 from sinder_cli.repair.settings import RepairSettings
-from sinder_cli.repair.step import Directions, step_gradient
+from sinder_cli.repair.shared import gathered
+from sinder_cli.repair.step import StepGradient, step_gradient
 
 DENSITY_IMAGES = 1000  # the share of clean images is taken over so many, or over two passes if those are fewer
+NOTHING = StepGradient((), {}, None, 0)
 MAX_NONFINITE = 10  # steps in a row with a NaN or infinity before the run ends
 
 
@@ -36,18 +37,19 @@ class StepRecord:
     masked_tokens: int
     loss: float | None  # mean over the defective images
     density: float  # share of recent images without a defect
-    seconds: float  # since the run began
+    seconds: float  # since the run began, pauses between two processes left out
     skipped: bool = False  # for a NaN or infinity
 
 
 @dataclass
 class Progress:
-    """What the loop has seen: it decides when to stop."""
+    """What the loop has seen: it decides when to stop, and with the deltas it is all that a run goes on from."""
 
     window: int
     recent: deque[bool] = field(init=False)
     steps: int = 0
     images: int = 0
+    seconds: float = 0.0
     nonfinite: int = 0
     nonfinite_in_a_row: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -60,6 +62,10 @@ class Progress:
         """Clean images among the last `window`; images not seen yet count as defective."""
         return sum(self.recent) / self.window
 
+    def finished(self, settings: RepairSettings) -> bool:
+        """Whether no step is left to do."""
+        return self.steps >= settings.max_steps or self.density >= settings.stop_density
+
 
 def repair_steps(
     backbone: Backbone,
@@ -70,38 +76,51 @@ def repair_steps(
     settings: RepairSettings,
     progress: Progress,
     emit: Emit = silent,
-) -> Iterator[StepRecord]:
-    """Repair `deltas.module` in place, yielding a record a step; ends at `max_steps` or at the stop density.
+    ranks: Ranks = ALONE,
+) -> Generator[StepRecord, None, None]:
+    """Repair `deltas.module` in place, yielding a record a step; goes on from `progress` until it is finished.
 
-    Raises `BadInputError` when no image can be decoded, or after ten steps in a row without a finite gradient.
+    Between two records, and after a `SinderError`, deltas and progress are those of a whole step.
+    Raises `BadInputError` when too many images cannot be decoded, or after ten steps in a row without a finite
+    gradient, and `TryAgainError` when memory runs out or a process that decodes dies.
     """
-    began = time.monotonic()
-    device = directions.nu.device
-    batches = _batches(source, preprocess, settings, progress, emit)
-    for step in range(1, settings.max_steps + 1):
-        images = next(batches).to(device)
-        gradient = step_gradient(backbone, deltas.module, directions, deltas, images, settings)
-        finite = gradient.finite
+    began = time.monotonic() - progress.seconds
+    batches = step_batches(source, preprocess, settings, progress.steps, progress.unreadable, emit, ranks)
+    while not progress.finished(settings):
+        with told_when_it_runs_out(*_size_of_step(preprocess, settings)):
+            images = next(batches)
+            local = NOTHING
+            if len(images):  # none where no image of the batch could be decoded
+                on_device = images.to(directions.nu.device)
+                local = step_gradient(backbone, deltas.module, directions, deltas, on_device, settings)
+        step = gathered(local, len(images), progress.unreadable, deltas, ranks, emit)
+        require_readable(source, progress.unreadable, settings.strict)
+        finite = step.gradient.finite
         if finite:
-            deltas.descend(gradient.gradients, settings.lr, settings.momentum)
-        _count_nonfinite(progress, finite, step, emit)
-        defective = len(gradient.losses)
-        progress.steps = step
-        progress.images += len(images)
-        progress.recent.extend([False] * defective + [True] * (len(images) - defective))
+            deltas.descend(step.gradient.gradients, settings.lr, settings.momentum)
+        defective = len(step.gradient.losses)
+        progress.steps += 1
+        progress.images += step.images
+        progress.recent.extend([False] * defective + [True] * (step.images - defective))
+        progress.seconds = time.monotonic() - began
+        progress.nonfinite += not finite
+        progress.nonfinite_in_a_row = 0 if finite else progress.nonfinite_in_a_row + 1
+        if not finite:
+            emit(Warned(f"step {progress.steps} skipped: its loss or gradient is not finite"))
         yield StepRecord(
-            step=step,
+            step=progress.steps,
             images=progress.images,
             defective=defective,
-            block=gradient.first_block,
-            masked_tokens=gradient.masked_tokens,
-            loss=sum(gradient.losses) / defective if defective and finite else None,
+            block=step.gradient.first_block,
+            masked_tokens=step.gradient.masked_tokens,
+            loss=sum(step.gradient.losses) / defective if defective and finite else None,
             density=progress.density,
-            seconds=round(time.monotonic() - began, 3),
+            seconds=round(progress.seconds, 3),
             skipped=not finite,
         )
-        if progress.density >= settings.stop_density:
-            return
+        if progress.nonfinite_in_a_row >= MAX_NONFINITE:
+            why = f"{progress.nonfinite_in_a_row} steps in a row had no finite gradient"
+            raise BadInputError("the repair has diverged", why, "lower --lr")
 
 
 def density_window(images: int) -> int:
@@ -109,35 +128,8 @@ def density_window(images: int) -> int:
     return min(DENSITY_IMAGES, 2 * images)
 
 
-def _count_nonfinite(progress: Progress, finite: bool, step: int, emit: Emit) -> None:
-    progress.nonfinite += not finite
-    progress.nonfinite_in_a_row = 0 if finite else progress.nonfinite_in_a_row + 1
-    if not finite:
-        emit(Warned(f"step {step} skipped: its loss or gradient is not finite"))
-    if progress.nonfinite_in_a_row >= MAX_NONFINITE:
-        raise BadInputError(
-            "the repair has diverged", f"{MAX_NONFINITE} steps in a row had no finite gradient", "lower --lr"
-        )
-
-
-def _batches(
-    source: ImageSource, preprocess: Preprocessing, settings: RepairSettings, progress: Progress, emit: Emit
-) -> Iterator[Tensor]:
-    """Endless batches `[B, 3, H, W]` of readable images; an unreadable one is named once and passed over.
-
-    Raises `BadInputError` once every image of the source has turned out to be unreadable.
-    """
-    batch: list[Tensor] = []
-    order = shuffled(len(source), settings.seed)
-    loaded = load_in_order(source, preprocess, order, worker_count(settings.workers))
-    for _, pixels in readable(_until_all_failed(loaded, source, progress), progress.unreadable, emit):
-        batch.append(pixels)
-        if len(batch) == settings.batch_size:
-            yield torch.stack(batch)
-            batch = []
-
-
-def _until_all_failed(loaded: Iterator[LoadedImage], source: ImageSource, progress: Progress) -> Iterator[LoadedImage]:
-    for image in loaded:
-        require_some(len(source) - len(progress.unreadable), len(progress.unreadable))
-        yield image
+def _size_of_step(preprocess: Preprocessing, settings: RepairSettings) -> tuple[str, str]:
+    """What a step's memory grows with, and what to do where it is too much."""
+    size = preprocess.size
+    why = f"at {size} × {size} pixels, batch size {settings.batch_size} and a window of {settings.window} blocks"
+    return why, "--resume when more is free, or start anew with a lower --image-size, --batch-size or --window"

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from sinder_cli import __version__
 from sinder_cli.backbone.blocks import rows_of
 from sinder_cli.backbone.describe import Backbone, ModelRequest
-from sinder_cli.backbone.sources import infos_of
 from sinder_cli.backbone.storing import stored_as, write_safetensors
 from sinder_cli.backbone.weights import Weights
 from sinder_cli.images.preprocessing import Preprocessing
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sinder_cli.repair.loop import Progress
-
-ADAPTER_FORMAT = "sinder-adapter-1"
 
 
 @dataclass(frozen=True)
@@ -58,10 +55,12 @@ def run_config(
     return {
         "model": backbone.name,
         "heads": request.heads,
+        "attention": "sdpa" if request.attention == "auto" else request.attention,
         "weights": {"source": backbone.weights.source.label, "fingerprint": backbone.weights.fingerprint()},
         "images": {"count": len(source), "fingerprint": source.fingerprint()},
         "settings": settings.model_copy(update={"image_size": preprocess.size}).model_dump(),
-        "device": device,
+        "device": device.partition(":")[0],  # which of several does not matter
+        "threads": torch.get_num_threads(),
         "versions": {"sinder": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
 
@@ -70,7 +69,7 @@ def run_summary(
     backbone: Backbone, before: Snapshot, after: Snapshot, progress: Progress, deltas: Deltas, settings: RepairSettings
 ) -> dict[str, Any]:
     """`summary.json`, but for the seconds that the run took."""
-    changed = changed_targets(deltas)
+    changed = deltas.changed
     return {
         "model": backbone.name,
         "defects": {"before": before.defects(), "after": after.defects()},
@@ -88,11 +87,6 @@ def run_summary(
     }
 
 
-def changed_targets(deltas: Deltas) -> list[Target]:
-    """Targets with a delta other than zero; a weight without one is left bit for bit."""
-    return [target for target in deltas.touched if bool(target.delta.any())]
-
-
 def repaired_tensors(weights: Weights, targets: list[Target]) -> Iterator[Tensor]:
     """The tensors of the repaired backbone in their stored dtype; rows that no target covers keep their bits.
 
@@ -108,16 +102,4 @@ def repaired_tensors(weights: Weights, targets: list[Target]) -> Iterator[Tensor
 
 def write_model(path: Path, weights: Weights, deltas: Deltas) -> None:
     """The repaired backbone in the key order, names and dtypes of the input, one tensor at a time."""
-    write_safetensors(path, weights.output_infos(), repaired_tensors(weights, changed_targets(deltas)))
-
-
-def write_adapter(path: Path, model: str, fingerprint: str, deltas: Deltas, settings: RepairSettings) -> None:
-    """All deltas ε by target, float32 `[r]`, with the fingerprint of the weights that they belong to."""
-    tensors = {target.name: target.delta.float().cpu() for target in changed_targets(deltas)}
-    metadata = {
-        "format": ADAPTER_FORMAT,
-        "model": model,
-        "base_fingerprint": fingerprint,
-        "settings": settings.model_dump_json(),
-    }
-    write_safetensors(path, infos_of(tensors), tensors.values(), metadata)
+    write_safetensors(path, weights.output_infos(), repaired_tensors(weights, deltas.changed))

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator
 
 from sinder_cli.defects.settings import DetectionSettings
+
+LogName = Literal["tensorboard", "wandb"]
+
+# on the result: a resumed run may change them; of the device, the kind that it was resolved to is compared
+WITHOUT_EFFECT = frozenset({"workers", "checkpoint_every", "strict", "offload", "device", "log"})
 
 
 class RepairSettings(DetectionSettings):
@@ -19,3 +27,20 @@ class RepairSettings(DetectionSettings):
         0.75, gt=0, le=1, description="Stop when this share of the last 1000 images (or two passes) had no defect."
     )
     eval_images: int = Field(32, ge=1, description="Images on which before and after are compared.")
+    checkpoint_every: str = Field("10min", description="Steps, or minutes, between two checkpoints: 200, 10min.")
+    offload: bool = Field(False, description="Keep U and V on the CPU between steps: less memory on the device.")
+    strict: bool = Field(False, description="Stop at the first image that cannot be decoded; else above 1 %.")
+    log: tuple[LogName, ...] = Field((), description="Log the steps to a tracker as well; repeatable.")
+
+    @field_validator("checkpoint_every", mode="before")
+    @classmethod
+    def _steps_or_minutes(cls, value: object) -> str:
+        if not re.fullmatch(r"[1-9]\d*( ?min)?", str(value)):
+            raise ValueError("give steps, as 200, or minutes, as 10min")
+        return str(value)
+
+    @property
+    def checkpoint_unit(self) -> tuple[int, Literal["steps", "minutes"]]:
+        """After how much a checkpoint is due."""
+        number = int(re.sub(r"\D", "", self.checkpoint_every))
+        return number, "minutes" if self.checkpoint_every.endswith("min") else "steps"

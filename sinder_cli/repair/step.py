@@ -1,8 +1,8 @@
 """One step: find the first defective block of each image, and project the loss's gradient onto singular values.
 
-    1. Run the blocks without gradients, keeping the inputs of the last `window` blocks, until the first defective one.
-    2. Run the window again with gradients on its target weights only; loss; backward.
-    3. ∂L/∂ε = diag(Uᵀ (∂L/∂W) V).
+    1. Run the blocks one by one, each recorded by itself, until the first defective one.
+    2. Pull the gradient of the loss back through the last ≤ window blocks, from the defective one down.
+    3. ∂L/∂ε = diag(Uᵀ (∂L/∂W) V), block by block on the way.
 
 No module is swapped and none is parametrized: any attention kernel, autocast and any model class work unchanged.
 """
@@ -10,42 +10,30 @@ No module is swapped and none is parametrized: any attention kernel, autocast an
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from sinder_cli.backbone.blocks import rows_of
 from sinder_cli.backbone.describe import Backbone
-from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask
+from sinder_cli.backbone.device import float32_products
+from sinder_cli.backbone.layermap import trained_references
+from sinder_cli.defects.detection import DetectionRule
 from sinder_cli.defects.tokens import in_precision, patch_grid
-from sinder_cli.repair.deltas import Deltas, Target
+from sinder_cli.repair.deltas import Deltas
+from sinder_cli.repair.forward import BlockDefects, Directions, first_defects, recorded
 from sinder_cli.repair.objective import neighbour_loss
 from sinder_cli.repair.settings import RepairSettings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Directions:
-    """The cumulative defect directions ν `[blocks, N]` of a backbone and σ₁/σ₂ of each."""
-
-    nu: Tensor
-    gaps: list[float]
-
-
-@dataclass(frozen=True)
-class BlockDefects:
-    """The images of a batch whose first defective block is `block`."""
-
-    block: int
-    start: int  # the first block of the window
-    entering: Tensor  # [k, tokens, N], the input of block `start`
-    logits: Tensor  # [k, h, w]
-    masks: Tensor  # bool [k, h, w]
-    context: Any
+# float16 has no normal number under 6e-5, and the gradient of one feature of a token is about 1e-5 in a ViT-g: 2¹²
+# lifts it to 0.07 and leaves room for sums a million times as large. What overflows all the same is a skipped step.
+LOSS_SCALES = {"float16": 2.0**12}
 
 
 @dataclass(frozen=True)
@@ -65,37 +53,6 @@ class StepGradient:
 
 
 @torch.no_grad()
-def first_defects(
-    backbone: Backbone, module: nn.Module, directions: Directions, images: Tensor, rule: DetectionRule, window: int
-) -> list[BlockDefects]:
-    """Run a batch `[B, 3, H, W]` block by block; an image leaves it at its first defective block.
-
-    An image whose tokens are not finite leaves it too, with nothing masked: its loss is NaN, and it is not clean.
-    """
-    found: list[BlockDefects] = []
-    tokens, context = backbone.embed(module, images)
-    entering: deque[Tensor] = deque(maxlen=window)
-    for block in range(backbone.depth):
-        entering.append(tokens)
-        tokens = backbone.run_block(module, block, tokens, context)
-        trusted = rule.trusts(directions.gaps[block])
-        if not trusted and block < backbone.depth - 1:  # what is not finite stays so: the last block tells
-            continue
-        logits = alignment_logits(patch_grid(backbone, tokens, images), directions.nu[block])
-        masks = defect_mask(logits, rule) & trusted
-        broken = ~logits.isfinite().flatten(1).all(dim=1)
-        defective = (masks.flatten(1).sum(dim=1) >= rule.min_tokens) | broken  # [B]
-        if not defective.any():
-            continue
-        start = block - len(entering) + 1
-        found.append(BlockDefects(block, start, entering[0][defective], logits[defective], masks[defective], context))
-        if defective.all():
-            break
-        tokens = tokens[~defective]
-        entering = deque((kept[~defective] for kept in entering), maxlen=window)
-    return found
-
-
 def step_gradient(
     backbone: Backbone,
     module: nn.Module,
@@ -105,48 +62,78 @@ def step_gradient(
     settings: RepairSettings,
 ) -> StepGradient:
     """The projected gradient of a batch `[B, 3, H, W]`: the mean over its defective images, each in its own window."""
-    running = in_precision(backbone, settings.dtype)
-    defects = first_defects(running, module, directions, images, DetectionRule.of(settings), settings.window)
+    running = in_precision(backbone, settings.dtype, settings.tf32)
+    rule = DetectionRule.of(settings)
+    scale = LOSS_SCALES.get(settings.dtype, 1.0)
     losses: list[float] = []
-    gradients: dict[str, Tensor] = {}
-    count = sum(len(found.masks) for found in defects)
-    for found in defects:
-        targets = [t for block in range(found.start, found.block + 1) for t in deltas.of_block(block)]
-        values, by_parameter = _window_gradient(running, module, found, targets, settings, images)
-        losses += values
-        for target in targets:
-            projected = target.basis.project(rows_of(by_parameter[target.ref.name], target.ref)) / count
-            gradients[target.name] = gradients.get(target.name, 0) + projected
-    masked = sum(int(found.masks.sum()) for found in defects)
-    return StepGradient(tuple(losses), gradients, defects[0].block if defects else None, masked)
+    sums: dict[str, Tensor] = {}
+    blocks: list[int] = []
+    masked = 0
+    with _trained(backbone, module):
+        for found in first_defects(running, module, directions, images, rule, settings.window):
+            blocks.append(found.block)
+            masked += int(found.masks[found.defective].sum())
+            values, gradient = _loss_gradient(running, found, images, settings, scale)
+            losses += values
+            for name, projected in _window_gradients(running, module, found, gradient, deltas, settings.tf32):
+                sums[name] = sums[name] + projected if name in sums else projected
+    gradients = {name: total / (len(losses) * scale) for name, total in sums.items()}
+    return StepGradient(tuple(losses), gradients, blocks[0] if blocks else None, masked)
 
 
-def _window_gradient(
-    backbone: Backbone,
-    module: nn.Module,
-    found: BlockDefects,
-    targets: list[Target],
-    settings: RepairSettings,
-    images: Tensor,
-) -> tuple[list[float], dict[str, Tensor]]:
-    """The loss of each image and ∂(sum of losses)/∂W of every parameter that holds a target of the window."""
-    parameters = {name: module.get_parameter(name) for name in dict.fromkeys(t.ref.name for t in targets)}
-    for parameter in parameters.values():
+@contextmanager
+def _trained(backbone: Backbone, module: nn.Module) -> Iterator[None]:
+    """Let the parameters that hold target weights require gradients."""
+    names = {ref.name for block in backbone.layers.blocks for ref in trained_references(block).values()}
+    parameters = [module.get_parameter(name) for name in names]
+    for parameter in parameters:
         parameter.requires_grad_(True)
     try:
-        with torch.enable_grad():
-            tokens = found.entering
-            for block in range(found.start, found.block + 1):
-                tokens = backbone.run_block(module, block, tokens, found.context)
-            patches = patch_grid(backbone, tokens, images)
-            losses = torch.stack(
-                [
-                    neighbour_loss(grid, logits, mask, settings.kernel, settings.temperature)
-                    for grid, logits, mask in zip(patches, found.logits, found.masks, strict=True)
-                ]
-            )
-            gradients = torch.autograd.grad(losses.sum(), list(parameters.values()))
+        yield
     finally:
-        for parameter in parameters.values():
+        for parameter in parameters:
             parameter.requires_grad_(False)
-    return losses.tolist(), dict(zip(parameters, gradients, strict=True))
+
+
+def _loss_gradient(
+    backbone: Backbone, found: BlockDefects, images: Tensor, settings: RepairSettings, scale: float
+) -> tuple[list[float], Tensor]:
+    """The loss of each defective image, and scale · ∂(sum of losses)/∂tokens `[B, T, N]`, zero for other images."""
+    tokens = found.tokens.detach().requires_grad_()
+    with torch.enable_grad():
+        grids = patch_grid(backbone, tokens, images)
+        losses = torch.stack(
+            [
+                neighbour_loss(grids[i], found.logits[i], found.masks[i], settings.kernel, settings.temperature)
+                for i in found.defective.nonzero()[:, 0].tolist()
+            ]
+        )
+        (gradient,) = torch.autograd.grad(losses.sum() * scale, tokens)
+    return losses.tolist(), gradient
+
+
+def _window_gradients(
+    backbone: Backbone, module: nn.Module, found: BlockDefects, gradient: Tensor, deltas: Deltas, tf32: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """∂/∂ε of each target of the window by name, given that of the window's output `[B, T, N]`.
+
+    Takes the window apart, so that the graph of a block is gone before the next one's is needed.
+    """
+    blocks = [passed.block for passed in found.window]
+    if not deltas.by_block.keys() >= set(blocks):
+        found.forget()  # decomposing needs the room
+    targets_of = {block: deltas.of_block(block) for block in blocks}
+    while found.window:
+        passed = found.window.pop()
+        entering, leaving = passed.entering, passed.leaving
+        if leaving is None:
+            entering, leaving = recorded(backbone, module, passed.block, entering, found.context)
+        targets = targets_of[passed.block]
+        names = list(dict.fromkeys(target.ref.name for target in targets))
+        sources = [module.get_parameter(name) for name in names]
+        with float32_products(tf32):
+            gradients = torch.autograd.grad(leaving, [*sources, *([entering] if found.window else [])], gradient)
+        gradient = gradients[-1]
+        by_name = dict(zip(names, gradients, strict=False))
+        for target in targets:
+            yield target.name, target.basis.project(rows_of(by_name[target.ref.name], target.ref))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinder_cli.backbone.registry import InstalledBackbone
@@ -12,7 +13,6 @@ from sinder_cli.backbone.registry import InstalledBackbone
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis
     from sinder_cli.defects.prediction import Prediction
-    from sinder_cli.repair.results import RepairResult
 
 
 def finite(value: Any) -> Any:
@@ -53,9 +53,9 @@ def analysis_document(analysis: Analysis) -> dict[str, Any]:
     return finite(analysis.model_dump(mode="json"))
 
 
-def repair_document(result: RepairResult) -> dict[str, Any]:
+def repair_document(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`sinder repair --format json`: the summary and where the run directory is."""
-    return finite(result.summary | {"folder": str(result.folder), "report": str(result.folder / "report.html")})
+    return finite(summary | {"folder": str(folder), "report": str(folder / "report.html")})
 
 
 def backbones_document(rows: Sequence[InstalledBackbone]) -> list[dict[str, Any]]:

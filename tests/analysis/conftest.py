@@ -17,7 +17,7 @@ from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
 from torch import Tensor
 
 from sinder_cli import Backbone, ModelRequest, api
-from sinder_cli.analysis.survey import Subject
+from sinder_cli.analysis.tokens import Subject
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.defects.prediction import predict
 

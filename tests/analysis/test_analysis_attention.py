@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 from sinder_cli.analysis.attention import ClsAttention
-from sinder_cli.analysis.survey import Subject
+from sinder_cli.analysis.tokens import Subject
 from sinder_cli.defects.tokens import in_precision, residual_stream
 
 B, HEADS, T, D = 2, 3, 7, 8

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sinder_cli import ModelRequest, api
 from sinder_cli.analysis.clamp import ClampedTensors, clamped, largest_part
-from sinder_cli.analysis.survey import Subject
+from sinder_cli.analysis.tokens import Subject
 from sinder_cli.backbone.blocks import rows_of
 from sinder_cli.backbone.describe import Backbone
 from sinder_cli.backbone.layermap import WeightRef, linear_references, references

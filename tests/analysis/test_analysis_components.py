@@ -105,3 +105,14 @@ def test_sums_in_float64_keep_a_small_spread_far_from_the_origin() -> None:
     tokens = drawn(400, 6) * 1e-3 + 1000
     expected = torch.linalg.svd(tokens - tokens.mean(dim=0), full_matrices=False).Vh[0]
     assert abs(float(basis_of(*tokens.split(13)).components[:, 0] @ expected)) == pytest.approx(1, abs=1e-6)
+
+
+def test_merged_moments_are_those_of_all_tokens() -> None:
+    tokens = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    whole, first, second = (Moments(5) for _ in range(3))
+    whole.add(tokens)
+    first.add(tokens[:20])
+    second.add(tokens[20:])
+    first.merge(second)
+    assert first.count == whole.count == 60
+    torch.testing.assert_close(first.basis().components, whole.basis().components)

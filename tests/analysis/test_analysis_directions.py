@@ -241,3 +241,23 @@ def test_the_angle_to_each_predicted_direction_is_told() -> None:
     summed = observed(tokens, cumulative=-nu, block=other, mlp=half)
     assert summed is not None
     assert summed.angle_to_predicted_deg == pytest.approx({"cumulative": 0.0, "block": 90.0, "mlp": 45.0}, abs=1e-4)
+
+
+def test_merged_observations_are_those_of_all_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    nu = torch.randn(24, generator=generator)
+    images = [nu + 0.2 * torch.randn(count, 24, generator=generator) for count in (3, 1, 5, 2)]
+    whole, first, second = (ObservedDirection() for _ in range(3))
+    for at, tokens in enumerate(images):
+        whole.add(tokens)
+        (first if at % 2 else second).add(tokens)
+    first.merge(second)
+    first.merge(ObservedDirection())
+    predicted = {"cumulative": nu / nu.norm()}
+    found, expected = first.record(predicted), whole.record(predicted)
+    assert found is not None
+    assert expected is not None
+    assert (found.tokens, found.images) == (expected.tokens, expected.images) == (11, 4)
+    assert found.spread_within_deg == pytest.approx(expected.spread_within_deg, abs=1e-3)
+    assert found.spread_across_deg == pytest.approx(expected.spread_across_deg, abs=1e-3)
+    assert found.angle_to_predicted_deg == pytest.approx(expected.angle_to_predicted_deg, abs=1e-3)

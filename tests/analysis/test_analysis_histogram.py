@@ -198,3 +198,19 @@ def test_zeros_lie_at_the_beginning_of_a_logarithmic_curve() -> None:
     assert curve is not None
     assert curve.at[0] == pytest.approx(2.0**-24, rel=0.3)
     assert curve.density == pytest.approx((1.0, *[0.0] * 46, 0.5))
+
+
+@pytest.mark.parametrize("scale", [NORM_SCALE, ANGLE_SCALE])
+def test_merged_histograms_are_the_histogram_of_all_values(scale: Scale) -> None:
+    values = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 90
+    values[::100] = torch.nan
+    whole, first, second = (Histogram(scale) for _ in range(3))
+    whole.add(values)
+    first.add(values[:300])
+    second.add(values[300:])
+    first.merge(second)
+    first.merge(Histogram(scale))
+    assert torch.equal(first.counts, whole.counts)
+    assert (first.low, first.high, first.nonfinite) == (whole.low, whole.high, whole.nonfinite)
+    assert first.total.item() == pytest.approx(whole.total.item(), rel=1e-12)
+    assert first.curve(40) == whole.curve(40)

@@ -13,7 +13,8 @@ from torch import Tensor
 from sinder_cli.analysis import survey as module
 from sinder_cli.analysis.batches import WAITING_BATCHES, equal_shapes
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.analysis.survey import Subject, survey
+from sinder_cli.analysis.survey import survey
+from sinder_cli.analysis.tokens import Subject
 
 SIDE = 70
 

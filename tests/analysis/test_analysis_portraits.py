@@ -19,7 +19,7 @@ from sinder_cli import Backbone, UsageError
 from sinder_cli.analysis.components import Basis
 from sinder_cli.analysis.portraits import TEMPERATURES, Portrait, portraits, shown_blocks
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.analysis.survey import Subject
+from sinder_cli.analysis.tokens import Subject
 from sinder_cli.defects.prediction import BlockSpectrum, Prediction
 from sinder_cli.defects.rules import STAGES
 from sinder_cli.defects.spectrum import LeadingPair

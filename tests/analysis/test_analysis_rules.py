@@ -140,3 +140,16 @@ def test_equal_masks_agree_wholly_and_disjoint_ones_not_at_all() -> None:
         int(some.sum()) / (72 + int(some.sum()))
     )
     assert ratio(0, 0) is None
+
+
+def test_merged_counts_are_those_of_all_images() -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [{rule: torch.rand(2, 4, 6, generator=generator) > 0.7 for rule in RULES[:2]} for _ in range(3)]
+    whole, first, second = (RuleCounts((4, 6), 3) for _ in range(3))
+    for at, masks in enumerate(batches):
+        whole.add(masks)
+        (first if at == 1 else second).add(masks)
+    first.merge(second)
+    first.merge(RuleCounts((4, 6), 3))
+    assert first.records() == whole.records()
+    assert first.agreement() == whole.agreement()

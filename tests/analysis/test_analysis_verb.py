@@ -18,7 +18,7 @@ from sinder_cli import BadInputError, ModelRequest, UsageError, api
 from sinder_cli.analysis.records import Analysis, Rule
 from sinder_cli.analysis.results import AnalysisResult
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.analysis.survey import Subject
+from sinder_cli.analysis.tokens import Subject
 from sinder_cli.defects.spectrum import angle_between
 from sinder_cli.events import Warned
 

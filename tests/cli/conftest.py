@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
 from sinder_plugins.dinov2.module import VisionTransformer
 from torch import Tensor
+from warm import Server
 
 from sinder_cli import IMAGENET_MEAN, IMAGENET_STD, attention_kernel
 from sinder_cli.images.decoding import decode
@@ -40,6 +43,24 @@ def small(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> Path:
     path = tmp_path_factory.mktemp("small") / "small.safetensors"
     save_file(planted(SMALL, photographs), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> Path:
+    """The same at the size that the small model sees, which are decoded in no time."""
+    folder = tmp_path_factory.mktemp("photos")
+    for path in sorted(photographs.iterdir()):
+        with Image.open(path) as photograph:
+            photograph.convert("RGB").resize((SIDE, SIDE)).save(folder / f"{path.stem}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[Server]:
+    """Starts `sinder` in milliseconds, and has it killed where a test wants it."""
+    server = Server("sinder_cli.cli.main:main", environment, tmp_path_factory.mktemp("printed"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

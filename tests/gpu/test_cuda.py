@@ -9,11 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from sinder_cli import ModelRequest, UnavailableError, api, attention_kernel
 from sinder_cli.analysis.settings import AnalyzeSettings
+from sinder_cli.backbone.opening import load_module
+from sinder_cli.defects.prediction import predict
+from sinder_cli.repair.deltas import Deltas
+from sinder_cli.repair.forward import Directions
 from sinder_cli.repair.loop import StepRecord
 from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repair.step import StepGradient, step_gradient
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,9 +50,43 @@ def test_bfloat16_follows_float32(tmp_path: Path) -> None:
     assert narrow == pytest.approx(wide, rel=0.1)
 
 
-def test_predictions_on_the_gpu_are_those_on_the_cpu() -> None:
-    from sinder_cli.defects.prediction import predict
+def test_float16_follows_float32_and_skips_no_step(tmp_path: Path) -> None:
+    wide = losses(tmp_path / "wide", device="cuda")
+    narrow = losses(tmp_path / "narrow", device="cuda", dtype="float16")
+    assert None not in narrow  # a skipped step has no loss
+    assert narrow == pytest.approx(wide, rel=0.1)
 
+
+def test_tf32_follows_float32(tmp_path: Path) -> None:
+    exact = losses(tmp_path / "exact", device="cuda")
+    assert losses(tmp_path / "tf32", device="cuda", tf32=True) == pytest.approx(exact, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_batch_gives_the_mean_of_the_gradients_of_its_images(dtype: str) -> None:
+    backbone = api.open_model(ModelRequest("demo_vit"))
+    module = load_module(backbone, "cuda")
+    prediction = predict(backbone, device="cuda")
+    directions = Directions(prediction.directions().cuda(), prediction.gaps())
+    preprocess = api.preprocessing(backbone, None)
+    source = api.drawn_images(backbone, seed=0)
+    images = torch.stack([preprocess(source.load(index)) for index in range(4)]).cuda()
+    settings = RepairSettings.model_validate({"dtype": dtype})
+
+    def gradient(chosen: Tensor) -> StepGradient:
+        return step_gradient(backbone, module, directions, Deltas(backbone, module), chosen, settings)
+
+    together, alone = gradient(images), [gradient(image[None]) for image in images]
+    count = sum(len(each.losses) for each in alone)
+    assert count > 1
+    assert len(together.losses) == count
+    for name, found in together.gradients.items():
+        zero = torch.zeros_like(found)
+        mean = sum((each.gradients.get(name, zero) for each in alone), zero) / count
+        assert cosine_similarity(found, mean, dim=0) > (0.999 if dtype == "float32" else 0.95)
+
+
+def test_predictions_on_the_gpu_are_those_on_the_cpu() -> None:
     backbone = api.open_model(ModelRequest("demo_vit"))
     cpu, cuda = predict(backbone), predict(backbone, device="cuda")
     assert cuda.gaps() == pytest.approx(cpu.gaps(), rel=1e-3)

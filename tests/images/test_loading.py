@@ -148,7 +148,7 @@ def test_an_error_in_the_consumer_ends_the_processes() -> None:
     assert processes() == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSYS, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSYS])
 @pytest.mark.parametrize("order", [itertools.repeat(0), [0] * 9], ids=["endless", "all sent"])
 @pytest.mark.timeout(60)
 def test_a_process_that_dies_is_told(order: Iterable[int], number: signal.Signals) -> None:
@@ -205,11 +205,13 @@ def test_a_process_prints_nothing_of_what_a_decoder_says(tmp_path: Path, capfd: 
     assert capfd.readouterr() == ("", "")
 
 
-def test_ctrl_c_is_left_to_the_parent() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_is_left_to_the_parent(number: signal.Signals) -> None:
+    """As a terminal, torchrun and systemd send it."""
     loaded = load_in_order(Drawn(), PLAIN, [0] * 40, workers=2)
     next(loaded)
     for process in processes():
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
     assert len(list(loaded)) == 39
 
 

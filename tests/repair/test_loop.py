@@ -4,78 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from runs import RED, Pictures, Run, same
 from torch import Tensor
 
 from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask
 from sinder_cli.defects.targets import learning_targets
-from sinder_cli.errors import BadInputError
-from sinder_cli.events import Warned
-from sinder_cli.images.decoding import UnreadableImageError
-from sinder_cli.images.loading import shuffled
-from sinder_cli.images.preprocessing import Preprocessing
-from sinder_cli.repair.deltas import Deltas
-from sinder_cli.repair.loop import Progress, StepRecord, density_window, repair_steps
-from sinder_cli.repair.settings import RepairSettings
-
-RED = [(3, 3), (5, 8), (9, 4)]
-
-
-class Pictures:
-    """Images in memory; None cannot be decoded."""
-
-    in_memory = True
-
-    def __init__(self, *tensors: Tensor | None) -> None:
-        self.tensors = tensors
-        self.loaded: list[int] = []
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    def name(self, index: int) -> str:
-        return f"picture {index}"
-
-    def load(self, index: int) -> Image.Image:
-        self.loaded.append(index)
-        tensor = self.tensors[index]
-        if tensor is None:
-            raise UnreadableImageError("it is broken")
-        pixels = (tensor.permute(1, 2, 0).double().numpy() * 255).round()
-        return Image.fromarray(pixels.astype(np.uint8))
-
-    def fingerprint(self) -> str:
-        return "in memory"
-
-
-class Run:
-    """One repair of a planted model over given pictures."""
-
-    def __init__(self, planted: Any, pictures: Pictures, **settings: Any) -> None:
-        self.settings = RepairSettings.model_validate(settings)
-        self.progress = Progress(density_window(len(pictures)))
-        self.deltas = Deltas(planted.backbone, planted.module)
-        self.events: list[object] = []
-        self.steps = repair_steps(
-            planted.backbone,
-            planted.directions,
-            self.deltas,
-            pictures,
-            Preprocessing(24, planted.backbone.mean, planted.backbone.std),
-            self.settings,
-            self.progress,
-            self.events.append,
-        )
-
-    def finish(self) -> list[StepRecord]:
-        return list(self.steps)
-
-    @property
-    def warnings(self) -> list[str]:
-        return [event.text for event in self.events if isinstance(event, Warned)]
+from sinder_cli.errors import BadInputError, TryAgainError
+from sinder_cli.images.choosing import shuffled
+from sinder_cli.repair import loop
+from sinder_cli.repair.loop import Progress, density_window
 
 
 def weights_of(planted: Any) -> dict[str, Tensor]:
@@ -158,10 +97,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(single: Any) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in single.module.state_dict().items())
 
 
-def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(single: Any) -> None:
+def test_ten_steps_in_a_row_that_are_not_finite_end_the_run_after_the_tenth(single: Any) -> None:
     run = Run(single, Pictures(single.image(0, green=[(5, 5)])))
     seen = []
-    with pytest.raises(BadInputError, match="the repair has diverged") as caught:
+    with pytest.raises(BadInputError, match="the repair has diverged: 10 steps in a row") as caught:
         seen.extend(run.steps)
     assert caught.value.exit_code == 65
     assert run.progress.nonfinite == 10
@@ -174,27 +113,53 @@ def test_a_finite_step_in_between_starts_the_count_anew(single: Any) -> None:
     assert run.progress.nonfinite == 12
 
 
-def test_unreadable_images_are_named_once_and_left_out(single: Any) -> None:
-    pictures = Pictures(single.image(0), None, single.image(2), None)
+def test_an_unreadable_image_is_named_once_and_missing_from_its_steps(single: Any) -> None:
+    pictures = Pictures(single.image(0), None, single.image(2))
     run = Run(single, pictures, max_steps=6, stop_density=1.0)
     records = run.finish()
-    assert [record.images for record in records] == [1, 2, 3, 4, 5, 6]
-    assert run.progress.unreadable == {"picture 1": "it is broken", "picture 3": "it is broken"}
-    assert sorted(run.warnings) == ["skipped picture 1: it is broken", "skipped picture 3: it is broken"]
+    assert len(records) == 6
+    assert records[-1].images == 4
+    assert run.progress.unreadable == {"picture 1": "it is broken"}
+    assert run.warnings == ["skipped picture 1: it is broken"]
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_one_readable_image_is_enough_in_any_order(single: Any, seed: int) -> None:
-    pictures = Pictures(single.image(0), None, None, None)
-    run = Run(single, pictures, seed=seed, max_steps=6, stop_density=1.0)
-    assert len(run.finish()) == 6
+def test_more_than_one_in_a_hundred_unreadable_images_end_the_run(single: Any) -> None:
+    run = Run(single, Pictures(single.image(0), None, single.image(2), None), max_steps=6)
+    with pytest.raises(BadInputError, match=r"2 of 4 cannot be read, among them picture [13]") as caught:
+        run.finish()
+    assert caught.value.exit_code == 65
+    assert run.progress.steps < 4
+
+
+def test_strict_ends_the_run_at_the_first_unreadable_image(single: Any) -> None:
+    run = Run(single, Pictures(*[single.image(i) for i in range(8)], None), strict=True)
+    with pytest.raises(BadInputError, match="1 of 9 cannot be read, among them picture 8"):
+        run.finish()
 
 
 def test_images_none_of_which_can_be_decoded_are_bad_input(single: Any) -> None:
-    run = Run(single, Pictures(None, None, None))
-    with pytest.raises(BadInputError, match="no image could be decoded: all 3 failed") as caught:
-        next(run.steps)
+    with pytest.raises(BadInputError, match="no image could be decoded: all 1 failed") as caught:
+        Run(single, Pictures(None)).finish()
     assert caught.value.exit_code == 65
+
+
+def test_memory_that_runs_out_in_a_step_is_told_with_what_it_depends_on(
+    single: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+
+    run = Run(single, Pictures(single.image(0, red=RED)), batch_size=2, window=3)
+    run.take(1)
+    weights = run.weights
+    monkeypatch.setattr(loop, "step_gradient", fails)
+    with pytest.raises(TryAgainError) as caught:
+        run.take(1)
+    assert str(caught.value).startswith("out of memory: at 24 × 24 pixels, batch size 2 and a window of 3 blocks; ")
+    assert all(option in str(caught.value) for option in ("--resume", "--image-size", "--batch-size", "--window"))
+    assert caught.value.exit_code == 75
+    assert run.progress.steps == 1
+    assert same(run.weights, weights)
 
 
 def test_a_batch_runs_over_the_end_of_a_pass(single: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -12,19 +13,22 @@ from torch import Tensor
 
 from sinder_cli.backbone.layermap import trained_references
 from sinder_cli.defects.detection import DetectionRule, alignment_logits
-from sinder_cli.repair import step
-from sinder_cli.repair.basis import singular_basis
-from sinder_cli.repair.deltas import Deltas
+from sinder_cli.repair import forward, step
+from sinder_cli.repair.deltas import Deltas, Target
+from sinder_cli.repair.forward import Directions, first_defects
 from sinder_cli.repair.settings import RepairSettings
-from sinder_cli.repair.step import Directions, StepGradient, first_defects, step_gradient
+from sinder_cli.repair.step import StepGradient, step_gradient
 
 RED = [(3, 3), (5, 8), (9, 4)]
 BLUE = [(2, 6), (6, 2), (8, 8), (8, 9)]
 EARLY, LATE, DEPTH = 1, 4, 6
 
 
-def gradient_of(planted: Any, images: list[Tensor], **settings: Any) -> StepGradient:
+def gradient_of(planted: Any, images: list[Tensor], decomposed: bool = True, **settings: Any) -> StepGradient:
+    """One step; at the first that reaches a block, which decomposes it, nothing that was recorded is used."""
     deltas = Deltas(planted.backbone, planted.module)
+    for block in range(DEPTH) if decomposed else ():
+        deltas.of_block(block)
     chosen = RepairSettings.model_validate(settings)
     return step_gradient(planted.backbone, planted.module, planted.directions, deltas, torch.stack(images), chosen)
 
@@ -122,13 +126,109 @@ def test_images_with_defects_at_different_blocks_share_a_step_as_the_mean_of_the
     assert_same(together.gradients, mean)
 
 
+def test_images_that_share_a_window_with_a_few_others_give_their_own_gradients(planted: Any) -> None:
+    images = [*(planted.image(seed, red=RED) for seed in (0, 2, 3)), planted.image(1, blue=BLUE)]
+    together = gradient_of(planted, images)
+    alone = [gradient_of(planted, [image]) for image in images]
+    assert together.losses == pytest.approx([single.losses[0] for single in alone])
+    assert together.masked_tokens == 3 * len(RED) + len(BLUE)
+    names = {name for single in alone for name in single.gradients}
+    mean = {name: sum(single.gradients.get(name, torch.zeros(1)) for single in alone) / 4 for name in names}
+    assert_same(together.gradients, mean)
+
+
+def test_a_marked_token_of_an_image_that_is_not_defective_does_not_count(planted: Any) -> None:
+    images = [planted.image(0, red=RED), planted.image(2, red=RED), planted.image(3, red=RED[:1])]
+    assert gradient_of(planted, images).masked_tokens == 2 * len(RED)
+
+
+def watched(planted: Any, images: list[Tensor], window: int) -> tuple[list[tuple[int, int]], int]:
+    """(block, images) of each call of a block in one step, and the most graphs that were alive after one."""
+    calls: list[tuple[int, int]] = []
+    left: list[weakref.ref[Tensor]] = []
+    alive = []
+
+    def run_block(module: Any, index: int, tokens: Tensor, context: Any) -> Tensor:
+        leaving: Tensor = planted.backbone.run_block(module, index, tokens, context)
+        calls.append((index, len(tokens)))
+        if leaving.requires_grad:
+            left.append(weakref.ref(leaving))
+        alive.append(sum(each() is not None for each in left))
+        return leaving
+
+    gradient_of(replace(planted, backbone=replace(planted.backbone, run_block=run_block)), images, window=window)
+    return calls, max(alive)
+
+
+def test_images_share_the_forward_pass_and_most_of_them_their_way_back(planted: Any) -> None:
+    red, blue, clean = planted.image(0, red=RED), planted.image(1, blue=BLUE), planted.image(2)
+    assert watched(planted, [red, red], 2)[0] == [(0, 2), (1, 2)]
+    assert watched(planted, [red, red, clean], 2)[0] == [(0, 3), (1, 3), (2, 1), (3, 1), (4, 1), (5, 1)]
+    one_again = [(4, 1), (3, 1)]
+    assert watched(planted, [blue, clean, clean], 2)[0] == [*((i, 3) for i in range(5)), *one_again, (5, 2)]
+
+
+def test_blocks_that_were_passed_with_images_that_have_left_are_run_again_for_the_others(planted: Any) -> None:
+    images = [planted.image(0, red=RED), *(planted.image(seed, blue=BLUE) for seed in (1, 2))]
+    early, late = [(0, 3), (1, 3), (1, 1), (0, 1)], [(2, 2), (3, 2), (4, 2), (1, 2)]
+    assert watched(planted, images, 4)[0] == early + late
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_no_more_graphs_are_kept_than_the_window_has_blocks(planted: Any, window: int) -> None:
+    assert watched(planted, [planted.image(1)], window)[1] == window
+    assert watched(planted, [planted.image(0, blue=BLUE)], window)[1] == window
+
+
+def test_a_step_that_decomposes_blocks_gives_the_same_gradients(planted: Any) -> None:
+    images = [*(planted.image(seed, red=RED) for seed in (0, 2, 3)), planted.image(1, blue=BLUE)]
+    later, first = (gradient_of(planted, images, decomposed=decomposed) for decomposed in (True, False))
+    assert first.losses == later.losses
+    assert_same(first.gradients, later.gradients)
+
+
+def test_no_graph_is_kept_while_a_block_is_decomposed(planted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[weakref.ref[Tensor]] = []
+
+    def run_block(module: Any, index: int, tokens: Tensor, context: Any) -> Tensor:
+        leaving: Tensor = planted.backbone.run_block(module, index, tokens, context)
+        left.append(weakref.ref(leaving))
+        return leaving
+
+    def of_block(self: Deltas, index: int) -> list[Target]:
+        assert not any(each() is not None for each in left)
+        return decompose(self, index)
+
+    decompose = Deltas.of_block
+    monkeypatch.setattr(Deltas, "of_block", of_block)
+    watching = replace(planted, backbone=replace(planted.backbone, run_block=run_block))
+    assert gradient_of(watching, [planted.image(0, blue=BLUE)], decomposed=False).gradients
+
+
+def test_blocks_before_every_window_are_not_recorded(planted: Any) -> None:
+    late = replace(planted, directions=Directions(planted.directions.nu, [1.0] * LATE + [2.0, 2.0]))
+    assert gradient_of(late, [planted.image(0, blue=BLUE)]).first_block == LATE
+    assert watched(late, [planted.image(1)], 2)[1] == 2
+    recorded = []
+
+    def run_block(module: Any, index: int, tokens: Tensor, context: Any) -> Tensor:
+        recorded.append(torch.is_grad_enabled())
+        return planted.backbone.run_block(module, index, tokens, context)
+
+    gradient_of(replace(late, backbone=replace(planted.backbone, run_block=run_block)), [planted.image(1)], window=2)
+    assert recorded == [False] * 3 + [True] * 3
+
+
 def test_an_image_leaves_with_the_input_of_its_own_window(planted: Any) -> None:
     images = torch.stack([planted.image(2, red=RED), planted.image(0, blue=BLUE)])
     early, late = first_defects(planted.backbone, planted.module, planted.directions, images, DetectionRule(), 2)
     stream = planted.module(images)
-    assert (early.block, early.start, late.block, late.start) == (EARLY, EARLY - 1, LATE, LATE - 1)
-    torch.testing.assert_close(early.entering, planted.module.embed(images)[:1])
-    torch.testing.assert_close(late.entering, stream[LATE - 2][1:])
+    assert [[passed.block for passed in found.window] for found in (early, late)] == [
+        [EARLY - 1, EARLY],
+        [LATE - 1, LATE],
+    ]
+    torch.testing.assert_close(early.window[0].entering, planted.module.embed(images)[:1])
+    torch.testing.assert_close(late.window[0].entering, stream[LATE - 2][1:])
     assert late.masks[0].nonzero().tolist() == [list(spot) for spot in BLUE]
 
 
@@ -137,7 +237,7 @@ def test_a_block_whose_direction_is_not_determined_is_never_defective(planted: A
     assert gradient_of(planted, [image], min_gap=0).first_block == 0  # the paper's rule
     assert gradient_of(planted, [image]).first_block == EARLY
     doubtful = Directions(planted.directions.nu, [1.05] * DEPTH)
-    assert first_defects(planted.backbone, planted.module, doubtful, image[None], DetectionRule(), 2) == []
+    assert not list(first_defects(planted.backbone, planted.module, doubtful, image[None], DetectionRule(), 2))
 
 
 def test_too_few_marked_tokens_make_no_defect(planted: Any) -> None:
@@ -187,26 +287,6 @@ def test_bfloat16_passes_give_nearly_the_same_gradient_in_float32(single: Any) -
     assert torch.nn.functional.cosine_similarity(*both, dim=0) > 0.99
 
 
-@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
-def test_a_basis_projects_a_gradient_onto_the_diagonal_of_its_singular_vectors(shape: tuple[int, int]) -> None:
-    weight, gradient = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    basis = singular_basis(weight)
-    expected = [float(basis.U[:, k] @ gradient @ basis.Vt[k]) for k in range(min(shape))]
-    assert basis.project(gradient).tolist() == pytest.approx(expected)
-    delta = torch.arange(1.0, 1 + min(shape), dtype=torch.float64)
-    torch.testing.assert_close(weight + basis.change(delta), basis.U @ torch.diag(basis.S + delta) @ basis.Vt)
-
-
-@pytest.mark.parametrize(
-    ("stored", "used"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2]
-)
-def test_a_basis_is_float32_or_better_and_contiguous(stored: torch.dtype, used: torch.dtype) -> None:
-    basis = singular_basis(torch.randn(7, 4).to(stored))
-    for tensor in (basis.U, basis.S, basis.Vt):
-        assert tensor.dtype == used
-        assert tensor.is_contiguous()
-
-
 def test_an_image_with_nan_tokens_is_not_clean_where_no_direction_is_trusted(planted: Any) -> None:
     untrusted = replace(planted, directions=Directions(planted.directions.nu, [1.0] * DEPTH))
     found = gradient_of(untrusted, [planted.image(0, green=[(5, 5)])])
@@ -221,7 +301,48 @@ def test_nothing_but_the_forward_pass_runs_in_bfloat16(single: Any, monkeypatch:
         seen.append(torch.is_autocast_enabled("cpu"))
         return alignment_logits(patches, direction)
 
-    monkeypatch.setattr(step, "alignment_logits", watched)
+    monkeypatch.setattr(forward, "alignment_logits", watched)
     gradient_of(single, [single.image(0, torch.float32, red=RED)], dtype="bfloat16")
     assert seen
     assert not any(seen)
+
+
+def test_float16_gradients_are_lifted_over_the_smallest_number_and_put_back(
+    single: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = single.image(0, torch.float32, blue=BLUE)
+    exact = gradient_of(single, [image]).gradients
+
+    def shares() -> list[float]:
+        """How much of each target's exact gradient is found."""
+        found = gradient_of(single, [image], dtype="float16").gradients
+        assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+        return [float(found[name] @ true / (true @ true)) for name, true in exact.items()]
+
+    assert shares() == pytest.approx([1] * len(exact), abs=0.02)
+    monkeypatch.setattr(step, "LOSS_SCALES", {"float16": 2.0**-18})
+    assert min(shares()) < 0.9
+
+
+def test_a_float16_gradient_that_overflows_is_not_finite(single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "LOSS_SCALES", {"float16": 2.0**30})
+    found = gradient_of(single, [single.image(0, torch.float32, red=RED)], dtype="float16")
+    assert math.isfinite(found.losses[0])
+    assert not found.finite
+
+
+@pytest.mark.parametrize(("tf32", "precision"), [(False, "ieee"), (True, "tf32")])
+def test_products_are_in_tf32_only_where_asked_and_only_in_the_pass(tf32: bool, precision: str, single: Any) -> None:
+    from torch.backends import cuda, cudnn
+
+    before = cuda.matmul.fp32_precision, cudnn.conv.fp32_precision
+    seen = set()
+
+    def run_block(module: Any, index: int, tokens: Tensor, context: Any) -> Tensor:
+        seen.add((cuda.matmul.fp32_precision, cudnn.conv.fp32_precision))
+        return single.backbone.run_block(module, index, tokens, context)
+
+    watching = replace(single, backbone=replace(single.backbone, run_block=run_block))
+    gradient_of(watching, [single.image(0, torch.float32, red=RED)], tf32=tf32)
+    assert seen == {(precision, precision)}
+    assert (cuda.matmul.fp32_precision, cudnn.conv.fp32_precision) == before

@@ -1,0 +1,130 @@
+"""Repair steps → experiment trackers, which are extras: TensorBoard, or Weights & Biases."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sinder_cli.errors import UnavailableError
+from sinder_cli.events import Emit, Event
+from sinder_cli.files import write_text
+from sinder_cli.repair.settings import LogName, RepairSettings
+
+if TYPE_CHECKING:
+    from sinder_cli.repair.loop import StepRecord
+
+LOGGED = ("loss", "density", "masked_tokens", "block")  # of a step, as far as it has them
+FLUSH_SECONDS = 10
+
+
+class Log(Protocol):
+    """Where the values of steps are written to."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Add the values of one step."""
+
+    def close(self) -> None:
+        """Write what is still held."""
+
+
+@contextmanager
+def logged(settings: RepairSettings, folder: Path, emit: Emit, writes: bool = True) -> Iterator[Emit]:
+    """A listener that hands all events on to `emit`, and writes repair steps to the logs that the settings name.
+
+    A log is opened at the first step, when the run directory is there; that of a resumed run goes on where it was. Of
+    several processes, only the one that `writes` opens any. Raises `UnavailableError` where a log's library is missing.
+    """
+    steps = _Steps([_opener(name, folder, settings) for name in dict.fromkeys(settings.log) if writes])
+
+    def hear(event: Event) -> None:
+        emit(event)
+        steps.hear(event)
+
+    try:
+        yield hear
+    finally:
+        for log in steps.logs:
+            log.close()
+
+
+@dataclass
+class _Steps:
+    openers: list[Callable[[int], Log]]
+    logs: list[Log] = field(default_factory=list)
+
+    def hear(self, event: Event) -> None:
+        from sinder_cli.repair.loop import StepRecord
+
+        if not isinstance(event, StepRecord):
+            return
+        while self.openers:
+            self.logs.append(self.openers.pop(0)(event.step))
+        for log in self.logs:
+            log.write(event.step, logged_values(event))
+
+
+def logged_values(step: StepRecord) -> dict[str, float]:
+    """What a log holds of a step; a clean one has no loss and no block."""
+    values = {name: getattr(step, name) for name in LOGGED}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _opener(name: LogName, folder: Path, settings: RepairSettings) -> Callable[[int], Log]:
+    """A function of the first step to come. Raises `UnavailableError` where the library is missing."""
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            return lambda step: _TensorBoard(SummaryWriter, folder / "tensorboard", step)
+        import wandb
+
+        return lambda step: _Wandb(wandb, folder, step, settings)
+    except ImportError as error:
+        remedy = f"pip install 'sinder-cli[{name}]', or leave --log {name} out"
+        raise UnavailableError(f"cannot log to {name}", str(error), remedy) from error
+
+
+class _TensorBoard:
+    """Event files in a folder; those of a run that is begun anew are removed, and steps done again count once."""
+
+    def __init__(self, writer: Any, folder: Path, step: int) -> None:
+        if step == 1:
+            for old in folder.glob("events.out.tfevents.*"):
+                old.unlink()
+        self.writer = writer(str(folder), purge_step=step, flush_secs=FLUSH_SECONDS)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(f"repair/{name}", value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Wandb:
+    """A run of Weights & Biases, which keeps its files, and we its id, under `wandb/` in the run directory."""
+
+    def __init__(self, wandb: Any, folder: Path, step: int, settings: RepairSettings) -> None:
+        identity = folder / "wandb" / "sinder-id"
+        if step == 1 or not identity.is_file():
+            identity.parent.mkdir(exist_ok=True)
+            write_text(identity, uuid.uuid4().hex)
+        self.run = wandb.init(
+            project="sinder",
+            name=folder.name,
+            id=identity.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(folder),
+            config=settings.model_dump(mode="json"),
+            settings=wandb.Settings(console="off"),  # standard output stays ours
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.run.log({f"repair/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()

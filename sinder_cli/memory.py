@@ -1,0 +1,39 @@
+"""Memory that runs out, in the many ways in which libraries say so."""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sinder_cli.errors import TryAgainError
+
+SIGNS = (  # of it in the message of a RuntimeError: torch's allocators, cuBLAS, the C++ library, threading
+    "allocate memory",
+    "out of memory",
+    "ALLOC_FAILED",
+    "bad_alloc",
+    "can't start new thread",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that there was not enough memory."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one
+        return any(sign in str(error) for sign in SIGNS)
+    return isinstance(error, MemoryError)
+
+
+@contextmanager
+def told_when_it_runs_out(why: str, remedy: str) -> Iterator[None]:
+    """Raises `TryAgainError` with these words for whatever means that memory ran out inside."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # what they hold is needed to save the run
+        raise TryAgainError("out of memory", why, remedy) from error

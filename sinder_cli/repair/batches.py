@@ -1,0 +1,66 @@
+"""The images of each step: which they are depends on the seed and the number of the step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import TYPE_CHECKING
+
+import torch
+
+from sinder_cli.errors import BadInputError
+from sinder_cli.events import Emit
+from sinder_cli.images.choosing import shuffled
+from sinder_cli.images.loading import load_in_order, readable, require_some
+from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.images.processes import worker_count
+from sinder_cli.images.sources import ImageSource
+from sinder_cli.ranks import ALONE, Ranks
+from sinder_cli.repair.settings import RepairSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_UNREADABLE = 0.01  # of all images; one alone never ends a run
+
+
+def step_batches(
+    source: ImageSource,
+    preprocess: Preprocessing,
+    settings: RepairSettings,
+    steps_done: int,
+    unreadable: dict[str, str],
+    emit: Emit,
+    ranks: Ranks = ALONE,
+) -> Iterator[Tensor]:
+    """Endless batches `[b, 3, H, W]`, that of step `steps_done` + 1 first.
+
+    Step s takes the images `(s − 1)·B … s·B − 1` of endless shuffled passes, of which a rank has every `ranks.size`-th;
+    those that cannot be decoded are named once, added to `unreadable`, and missing from their batch (b < B, even 0).
+    """
+    B = settings.batch_size
+    order = shuffled(len(source), settings.seed, steps_done * B)
+    mine = (index for at, index in zip(count(), order, strict=False) if at % B % ranks.size == ranks.rank)
+    loaded = load_in_order(source, preprocess, mine, worker_count(settings.workers, ranks.local_size))
+    empty = torch.zeros(0, 3, preprocess.size, preprocess.size)
+    while True:
+        share = islice(loaded, len(range(ranks.rank, B, ranks.size)))
+        pixels = [image for _, image in readable(share, unreadable, emit)]
+        yield torch.stack(pixels) if pixels else empty
+
+
+def forget_mended(source: ImageSource, preprocess: Preprocessing, unreadable: dict[str, str]) -> None:
+    """Drop from `unreadable` what can be decoded by now: the disk may have been away when an earlier process tried."""
+    doubted = [index for index in range(len(source)) if source.name(index) in unreadable]
+    for image in load_in_order(source, preprocess, doubted):
+        if image.pixels is not None:
+            del unreadable[image.name]
+
+
+def require_readable(source: ImageSource, unreadable: dict[str, str], strict: bool) -> None:
+    """Raises `BadInputError` where too many images cannot be decoded: over 1 % (and over one), or any if strict."""
+    require_some(len(source) - len(unreadable), len(unreadable))
+    most = 0 if strict else max(1, int(MOST_UNREADABLE * len(source)))
+    if len(unreadable) > most:
+        why = f"{len(unreadable)} of {len(source)} cannot be read, among them {next(reversed(unreadable))}"
+        raise BadInputError("too many images are missing or broken", why, "mend them, or leave them out of a new run")

@@ -1,0 +1,203 @@
+"""Checkpoints: all that a run goes on from, bit for bit; safetensors and JSON only, whole or not at all.
+
+checkpoints/bases/HASH.safetensors     U, S, Vt of one target, written once: they never change
+checkpoints/step-000200/state.safetensors   ε and momentum of every touched target, recent images, random state
+                        state.json          counters, names of unreadable images, the hash of each target's basis
+                        manifest.json       SHA-256 of the two, written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sinder_cli.backbone.sources import infos_of, open_checkpoint
+from sinder_cli.backbone.storing import write_safetensors
+from sinder_cli.errors import BadInputError, SinderError
+from sinder_cli.events import Emit, Warned
+from sinder_cli.files import replacing_folder, require_writable_folder, sha256_of, write_json
+from sinder_cli.memory import is_out_of_memory
+from sinder_cli.repair.basis import SingularBasis
+from sinder_cli.repair.deltas import Deltas, Target, TargetState
+from sinder_cli.repair.loop import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEPT = 2  # the newest; one may be torn
+COUNTED = ("steps", "images", "seconds", "nonfinite", "nonfinite_in_a_row")  # of the progress
+STATE, COUNTERS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    folder: Path
+    hashes: dict[str, str] = field(default_factory=dict)  # of the bases that are known to be on disk, by target
+
+    def write(self, deltas: Deltas, progress: Progress) -> None:
+        """Write the state between two steps, and remove all but the newest two checkpoints.
+
+        Raises `BadInputError` for a delta that is not finite, and what the file system refuses; what was there before
+        stays as it was.
+        """
+        if not self._step_folder(progress.steps).exists():
+            self._write(deltas, progress)
+        for old in self._step_folders()[KEPT:]:
+            _remove(old)
+
+    def _write(self, deltas: Deltas, progress: Progress) -> None:
+        require_writable_folder(self.bases)
+        touched = deltas.touched
+        for target in touched:
+            self._write_basis(target)
+        with replacing_folder(self._step_folder(progress.steps)) as temporary:
+            tensors = _state_tensors(touched, progress)
+            write_safetensors(temporary / STATE, infos_of(tensors), tensors.values())
+            write_json(temporary / COUNTERS, _counters(touched, progress, self.hashes))
+            files = {name: sha256_of(temporary / name) for name in (STATE, COUNTERS)}
+            write_json(temporary / MANIFEST, files)
+
+    def restore(self, deltas: Deltas, progress: Progress, emit: Emit) -> bool:
+        """Put the newest checkpoint that is whole into deltas and progress; whether there was one.
+
+        One that is torn is told, and the one before it taken. Raises `BadInputError` where all are torn.
+        """
+        torn = []
+        for folder in self._step_folders():
+            try:
+                state = self._read(folder)
+            except (SinderError, OSError, ValueError, KeyError, TypeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                emit(Warned(f"{folder} is torn ({error}): using the checkpoint before it"))
+                torn.append(folder)
+                continue
+            self._apply(state, deltas, progress)
+            for folder in torn:
+                _remove(folder)
+            return True
+        if torn:
+            why = f"no checkpoint is whole, not even {torn[-1].name}"
+            raise BadInputError(f"cannot resume {self.folder.parent}", why, "start anew with --force")
+        return False
+
+    def sweep(self) -> None:
+        """Remove what a killed process has left under temporary names; none of it is a checkpoint."""
+        for folder, pattern in ((self.folder, ".step-*.part"), (self.bases, ".*.safetensors.*.part")):
+            for leftover in folder.glob(pattern):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    @property
+    def bases(self) -> Path:
+        return self.folder / "bases"
+
+    def _step_folder(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def _step_folders(self) -> list[Path]:
+        """The newest first."""
+        found = [path for path in self.folder.glob("step-*") if path.name[5:].isdigit()]
+        return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+    def _write_basis(self, target: Target) -> None:
+        if target.name in self.hashes:
+            return
+        tensors = {name: part.cpu() for name, part in target.basis.tensors().items()}
+        digest = _digest(tensors)
+        write_safetensors(self._basis_file(digest), infos_of(tensors), tensors.values())  # over one that may be torn
+        self.hashes[target.name] = digest
+
+    def _basis_file(self, digest: str) -> Path:
+        return self.bases / f"{digest}.safetensors"
+
+    def _read(self, folder: Path) -> _Stored:
+        """A whole checkpoint. Raises for one whose files are not those of its manifest, whatever the reason."""
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name in (STATE, COUNTERS):
+            if sha256_of(folder / name) != manifest[name]:
+                raise ValueError(f"{name} is not what its manifest says")
+        counters = json.loads((folder / COUNTERS).read_text(encoding="utf-8"))
+        tensors = _tensors_of(folder / STATE)
+        targets = {}
+        for name, digest in counters["bases"].items():
+            basis = _tensors_of(self._basis_file(digest))
+            if _digest(basis) != digest:
+                raise ValueError(f"the basis of {name} is not what its name says")
+            targets[name] = TargetState(tensors[f"delta.{name}"], tensors[f"velocity.{name}"], SingularBasis(**basis))
+        return _Stored(folder, counters, tensors, targets)
+
+    def _apply(self, stored: _Stored, deltas: Deltas, progress: Progress) -> None:
+        for block in stored.counters["blocks"]:
+            deltas.restore(block, stored.targets)
+        self.hashes.update(stored.counters["bases"])
+        for name in COUNTED:
+            setattr(progress, name, stored.counters[name])
+        progress.unreadable.update(stored.counters["unreadable"])
+        progress.recent.clear()
+        progress.recent.extend(stored.tensors["recent"].bool().tolist())
+        torch.set_rng_state(stored.tensors["random.cpu"])
+        if "random.cuda" in stored.tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(stored.tensors["random.cuda"])
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One checkpoint as it was read."""
+
+    folder: Path
+    counters: dict[str, Any]
+    tensors: dict[str, Tensor]
+    targets: dict[str, TargetState]
+
+
+def _remove(folder: Path) -> None:
+    """Under another name first, so that what a kill leaves of it is no checkpoint."""
+    going = folder.with_name(f".{folder.name}.old.part")
+    folder.rename(going)
+    shutil.rmtree(going)
+
+
+def _state_tensors(targets: list[Target], progress: Progress) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for target in targets:
+        if not target.delta.isfinite().all():
+            raise BadInputError("the repair has diverged", f"the delta of {target.name} is not finite", "lower --lr")
+        found[f"delta.{target.name}"] = target.delta.cpu()
+        found[f"velocity.{target.name}"] = target.velocity.cpu()
+    found["recent"] = torch.tensor(list(progress.recent), dtype=torch.uint8)
+    found["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        found["random.cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def _counters(targets: list[Target], progress: Progress, hashes: dict[str, str]) -> dict[str, Any]:
+    return {
+        **{name: getattr(progress, name) for name in COUNTED},
+        "unreadable": progress.unreadable,
+        "blocks": sorted({target.block for target in targets}),
+        "bases": {target.name: hashes[target.name] for target in targets},
+    }
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor]:
+    source = open_checkpoint(path)
+    # cloned, since the bits of a product may depend on how its factors lie in memory
+    return {name: tensor.clone() for name, tensor in source.read(source.infos).items()}
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,43 @@
+"""Being asked to stop by a signal: at once, or after what must not be broken off."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Ended(BaseException):
+    """SIGINT or SIGTERM arrived; raised in the main thread so that half-written files are removed on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = signal.Signals(number)
+
+
+class Stop:
+    """Turns signals into `Ended`; while it is deferred, the first one only leaves word in `asked`.
+
+    `once`: no second one counts then. A cluster signals torchrun and its processes, and torchrun signals them again.
+    """
+
+    def __init__(self, once: bool = False) -> None:
+        self.asked: int | None = None
+        self._once = once
+        self._deferred = False
+
+    def hear(self, number: int) -> None:
+        """A signal came in. Raises `Ended` unless it is the first while deferred."""
+        if self._deferred and (self.asked is None or self._once):
+            self.asked = self.asked or number
+            return
+        raise Ended(number)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, the first signal waits to be asked for; a second one ends at once."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False

@@ -1,0 +1,148 @@
+"""`--log`: the steps of a repair in an experiment tracker as well."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sinder_cli.cli.logs import logged, logged_values
+from sinder_cli.errors import UnavailableError
+from sinder_cli.events import Noted
+from sinder_cli.repair.loop import StepRecord
+from sinder_cli.repair.settings import WITHOUT_EFFECT, RepairSettings
+
+
+def record(step: int, loss: float | None = 0.5) -> StepRecord:
+    block = None if loss is None else 4
+    return StepRecord(
+        step=step, images=step, defective=1, block=block, masked_tokens=3, loss=loss, density=0.25, seconds=1.0
+    )
+
+
+def write(folder: Path, name: str, *steps: StepRecord) -> list[object]:
+    """Log these steps as one process would, and return what the display heard."""
+    heard: list[object] = []
+    with logged(RepairSettings.model_validate({"log": [name]}), folder, heard.append) as emit:
+        for event in (Noted("first"), *steps):
+            emit(event)
+    return heard
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a folder: (step, value) by name."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = EventAccumulator(str(folder))
+    shown.Reload()
+    return {name: [(each.step, each.value) for each in shown.Scalars(name)] for name in shown.Tags()["scalars"]}
+
+
+class Wandb(SimpleNamespace):
+    """What of wandb is used, in memory."""
+
+    def __init__(self) -> None:
+        super().__init__(runs=[], Settings=lambda **given: given)
+
+    def init(self, **given: Any) -> Any:
+        run = SimpleNamespace(given=given, lines=[], finished=False)
+        run.log = lambda values, step: run.lines.append((step, values))
+        run.finish = lambda: setattr(run, "finished", True)
+        self.runs.append(run)
+        return run
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
+    module = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_a_clean_step_has_no_loss_and_no_block() -> None:
+    assert logged_values(record(3)) == {"loss": 0.5, "density": 0.25, "masked_tokens": 3, "block": 4}
+    assert logged_values(record(3, loss=None)) == {"density": 0.25, "masked_tokens": 3}
+
+
+def test_without_a_log_events_pass_and_nothing_is_written(tmp_path: Path) -> None:
+    heard: list[object] = []
+    with logged(RepairSettings(), tmp_path, heard.append) as emit:
+        emit(record(1))
+    assert heard == [record(1)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_shows_the_steps_under_their_numbers(tmp_path: Path) -> None:
+    heard = write(tmp_path, "tensorboard", record(1), record(2, loss=None), record(3, loss=0.25))
+    assert len(heard) == 4
+    shown = scalars(tmp_path / "tensorboard")
+    assert shown["repair/loss"] == [(1, 0.5), (3, 0.25)]
+    assert shown["repair/block"] == [(1, 4.0), (3, 4.0)]
+    assert shown["repair/density"] == [(1, 0.25), (2, 0.25), (3, 0.25)]
+    assert shown["repair/masked_tokens"] == [(1, 3.0), (2, 3.0), (3, 3.0)]
+
+
+def test_a_resumed_run_goes_on_in_the_same_log_and_steps_done_again_count_once(tmp_path: Path) -> None:
+    write(tmp_path, "tensorboard", record(1), record(2), record(3, loss=9.0))
+    write(tmp_path, "tensorboard", record(3), record(4))
+    assert scalars(tmp_path / "tensorboard")["repair/loss"] == [(step, 0.5) for step in (1, 2, 3, 4)]
+
+
+def test_a_run_that_is_begun_anew_leaves_nothing_of_the_old_log(tmp_path: Path) -> None:
+    write(tmp_path, "tensorboard", record(1, loss=9.0), record(2, loss=9.0))
+    write(tmp_path, "tensorboard", record(1))
+    assert scalars(tmp_path / "tensorboard")["repair/loss"] == [(1, 0.5)]
+
+
+def test_wandb_gets_the_steps_and_the_settings(tmp_path: Path, wandb: Wandb) -> None:
+    write(tmp_path, "wandb", record(1), record(2, loss=None))
+    (run,) = wandb.runs
+    assert run.lines[0] == (1, {f"repair/{name}": value for name, value in logged_values(record(1)).items()})
+    assert run.lines[1] == (2, {"repair/density": 0.25, "repair/masked_tokens": 3})
+    assert run.finished
+    assert run.given["config"]["lr"] == 0.005
+    assert run.given["dir"] == str(tmp_path)
+    assert run.given["settings"] == {"console": "off"}
+
+
+def test_wandb_goes_on_with_a_resumed_run_and_begins_another_for_a_new_one(tmp_path: Path, wandb: Wandb) -> None:
+    for first in (1, 2, 1):
+        write(tmp_path, "wandb", record(first))
+    begun, resumed, anew = (run.given["id"] for run in wandb.runs)
+    assert begun == resumed != anew
+    assert all(run.given["resume"] == "allow" for run in wandb.runs)
+
+
+@pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_a_log_without_its_library_is_refused_before_any_step(
+    name: str, module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UnavailableError, match=f"cannot log to {name}") as caught:
+        write(tmp_path, name)
+    assert caught.value.exit_code == 69
+    assert f"pip install 'sinder-cli[{name}]'" in str(caught.value)
+
+
+def test_only_the_process_that_writes_logs(tmp_path: Path, wandb: Wandb) -> None:
+    with logged(RepairSettings(log=("wandb",)), tmp_path, lambda _: None, writes=False) as emit:
+        emit(record(1))
+    assert wandb.runs == []
+
+
+def test_a_log_is_without_effect_on_results() -> None:
+    assert "log" in WITHOUT_EFFECT
+
+
+@pytest.mark.slow
+def test_a_repair_logs_to_tensorboard_in_its_run_directory(sinder: Any, tmp_path: Path) -> None:
+    options = ("--max-steps", "2", "--eval-images", "1", "--log", "tensorboard", "--out", tmp_path / "run")
+    run = sinder("repair", "demo_vit", *options)
+    assert run.returncode == 0, run.stderr
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    shown = scalars(tmp_path / "run" / "tensorboard")["repair/loss"]
+    assert [value for _, value in shown] == pytest.approx(losses)

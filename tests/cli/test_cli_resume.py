@@ -1,0 +1,573 @@
+"""A repair that is killed, stopped or torn goes on to the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from warm import Ended, Running, Server
+
+from sinder_cli import ModelRequest, api
+from sinder_cli.errors import BadInputError
+from sinder_cli.repair.deltas import Deltas
+from sinder_cli.repair.settings import RepairSettings
+
+STEPS = 12
+CHECKPOINTS = ("--checkpoint-every", "2")
+
+
+def finished(run: Path) -> dict[str, Any]:
+    """What a run left that another run of the same settings must leave too."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((run / "summary.json").read_text())
+    return {
+        "model": hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest(),
+        "adapter": hashlib.sha256((run / "adapter.safetensors").read_bytes()).hexdigest(),
+        "metrics": [{name: value for name, value in line.items() if name != "seconds"} for line in lines],
+        "summary": {name: value for name, value in summary.items() if name != "seconds"},
+    }
+
+
+def temporaries(run: Path) -> list[Path]:
+    return [path for path in run.rglob(".*") if path.suffix == ".part"]
+
+
+def steps_of(run: Path) -> list[int]:
+    """The numbers of the checkpoints, the oldest first."""
+    return sorted(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+
+
+def until(condition: Callable[[], bool], running: Running) -> None:
+    """Wait for something that a command does."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, running.errors
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def repair(small: Path, photos: Path) -> tuple[str, ...]:
+    """A command line without --out: some seconds' worth of steps, each with a defect."""
+    settings = (
+        "--max-steps",
+        str(STEPS),
+        "--stop-density",
+        "1",
+        "--lr",
+        "0.05",
+        "--eval-images",
+        "2",
+        "--workers",
+        "0",
+    )
+    return ("repair", "dinov2_custom", "--weights", str(small), "--data", str(photos), *settings)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(warm: Server, repair: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    ended = warm.run(*repair, "--out", "run", cwd=folder)
+    assert ended.returncode == 0, ended.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def stopped_once(warm: Server, repair: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was asked to stop, which nobody may change."""
+    folder = tmp_path_factory.mktemp("stopped")
+    running = warm.start(*repair, "--out", "run", cwd=folder)
+    until(lambda: (folder / "run" / "metrics.jsonl").exists(), running)
+    running.send(signal.SIGTERM)
+    assert running.wait().returncode == -signal.SIGTERM
+    return folder / "run"
+
+
+@pytest.fixture
+def stopped(warm: Server, repair: tuple[str, ...], tmp_path: Path) -> Path:
+    """A run that was killed after its sixth step, with checkpoints of the second, fourth and sixth."""
+    run = tmp_path / "run"
+    running = warm.start(*repair, *CHECKPOINTS, "--out", "run", cwd=tmp_path)
+    until(lambda: (run / "checkpoints" / "step-000006").exists(), running)
+    running.send(signal.SIGKILL)
+    assert running.wait().returncode == -signal.SIGKILL
+    assert not (run / "summary.json").exists()
+    return run
+
+
+@pytest.fixture
+def resume(warm: Server, repair: tuple[str, ...], tmp_path: Path) -> Callable[..., Ended]:
+    """Go on with the run in `tmp_path`, with more options."""
+    return lambda *more: warm.run(*repair, *CHECKPOINTS, "--out", "run", "--resume", *more, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_twenty_random_moments_ends_with_the_same_bytes(
+    warm: Server, repair: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    drawn = random.Random(0)
+    killed, seconds, runs = 0, 1.0, 0
+    while killed < 20:
+        runs += 1
+        run = tmp_path / f"run{runs}"
+        ended = None
+        while ended is None or ended.returncode != 0:
+            began = time.monotonic()
+            running = warm.start(*repair, *CHECKPOINTS, "--out", run, "--resume", cwd=tmp_path)
+            if killed < 20:
+                time.sleep(drawn.uniform(0, seconds))
+                running.send(signal.SIGKILL)
+            ended = running.wait()
+            assert ended.returncode in (0, -signal.SIGKILL), ended.stderr
+            killed += ended.returncode != 0
+        seconds = time.monotonic() - began
+        assert finished(run) == finished(uninterrupted)
+        assert temporaries(run) == []
+
+
+WRITTEN = ("config.json", "metrics.jsonl", "model.safetensors", "adapter.safetensors", "summary.json", "README.md")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_run_that_is_killed_before_it_writes_a_file_of_its_folder_ends_with_the_same_bytes(
+    name: str, warm: Server, repair: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    change = "open run/metrics.jsonl" if name == "metrics.jsonl" else f"os.rename run/.{name}.part"
+    killed = warm.run(*repair, "--out", "run", cwd=tmp_path, kill_before=change)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "run" / name).exists()
+    ended = warm.run(*repair, "--out", "run", "--resume", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert finished(tmp_path / "run") == finished(uninterrupted)
+    assert temporaries(tmp_path / "run") == []
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in uninterrupted.iterdir()}
+
+
+def test_settings_without_effect_on_the_result_may_change(
+    stopped: Path, resume: Callable[..., Ended], uninterrupted: Path
+) -> None:
+    ended = resume("--workers", "2", "--checkpoint-every", "7min", "--strict", "--device", "cpu", "--format", "json")
+    assert ended.returncode == 0, ended.stderr
+    assert "going on after step 6" in ended.stderr
+    assert finished(stopped) == finished(uninterrupted)
+
+
+OTHER = {
+    "--lr 0.01": "setting lr was 0.05 and is 0.01",
+    "--batch-size 2": "setting batch_size was 1 and is 2",
+    "--seed 3": "setting seed was 0 and is 3",
+    "--dtype bfloat16": "setting dtype was float32 and is bfloat16",
+    "--image-size 154": "setting image_size was 168 and is 154",
+    "--max-steps 40": "setting max_steps was 12 and is 40",
+    "--attention eager": "attention was sdpa and is eager",
+    "--heads 4": "heads was None and is 4",
+    "--data {more}": "count of the images was 6 and is 7",
+    "--weights {changed}": "fingerprint of the weights was ",
+}
+
+
+@pytest.mark.parametrize("options", OTHER)
+def test_a_run_is_not_resumed_under_other_settings_data_or_weights(
+    options: str, stopped_once: Path, small: Path, photos: Path, warm: Server, repair: tuple[str, ...], tmp_path: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in stopped_once.rglob("*")}
+    if "changed" in options:
+        tensors = load_file(small)
+        tensors["blocks.1.mlp.fc2.weight"][0, 0] += 1e-3
+        save_file(tensors, tmp_path / "changed.safetensors")
+    shutil.copy(photos / "chelsea.png", tmp_path / "more.png")
+    more = options.format(more=tmp_path / "more.png", changed=tmp_path / "changed.safetensors").split()
+    ended = warm.run(*repair, "--out", stopped_once, "--resume", *more, cwd=tmp_path)
+    assert ended.returncode == 78, ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith(f"sinder: error: cannot resume {stopped_once}: {OTHER[options]}")
+    assert {path: path.stat().st_mtime_ns for path in stopped_once.rglob("*")} == before
+
+
+def test_a_run_is_not_resumed_after_an_image_has_changed(
+    stopped_once: Path, photos: Path, warm: Server, repair: tuple[str, ...], tmp_path: Path
+) -> None:
+    changed = photos / "rocket.png"
+    whole = changed.read_bytes()
+    changed.write_bytes(whole + b"more")
+    try:
+        ended = warm.run(*repair, "--out", stopped_once, "--resume", cwd=tmp_path)
+    finally:
+        changed.write_bytes(whole)
+    assert ended.returncode == 78
+    assert "fingerprint of the images was" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "code", "word"),
+    [
+        ('{"model": "dinov2_custom", "settings": {', 65, "cannot read"),
+        ("[]", 65, "cannot read"),
+        ('{"model": "m", "weights": {}, "images": {}, "settings": {"lr": 1}, "versions": {}}', 78, "another version"),
+        ('{"model_type": "dinov2"}', 65, "is it a run directory?"),
+    ],
+    ids=["torn", "no object", "another version", "a model's"],
+)
+def test_a_folder_whose_config_is_not_that_of_such_a_run_is_not_resumed(
+    config: str, code: int, word: str, warm: Server, repair: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(config)
+    ended = warm.run(*repair, "--out", "run", "--resume", cwd=tmp_path)
+    assert ended.returncode == code, ended.stderr
+    assert word in ended.stderr.splitlines()[-1]
+    assert (tmp_path / "run" / "config.json").read_text() == config
+
+
+def test_a_torn_checkpoint_is_told_and_the_run_ends_with_the_same_bytes(
+    stopped: Path, resume: Callable[..., Ended], uninterrupted: Path
+) -> None:
+    newest = stopped / "checkpoints" / f"step-{steps_of(stopped)[-1]:06d}"
+    state = newest / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-100])
+    ended = resume()
+    assert ended.returncode == 0, ended.stderr
+    assert f"sinder: warning: run/checkpoints/{newest.name} is torn" in ended.stderr
+    assert finished(stopped) == finished(uninterrupted)
+
+
+def test_where_every_checkpoint_is_torn_the_run_is_not_resumed(stopped: Path, resume: Callable[..., Ended]) -> None:
+    for manifest in stopped.rglob("manifest.json"):
+        manifest.unlink()
+    ended = resume()
+    assert ended.returncode == 65
+    assert "no checkpoint is whole" in ended.stderr.splitlines()[-1]
+
+
+def test_a_finished_run_is_not_resumed_again_and_not_under_other_settings(
+    uninterrupted: Path, warm: Server, repair: tuple[str, ...], tmp_path: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
+    again = warm.run(*repair, "--out", uninterrupted, "--resume", "--format", "table", cwd=tmp_path)
+    assert (again.returncode, again.stdout) == (0, f"{uninterrupted}: finished already, nothing to resume\n")
+    document = json.loads(warm.run(*repair, "--out", uninterrupted, "--resume", cwd=tmp_path).stdout)
+    assert document["steps"] == STEPS
+    other = warm.run(*repair, "--out", uninterrupted, "--resume", "--lr", "0.01", cwd=tmp_path)
+    assert other.returncode == 78
+    assert "setting lr was 0.05 and is 0.01" in other.stderr
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
+
+
+def test_resume_without_a_run_starts_one(warm: Server, repair: tuple[str, ...], tmp_path: Path) -> None:
+    ended = warm.run(*repair, "--max-steps", "1", "--out", "run", "--resume", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_run_is_replaced_only_by_force_and_only_its_own_files_go(
+    stopped: Path, warm: Server, repair: tuple[str, ...], tmp_path: Path
+) -> None:
+    (stopped / "notes.txt").write_text("mine")
+    few = (*repair, "--max-steps", "1", "--out", "run")
+    refused = warm.run(*few, cwd=tmp_path)
+    assert refused.returncode == 73
+    assert "a run that did not finish; --resume goes on with it, --force starts anew" in refused.stderr
+    assert len((stopped / "metrics.jsonl").read_text().splitlines()) >= 6
+    useless = warm.run(*few, "--force", "--weights", tmp_path / "none.pth", cwd=tmp_path)
+    assert useless.returncode == 66
+    assert steps_of(stopped)
+    forced = warm.run(*few, "--force", cwd=tmp_path)
+    assert forced.returncode == 0, forced.stderr
+    assert steps_of(stopped) == [1]
+    assert len((stopped / "metrics.jsonl").read_text().splitlines()) == 1
+    assert (stopped / "notes.txt").read_text() == "mine"
+    again = warm.run(*few, cwd=tmp_path)
+    assert again.returncode == 73
+    assert "it holds a finished run; --force starts anew" in again.stderr
+
+
+@pytest.mark.parametrize("config", [None, '{"model_type": "dinov2"}', '{"model": "dinov2", "settings": {}}'])
+def test_force_touches_no_folder_that_is_no_run(
+    config: str | None, warm: Server, repair: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    (folder / "checkpoints" / "step-000001").mkdir(parents=True)
+    (folder / "model.safetensors").write_text("dear")
+    if config:
+        (folder / "config.json").write_text(config)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    ended = warm.run(*repair, "--out", folder, "--force", cwd=tmp_path)
+    assert ended.returncode in (65, 73), ended.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_force_does_not_remove_the_weights_that_are_to_be_repaired(
+    uninterrupted: Path, warm: Server, repair: tuple[str, ...], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    for model in ((run,), ("dinov2_custom", "--weights", run / "model.safetensors")):
+        ended = warm.run("repair", *model, *repair[4:], "--out", run, "--force", cwd=tmp_path)
+        assert ended.returncode == 2
+        assert "it holds the weights that are to be repaired" in ended.stderr
+    assert finished(run) == finished(uninterrupted)
+
+
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_finishes_the_step_saves_it_and_tells_how_to_go_on(
+    number: signal.Signals, said: str, warm: Server, repair: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "its run"
+    running = warm.start(*repair, "--out", "its run", cwd=tmp_path)
+    until(lambda: (run / "metrics.jsonl").exists(), running)
+    running.send(number)
+    ended = running.wait()
+    assert ended.returncode == -number
+    assert ended.stdout == ""
+    *_, wrote, how, last = ended.stderr.splitlines()
+    (step,) = steps_of(run)
+    assert wrote == f"sinder: wrote a checkpoint after step {step}"
+    assert how.startswith("sinder: to go on: ")
+    assert last == f"sinder: {said}"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == step
+    again = shlex.split(how.removeprefix("sinder: to go on: "))
+    resumed = warm.run(*again[1:], cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert finished(run) == finished(uninterrupted)
+
+
+@pytest.mark.slow
+def test_the_command_that_resumes_is_the_one_that_was_called(
+    repair: tuple[str, ...], environment: dict[str, str], uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "a 'run'"
+    command = [sys.executable, "-m", "sinder_cli", *repair, "--out", run.name, "--force"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:
+        while not (run / "metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM
+    pasted = errors.splitlines()[-2].removeprefix("sinder: to go on: ")
+    again = subprocess.run(pasted, shell=True, env=environment, cwd=tmp_path, capture_output=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert finished(run) == finished(uninterrupted)
+
+
+def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_good(
+    warm: Server, repair: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    running = warm.start(*repair, *CHECKPOINTS, "--out", "run", cwd=tmp_path)
+    until(lambda: (run / "checkpoints" / "step-000002").exists(), running)
+    running.send(signal.SIGTERM)
+    running.send(signal.SIGINT)
+    ended = running.wait()
+    assert ended.returncode in (-signal.SIGINT, -signal.SIGTERM)  # both may come between two instructions
+    assert "Traceback" not in ended.stderr
+    assert "to go on: " in ended.stderr
+    assert temporaries(run) == []
+    resumed = warm.run(*repair, "--out", "run", "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "torn" not in resumed.stderr
+    assert finished(run) == finished(uninterrupted)
+
+
+def test_a_signal_before_the_first_step_leaves_no_folder(warm: Server, repair: tuple[str, ...], tmp_path: Path) -> None:
+    running = warm.start(*repair, "--out", "runs/run", cwd=tmp_path)
+    until(lambda: (tmp_path / "runs" / "run").exists(), running)
+    running.send(signal.SIGTERM)
+    ended = running.wait()
+    assert ended.returncode == -signal.SIGTERM
+    assert ended.stderr.splitlines()[-1] == "sinder: terminated"
+    assert "to go on" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_while_the_model_is_written_loses_no_step(
+    warm: Server, repair: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    running = warm.start(*repair, "--out", "run", cwd=tmp_path)
+    until(lambda: steps_of(run) == [STEPS], running)
+    running.send(signal.SIGINT)
+    ended = running.wait()
+    assert ended.returncode == -signal.SIGINT
+    assert not (run / "README.md").exists()
+    assert temporaries(run) == []
+    resumed = warm.run(*repair, "--out", "run", "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "decomposing" not in resumed.stderr
+    assert finished(run) == finished(uninterrupted)
+
+
+def test_the_second_of_two_runs_on_one_folder_is_sent_away(
+    warm: Server, sinder: Callable[..., Any], repair: tuple[str, ...], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    running = warm.start(*repair, "--max-steps", "4000", "--out", run, cwd=tmp_path)
+    until(lambda: (run / "metrics.jsonl").exists(), running)
+    for more in ("--resume", "--force"):
+        second = sinder(*repair, "--out", run, more)
+        assert second.returncode == 75, second.stderr
+        assert "another process is repairing into it" in second.stderr
+    running.send(signal.SIGTERM)
+    assert running.wait().returncode == -signal.SIGTERM
+    assert len(steps_of(run)) == 1
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_pipe_does_not_lose_the_run(
+    stream: str, repair: tuple[str, ...], environment: dict[str, str], uninterrupted: Path, tmp_path: Path
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | {stream: writer}
+    command = [sys.executable, "-m", "sinder_cli", *repair, "--out", "run"]
+    ended = subprocess.run(command, env=environment, cwd=tmp_path, check=False, timeout=120, **streams)
+    os.close(writer)
+    assert ended.returncode == (-signal.SIGPIPE if stream == "stdout" else 0)
+    assert finished(tmp_path / "run") == finished(uninterrupted)
+    assert (tmp_path / "run" / "README.md").exists()
+
+
+def test_a_disk_that_fills_up_after_a_checkpoint_leaves_that_and_nothing_temporary(
+    stopped: Path,
+    repair: tuple[str, ...],
+    resume: Callable[..., Ended],
+    environment: dict[str, str],
+    uninterrupted: Path,
+) -> None:
+    before = steps_of(stopped)
+    limited = subprocess.run(
+        [sys.executable, "-m", "sinder_cli", *repair, *CHECKPOINTS, "--out", stopped, "--resume"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)),
+    )
+    assert limited.returncode == 74, limited.stderr
+    assert "cannot write" in limited.stderr.splitlines()[-1]
+    assert steps_of(stopped) == before
+    assert temporaries(stopped) == []
+    assert resume().returncode == 0
+    assert finished(stopped) == finished(uninterrupted)
+
+
+def test_a_delta_that_is_not_finite_makes_no_model(
+    small: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sinder_cli.repair import evaluation
+
+    deltas: list[Any] = []
+    really = evaluation.take_snapshot
+
+    def spoil(*arguments: Any) -> Any:
+        snapshot = really(*arguments)
+        for target in (target for state in deltas for target in state.touched):
+            target.delta[0] = float("nan")
+            target.write()
+        return snapshot
+
+    class Kept(Deltas):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            deltas.append(self)
+
+    monkeypatch.setattr(evaluation, "take_snapshot", spoil)
+    monkeypatch.setattr("sinder_cli.repair.deltas.Deltas", Kept)
+    settings = RepairSettings(max_steps=1, eval_images=1, workers=0)
+    with pytest.raises(BadInputError, match="not finite") as caught:
+        api.repair(ModelRequest("dinov2_custom", small), [str(photos)], tmp_path / "run", settings)
+    assert caught.value.exit_code == 65
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "checkpoints"}
+
+
+@pytest.fixture
+def own(repair: tuple[str, ...], photos: Path, tmp_path: Path) -> tuple[str, ...]:
+    """A longer run over photos of its own."""
+    shutil.copytree(photos, tmp_path / "photos")
+    return (*repair[:4], "--data", "photos", *repair[6:], "--max-steps", "36", "--out", "run")
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, Path.touch, lambda path: path.write_bytes(b"rotten")])
+def test_an_image_that_vanishes_changes_or_rots_during_the_run_is_skipped_and_named(
+    damage: Callable[[Path], None], warm: Server, own: tuple[str, ...], tmp_path: Path
+) -> None:
+    running = warm.start(*own, cwd=tmp_path)
+    until(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), running)
+    damage(tmp_path / "photos" / "coffee.png")
+    ended = running.wait()
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("sinder: warning: skipped photos/coffee.png: ") == 1
+    assert json.loads(ended.stdout)["skipped_images"] == 1
+
+
+def test_strict_saves_and_ends_a_run_that_loses_an_image(warm: Server, own: tuple[str, ...], tmp_path: Path) -> None:
+    running = warm.start(*own, "--strict", cwd=tmp_path)
+    until(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), running)
+    (tmp_path / "photos" / "coffee.png").unlink()
+    ended = running.wait()
+    assert ended.returncode == 65, ended.stderr
+    assert "1 of 6 cannot be read, among them photos/coffee.png" in ended.stderr.splitlines()[-1]
+    assert len(steps_of(tmp_path / "run")) == 1
+
+
+def test_strict_refuses_an_image_that_is_broken_from_the_beginning(
+    warm: Server, own: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "photos" / "coffee.png").write_bytes(b"rotten")
+    ended = warm.run(*own, "--strict", "--eval-images", "6", cwd=tmp_path)
+    assert ended.returncode == 65, ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_were_away_and_are_back_do_not_keep_a_run_from_going_on(
+    warm: Server, own: tuple[str, ...], tmp_path: Path
+) -> None:
+    running = warm.start(*own, cwd=tmp_path)
+    until(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), running)
+    (tmp_path / "photos").rename(tmp_path / "away")
+    ended = running.wait()
+    assert ended.returncode == 65, ended.stderr
+    assert "2 of 6 cannot be read" in ended.stderr.splitlines()[-1]
+    assert len(steps_of(tmp_path / "run")) == 1
+    (tmp_path / "away").rename(tmp_path / "photos")
+    resumed = warm.run(*own, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_images"] == 0
+
+
+def test_a_group_of_processes_that_is_told_to_end_saves_its_run(
+    repair: tuple[str, ...],
+    environment: dict[str, str],
+    uninterrupted: Path,
+    warm: Server,
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "sinder_cli", *repair, "--workers", "2", "--out", run]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        while not (run / "metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGTERM, errors
+    assert len(steps_of(run)) == 1
+    resumed = warm.run(*repair, "--out", run, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert finished(run) == finished(uninterrupted)

@@ -1,0 +1,290 @@
+"""Checkpoints: a run goes on from one bit for bit, and one that is torn is never taken for whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import RED, Pictures, Run, another, same
+from safetensors.torch import load_file
+
+from sinder_cli.errors import BadInputError, CannotCreateError, StorageError
+from sinder_cli.events import Warned
+from sinder_cli.images.choosing import shuffled
+from sinder_cli.repair import checkpoints as module_of_checkpoints
+from sinder_cli.repair.checkpoints import COUNTERS, MANIFEST, STATE, Checkpoints
+
+BLUE = [(2, 7), (6, 3), (8, 8)]
+STEPS = 8
+SETTINGS: dict[str, Any] = {"lr": 0.01, "max_steps": STEPS, "stop_density": 1.0}
+
+
+def pictures(planted: Any) -> Pictures:
+    """Some with a defect at an early block, one at a late one, one clean."""
+    red = [planted.image(index, torch.float32, red=RED) for index in range(2)]
+    return Pictures(*red, planted.image(2, torch.float32, blue=BLUE), planted.image(3, torch.float32))
+
+
+def without_time(records: list[Any]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in vars(record).items() if name != "seconds"} for record in records]
+
+
+def restored(planted: Any, folder: Path, **settings: Any) -> Run:
+    """A new run that goes on from the checkpoints in a folder."""
+    run = Run(another(planted), pictures(planted), **SETTINGS | settings)
+    assert Checkpoints(folder).restore(run.deltas, run.progress, run.events.append)
+    return run
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path) -> None:
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+DAMAGE: list[Callable[[Path], None]] = [truncate, flip, empty, Path.unlink]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("steps", [1, 4, STEPS - 1, STEPS])
+def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(single: Any, steps: int, batch_size: int, tmp_path: Path) -> None:
+    whole = Run(another(single), pictures(single), **SETTINGS, batch_size=batch_size)
+    records = whole.finish()
+    first = Run(another(single), pictures(single), **SETTINGS, batch_size=batch_size)
+    first.take(steps)
+    Checkpoints(tmp_path).write(first.deltas, first.progress)
+    second = restored(single, tmp_path, batch_size=batch_size)
+    assert same(second.weights, first.weights)
+    assert without_time(second.finish()) == without_time(records[steps:])
+    assert same(second.weights, whole.weights)
+    assert {record.block for record in records} == {1, 4, None} or batch_size > 1
+    for one, other in zip(second.deltas.touched, whole.deltas.touched, strict=True):
+        assert one.name == other.name
+        assert torch.equal(one.delta, other.delta)
+        assert torch.equal(one.velocity, other.velocity)
+        assert one.velocity.any()
+
+
+def test_a_checkpoint_brings_back_the_random_state_the_counters_and_the_recent_images(
+    single: Any, tmp_path: Path
+) -> None:
+    first = Run(another(single), pictures(single), **SETTINGS)
+    first.take(5)
+    first.progress.nonfinite, first.progress.nonfinite_in_a_row = 4, 2
+    first.progress.unreadable["odd \udcff\nname.png"] = "it is broken"
+    Checkpoints(tmp_path).write(first.deltas, first.progress)
+    drawn = torch.rand(3)
+    second = restored(single, tmp_path)
+    assert torch.equal(torch.rand(3), drawn)
+    assert second.progress == first.progress
+    assert second.progress.recent.maxlen == first.progress.recent.maxlen
+
+
+def test_without_a_checkpoint_there_is_nothing_to_restore(single: Any, tmp_path: Path) -> None:
+    run = Run(single, pictures(single))
+    assert not Checkpoints(tmp_path).restore(run.deltas, run.progress, run.events.append)
+    assert run.events == []
+
+
+def test_the_newest_two_are_kept_and_every_basis_is_written_once(single: Any, tmp_path: Path) -> None:
+    run = Run(single, pictures(single), **SETTINGS)
+    checkpoints = Checkpoints(tmp_path)
+    written: dict[Path, int] = {}
+    for _ in range(4):
+        run.take(2)
+        checkpoints.write(run.deltas, run.progress)
+        bases = {path: path.stat().st_mtime_ns for path in checkpoints.bases.iterdir()}
+        assert bases.items() >= written.items()
+        assert len(bases) == len(run.deltas.touched)
+        written = bases
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bases", "step-000006", "step-000008"]
+    again = restored(single, tmp_path)
+    goes_on = Checkpoints(tmp_path)
+    goes_on.restore(again.deltas, again.progress, again.events.append)
+    again.progress.steps += 1
+    goes_on.write(again.deltas, again.progress)
+    assert {path: path.stat().st_mtime_ns for path in checkpoints.bases.iterdir()} == written
+
+
+def test_a_checkpoint_is_safetensors_and_json_with_a_manifest_of_hashes(single: Any, tmp_path: Path) -> None:
+    run = Run(single, pictures(single), **SETTINGS)
+    run.take(3)
+    Checkpoints(tmp_path).write(run.deltas, run.progress)
+    files = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    inside = {path.name for path in files if path.parts[0] == "step-000003"}
+    assert inside == {STATE, COUNTERS, MANIFEST}
+    for path in files:
+        if path.suffix == ".safetensors":
+            load_file(tmp_path / path)
+        else:
+            json.loads((tmp_path / path).read_text())
+    assert set(json.loads((tmp_path / "step-000003" / MANIFEST).read_text())) == {STATE, COUNTERS}
+    counters = json.loads((tmp_path / "step-000003" / COUNTERS).read_text())
+    assert {f"{digest}.safetensors" for digest in counters["bases"].values()} == {
+        path.name for path in files if path.parts[0] == "bases"
+    }
+
+
+@pytest.mark.parametrize("name", [STATE, COUNTERS, MANIFEST])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_torn_newest_checkpoint_is_told_and_the_one_before_it_used(
+    single: Any, name: str, damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    whole = Run(another(single), pictures(single), **SETTINGS)
+    checkpoints = Checkpoints(tmp_path)
+    for steps in (3, 2):
+        whole.take(steps)
+        checkpoints.write(whole.deltas, whole.progress)
+    whole.finish()
+    damage(tmp_path / "step-000005" / name)
+    run = restored(single, tmp_path)
+    assert run.progress.steps == 3
+    assert len(run.warnings) == 1
+    assert "step-000005 is torn" in run.warnings[0]
+    assert "using the checkpoint before it" in run.warnings[0]
+    assert not (tmp_path / "step-000005").exists()
+    run.finish()
+    assert same(run.weights, whole.weights)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_torn_basis_tears_the_checkpoints_that_name_it_and_is_written_again(
+    single: Any, damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    order = list(zip(range(4), shuffled(4, 0), strict=False))
+    late = next(at for at, index in order if index == 2) + 1  # the step at which the late block is touched
+    whole = Run(another(single), pictures(single), **SETTINGS, window=1)
+    checkpoints = Checkpoints(tmp_path)
+    whole.take(late - 1)
+    checkpoints.write(whole.deltas, whole.progress)
+    early = set(checkpoints.bases.iterdir())
+    whole.take(1)
+    checkpoints.write(whole.deltas, whole.progress)
+    damage(min(set(checkpoints.bases.iterdir()) - early))
+    whole.finish()
+    run = Run(another(single), pictures(single), **SETTINGS, window=1)
+    again = Checkpoints(tmp_path)
+    assert again.restore(run.deltas, run.progress, run.events.append)
+    assert run.progress.steps == late - 1
+    assert "is torn" in run.warnings[0]
+    run.take(1)
+    again.write(run.deltas, run.progress)
+    third = restored(single, tmp_path, window=1)
+    assert third.warnings == []
+    third.finish()
+    assert same(third.weights, whole.weights)
+
+
+def test_where_all_checkpoints_are_torn_nothing_is_resumed_and_nothing_removed(single: Any, tmp_path: Path) -> None:
+    run = Run(single, pictures(single), **SETTINGS)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    for _ in range(2):
+        run.take(1)
+        checkpoints.write(run.deltas, run.progress)
+    for folder in checkpoints.folder.glob("step-*"):
+        flip(folder / STATE)
+    told: list[object] = []
+    with pytest.raises(BadInputError, match="no checkpoint is whole") as caught:
+        checkpoints.restore(run.deltas, run.progress, told.append)
+    assert caught.value.exit_code == 65
+    assert "--force" in str(caught.value)
+    assert len([event for event in told if isinstance(event, Warned)]) == 2
+    assert len(list(checkpoints.folder.glob("step-*"))) == 2
+
+
+def test_what_a_killed_write_left_is_no_checkpoint_and_is_swept_away(single: Any, tmp_path: Path) -> None:
+    run = Run(another(single), pictures(single), **SETTINGS)
+    checkpoints = Checkpoints(tmp_path)
+    run.take(2)
+    checkpoints.write(run.deltas, run.progress)
+    whole = sorted(tmp_path.rglob("*"))
+    half = tmp_path / ".step-000009.abcd1234.part"
+    half.mkdir()
+    (half / STATE).write_bytes(b"half")
+    (checkpoints.bases / ".0123.safetensors.abcd1234.part").write_bytes(b"half")
+    assert restored(single, tmp_path).progress.steps == 2
+    checkpoints.sweep()
+    assert sorted(tmp_path.rglob("*")) == whole
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_delta_that_is_not_finite_is_never_written(single: Any, value: float, tmp_path: Path) -> None:
+    run = Run(single, pictures(single), **SETTINGS)
+    checkpoints = Checkpoints(tmp_path)
+    run.take(3)
+    checkpoints.write(run.deltas, run.progress)
+    before = sorted(tmp_path.rglob("*"))
+    run.take(1)
+    run.deltas.touched[1].delta[0] = value
+    with pytest.raises(BadInputError, match=f"the delta of {run.deltas.touched[1].name} is not finite"):
+        checkpoints.write(run.deltas, run.progress)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("writer", ["write_safetensors", "write_json"])
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before_and_nothing_temporary(
+    single: Any, writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(another(single), pictures(single), **SETTINGS)
+    checkpoints = Checkpoints(tmp_path)
+    run.take(3)
+    checkpoints.write(run.deltas, run.progress)
+    before = sorted(tmp_path.rglob("*"))
+    run.take(1)
+
+    def full(path: Path, *_: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module_of_checkpoints, writer, full)
+    with pytest.raises(StorageError, match="No space left on device") as caught:
+        checkpoints.write(run.deltas, run.progress)
+    assert caught.value.exit_code == 74
+    assert sorted(tmp_path.rglob("*")) == before
+    assert restored(single, tmp_path).progress.steps == 3
+
+
+def test_a_place_where_no_checkpoint_can_be_is_told(single: Any, tmp_path: Path) -> None:
+    run = Run(single, pictures(single), **SETTINGS)
+    run.take(1)
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(CannotCreateError) as caught:
+        Checkpoints(tmp_path / "checkpoints").write(run.deltas, run.progress)
+    assert caught.value.exit_code == 73
+
+
+def test_random_damage_is_always_noticed(single: Any, tmp_path: Path) -> None:
+    run = Run(another(single), pictures(single), **SETTINGS)
+    run.take(4)
+    Checkpoints(tmp_path).write(run.deltas, run.progress)
+    drawn = random.Random(0)
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    noticed = 0
+    for _ in range(60):
+        path = drawn.choice(files)
+        whole = path.read_bytes()
+        torn = bytearray(whole)
+        torn[drawn.randrange(len(torn))] ^= 1 << drawn.randrange(8)
+        path.write_bytes(torn)
+        try:
+            restored(single, tmp_path)
+        except BadInputError:
+            noticed += 1
+        else:
+            raise AssertionError(path)
+        path.write_bytes(whole)
+    assert noticed == 60
