@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -15,19 +15,16 @@ from sinder_cli.backbone.device import resolve_device
 from sinder_cli.backbone.opening import load_module, open_backbone, require_loadable
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
 from sinder_cli.errors import NoInputError, UsageError
-from sinder_cli.events import Emit, Finished, Noted, Started, Warned, silent, tracked
+from sinder_cli.events import Emit, Finished, Noted, Started, Warned, silent
 from sinder_cli.files import require_new_folder, require_writable_file, require_writable_folder, sha256_of, write_json
-from sinder_cli.images.choosing import sampled, spread
+from sinder_cli.images.choosing import sampled
 from sinder_cli.images.finding import find_images
-from sinder_cli.images.loading import LoadedImage, load_in_order, readable, require_some
+from sinder_cli.images.loading import require_some
 from sinder_cli.images.preprocessing import MIN_PATCHES, Preprocessing, Resize
-from sinder_cli.images.processes import worker_count
 from sinder_cli.images.sources import DrawnImages, ImageSource
 from sinder_cli.repair.settings import RepairSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sinder_cli.analysis.results import AnalysisResult
     from sinder_cli.analysis.survey import Subject
     from sinder_cli.defects.prediction import Prediction
@@ -95,52 +92,53 @@ def analyze(
     if other is not None and settings.clamp is not None:
         raise UsageError("cannot compare with two models", "one is named, one is clamped", "leave one of them out")
     named = find_images(places, stdin, emit) if places else None  # before a checkpoint is read, or even downloaded
-    from sinder_cli.analysis.batches import equal_shapes
-    from sinder_cli.analysis.clamp import clamped
+    from sinder_cli.analysis.batches import ImageBatches
     from sinder_cli.analysis.portraits import portraits, shown_blocks
     from sinder_cli.analysis.results import AnalysisResult, analysis_of
-    from sinder_cli.analysis.survey import require_comparable, survey
+    from sinder_cli.analysis.survey import survey
 
     device = resolve_device(settings.device)
     require_attention(request.attention, device)
-    first = open_model(request)
+    backbones = _compared(open_model(request), other, settings.clamp, emit)
+    first = backbones[0]
     shown = shown_blocks(first.depth, settings.blocks)
     preprocess = preprocessing(first, settings.image_size, settings.resize)
     source = named or drawn_images(first, settings.seed)
-    compared = [first]
-    if other is not None:
-        compared.append(open_model(other))
-    elif settings.clamp is not None:
-        compared.append(clamped(first, settings.clamp, emit))
-    require_comparable(compared)
-    subjects = [_subject(backbone, device, emit) for backbone in compared]
+    images = ImageBatches(source, preprocess, sampled(len(source), settings.limit, settings.seed), settings, emit)
+    subjects = [_subject(backbone, device, emit) for backbone in backbones]
 
-    chosen = sampled(len(source), settings.limit, settings.seed)
-    workers = worker_count(settings.workers)
-    skipped: dict[str, str] = {}
-
-    def batches(loaded: Iterator[LoadedImage]) -> Iterator[tuple[list[str], Tensor]]:
-        return equal_shapes(readable(loaded, skipped, emit), settings.batch_size)
-
-    loaded = load_in_order(source, preprocess, chosen, workers)
-    counted = tracked(loaded, emit, "analyzing", len(chosen), "images")
-    grid = preprocess.size // first.patch_size
-    drawn = spread(chosen, len(chosen) if settings.figures == "all" else settings.figures) if draw else []
-    images = (pixels for _, pixels in batches(counted))
-    surveys = survey(subjects, images, (grid, grid), settings, device, components=bool(drawn))
-    require_some(surveys.images, len(skipped))
-    drawn = [index for index in drawn if source.name(index) not in skipped]
-    again = batches(load_in_order(source, preprocess, drawn, workers))
+    grid = (preprocess.size // first.patch_size,) * 2
+    surveys = survey(subjects, images.all(), grid, settings, device, components=draw and settings.figures != 0)
+    require_some(surveys.images, len(images.skipped))
+    drawn, again = images.again(settings.figures if surveys.basis else 0)
+    resolved = settings.model_copy(
+        update={"device": device, "blocks": shown, "image_size": None if settings.resize == "none" else preprocess.size}
+    )
     return AnalysisResult(
-        analysis=analysis_of(subjects, surveys, settings, (grid, grid), skipped),
+        analysis=analysis_of(subjects, surveys, resolved, grid, images.skipped),
         predictions=tuple(subject.prediction for subject in subjects),
         surveys=surveys.sides,
         blocks=shown,
         portraits=portraits(subjects, again, surveys.basis, settings, device) if surveys.basis else iter(()),
-        drawn=len(drawn),
+        drawn=drawn,
         mean=preprocess.mean,
         std=preprocess.std,
     )
+
+
+def _compared(first: Backbone, other: ModelRequest | None, clamp: int | None, emit: Emit) -> list[Backbone]:
+    """The backbone, and the one that it is compared with if there is one: another, or itself clamped."""
+    from sinder_cli.analysis.survey import require_comparable
+
+    if other is not None:
+        backbones = [first, open_model(other)]
+        require_comparable(backbones)
+        return backbones
+    if clamp is not None:
+        from sinder_cli.analysis.clamp import clamped
+
+        return [first, clamped(first, clamp, emit)]
+    return [first]
 
 
 def _subject(backbone: Backbone, device: str, emit: Emit) -> Subject:
