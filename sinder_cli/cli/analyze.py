@@ -95,7 +95,7 @@ def command(
 
 def _written(folder: Path, result: AnalysisResult, emit: Emit) -> tuple[Analysis, SinderError | None]:
     """The record with its figures; where the folder cannot be written after all, the one without, and the reason."""
-    from sinder_cli.report.analysis_folder import write_analysis
+    from sinder_cli.report.analysis.folder import write_analysis
 
     try:
         return write_analysis(folder, result, emit), None

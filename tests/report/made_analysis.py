@@ -54,6 +54,7 @@ class Made:
             Side(
                 model=model,
                 weights=f"weights of {model}",
+                fingerprint="5e" * 32,
                 verdict=judge(survey.blocks, settings.min_tokens),
                 blocks=survey.blocks,
             )

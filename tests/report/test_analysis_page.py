@@ -9,7 +9,7 @@ from html_page import Page
 from made_analysis import Made
 
 from sinder_cli.events import silent
-from sinder_cli.report.analysis_folder import write_analysis
+from sinder_cli.report.analysis.folder import write_analysis
 
 
 def page_of(made: Made, folder: Path) -> tuple[str, Page]:
