@@ -46,6 +46,8 @@ STYLE = {
     "svg.fonttype": "none",
 }
 PNG_DPI = 200
+TAG = re.compile(r"<[a-zA-Z/][^>]*>")
+COORDINATES = re.compile(r' (?:d|x|y|width|height|points)="[^"]*"|(?:rotate|translate)\([^)]*\)')  # of a tag
 
 
 @dataclass(frozen=True)
@@ -90,21 +92,30 @@ def block_axis(axes: Axes, depth: int) -> None:
 
 
 def themed(svg: str, title: str) -> str:
-    """Matplotlib's SVG as an element of a page: sized, coloured and lettered by the page, and free of addresses."""
+    """Matplotlib's SVG as an element of a page: sized, coloured and lettered by the page, and free of addresses.
+
+    Only tags are touched: texts between them, such as names and the numbers of an axis, stay as they are.
+    """
     from html import escape
 
     view = re.search(r'viewBox="[^"]+"', svg)
     assert view is not None
     body = svg[svg.index("<defs>") :]
     body = re.sub(r"<style[^>]*>.*?</style>", "", body, flags=re.DOTALL)  # it would reach the whole page
-    body = re.sub(r"font: (?:\w+ )*([\d.]+)px [^;\"]+", r"font-size: \1px", body)
-    body = re.sub(r"font-family: [^;\"]+;? ?", "", body)
-    body = re.sub(r"(\d\.\d\d)\d+", r"\1", body)  # a hundredth of a point is fine enough
-    used = set(re.findall(r"#([\w-]+)", body))
-    body = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", body)
-    for name, colour in COLOURS.items():
-        body = body.replace(colour, f"var(--{name})")
+    used = {name for tag in TAG.findall(body) for name in re.findall(r"#([\w-]+)", tag)}
+    body = TAG.sub(lambda found: _themed_tag(found[0], used), body)
     return f'<svg {view[0]} role="img" aria-label="{escape(title)}">\n{body.strip()}'
+
+
+def _themed_tag(tag: str, used: set[str]) -> str:
+    """A tag with the page's font and colours, coordinates to a hundredth of a point, and the id only if it is used."""
+    tag = re.sub(r"font: (?:\w+ )*([\d.]+)px [^;\"]+", r"font-size: \1px", tag)
+    tag = re.sub(r"font-family: [^;\"]+;? ?", "", tag)
+    tag = COORDINATES.sub(lambda found: re.sub(r"(\d\.\d\d)\d+", r"\1", found[0]), tag)
+    tag = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", tag)
+    for name, colour in COLOURS.items():
+        tag = tag.replace(colour, f"var(--{name})")
+    return tag
 
 
 @contextlib.contextmanager
