@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +27,9 @@ class Named(NamedTuple):
 
 
 def number(value: float, digits: int = 4) -> str:
-    """Four significant digits, with commas: 0.01234, 21.08, 432.5, 12,346."""
+    """Four significant digits, with commas: 0.01234, 21.08, 432.5, 12,346; or that it is not finite."""
+    if not math.isfinite(value):
+        return "not finite"
     if value == 0:
         return "0"
     if abs(value) >= 10 ** (digits - 1):

@@ -31,6 +31,8 @@ KINDS = {
     "registers and a threshold": Made(registers=True, settings={"norm_threshold": 30, "blocks": "1,3"}),
     "one block": Made(depth=1, first=0, drawn=1),
     "no pictures": Made(drawn=0),
+    "tokens that are not finite": Made(depth=2, first=None, broken=0, drawn=1, compared=True),
+    "attention that was not seen": Made(depth=1, first=None, attended=False, drawn=1),
 }
 
 
@@ -90,7 +92,13 @@ def test_the_figures_are_those_that_were_asked_for(written: tuple[Made, Path, An
     charts += [f"positions-block-{block}" for block in firsts | {made.depth - 1}]
     expected = {chart + ending for chart in charts for ending in ("", "-other")[: len(sides)]}
     expected |= {"cosine"} if made.compared else set()
-    kinds = ["pca", "norm", "angles", *(["attention"] if made.has_cls else []), *(["cosine"] if made.compared else [])]
+    kinds = [
+        "pca",
+        "norm",
+        "angles",
+        *(["attention"] if made.has_cls and made.attended else []),
+        *(["cosine"] if made.compared else []),
+    ]
     expected |= {f"{image:04d}-image-{image}-{kind}" for image in range(made.drawn) for kind in kinds}
     found = {Path(figure.file).stem for figure in analysis.figures}
     targets = {name for name in found if "-targets" in name}

@@ -12,7 +12,8 @@ from matplotlib import colormaps
 
 from sinder_cli.analysis.records import Distribution
 from sinder_cli.report.analysis.image_maps import MARK, drawn_image, mask_map, paint_image, shared_scales
-from sinder_cli.report.drawing.pictures import LabelledPicture
+from sinder_cli.report.drawing.colours import ABSENT
+from sinder_cli.report.drawing.pictures import LabelledPicture, clip_range, pca_map
 from sinder_cli.report.drawing.rows import Row, draw_rows
 from sinder_cli.report.drawing.scales import (
     ANGLES,
@@ -72,7 +73,10 @@ def test_ticks_lie_where_their_labels_say() -> None:
 
 def test_values_that_are_no_numbers_still_make_a_map() -> None:
     broken = torch.tensor([[math.nan, math.inf], [1.0, 20.0]])
-    assert norm_scale([distribution(10, 20, 400)]).paint(broken).shape == (2, 2, 3)
+    painted = norm_scale([distribution(10, 20, 400)]).paint(broken)
+    assert [tuple(colour) for colour in painted[0]] == [ABSENT, ABSENT]
+    assert ABSENT not in [tuple(colour) for colour in painted[1]]
+    assert attention_scale(broken).high == 20
     assert attention_scale(torch.zeros(2, 2)).paint(torch.zeros(2, 2)).shape == (2, 2, 3)
 
 
@@ -147,6 +151,13 @@ def test_principal_components_are_clipped_at_the_percentiles_of_both_sides() -> 
     pooled = np.array([value for components in maps for row in components.tolist() for value in row])
     for channel in range(3):
         assert np.allclose((low[channel], high[channel]), np.percentile(pooled[:, channel], [1, 99]), atol=1e-6)
+
+
+def test_a_token_that_is_not_finite_is_grey_among_the_principal_components() -> None:
+    components = torch.tensor([[[1.0, 2.0, 3.0], [1.0, math.nan, 3.0]], [[0.0, 1.0, 2.0], [-1.0, 5.0, math.inf]]])
+    colours = pca_map(components, clip_range([components]))
+    grey = [[tuple(colour) == ABSENT for colour in row] for row in colours]
+    assert grey == [[False, True], [False, True]]
 
 
 def test_norms_of_both_sides_share_a_scale_block_by_block() -> None:

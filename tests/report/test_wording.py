@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,15 @@ from sinder_cli.report.wording import counted, degrees, duration, number, number
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [(0, "0"), (0.012341, "0.01234"), (21.084, "21.08"), (432.46, "432.5"), (12345.6, "12,346")]
+    ("value", "words"),
+    [
+        (0, "0"),
+        (0.012341, "0.01234"),
+        (21.084, "21.08"),
+        (432.46, "432.5"),
+        (12345.6, "12,346"),
+        (math.nan, "not finite"),
+    ],
 )
 def test_numbers_have_four_digits(value: float, words: str) -> None:
     assert number(value) == words

@@ -143,9 +143,15 @@ def _position_charts(analysis: Analysis, sides: list[ChartSide], block: int) -> 
 
 def _position_caption(analysis: Analysis, block: str) -> str:
     rows, columns = analysis.grid
+    other = (
+        ""
+        if analysis.settings.get("resize") == "square"  # all images have this grid
+        else " Where an image has another grid, its tokens count at the place that they have relative to the image, and"
+        " several may share one; grey: no token lay there."
+    )
     return (
-        f"How often each place of the {rows} × {columns} grid is marked after block {block}, in percent of the images,"
-        f" by rule; colours from 0 to the largest share of the block. {_taken(analysis)}"
+        f"Of the tokens at each place of the {rows} × {columns} grid, the share that each rule marks after block"
+        f" {block}, in percent; colours from 0 to the largest share of the block.{other} {_taken(analysis)}"
     )
 
 

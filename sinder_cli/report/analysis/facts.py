@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sinder_cli.analysis.records import Analysis, BlockRecord, Distribution, Marked, Rule, Side
+from sinder_cli.analysis.records import Analysis, BlockRecord, Distribution, Marked, Rule, Side, VerdictKind
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.files import printable
 from sinder_cli.report import wording
 from sinder_cli.report.wording import NOTHING, Named, counted, degrees, number, percent
 
-COLOUR_OF = {"defects": "open", "unpredicted": "open", "aligned": "none", "none": "good"}
+COLOUR_OF: dict[VerdictKind, str] = {
+    "broken": "broken",
+    "defects": "open",
+    "unpredicted": "open",
+    "aligned": "none",
+    "none": "good",
+}
+SIDES = ("first", "second")  # of a comparison
 
 
 class Measure(NamedTuple):
@@ -29,12 +36,21 @@ class Cell(NamedTuple):
 
 
 class BlockRow(NamedTuple):
-    """One block of one side; `side` is the number of the side, and a direction that is not determined is dimmed."""
+    """One block of one side, `first` or `second`; a direction that is not determined is dimmed."""
 
     block: int
-    side: int
+    side: str
     determined: bool
     cells: list[Cell]
+
+
+class Columns(NamedTuple):
+    """Which columns the table of blocks has besides those that it always has."""
+
+    broken: bool
+    threshold: bool
+    cls: bool
+    registers: bool
 
 
 def sides_of(analysis: Analysis) -> list[Side]:
@@ -48,7 +64,19 @@ def labels_of(analysis: Analysis) -> list[str]:
     for labels in ([side.model for side in sides], [f"{side.model}, {side.weights}" for side in sides]):
         if len(set(labels)) == len(sides):
             return [printable(label) for label in labels]
-    return [printable(f"{side.model}, {place}") for side, place in zip(sides, ("first", "second"), strict=False)]
+    return [printable(f"{side.model}, {place}") for side, place in zip(sides, SIDES, strict=False)]
+
+
+def side_names(analysis: Analysis) -> list[Named]:
+    """Which model and weights are the first and the second side; nothing for one backbone."""
+    sides = sides_of(analysis)
+    names = SIDES if len(sides) == 2 else ()
+    return [Named(name, printable(f"{s.model}, {s.weights}")) for name, s in zip(names, sides, strict=False)]
+
+
+def has_broken_tokens(analysis: Analysis) -> bool:
+    """Whether there are tokens that are not finite, in any block."""
+    return any(block.nonfinite for side in sides_of(analysis) for block in side.blocks)
 
 
 def rule_words(analysis: Analysis) -> dict[Rule, str]:
@@ -61,14 +89,17 @@ def rule_words(analysis: Analysis) -> dict[Rule, str]:
 def key_measures(analysis: Analysis) -> list[Measure]:
     """The numbers that matter most: those of the last block, unless they say otherwise."""
     sides = sides_of(analysis)
+    broken = has_broken_tokens(analysis)
+    at_least = analysis.settings["min_tokens"]
 
     def row(name: str, say: Callable[[Side], str]) -> Measure:
         return Measure(name, [say(side) for side in sides])
 
     rows = [
         row("Seen from block", lambda side: _whole(side.verdict.first_block)),
+        *([row("Tokens not finite", lambda side: f"{side.blocks[-1].nonfinite:,}")] if broken else []),
         row("Outlying tokens", lambda side: _marked(side.blocks[-1].marked["outlying"])),
-        row("Images with outlying tokens", lambda side: _images(side.blocks[-1].marked["outlying"])),
+        row(f"Images with {at_least} or more of them", lambda side: _images(side.blocks[-1].marked["outlying"])),
         row("Marked by equation (5)", lambda side: _marked(side.blocks[-1].marked["equation_5"])),
         row("Median norm", lambda side: _of(side.blocks[-1].patch_norm, "median")),
         row("Largest norm", lambda side: _of(side.blocks[-1].patch_norm, "max")),
@@ -83,34 +114,35 @@ def key_measures(analysis: Analysis) -> list[Measure]:
 def block_rows(analysis: Analysis) -> list[list[BlockRow]]:
     """Per block, one row a side."""
     sides = sides_of(analysis)
-    threshold = "above_threshold" in rule_words(analysis)
-    registers = any(block.register_norm for side in sides for block in side.blocks)
-    cls = any(block.cls_norm for side in sides for block in side.blocks)
+    shown = Columns(
+        broken=has_broken_tokens(analysis),
+        threshold="above_threshold" in rule_words(analysis),
+        cls=any(block.cls_norm for side in sides for block in side.blocks),
+        registers=any(block.register_norm for side in sides for block in side.blocks),
+    )
     return [
-        [
-            BlockRow(at, number_of, block.determined, _cells(block, threshold, cls, registers))
-            for number_of, block in enumerate(blocks)
-        ]
+        [BlockRow(at, name, block.determined, _cells(block, shown)) for name, block in zip(SIDES, blocks, strict=False)]
         for at, blocks in enumerate(zip(*(side.blocks for side in sides), strict=True))
     ]
 
 
-def _cells(block: BlockRecord, threshold: bool, cls: bool, registers: bool) -> list[Cell]:
+def _cells(block: BlockRecord, shown: Columns) -> list[Cell]:
     observed = block.observed
     return [  # what a phone shows without scrolling comes first
+        *([Cell("not finite", f"{block.nonfinite:,}")] if shown.broken else []),
         Cell("median norm", _of(block.patch_norm, "median")),
         Cell("largest norm", _of(block.patch_norm, "max")),
         Cell("> 3 × median", _tokens(block.marked["outlying"])),
         Cell("eq. (5) tokens", _tokens(block.marked["equation_5"])),
         Cell("observed to ν", _angle(block)),
         Cell("σ₁/σ₂", number(block.gap["cumulative"])),
-        *([Cell("> threshold", _tokens(block.marked["above_threshold"]))] if threshold else []),
+        *([Cell("> threshold", _tokens(block.marked["above_threshold"]))] if shown.threshold else []),
         Cell("agreement", _share(block.agreement.get("equation_5/outlying"))),
         Cell("spread within", degrees(observed.spread_within_deg if observed else None)),
         Cell("spread across", degrees(observed.spread_across_deg if observed else None)),
         Cell("99 % norm", _of(block.patch_norm, "p99")),
-        *([Cell("cls norm", _of(block.cls_norm, "median"))] if cls else []),
-        *([Cell("register norm", _of(block.register_norm, "median"))] if registers else []),
+        *([Cell("cls norm", _of(block.cls_norm, "median"))] if shown.cls else []),
+        *([Cell("register norm", _of(block.register_norm, "median"))] if shown.registers else []),
     ]
 
 
@@ -144,7 +176,11 @@ def origin_rows(analysis: Analysis) -> list[Named]:
     told = [
         row
         for side, which in zip(sides, order, strict=True)
-        for row in (Named(f"Model{which}", side.model), Named(f"Weights{which}", side.weights))
+        for row in (
+            Named(f"Model{which}", side.model),
+            Named(f"Weights{which}", side.weights),
+            Named(f"Fingerprint of the weights{which}", side.fingerprint),
+        )
     ]
     return [
         *told,

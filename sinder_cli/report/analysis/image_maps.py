@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,8 @@ class SideMaps:
     targets: tuple[LabelledPicture, ...]
     block: int | None
     outlying: int
-    largest: float
+    largest: float  # norm; of the tokens that are finite
+    broken: int  # tokens that are not finite
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def paint_image(image: DrawnImage, scales: Scales, labels: Sequence[str]) -> Ima
 
 
 def _side_maps(image: DrawnImage, side: PortraitSide, scales: Scales, name: str) -> SideMaps:
-    outlying, largest = int(side.outlying.sum()), side.norms.max().item()
+    outlying, finite = int(side.outlying.sum()), side.norms[side.norms.isfinite()]
+    largest = finite.max().item() if len(finite) else math.nan
     told = f"Token norms of {name}: largest {number(largest)}, outlying {outlying:,}"
     attention = side.attention
     return SideMaps(
@@ -126,6 +129,7 @@ def _side_maps(image: DrawnImage, side: PortraitSide, scales: Scales, name: str)
         block=side.targets.block if side.targets else None,
         outlying=outlying,
         largest=largest,
+        broken=side.norms.numel() - len(finite),
     )
 
 

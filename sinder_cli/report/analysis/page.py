@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from sinder_cli.report.analysis.image_maps import ImageMaps, Scales, SideMaps
     from sinder_cli.report.drawing.pictures import LabelledPicture
 
+ATTENTION = (
+    "Of cls to each patch in the last block, mean over heads;"
+    " every map from its own smallest to its own largest weight."
+)
+UNSEEN = "the kernel that computes it does not show its weights, as --attention sdpa or eager would"
 EMBEDDED_IMAGES = 24  # more would make a page that a phone cannot hold
 
 
@@ -32,18 +37,20 @@ class PanelGroup(NamedTuple):
 
 
 class PageImage(NamedTuple):
-    """One image with its pictures and its own numbers."""
+    """One image with its pictures and its own numbers; `attended` says of which sides attention is drawn."""
 
     name: str
     numbers: list[str]
     groups: list[PanelGroup]
+    attended: tuple[bool, ...]
 
 
 class Bar(NamedTuple):
-    """A colour scale to be read beside the pictures."""
+    """A colour scale to be read beside the pictures, and on which of them it holds."""
 
     name: str
     scale: ColourScale
+    where: str
     uri: str
 
 
@@ -64,6 +71,7 @@ def render_analysis_page(
     return html_template("analysis/page.html.jinja").render(
         title=" and ".join(labels),
         labels=labels,
+        sides=facts.side_names(analysis),
         verdicts=[
             SideVerdict(label, COLOUR_OF[side.verdict.kind], side.verdict.sentence, side.verdict.confidence)
             for label, side in zip(labels, sides_of(analysis), strict=True)
@@ -76,6 +84,8 @@ def render_analysis_page(
         groups=[(group, [chart.svg() for chart in group.charts]) for group in groups],
         images=images,
         drawn=drawn,
+        attention=_attention_words(analysis, images),
+        broken=facts.has_broken_tokens(analysis),
         bars=_bars(scales, len(labels) > 1) if scales else [],
         excluded=bool(analysis.settings.get("exclude_masked")),
         settings=facts.setting_rows(analysis),
@@ -88,11 +98,24 @@ def embedded(image: ImageMaps, scales: Scales, labels: Sequence[str]) -> PageIma
     """One image's part of the page; `labels` names the sides of a comparison, and is one empty text without."""
     outlying = " → ".join(f"{side.outlying:,}" for side in image.sides)
     largest = " → ".join(wording.number(side.largest) for side in image.sides)
-    return PageImage(
-        image.name,
-        [f"Outlying tokens {outlying}", f"Largest norm {largest}"],
-        list(_groups(image, scales, labels)),
-    )
+    numbers = [f"Outlying tokens {outlying}", f"Largest norm {largest}"]
+    if any(side.broken for side in image.sides):
+        numbers.append(f"Tokens not finite {' → '.join(f'{side.broken:,}' for side in image.sides)}")
+    attended = tuple(side.attention is not None for side in image.sides)
+    return PageImage(image.name, numbers, list(_groups(image, scales, labels)), attended)
+
+
+def _attention_words(analysis: Analysis, images: Sequence[PageImage]) -> list[str]:
+    """What the maps of attention show, if there are any, and why a side has none."""
+    sides = sides_of(analysis)
+    drawn = [any(image.attended[at] for image in images) for at in range(len(sides))]
+    words = [ATTENTION] if any(drawn) else []
+    for side, name, seen in zip(sides, facts.SIDES, drawn, strict=False):
+        if not seen:
+            of = f" of the {name} side" if len(sides) == 2 else ""
+            cls = any(block.cls_norm for block in side.blocks)
+            words.append(f"The attention{of} is not drawn: {UNSEEN if cls else 'there is no cls token'}.")
+    return words
 
 
 def _groups(image: ImageMaps, scales: Scales, labels: Sequence[str]) -> Iterator[PanelGroup]:
@@ -130,5 +153,9 @@ def _panel(shown: LabelledPicture, sharp: bool = True) -> Panel:
 
 
 def _bars(scales: Scales, compared: bool) -> list[Bar]:
-    shown = [("Norm", scales.norms[-1]), ("Angle", ANGLES), *([("Cosine", scales.cosine)] if compared else [])]
-    return [Bar(name, scale, data_uri(scale.bar())) for name, scale in shown]
+    shown = [
+        ("Norm", scales.norms[-1], "on every map of the last block; learning targets have the scale that they name"),
+        ("Angle", ANGLES, "on every map"),
+        *([("Cosine", scales.cosine, "on every map")] if compared else []),
+    ]
+    return [Bar(name, scale, where, data_uri(scale.bar())) for name, scale, where in shown]

@@ -10,6 +10,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from sinder_cli.report.drawing.colours import ABSENT
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -58,8 +60,10 @@ def clip_range(components: Sequence[Tensor]) -> Span:
 
 
 def pca_map(components: Tensor, span: Span) -> Picture:
-    """Three principal components `[…, 3]` as red, green and blue; what is not a number is 0, the mean."""
-    return to_bytes(linear_position(components.nan_to_num().numpy(), *span))
+    """Three principal components `[…, 3]` as red, green and blue; a token that is not finite is grey."""
+    colours = to_bytes(linear_position(components.nan_to_num(0, 0, 0).numpy(), *span))
+    colours[~components.isfinite().all(dim=-1).numpy()] = ABSENT
+    return colours
 
 
 def picture(pixels: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Picture:

@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sinder_cli.report.drawing.colours import BRIGHT
+from sinder_cli.report.drawing.colours import ABSENT, BRIGHT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-ABSENT = "#8a8a8a"  # where no token fell
-
 
 def draw_positions(figure: Figure, title: str, shares: Mapping[str, Tensor | None], top: float) -> None:
-    """One map `[H, W]` of shares a rule, in percent of the images, up to `top`, which both sides share.
+    """One map `[H, W]` a rule: of the tokens at each place the share that it marks, and grey where there were none.
 
-    A rule that does not apply to the block has None, and an empty place of the same shape; one rule always applies.
+    Colours go up to `top`, which both sides share. A rule that does not apply to the block has None, and an empty place
+    of the same shape; one rule always applies.
     """
     import torch
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
-    colour_map = colormaps[BRIGHT].with_extremes(bad=ABSENT)
+    colour_map = colormaps[BRIGHT].with_extremes(bad="#" + bytes(ABSENT).hex())
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     shape = next(share.shape for share in shares.values() if share is not None)
     axes = figure.subplots(1, len(shares), squeeze=False, sharey=True)[0]
@@ -38,7 +37,7 @@ def draw_positions(figure: Figure, title: str, shares: Mapping[str, Tensor | Non
         for axis in (each.xaxis, each.yaxis):
             axis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
     axes[0].set_ylabel("row, patches")
-    bar = figure.colorbar(drawn, ax=list(axes), label="share of images, %", shrink=0.85, pad=0.02)
+    bar = figure.colorbar(drawn, ax=list(axes), label="share of the tokens there, %", shrink=0.85, pad=0.02)
     bar.outline.set_visible(False)
     assert bar.solids is not None
     bar.solids.set_rasterized(True)  # an image: 256 bands would show seams between them

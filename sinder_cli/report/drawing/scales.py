@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from sinder_cli.report.drawing.colours import BRIGHT
+from sinder_cli.report.drawing.colours import ABSENT, BRIGHT
 from sinder_cli.report.drawing.pictures import linear_position, log_position
 from sinder_cli.report.drawing.ticks import Tick, log_ticks, round_steps
 from sinder_cli.report.wording import number, numbers
@@ -59,16 +59,18 @@ class ColourScale:
     step: float | None = None  # between ticks; None: a round one
 
     def paint(self, values: Tensor) -> Picture:
-        """Values `[h, w]` → colours `[h, w, 3]`; what is not finite takes the lowest colour."""
+        """Values `[h, w]` → colours `[h, w, 3]`; what is not finite is grey."""
         from matplotlib import colormaps
 
-        values = values.double().nan_to_num(self.low, self.high, self.low)
+        absent = ~values.isfinite().numpy()
+        values = values.double().nan_to_num(self.low, self.low, self.low)
         if self.logarithmic:
             at = log_position(values, self.low, self.high)
         else:
             at = linear_position(values.numpy(), self.low, self.high)
-        colours: Picture = colormaps[self.colour_map](at, bytes=True)
-        return colours[..., :3]
+        colours: Picture = colormaps[self.colour_map](at, bytes=True)[..., :3]
+        colours[absent] = ABSENT
+        return colours
 
     def bar(self, width: int = 256, height: int = 12) -> Picture:
         """All colours, `[height, width, 3]`: from `low` at the left to `high` at the right."""
