@@ -100,7 +100,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, document: Any) -> None:
     """Write `document` as indented JSON, whole or not at all; NaN is refused."""
-    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(document))
+
+
+def json_text(document: Any) -> str:
+    """A document as files and standard output have it: indented, letters as they are, NaN refused.
+
+    What of a file's name is no character becomes an escape of JSON, `\\udcff`.
+    """
+    text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def require_writable_folder(folder: Path) -> None:
