@@ -106,6 +106,14 @@ def test_the_figures_are_those_that_were_asked_for(written: tuple[Made, Path, An
     assert len(targets) >= made.drawn if made.first is not None else not targets
 
 
+def test_a_figure_says_what_its_grey_patches_are(tmp_path: Path) -> None:
+    made = Made(depth=1, first=None, broken=0, drawn=1, compared=True)
+    figures = write_analysis(tmp_path / "out", made.result(), silent).figures
+    for kind in ("pca", "norm", "angles", "cosine"):
+        (caption,) = [each.caption for each in figures if each.file.endswith(f"image-0-{kind}.png")]
+        assert caption.endswith("Dark grey: tokens that are not finite.")
+
+
 def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
     made = Made(depth=2, compared=True, drawn=1)
     for name in ("one", "two"):

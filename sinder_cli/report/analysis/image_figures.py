@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
+from sinder_cli.report.analysis.facts import has_broken_tokens
 from sinder_cli.report.analysis.image_maps import ImageMaps, Scales, SideMaps
 from sinder_cli.report.drawing.pictures import LabelledPicture, encoded
 from sinder_cli.report.drawing.rows import Row, draw_rows
@@ -84,6 +85,11 @@ class Captions(NamedTuple):
     labels: Sequence[str]
     analysis: Analysis
 
+    @property
+    def grey(self) -> str:
+        """What grey patches are, where there are any."""
+        return " Dark grey: tokens that are not finite." if has_broken_tokens(self.analysis) else ""
+
     def pca(self, block: int) -> str:
         """Of the principal components."""
         out = "all but the marked" if self.analysis.settings.get("exclude_masked") else "all"
@@ -92,14 +98,14 @@ class Captions(NamedTuple):
             f"{self.image}, and the first three principal components of its patch tokens after block {block},"
             f" {BEFORE_NORM}, as red, green and blue. One basis for all {self.analysis.images:,} images{both}, from"
             f" {out} patch tokens; the sign of a component makes its largest entry positive; colours are clipped to the"
-            f" 1st to 99th percentile."
+            f" 1st to 99th percentile.{self.grey}"
         )
 
     def norm(self, block: int, scale: ColourScale) -> str:
         """Of the norms."""
         return (
             f"L2 norms of the patch tokens of {self.image} after block {block}, {BEFORE_NORM}: {scale.words}, the same"
-            f" scale for every image."
+            f" scale for every image.{self.grey}"
         )
 
     def attention(self, block: int) -> str:
@@ -117,7 +123,7 @@ class Captions(NamedTuple):
             f" weights (cumulative stage), 0° to 90°, bright where aligned; and the patches that equation (5) marks"
             f" (amber): inner ones with −|cos| more than {settings.get('mask_threshold', 4):g} standard deviations"
             f" below their image's mean. Grey: σ₁/σ₂ is below {settings.get('min_gap', 1.1):g}, so that ν is not"
-            f" determined and nothing is marked."
+            f" determined and nothing is marked.{self.grey}"
         )
 
     def targets(self, block: int, scale: ColourScale, label: str) -> str:
@@ -127,12 +133,12 @@ class Captions(NamedTuple):
             f"{self.image}{f', {label}' if label else ''}: L2 norms after block {block}, its first defective one,"
             f" {BEFORE_NORM}, as they are, and with each marked token at its learning target: the average of its"
             f" {kernel} × {kernel} neighbours, weighted by a Gaussian and exp(−|cos|/τ). Scale of block {block}:"
-            f" {scale.words}."
+            f" {scale.words}.{self.grey}"
         )
 
     def cosine(self, block: int, scale: ColourScale) -> str:
         """Of the cosines between both sides."""
         return (
             f"{self.image}: cosine between the patch tokens of {' and '.join(self.labels)} after block {block},"
-            f" {BEFORE_NORM}, {scale.words}; bright where they differ."
+            f" {BEFORE_NORM}, {scale.words}; bright where they differ.{self.grey}"
         )
