@@ -65,8 +65,8 @@ def test_outlying_tokens_along_a_determined_direction_are_defects() -> None:
         "Their direction is the one that the weights predict, 4.0° off at block 2."
     )
     assert verdict.confidence == (
-        "Little doubt: σ₁/σ₂ is 3.1 at block 2, the direction was seen on 300 tokens there, and it lies within 30° of the"
-        " predicted one in 3 of 3 blocks."
+        "Little doubt: σ₁/σ₂ is 3.1 at block 2, the direction was seen on 300 tokens there, and it lies within"
+        " 30° of the predicted one in 3 of 3 blocks."
     )
 
 
