@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -19,13 +19,12 @@ from sinder_cli.backbone.opening import load_module, open_backbone, require_load
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
 from sinder_cli.defects.settings import DetectionSettings
 from sinder_cli.errors import NoInputError, UsageError
-from sinder_cli.events import Emit, Finished, Noted, Started, Warned, silent, tracked
+from sinder_cli.events import Emit, Finished, Noted, Started, Warned, silent
 from sinder_cli.files import require_writable_file, sha256_of, write_json
-from sinder_cli.images.choosing import sampled, spread
+from sinder_cli.images.choosing import sampled
 from sinder_cli.images.finding import find_images
-from sinder_cli.images.loading import LoadedImage, load_in_order, readable, require_some, skip_all
+from sinder_cli.images.loading import require_some
 from sinder_cli.images.preprocessing import MIN_PATCHES, Preprocessing, Resize
-from sinder_cli.images.processes import worker_count
 from sinder_cli.images.sources import DrawnImages, ImageSource
 from sinder_cli.ranks import ALONE, Ranks, require_alike
 from sinder_cli.repair.settings import RepairSettings
@@ -111,57 +110,58 @@ def analyze(
     if other is not None and settings.clamp is not None:
         raise UsageError("cannot compare with two models", "one is named, one is clamped", "leave one of them out")
     named = _named_images(places, stdin, emit, ranks)  # before a checkpoint is read, or even downloaded
-    from sinder_cli.analysis.batches import equal_shapes
-    from sinder_cli.analysis.clamp import clamped
+    from sinder_cli.analysis.batches import ImageBatches
     from sinder_cli.analysis.portraits import portraits, shown_blocks
     from sinder_cli.analysis.results import AnalysisResult, analysis_of
-    from sinder_cli.analysis.survey import require_comparable, survey
+    from sinder_cli.analysis.survey import survey
 
     device = exact_device(_device(settings, ranks, emit))
     require_attention(request.attention, device)
-    first = open_model(request)
+    backbones = _compared(open_model(request), other, settings.clamp, emit)
+    first = backbones[0]
     shown = shown_blocks(first.depth, settings.blocks)
     preprocess = preprocessing(first, settings.image_size, settings.resize)
     source = named or drawn_images(first, settings.seed)
-    compared = [first]
-    if other is not None:
-        compared.append(open_model(other))
-    elif settings.clamp is not None:
-        compared.append(clamped(first, settings.clamp, emit))
-    require_comparable(compared)
     require_alike({"images": source.fingerprint()}, ranks)
-    subjects = [_subject(backbone, device, emit, ranks) for backbone in compared]
-
     chosen = sampled(len(source), settings.limit, settings.seed)
-    mine = ranks.share(chosen)
-    workers = worker_count(settings.workers, ranks.local_size)
-    skipped: dict[str, str] = {}
+    images = ImageBatches(source, preprocess, chosen, settings, emit, ranks)
+    subjects = [_subject(backbone, device, emit, ranks) for backbone in backbones]
 
-    def batches(loaded: Iterator[LoadedImage]) -> Iterator[tuple[list[str], Tensor]]:
-        return equal_shapes(readable(loaded, skipped, emit), settings.batch_size)
-
-    loaded = load_in_order(source, preprocess, mine, workers)
-    counted = tracked(loaded, emit, "analyzing", len(mine), "images")
-    grid = preprocess.size // first.patch_size
-    drawn = spread(chosen, len(chosen) if settings.figures == "all" else settings.figures) if draw else []
-    images = (pixels for _, pixels in batches(counted))
-    surveys = survey(subjects, images, (grid, grid), settings, device, bool(drawn), ranks)
-    skip_all(ranks.at_first(skipped), skipped, emit)
+    grid = (preprocess.size // first.patch_size,) * 2
+    surveys = survey(subjects, images.share(), grid, settings, device, draw and settings.figures != 0, ranks)
+    images.gather_skipped()
     if surveys is None:
         return None
-    require_some(surveys.images, len(skipped))
-    drawn = [index for index in drawn if source.name(index) not in skipped]
-    again = batches(load_in_order(source, preprocess, drawn, workers))
+    require_some(surveys.images, len(images.skipped))
+    drawn, again = images.again(settings.figures if surveys.basis else 0)
+    resolved = settings.model_copy(
+        update={"device": device, "blocks": shown, "image_size": None if settings.resize == "none" else preprocess.size}
+    )
     return AnalysisResult(
-        analysis=analysis_of(subjects, surveys, settings, (grid, grid), skipped),
+        analysis=analysis_of(subjects, surveys, resolved, grid, images.skipped),
         predictions=tuple(subject.prediction for subject in subjects),
         surveys=surveys.sides,
         blocks=shown,
         portraits=portraits(subjects, again, surveys.basis, settings, device) if surveys.basis else iter(()),
-        drawn=len(drawn),
+        drawn=drawn,
         mean=preprocess.mean,
         std=preprocess.std,
     )
+
+
+def _compared(first: Backbone, other: ModelRequest | None, clamp: int | None, emit: Emit) -> list[Backbone]:
+    """The backbone, and the one that it is compared with if there is one: another, or itself clamped."""
+    from sinder_cli.analysis.survey import require_comparable
+
+    if other is not None:
+        backbones = [first, open_model(other)]
+        require_comparable(backbones)
+        return backbones
+    if clamp is not None:
+        from sinder_cli.analysis.clamp import clamped
+
+        return [first, clamped(first, clamp, emit)]
+    return [first]
 
 
 def _subject(backbone: Backbone, device: str, emit: Emit, ranks: Ranks) -> Subject:
@@ -259,8 +259,8 @@ def _opened(
 
 
 def _require_elsewhere(out: Path, request: ModelRequest) -> None:
-    """Refuse to remove the run that the model to be repaired lies in."""
-    for place in (Path(request.model), request.weights):
+    """Refuse to remove the run that the model to be repaired, or its adapter, lies in."""
+    for place in (Path(request.model), request.weights, request.adapter):
         if place is not None and place.exists() and out.resolve() in (place.resolve(), *place.resolve().parents):
             what = f"cannot replace the run in {out}"
             raise UsageError(what, "it holds the weights that are to be repaired", "choose another --out")

@@ -55,28 +55,42 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success flush what is in it and rename it to `path`, else remove it.
+    """Yield a temporary folder; on success flush what is in it and put it in the place of `path`, else remove it.
 
-    `path` may be an empty folder; folders above it are created. Raises `CannotCreateError` or `StorageError` for what
-    the file system refuses.
+    A new `path` appears in one rename; folders above it are created. One that is there must be empty, and stays the
+    same folder (it may be somebody's working directory or a mount): it is filled by one rename for each entry.
+    Raises `CannotCreateError` or `StorageError` for what the file system refuses.
     """
     path = path.resolve()
     require_new_folder(path)
+    there = path.is_dir()
+    place = path if there else path.parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        place.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=place))
     except OSError as error:
         raise output_error(path, error) from error
     try:
         yield temporary
         _flush_tree(temporary)
-        temporary.chmod(0o777 & ~_umask())
-        temporary.rename(path)  # over an empty folder, never over one that was filled meanwhile
-        flush(path.parent)
+        if there:
+            _move_entries(temporary, path)
+        else:
+            temporary.chmod(0o777 & ~_umask())
+            temporary.rename(path)  # over an empty folder, never over one that was filled meanwhile
+        flush(place)
     except OSError as error:
         raise output_error(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_entries(source: Path, target: Path) -> None:
+    """Move all entries into a folder that holds nothing but `source`; folders first: a page finds its pictures."""
+    if list(target.iterdir()) != [source]:
+        raise CannotCreateError(f"cannot create {target}", "it was filled meanwhile", "choose another --out")
+    for entry in sorted(source.iterdir(), key=lambda entry: (entry.is_file(), entry.name)):
+        entry.rename(target / entry.name)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -93,7 +107,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, document: Any) -> None:
     """Write `document` as indented JSON, whole or not at all; NaN is refused."""
-    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+    write_text(path, json_text(document))
+
+
+def json_text(document: Any) -> str:
+    """A document as files and standard output have it: indented, letters as they are, NaN refused.
+
+    What of a file's name is no character becomes an escape of JSON, `\\udcff`.
+    """
+    text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def require_writable_folder(folder: Path) -> None:

@@ -210,6 +210,29 @@ def test_an_empty_folder_is_filled_and_a_filled_one_is_refused_untouched(tmp_pat
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_folder_that_is_there_stays_the_same_folder(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir(mode=0o700)
+    before = target.stat()
+    with replacing_folder(target) as temporary:
+        assert temporary.parent == target  # beside it nothing may be writable
+        (temporary / "figures").mkdir()
+        (temporary / "page.html").touch()
+    assert (target.stat().st_ino, target.stat().st_mode) == (before.st_ino, before.st_mode)
+    assert sorted(path.name for path in target.iterdir()) == ["figures", "page.html"]
+
+
+def test_an_empty_folder_that_was_filled_meanwhile_keeps_what_it_holds(tmp_path: Path) -> None:
+    def write() -> None:
+        with replacing_folder(tmp_path) as temporary:
+            (temporary / "ours").touch()
+            (tmp_path / "theirs").touch()
+
+    with pytest.raises(CannotCreateError, match="filled meanwhile"):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
 def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     target = tmp_path / "out"
     writing = replacing_folder(target)

@@ -1,11 +1,21 @@
-"""Batches of images of one shape."""
+"""The images of an analysis, in batches of one shape."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
+
+from sinder_cli.analysis.settings import AnalyzeSettings
+from sinder_cli.events import Emit, tracked
+from sinder_cli.images.choosing import spread
+from sinder_cli.images.loading import LoadedImage, load_in_order, readable, skip_all
+from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.images.processes import worker_count
+from sinder_cli.images.sources import ImageSource
+from sinder_cli.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,6 +23,43 @@ if TYPE_CHECKING:
 Key = TypeVar("Key")
 
 WAITING_BATCHES = 4  # images that wait for others of their shape, in batches: memory that many shapes may take
+
+
+@dataclass
+class ImageBatches:
+    """Images of a source, which can be gone through more than once; those that cannot be decoded are told once."""
+
+    source: ImageSource
+    preprocess: Preprocessing
+    indices: Sequence[int]
+    settings: AnalyzeSettings
+    emit: Emit
+    ranks: Ranks = ALONE
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def share(self) -> Iterator[Tensor]:
+        """Batches `[B, 3, H, W]` of the images that are this rank's, with progress."""
+        mine = self.ranks.share(self.indices)
+        loaded = tracked(self._loaded(mine), self.emit, "analyzing", len(mine), "images")
+        return (pixels for _, pixels in self._batched(loaded))
+
+    def gather_skipped(self) -> None:
+        """Let rank 0 know, and tell, what the others could not decode."""
+        skip_all(self.ranks.at_first(self.skipped), self.skipped, self.emit)
+
+    def again(self, most: int | Literal["all"]) -> tuple[int, Iterator[tuple[list[str], Tensor]]]:
+        """At most so many of the images that could be decoded, evenly spread: their number, and named batches."""
+        there = [index for index in self.indices if self.source.name(index) not in self.skipped]
+        chosen = spread(there, len(there) if most == "all" else most)
+        return len(chosen), self._batched(self._loaded(chosen))
+
+    def _loaded(self, indices: Sequence[int]) -> Iterator[LoadedImage]:
+        return load_in_order(
+            self.source, self.preprocess, indices, worker_count(self.settings.workers, self.ranks.local_size)
+        )
+
+    def _batched(self, loaded: Iterator[LoadedImage]) -> Iterator[tuple[list[str], Tensor]]:
+        return equal_shapes(readable(loaded, self.skipped, self.emit), self.settings.batch_size)
 
 
 def equal_shapes(images: Iterable[tuple[Key, Tensor]], size: int) -> Iterator[tuple[list[Key], Tensor]]:

@@ -12,7 +12,7 @@ from sinder_cli.backbone.blocks import rows_of
 from sinder_cli.backbone.describe import Backbone
 from sinder_cli.backbone.layermap import WeightRef, linear_references
 from sinder_cli.backbone.sources import TensorInfo, TensorSource
-from sinder_cli.events import Emit, tracked
+from sinder_cli.events import Emit, Warned, tracked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,5 +99,7 @@ def clamped(backbone: Backbone, k: int, emit: Emit) -> Backbone:
         for ref in refs:
             part = largest_part(rows_of(stored[ref.name], ref), k)
             parts.setdefault(weights.stored_names[ref.name], []).append((ref, part))
+    if not any(part.U.shape[1] for each in parts.values() for _, part in each):
+        emit(Warned(f"clamping to singular value {k} changes nothing: no layer has a larger one"))
     source = ClampedTensors(weights.source, {name: tuple(each) for name, each in parts.items()}, k)
     return replace(backbone, weights=replace(weights, source=source))

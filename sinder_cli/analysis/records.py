@@ -11,7 +11,7 @@ from sinder_cli.defects.rules import Stage
 TAPPED = "residual stream after each block, before the final norm"
 
 Rule = Literal["equation_5", "outlying", "above_threshold"]
-VerdictKind = Literal["defects", "unpredicted", "aligned", "none"]
+VerdictKind = Literal["broken", "defects", "unpredicted", "aligned", "none"]
 
 
 class Record(BaseModel):
@@ -21,7 +21,7 @@ class Record(BaseModel):
 
 
 class Distribution(Record):
-    """A set of numbers, summed up; quantiles come from fine bins and are right to 0.2 %."""
+    """A set of numbers, summed up; quantiles come from fine bins: norms to 0.2 %, angles 0.05°, cosines 0.0005."""
 
     count: int = Field(description="How many there were.")
     mean: float = Field(description="Mean.")
@@ -82,7 +82,8 @@ class BlockRecord(Record):
         "norm above 3 × the image's median, norm above `norm_threshold` (null without one)."
     )
     agreement: dict[str, float | None] = Field(
-        description="Intersection over union of two rules' tokens; null where neither marks any."
+        description="Intersection over union of two rules' tokens, as `equation_5/outlying`; null where neither marks "
+        "any; without rules that do not apply."
     )
     observed: Observed | None = Field(description="The shared direction of outlying tokens; null without any.")
 
@@ -91,7 +92,8 @@ class Verdict(Record):
     """What the numbers amount to."""
 
     kind: VerdictKind = Field(
-        description="`defects`: outlying tokens that the weights predict; `unpredicted`: outlying tokens that they do "
+        description="`broken`: tokens that are not finite; "
+        "`defects`: outlying tokens that the weights predict; `unpredicted`: outlying tokens that they do "
         "not; `aligned`: equation (5) marks tokens, none of outlying norm; `none`."
     )
     first_block: int | None = Field(description="The first block that shows them.")
@@ -101,12 +103,18 @@ class Verdict(Record):
     gap: float | None = Field(None, description="σ₁/σ₂ of the predicted direction that it rests on.")
     angle_to_predicted_deg: float | None = Field(None, description="Between the observed and that predicted direction.")
 
+    @property
+    def fails(self) -> bool:
+        """Whether `--fail-on-defects` fails: for tokens that stand out, predicted or not, or are not finite."""
+        return self.kind in ("broken", "defects", "unpredicted")
+
 
 class Side(Record):
     """One backbone over the images."""
 
     model: str = Field(description="Its name.")
     weights: str = Field(description="Where its weights came from.")
+    fingerprint: str = Field(description="SHA-256 of its weights.")
     verdict: Verdict
     blocks: tuple[BlockRecord, ...]
 
@@ -117,7 +125,9 @@ class PairRecord(Record):
     block: int = Field(description="Number of the block, from 0.")
     patch_cosine: Distribution | None = Field(description="Cosine between the two patch tokens at one place.")
     cls_cosine: Distribution | None = Field(description="Cosine between the two cls tokens; null without.")
-    agreement: dict[Rule, float | None] = Field(description="Intersection over union of both sides' tokens, by rule.")
+    agreement: dict[Rule, float | None] = Field(
+        description="Intersection over union of both sides' tokens, by rule; without rules that do not apply to both."
+    )
 
 
 class FigureFile(Record):
@@ -135,8 +145,14 @@ class Analysis(Side):
     tapped: str = Field(TAPPED, description="Where tokens are taken from.")
     images: int = Field(description="Images that were run.")
     skipped: dict[str, str] = Field(description="Images that could not be decoded, with the reason.")
-    grid: tuple[int, int] = Field(description="Rows and columns of the grid that positions refer to.")
-    settings: dict[str, Any] = Field(description="Resolved settings.")
+    grid: tuple[int, int] = Field(
+        description="Rows and columns of the grid that positions refer to; tokens of images of another shape count "
+        "where they lie relative to the image."
+    )
+    settings: dict[str, Any] = Field(
+        description="Settings as they were resolved, by the names of the options with underscores; image_size is null "
+        "where images were not resized."
+    )
     figures: tuple[FigureFile, ...] = Field((), description="Pictures written beside this document.")
     other: Side | None = Field(None, description="The second backbone of a comparison.")
     comparison: tuple[PairRecord, ...] | None = Field(None, description="Both sides, block by block.")

@@ -48,7 +48,7 @@ def analysis_of(
         images=surveys.images,
         skipped={printable(name): printable(why) for name, why in skipped.items()},
         grid=grid,
-        settings=settings.model_dump(),
+        settings=settings.model_dump(exclude={"workers"}),
         other=others[0] if others else None,
         comparison=surveys.pairs or None,
     )
@@ -59,6 +59,7 @@ def side_of(subject: Subject, survey: Survey, settings: AnalyzeSettings) -> Side
     return Side(
         model=subject.backbone.name,
         weights=printable(subject.backbone.weights.source.label),
+        fingerprint=subject.backbone.weights.fingerprint(),
         verdict=judge(survey.blocks, settings.min_tokens),
         blocks=survey.blocks,
     )

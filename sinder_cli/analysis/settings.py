@@ -12,10 +12,23 @@ from sinder_cli.images.preprocessing import Resize
 
 def _split(value: object) -> object:
     """Numbers between commas, as an option gives them."""
-    return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not parts or not all(str(part).strip().isdigit() for part in parts):
+        raise ValueError("give numbers of blocks, as 9,19,29,39")
+    return parts
 
 
 Blocks = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_split)]
+
+
+def _count_or_all(value: object) -> object:
+    """A number of figures, or all of them."""
+    if value == "all" or (str(value).isdigit() and not isinstance(value, bool)):
+        return value if value == "all" else int(str(value))
+    raise ValueError("give 0 or more, or all")
+
+
+Figures = Annotated[int | Literal["all"], BeforeValidator(_count_or_all)]
 
 
 class AnalyzeSettings(DetectionSettings):
@@ -32,9 +45,7 @@ class AnalyzeSettings(DetectionSettings):
     blocks: Blocks | None = Field(
         None, description="Blocks to draw angles and masks of, as 9,19,29,39; default: four, evenly spread."
     )
-    figures: int | Literal["all"] = Field(
-        8, description="Images to draw, spread evenly; all draws every one; needs --out."
-    )
+    figures: Figures = Field(8, description="Images to draw, spread evenly; all draws every one; needs --out.")
     exclude_masked: bool = Field(False, description="Leave marked tokens out of the basis of the PCA pictures.")
     clamp: int | None = Field(
         None, ge=1, description="Compare with the weights whose singular values are clamped to their K-th."
@@ -42,8 +53,6 @@ class AnalyzeSettings(DetectionSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> AnalyzeSettings:
-        if isinstance(self.figures, int) and self.figures < 0:
-            raise ValueError("figures must be 0 or more, or all")
         if self.resize == "none" and self.image_size is not None:
             raise ValueError("resize none leaves every image its size: give no image_size")
         return self

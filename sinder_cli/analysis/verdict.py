@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sinder_cli.analysis.records import BlockRecord, Marked, Rule, Verdict
 
 PREDICTED_DEGREES = 30.0  # an observed direction this near to a determined predicted one counts as predicted
+STRAY_SHARE = 1e-4  # of all tokens: fewer are strays, however many images are run
 CLEAR_GAP, CLEAR_TOKENS = 2.0, 30  # at which a direction, and what was seen of it, leave little doubt
 
 RULE_WORDS: dict[Rule, str] = {
@@ -19,40 +20,71 @@ RULE_WORDS: dict[Rule, str] = {
 def judge(blocks: Sequence[BlockRecord], min_tokens: int) -> Verdict:
     """The verdict on one backbone.
 
-    A block shows outlying tokens when at least `min_tokens` of them, over all images, stand out by norm (above
-    `norm_threshold` if one was given, else above 3 × the median). They are defects where the weights predict them:
-    the observed direction of some such block lies within 30° of a determined predicted one.
+    A block shows outlying tokens when at least `min_tokens` of them over all images, and one in 10,000, stand out by
+    norm (above `norm_threshold` if one was given, else above 3 × the median). They are defects where the weights
+    predict them: the observed direction of some such block lies within 30° of a determined predicted one. They begin
+    where the unbroken run of such blocks begins. Tokens that are not finite come before all else.
     """
     rule: Rule = "above_threshold" if any(block.marked["above_threshold"] for block in blocks) else "outlying"
+    broken = [block for block in blocks if block.nonfinite]
+    if broken:
+        return _broken(broken)
     showing = _showing(blocks, rule, min_tokens)
-    near = [block for block in showing if block.determined and _angle(block) <= PREDICTED_DEGREES]
+    near = [block for block in showing if _is_near(block)]
     if near:
-        return _defects(showing, min(near, key=_angle), rule)
+        return _defects(showing, near, rule)
     if showing:
         return _unpredicted(showing, rule)
     aligned = _showing(blocks, "equation_5", min_tokens)
     return _aligned(aligned) if aligned else _none(blocks, rule, min_tokens)
 
 
-def _defects(showing: Sequence[BlockRecord], best: BlockRecord, rule: Rule) -> Verdict:
-    first, most = showing[0], _strongest(showing, rule)
-    angle, gap, found = _angle(best), best.gap["cumulative"], _marked(best, rule)
-    clear = gap >= CLEAR_GAP and found.tokens >= CLEAR_TOKENS
+def _broken(broken: Sequence[BlockRecord]) -> Verdict:
+    first, count = broken[0].block, max(block.nonfinite for block in broken)
     return Verdict(
-        kind="defects",
-        first_block=first.block,
-        sentence=f"defects from block {first.block}: {_counted(most, rule)}. Their direction is the one that the"
-        f" weights predict, {angle:.1f}° off at block {best.block}.",
-        confidence=f"{'Little doubt' if clear else 'Some doubt'}: σ₁/σ₂ is {gap:.3g} there, and the direction was"
-        f" seen on {found.tokens:,} tokens.",
-        gap=gap,
-        tokens=_marked(most, rule).tokens,
-        angle_to_predicted_deg=angle,
+        kind="broken",
+        first_block=first,
+        sentence=f"tokens that are not finite from block {first}: {count:,} patch tokens are NaN or infinite.",
+        confidence="Nothing else can be said of such a model: are its weights whole, and is the precision enough?",
+        tokens=count,
+        gap=None,
+        angle_to_predicted_deg=None,
     )
 
 
+def _defects(showing: Sequence[BlockRecord], near: Sequence[BlockRecord], rule: Rule) -> Verdict:
+    best = min(near, key=_angle)
+    first, most = _start_of_run(showing, best), _strongest(showing, rule)
+    return Verdict(
+        kind="defects",
+        first_block=first,
+        sentence=f"defects from block {first}: {_counted(most, rule)}. Their direction is the one that the"
+        f" weights predict, {_angle(best):.1f}° off at block {best.block}.",
+        confidence=_confidence(showing, near, best, rule),
+        gap=best.gap["cumulative"],
+        tokens=_marked(most, rule).tokens,
+        angle_to_predicted_deg=_angle(best),
+    )
+
+
+def _confidence(showing: Sequence[BlockRecord], near: Sequence[BlockRecord], best: BlockRecord, rule: Rule) -> str:
+    """How sure it is that these are the predicted defects, and what would remove a doubt."""
+    gap, found = best.gap["cumulative"], _marked(best, rule).tokens
+    doubts = [
+        *(["the predicted direction is weakly determined"] if gap < CLEAR_GAP else []),
+        *(["few tokens were seen, more images would tell"] if found < CLEAR_TOKENS else []),
+        *(["in most blocks it lies further off"] if 2 * len(near) < len(showing) else []),
+    ]
+    evidence = (
+        f"σ₁/σ₂ is {gap:.3g} at block {best.block}, the direction was seen on {found:,} tokens there, and it lies"
+        f" within {PREDICTED_DEGREES:.0f}° of the predicted one in {len(near)} of {len(showing)} blocks"
+    )
+    return f"Some doubt, since {' and '.join(doubts)}: {evidence}." if doubts else f"Little doubt: {evidence}."
+
+
 def _unpredicted(showing: Sequence[BlockRecord], rule: Rule) -> Verdict:
-    first, most = showing[0], _strongest(showing, rule)
+    most = _strongest(showing, rule)
+    first = _start_of_run(showing, most)
     determined = [block for block in showing if block.determined]
     nearest = min(determined or showing, key=_angle)
     why = (
@@ -63,8 +95,8 @@ def _unpredicted(showing: Sequence[BlockRecord], rule: Rule) -> Verdict:
     )
     return Verdict(
         kind="unpredicted",
-        first_block=first.block,
-        sentence=f"outlying tokens from block {first.block}, not predicted by the weights: {_counted(most, rule)}.",
+        first_block=first,
+        sentence=f"outlying tokens from block {first}, not predicted by the weights: {_counted(most, rule)}.",
         confidence=f"Their direction is no singular defect: {why}.",
         gap=nearest.gap["cumulative"],
         tokens=_marked(most, rule).tokens,
@@ -103,7 +135,22 @@ def _none(blocks: Sequence[BlockRecord], rule: Rule, min_tokens: int) -> Verdict
 
 
 def _showing(blocks: Sequence[BlockRecord], rule: Rule, min_tokens: int) -> list[BlockRecord]:
-    return [block for block in blocks if (block.marked[rule] is not None) and _marked(block, rule).tokens >= min_tokens]
+    """The blocks in which a rule marks more than strays."""
+    found = [(block, _marked(block, rule)) for block in blocks]
+    return [block for block, marked in found if marked.tokens >= min_tokens and marked.share >= STRAY_SHARE]
+
+
+def _start_of_run(showing: Sequence[BlockRecord], block: BlockRecord) -> int:
+    """The first block of the unbroken run of showing blocks that ends at this one."""
+    shown, start = {each.block for each in showing}, block.block
+    while start - 1 in shown:
+        start -= 1
+    return start
+
+
+def _is_near(block: BlockRecord) -> bool:
+    """Whether a determined predicted direction is the observed one."""
+    return block.determined and _angle(block) <= PREDICTED_DEGREES
 
 
 def _strongest(blocks: Sequence[BlockRecord], rule: Rule) -> BlockRecord:

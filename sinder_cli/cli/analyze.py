@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,8 +25,13 @@ from sinder_cli.cli.options import (
 )
 from sinder_cli.cli.output import show
 from sinder_cli.cli.sharing import shared
-from sinder_cli.errors import DefectsFoundError, UsageError
+from sinder_cli.errors import DefectsFoundError, SinderError, UsageError
+from sinder_cli.events import Emit
 from sinder_cli.files import require_new_folder
+
+if TYPE_CHECKING:
+    from sinder_cli.analysis.records import Analysis
+    from sinder_cli.analysis.results import AnalysisResult
 
 
 @with_settings(AnalyzeSettings)
@@ -60,7 +65,8 @@ def command(
         int | None, typer.Option("--compare-heads", min=1, help="Attention heads of the second model.")
     ] = None,
     fail_on_defects: Annotated[
-        bool, typer.Option("--fail-on-defects", help="Exit with 1 if the model has outlying tokens, predicted or not.")
+        bool,
+        typer.Option("--fail-on-defects", help="Exit with 1 if tokens stand out, predicted or not, or are not finite."),
     ] = False,
     attention: Attention = "auto",
     format: Format = None,
@@ -70,6 +76,8 @@ def command(
     if (compare_weights or compare_adapter or compare_heads) and compare is None:
         why = "--compare-weights, --compare-adapter and --compare-heads belong to one"
         raise UsageError("no second model", why, "add --compare")
+    if out == "":
+        raise UsageError("no folder to write to", "--out is empty", "name one, or - for standard output")
     folder = Path(out) if out and out != "-" else None
     with shared() as ranks, display(ranks.writes) as emit:
         if folder and ranks.writes:
@@ -81,15 +89,24 @@ def command(
         result = api.analyze(request, places, settings, emit, sys.stdin, other, folder is not None, ranks)
         if result is None:  # rank 0 has it
             return
-        analysis = result.analysis
-        if folder:
-            from sinder_cli.report.analysis_folder import write_analysis
-
-            analysis = write_analysis(folder, result, emit)
+        analysis, problem = _written(folder, result, emit) if folder else (result.analysis, None)
     from sinder_cli.report.documents import analysis_document
     from sinder_cli.report.tables import analysis_table
 
     chosen = "json" if out == "-" else format
-    show(chosen, lambda: analysis_table(analysis, folder), lambda: analysis_document(analysis))
-    if fail_on_defects and analysis.verdict.kind in ("defects", "unpredicted"):
+    shown = None if problem else folder
+    show(chosen, lambda: analysis_table(analysis, shown), lambda: analysis_document(analysis))
+    if problem:
+        raise problem
+    if fail_on_defects and analysis.verdict.fails:
         raise DefectsFoundError(f"{analysis.model} fails", analysis.verdict.sentence.rstrip("."))
+
+
+def _written(folder: Path, result: AnalysisResult, emit: Emit) -> tuple[Analysis, SinderError | None]:
+    """The record with its figures; where the folder cannot be written after all, the one without, and the reason."""
+    from sinder_cli.report.analysis.folder import write_analysis
+
+    try:
+        return write_analysis(folder, result, emit), None
+    except SinderError as error:
+        return result.analysis, error

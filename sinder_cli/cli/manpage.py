@@ -8,8 +8,8 @@ from typing import Any
 
 from sinder_cli.cli.app import HELP, command
 from sinder_cli.files import write_text
-from sinder_cli.report.roff import escape, head
-from sinder_cli.report.schema_page import NAME, schema_page
+from sinder_cli.report.manual.roff import escape, head
+from sinder_cli.report.manual.schema_page import NAME, schema_page
 
 EXIT_CODES = {
     0: "done, reported skips included",

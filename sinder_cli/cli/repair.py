@@ -57,9 +57,9 @@ def command(
 ) -> None:
     """Repair a backbone's singular defects with unlabelled images."""
     from sinder_cli.repair.folder import RunFolder
-    from sinder_cli.report.card import render_card
     from sinder_cli.report.documents import repair_document
-    from sinder_cli.report.repair_page import render_repair_page
+    from sinder_cli.report.repair.card import render_card
+    from sinder_cli.report.repair.page import render_repair_page
     from sinder_cli.report.tables import repair_table
 
     if resume and force:

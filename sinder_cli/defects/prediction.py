@@ -116,8 +116,9 @@ def stage_matrices(
             if "cumulative" in stages:
                 G = E if G is None else E @ G
                 scale = float(G.norm()) / math.sqrt(backbone.width)
-                G = G / scale
-                log_scale += math.log(scale)
+                if 0 < scale < math.inf:  # else the block is refused by name
+                    G = G / scale
+                    log_scale += math.log(scale)
                 found["cumulative"] = ScaledMatrix(G, log_scale)
         yield index, {stage: found[stage] for stage in stages}
 

@@ -1,1 +1,1 @@
-"""What a repair changed, for people: figures, one offline HTML page and a model card."""
+"""Results for people: terminal tables, JSON documents, figures, offline HTML pages, a model card and a manual page."""

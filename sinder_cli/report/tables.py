@@ -13,7 +13,8 @@ from rich.text import Text
 
 from sinder_cli.backbone.registry import InstalledBackbone
 from sinder_cli.defects.rules import MIN_GAP
-from sinder_cli.report import facts
+from sinder_cli.report.repair import facts
+from sinder_cli.report.wording import counted, degrees
 
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis, Distribution, Marked, Side, Verdict
@@ -44,7 +45,7 @@ def prediction_table(prediction: Prediction) -> RenderableType:
 def _spectrum_cells(row: BlockSpectrum) -> list[Text]:
     dim = "" if row.pair.gap >= MIN_GAP else "dim"
     gap = f"{row.pair.gap:.2f}" if row.pair.gap < 100 else _short(row.pair.gap)
-    cells = (_short(row.sigma), gap, _degrees(row.angle_to_previous))
+    cells = (_short(row.sigma), gap, degrees(row.angle_to_previous, ""))
     return [Text(cell, dim) for cell in cells]
 
 
@@ -88,13 +89,13 @@ def analysis_table(analysis: Analysis, folder: Path | None = None) -> Renderable
     if analysis.other:
         parts += _verdict_words(f"{analysis.other.model}, the second", analysis.other.verdict)
     if folder:
-        parts.append(f"report: {folder / 'report.html'}, {facts.counted(len(analysis.figures), 'figure')} beside it")
+        parts.append(f"report: {folder / 'report.html'}, {counted(len(analysis.figures), 'figure')} beside it")
     return Group(*parts)
 
 
 def _analysis_title(analysis: Analysis) -> str:
     skipped = f", {len(analysis.skipped):,} skipped" if analysis.skipped else ""
-    return f"{analysis.model}, {facts.counted(analysis.images, 'image')}{skipped}; norms before the final norm"
+    return f"{analysis.model}, {counted(analysis.images, 'image')}{skipped}; norms before the final norm"
 
 
 def _verdict_words(model: str, verdict: Verdict) -> list[str]:
@@ -123,7 +124,7 @@ def _side_table(side: Side) -> Table:
         cells += [_tokens(block.marked["above_threshold"])] if threshold else []
         seen = block.observed
         angle, spread = (seen.angle_to_predicted_deg["cumulative"], seen.spread_across_deg) if seen else (None, None)
-        table.add_row(*cells, f"{block.gap['cumulative']:.2f}", _degrees(angle), _degrees(spread))
+        table.add_row(*cells, f"{block.gap['cumulative']:.2f}", degrees(angle, ""), degrees(spread, ""))
     return table
 
 
@@ -145,8 +146,12 @@ def _comparison_table(analysis: Analysis, other: Side) -> Table:
 
 
 def _sparkline_words(side: Side) -> str:
-    largest = [block.patch_norm.max if block.patch_norm else 0.0 for block in side.blocks]
-    return f"largest norm over blocks, log: {sparkline(largest)}  {_short(min(largest))} to {_short(max(largest))}"
+    largest = [block.patch_norm.max for block in side.blocks if block.patch_norm]
+    if not largest:
+        return "no token is finite"
+    missing = len(side.blocks) - len(largest)
+    words = f"largest norm over blocks, log: {sparkline(largest)}  {_short(min(largest))} to {_short(max(largest))}"
+    return words + (f", and {missing} blocks without a finite token" if missing else "")
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -221,10 +226,6 @@ def _short(value: float | None) -> str:
     if 100 <= abs(value) < 1e4:
         return f"{value:.0f}"
     return f"{value:.3g}" if 1e-2 <= abs(value) < 100 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
-
-
-def _degrees(value: float | None) -> str:
-    return "" if value is None else f"{value:.0f}°" if value >= 9.95 else f"{value:.1f}°"
 
 
 def _millions(count: int | None) -> str:

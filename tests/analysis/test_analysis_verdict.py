@@ -10,7 +10,7 @@ from sinder_cli.analysis.records import BlockRecord, Distribution, Marked, Obser
 from sinder_cli.analysis.verdict import CLEAR_GAP, CLEAR_TOKENS, PREDICTED_DEGREES, judge
 from sinder_cli.defects.rules import MIN_GAP, STAGES
 
-PATCHES = 40_000
+PATCHES = 10_000
 
 
 def marked(tokens: int | None) -> Marked | None:
@@ -61,15 +61,45 @@ def test_outlying_tokens_along_a_determined_direction_are_defects() -> None:
     assert verdict.first_block == 1
     assert (verdict.tokens, verdict.gap, verdict.angle_to_predicted_deg) == (300, 3.1, 4.0)
     assert verdict.sentence == (
-        "defects from block 1: 300 tokens (0.75 %) at block 2 have a norm above 3 × their image's median. "
+        "defects from block 1: 300 tokens (3 %) at block 2 have a norm above 3 × their image's median. "
         "Their direction is the one that the weights predict, 4.0° off at block 2."
     )
-    assert verdict.confidence == "Little doubt: σ₁/σ₂ is 3.1 there, and the direction was seen on 300 tokens."
+    assert verdict.confidence == (
+        "Little doubt: σ₁/σ₂ is 3.1 at block 2, the direction was seen on 300 tokens there, and it lies within"
+        " 30° of the predicted one in 3 of 3 blocks."
+    )
 
 
 def test_the_first_block_is_the_first_that_shows_outliers_even_where_nothing_predicts_them_yet() -> None:
     verdict = judge([block(0), block(1, 5, 1.0, 80.0), block(2, 5, 1.5, 10.0)], 3)
     assert (verdict.kind, verdict.first_block) == ("defects", 1)
+
+
+def test_strays_in_an_early_block_do_not_put_the_beginning_forward() -> None:
+    later = [block(number, 300, 3.0, 5.0) for number in (3, 4, 5)]
+    assert judge([block(0), block(1, 3, 1.0, 80.0), block(2), *later], 3).first_block == 3
+
+
+def test_a_few_strays_among_very_many_tokens_show_nothing() -> None:
+    stray = block(0, 3, 2.0, 80.0)
+    few = Marked(tokens=3, share=3 / 13_700_000, images=0, positions=())
+    assert judge([stray], 3).fails
+    assert not judge([stray.model_copy(update={"marked": stray.marked | {"outlying": few}})], 3).fails
+
+
+def test_a_direction_that_is_near_in_few_blocks_leaves_some_doubt() -> None:
+    verdict = judge([block(0, 300, 3.0, 29.0), *(block(number, 300, 3.0, 85.0) for number in range(1, 6))], 3)
+    assert verdict.kind == "defects"
+    assert verdict.confidence.startswith("Some doubt, since in most blocks it lies further off: ")
+    assert "in 1 of 6 blocks" in verdict.confidence
+
+
+def test_tokens_that_are_not_finite_come_before_all_else() -> None:
+    broken = [each.model_copy(update={"nonfinite": 7 * each.block}) for each in (block(1, 300, 3.0, 5.0), block(2))]
+    verdict = judge([block(0, 300, 3.0, 5.0), *broken], 3)
+    assert (verdict.kind, verdict.first_block, verdict.tokens) == ("broken", 1, 14)
+    assert verdict.fails
+    assert verdict.sentence == "tokens that are not finite from block 1: 14 patch tokens are NaN or infinite."
 
 
 @pytest.mark.parametrize(
@@ -105,7 +135,7 @@ def test_outlying_tokens_off_the_predicted_direction_are_told_as_such() -> None:
     assert (verdict.gap, verdict.angle_to_predicted_deg) == (1.3, 41.6)
     assert verdict.sentence == (
         "outlying tokens from block 1, not predicted by the weights: "
-        "80 tokens (0.2 %) at block 2 have a norm above 3 × their image's median."
+        "80 tokens (0.8 %) at block 2 have a norm above 3 × their image's median."
     )
     assert "at the nearest, block 2, it lies 42° from the predicted one" in verdict.confidence
 
@@ -132,7 +162,7 @@ def test_tokens_of_ordinary_norm_along_the_direction_are_aligned() -> None:
     assert verdict.angle_to_predicted_deg is None
     assert verdict.sentence == (
         "no outlying norms, but tokens along the predicted direction from block 1: "
-        "40 tokens (0.1 %) at block 2 are marked by equation (5)."
+        "40 tokens (0.4 %) at block 2 are marked by equation (5)."
     )
 
 
@@ -141,7 +171,7 @@ def test_nothing_is_no_defect() -> None:
     assert (verdict.kind, verdict.first_block, verdict.tokens) == ("none", None, 0)
     assert verdict.sentence == "no defects: in no block do 3 tokens or more have a norm above 3 × their image's median."
     assert verdict.confidence == (
-        "40,000 patch tokens a block were looked at; the predicted direction is determined in no block (σ₁/σ₂ ≤ 1.04)."
+        "10,000 patch tokens a block were looked at; the predicted direction is determined in no block (σ₁/σ₂ ≤ 1.04)."
     )
     assert "is determined in some block" in judge([block(0, gap=1.7)], 3).confidence
 
@@ -192,8 +222,12 @@ def test_defects_need_a_determined_direction_near_the_observed_one(blocks: list[
     aligned = [each for each in blocks if tokens(each, "equation_5") >= 3]
     expected = "defects" if near else "unpredicted" if showing else "aligned" if aligned else "none"
     assert verdict.kind == expected
-    first = showing or aligned
-    assert verdict.first_block == (first[0].block if first else None)
+    assert verdict.fails == bool(showing)
+    shown = [each.block for each in showing or aligned]
+    assert (verdict.first_block in shown) if shown else (verdict.first_block is None)
+    if showing:
+        assert verdict.first_block is not None
+        assert verdict.first_block - 1 not in shown
     if verdict.kind == "defects":
         assert verdict.gap is not None
         assert verdict.gap >= MIN_GAP

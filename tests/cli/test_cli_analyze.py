@@ -175,7 +175,7 @@ def test_the_folder_holds_what_standard_output_says_and_more(sinder: Sinder, tmp
     run = sinder("analyze", "demo_vit", "--limit", "3", "--figures", "2", "--blocks", "4,5", "--out", folder)
     assert run.returncode == 0, run.stderr
     document = analysed(run)
-    assert document == json.loads((folder / "report.json").read_text())
+    assert run.stdout == (folder / "report.json").read_text("utf-8")
     assert document["schema_version"] == 1
     listed = {figure["file"] for figure in document["figures"]}
     assert listed == {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")}
@@ -279,3 +279,46 @@ def test_a_corrupt_image_whose_name_is_no_text_is_named_all_the_same(
     run = sinder("analyze", CUSTOM, "--weights", with_registers, photographs / "rocket.jpg", odd)
     assert run.returncode == 0, run.stderr
     assert [name.split("/")[-1] for name in analysed(run)["skipped"]] == ["caf\\udce9.png"]
+
+
+def test_figures_are_drawn_of_images_that_could_be_decoded(
+    sinder: Sinder, with_registers: Path, photographs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    for index, path in enumerate(sorted(photographs.iterdir())):
+        (tmp_path / "data" / f"{index}{path.suffix}").symlink_to(path)
+        (tmp_path / "data" / f"{index}b.png").write_bytes(b"no image")
+    folder = tmp_path / "look"
+    options = ("--weights", with_registers, "--figures", "4", "--out", folder)
+    run = sinder("analyze", CUSTOM, tmp_path / "data", *options)
+    assert run.returncode == 0, run.stderr
+    assert len(list(folder.glob("figures/*-norm.png"))) == 4
+    assert len(analysed(run)["skipped"]) == 6
+
+
+def test_settings_are_told_as_they_were_resolved(sinder: Sinder, with_registers: Path, photographs: Path) -> None:
+    run = sinder("analyze", CUSTOM, "--weights", with_registers, photographs / "rocket.jpg", "--device", "auto")
+    settings = analysed(run)["settings"]
+    assert (settings["image_size"], settings["blocks"]) == (SIDE, [0, 1, 2])
+    assert settings["device"] in ("cpu", "cuda")
+    assert "workers" not in settings  # they change nothing, and two runs are to print the same
+    assert len(analysed(run)["fingerprint"]) == 64
+
+
+def test_tokens_that_are_not_finite_are_no_clean_bill(
+    sinder: Sinder, with_registers: Path, photographs: Path, tmp_path: Path
+) -> None:
+    state = torch.load(with_registers, weights_only=True)
+    state["blocks.1.attn.proj.bias"][7] = float("nan")  # of a bias, which no direction depends on
+    torch.save(state, tmp_path / "broken.pth")
+    options = ("--weights", tmp_path / "broken.pth", "--fail-on-defects", "--format", "table")
+    run = sinder("analyze", CUSTOM, photographs / "rocket.jpg", *options)
+    assert run.returncode == 1
+    assert "tokens that are not finite from block 1" in run.stdout
+    assert "2 blocks without a finite token" in run.stdout
+
+
+def test_clamping_that_changes_nothing_is_told(sinder: Sinder, with_registers: Path, photographs: Path) -> None:
+    run = sinder("analyze", CUSTOM, "--weights", with_registers, photographs / "rocket.jpg", "--clamp", "999")
+    assert run.returncode == 0, run.stderr
+    assert "sinder: warning: clamping to singular value 999 changes nothing" in run.stderr

@@ -179,6 +179,14 @@ def test_weights_that_are_not_finite_are_refused_naming_the_block(value: float) 
     assert caught.value.exit_code == 65
 
 
+def test_weights_whose_product_overflows_are_refused_naming_the_block() -> None:
+    tensors = drawn_tensors()
+    tensors["1.down"] *= 1e30
+    tensors["1.up"] *= 1e20
+    with pytest.raises(BadInputError, match="block 1 is not finite"):
+        predict(made_backbone(tensors))
+
+
 def test_progress_is_told_block_by_block() -> None:
     events: list[object] = []
     predict(made_backbone(drawn_tensors()), ["attention"], events.append)

@@ -40,6 +40,8 @@ class Made:
     first: int | None = 1
     compared: bool = False
     has_cls: bool = True
+    attended: bool = True  # whether the attention of cls could be watched
+    broken: int | None = None  # from this block on a token of each image is not finite
     registers: bool = False
     drawn: int = 2
     names: tuple[str, ...] = ()
@@ -56,6 +58,7 @@ class Made:
             Side(
                 model=model,
                 weights=f"weights of {model}",
+                fingerprint="5e" * 32,
                 verdict=judge(survey.blocks, settings.min_tokens),
                 blocks=survey.blocks,
             )
@@ -129,6 +132,8 @@ class MadeSide:
                 for count, at in enumerate(places):
                     size = (12 + 6 * count) * (1 + 0.3 * block)
                     tokens[image, 1 + at // (w - 2), 1 + at % (w - 2)] += size * self.direction
+        if self.made.broken is not None and block >= self.made.broken:
+            tokens[:, 1, 1] = torch.nan
         return tokens
 
     def nu(self, block: int) -> Tensor:
@@ -192,7 +197,7 @@ class MadeSide:
             outlying=last.masks["outlying"][image],
             angles={block: blocks[block].degrees[image, ..., 3] for block in shown},
             masks={block: found[block] for block in shown if block in found},
-            attention=attention / attention.sum() if self.made.has_cls else None,
+            attention=attention / attention.sum() if self.made.has_cls and self.made.attended else None,
             targets=self._targets(image, found, settings),
         )
 

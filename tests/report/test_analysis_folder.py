@@ -19,8 +19,8 @@ from sinder_cli.analysis.portraits import Portrait
 from sinder_cli.analysis.records import Analysis
 from sinder_cli.errors import CannotCreateError
 from sinder_cli.events import Advanced, Finished, Started, silent
-from sinder_cli.report.analysis_folder import SCALED_BY, write_analysis
-from sinder_cli.report.analysis_page import EMBEDDED_IMAGES
+from sinder_cli.report.analysis.folder import SCALED_BY, write_analysis
+from sinder_cli.report.analysis.page import EMBEDDED_IMAGES
 
 STAGES = ("attention", "mlp", "block", "cumulative")
 KINDS = {
@@ -31,6 +31,8 @@ KINDS = {
     "registers and a threshold": Made(registers=True, settings={"norm_threshold": 30, "blocks": "1,3"}),
     "one block": Made(depth=1, first=0, drawn=1),
     "no pictures": Made(drawn=0),
+    "tokens that are not finite": Made(depth=2, first=None, broken=0, drawn=1, compared=True),
+    "attention that was not seen": Made(depth=1, first=None, attended=False, drawn=1),
 }
 
 
@@ -90,12 +92,26 @@ def test_the_figures_are_those_that_were_asked_for(written: tuple[Made, Path, An
     charts += [f"positions-block-{block}" for block in firsts | {made.depth - 1}]
     expected = {chart + ending for chart in charts for ending in ("", "-other")[: len(sides)]}
     expected |= {"cosine"} if made.compared else set()
-    kinds = ["pca", "norm", "angles", *(["attention"] if made.has_cls else []), *(["cosine"] if made.compared else [])]
+    kinds = [
+        "pca",
+        "norm",
+        "angles",
+        *(["attention"] if made.has_cls and made.attended else []),
+        *(["cosine"] if made.compared else []),
+    ]
     expected |= {f"{image:04d}-image-{image}-{kind}" for image in range(made.drawn) for kind in kinds}
     found = {Path(figure.file).stem for figure in analysis.figures}
     targets = {name for name in found if "-targets" in name}
     assert found - targets == expected
     assert len(targets) >= made.drawn if made.first is not None else not targets
+
+
+def test_a_figure_says_what_its_grey_patches_are(tmp_path: Path) -> None:
+    made = Made(depth=1, first=None, broken=0, drawn=1, compared=True)
+    figures = write_analysis(tmp_path / "out", made.result(), silent).figures
+    for kind in ("pca", "norm", "angles", "cosine"):
+        (caption,) = [each.caption for each in figures if each.file.endswith(f"image-0-{kind}.png")]
+        assert caption.endswith("Dark grey: tokens that are not finite.")
 
 
 def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from html_page import Page
 from made_analysis import Made
 
+from sinder_cli.analysis.records import VerdictKind
 from sinder_cli.events import silent
-from sinder_cli.report.analysis_folder import write_analysis
+from sinder_cli.report.analysis.facts import COLOUR_OF
+from sinder_cli.report.analysis.folder import write_analysis
 
 
 def page_of(made: Made, folder: Path) -> tuple[str, Page]:
@@ -102,8 +105,10 @@ def test_captions_say_how_the_figures_were_made(compared: tuple[str, Page]) -> N
         "colours are clipped to the 1st to 99th percentile",
         "every map from its own smallest to its own largest weight",
         "grey where σ₁/σ₂ is below 1.3 and ν is not determined",
-        "12 × 12 grid",
-        "(log scale), on every map",
+        "Of the tokens at each place of the 12 × 12 grid, the share that each rule marks after block",
+        "its tokens count at the place that they have relative to the image, and several may share one",
+        "(log scale), on every map of the last block; learning targets have the scale that they name",
+        "0° to 90°, on every map.",
     ):
         assert words in page.text, words
 
@@ -142,4 +147,62 @@ def test_the_table_of_blocks_has_a_row_a_block_and_side(tmp_path: Path) -> None:
     html, _ = page_of(Made(depth=40, compared=True, drawn=0), tmp_path)
     table = html[html.index('<table class="blocks sides">') :].split("</table>")[0]
     assert table.count("<tbody>") == 40
-    assert table.count('<td class="model">B</td>') == 40
+    assert table.count('<td class="model">second</td>') == 40
+
+
+def test_both_sides_have_one_name_everywhere(compared: tuple[str, Page], tmp_path: Path) -> None:
+    words = "first: demo_vit, weights of demo_vit; second: demo_vit_clean, weights of demo_vit_clean"
+    assert words in compared[1].text
+    html, page = page_of(Made(depth=1, compared=True, drawn=0, models=("demo_vit", "demo_vit")), tmp_path)
+    assert "demo_vit, first: " in page.text
+    assert "Model of the second" in page.text
+    assert ">B</td>" not in html
+    assert "A:" not in page.text
+
+
+def test_images_are_counted_as_the_settings_say(compared: tuple[str, Page], tmp_path: Path) -> None:
+    assert "Images with 3 or more of them" in compared[1].text
+    _, page = page_of(Made(depth=1, drawn=0, first=0, settings={"min_tokens": 5}), tmp_path)
+    assert "Images with 5 or more of them" in page.text
+    assert "Images with outlying tokens" not in page.text
+
+
+def test_positions_are_told_as_shares_of_the_tokens_there(tmp_path: Path) -> None:
+    _, page = page_of(Made(depth=1, drawn=0, settings={"resize": "square"}), tmp_path)
+    assert "percent of the images" not in page.text
+    assert "share of the tokens there, %" in page.text
+    assert "several may share one" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (Made(depth=1), "Attention. Of cls to each patch in the last block, mean over heads;"),
+        (Made(depth=1, has_cls=False), "Attention. The attention is not drawn: there is no cls token."),
+        (Made(depth=1, attended=False), "Attention. The attention is not drawn: the kernel that computes it does not"),
+        (Made(depth=1, attended=False, compared=True), "The attention of the second side is not drawn: the kernel"),
+    ],
+)
+def test_attention_that_is_not_drawn_is_missing_for_a_reason(made: Made, words: str, tmp_path: Path) -> None:
+    _, page = page_of(made, tmp_path)
+    assert words in page.text
+    assert ("Of cls to each patch" in page.text) == (made.has_cls and made.attended)
+
+
+def test_tokens_that_are_not_finite_are_told_and_coloured(tmp_path: Path) -> None:
+    html, page = page_of(Made(depth=3, broken=1, drawn=1), tmp_path)
+    assert '<b class="broken">' in html
+    assert ".broken {" in html
+    for words in ("Tokens not finite3", "Tokens not finite 1", "a token that is not finite is grey"):
+        assert words in page.text, words
+    table = html[html.index('<table class="blocks">') :].split("</table>")[0]
+    assert table.index("not finite") < table.index("median norm")
+    assert "nan" not in page.text.split()
+
+
+def test_a_page_of_finite_tokens_has_no_word_of_others(compared: tuple[str, Page]) -> None:
+    assert "not finite" not in compared[1].text
+
+
+def test_every_verdict_has_a_colour() -> None:
+    assert set(COLOUR_OF) == set(get_args(VerdictKind))

@@ -10,8 +10,8 @@ import pytest
 
 from sinder_cli.repair.folder import RunFolder
 from sinder_cli.repair.results import RepairResult
-from sinder_cli.report.card import FILES, render_card
-from sinder_cli.report.templates import code_span, table_cell
+from sinder_cli.report.pages.templates import code_span, table_cell
+from sinder_cli.report.repair.card import FILES, render_card
 
 MakeResult = Callable[..., RepairResult]
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from sinder_cli.events import silent
 from sinder_cli.repair.results import RepairResult
-from sinder_cli.report.analysis_folder import write_analysis
-from sinder_cli.report.repair_page import render_repair_page
+from sinder_cli.report.analysis.folder import write_analysis
+from sinder_cli.report.repair.page import render_repair_page
 
 pytestmark = pytest.mark.slow
 Look = Callable[[str, int], Seen]

@@ -10,7 +10,7 @@ import pytest
 from html_page import Page
 
 from sinder_cli.repair.results import RepairResult
-from sinder_cli.report.repair_page import charts, render_repair_page
+from sinder_cli.report.repair.page import charts, render_repair_page
 
 MakeResult = Callable[..., RepairResult]
 
@@ -101,7 +101,7 @@ def test_a_run_of_clean_steps_has_a_curve_of_clean_images_only() -> None:
 
 
 def test_importing_the_pages_is_cheap() -> None:
-    modules = ("repair_page", "card", "analysis_folder", "schema_page")
+    modules = ("repair.page", "repair.card", "analysis.folder", "manual.schema_page")
     code = f"import sys; {'; '.join(f'import sinder_cli.report.{name}' for name in modules)}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "matplotlib", "PIL", "jinja2"} & set(loaded)

@@ -13,7 +13,7 @@ from made_analysis import Made
 
 from sinder_cli.analysis.records import Analysis, BlockRecord, Distribution
 from sinder_cli.report.documents import finite
-from sinder_cli.report.schema_page import records_of, schema_page, type_words
+from sinder_cli.report.manual.schema_page import records_of, schema_page, type_words
 
 
 def members(value: Any) -> set[str]:

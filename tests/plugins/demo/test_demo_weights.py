@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sinder_cli import BadInputError, ModelRequest, UsageError, api
+from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.opening import load_module
-from sinder_cli.defects.settings import DetectionSettings
 from sinder_cli.defects.spectrum import angle_between
 from sinder_cli.defects.tokens import outlier_mask, patch_grid, residual_stream
 
@@ -104,29 +104,34 @@ def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few_images")
 def test_the_analysis_shows_outliers_from_the_planted_block_on_and_none_before() -> None:
-    analysis = api.analyze(ModelRequest("demo_vit"), (), DetectionSettings(device="cpu", batch_size=16))
+    analysis = api.analyze(ModelRequest("demo_vit"), (), AnalyzeSettings(device="cpu", batch_size=16)).analysis
     assert analysis.images == 16
     for row in analysis.blocks:
-        found = (row.outlier_tokens, row.masked_tokens, row.masked_images)
+        assert row.patch_norm is not None
+        masked, outlying = row.marked["equation_5"], row.marked["outlying"]
+        assert outlying is not None
         if row.block < BLOCK:
-            assert found == (0, 0, 0)
-            assert row.angle_to_predicted is None
+            assert masked is None  # the direction is not determined
+            assert outlying.tokens == 0
+            assert row.observed is None
         else:
-            assert row.outlier_tokens >= 3 * analysis.images
-            assert row.masked_tokens >= 3 * analysis.images
-            assert row.masked_images == analysis.images
-            assert row.angle_to_predicted is not None
-            assert row.angle_to_predicted < 25
-            assert row.max_norm > 10 * row.median_norm
+            assert masked is not None
+            assert min(outlying.tokens, masked.tokens) >= 3 * analysis.images
+            assert masked.images == analysis.images
+            assert row.observed is not None
+            assert row.observed.angle_to_predicted_deg["cumulative"] < 25
+            assert row.patch_norm.max > 10 * row.patch_norm.median
 
 
 @pytest.mark.usefixtures("few_images")
 def test_the_clean_twin_has_no_outlying_token_and_no_settled_direction() -> None:
-    settings = DetectionSettings(device="cpu", batch_size=16)
-    analysis = api.analyze(ModelRequest("demo_vit_clean"), (), settings)
-    assert [row.outlier_tokens for row in analysis.blocks] == [0] * 12
-    assert [row.masked_images for row in analysis.blocks] == [0] * 12
-    assert all(row.gap < 1.1 for row in analysis.blocks)
+    settings = AnalyzeSettings(device="cpu", batch_size=16)
+    analysis = api.analyze(ModelRequest("demo_vit_clean"), (), settings).analysis
+    for row in analysis.blocks:
+        assert row.marked["outlying"] is not None
+        assert row.marked["outlying"].tokens == 0
+        assert row.marked["equation_5"] is None
+        assert row.gap["cumulative"] < 1.1
     assert api.predict(ModelRequest("demo_vit_clean"), ("cumulative",)).settled_from() is None
 
 

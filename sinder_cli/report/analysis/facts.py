@@ -1,0 +1,229 @@
+"""The words, numbers and rows of tables that the page of an analysis shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from sinder_cli.analysis.records import Analysis, BlockRecord, Distribution, Marked, Rule, Side, VerdictKind
+from sinder_cli.analysis.settings import AnalyzeSettings
+from sinder_cli.files import printable
+from sinder_cli.report import wording
+from sinder_cli.report.wording import NOTHING, Named, counted, degrees, number, percent
+
+COLOUR_OF: dict[VerdictKind, str] = {
+    "broken": "broken",
+    "defects": "open",
+    "unpredicted": "open",
+    "aligned": "none",
+    "none": "good",
+}
+SIDES = ("first", "second")  # of a comparison
+
+
+class Measure(NamedTuple):
+    """One row of a table with a value a side."""
+
+    name: str
+    values: list[str]
+
+
+class Cell(NamedTuple):
+    """A value in the table of blocks, under the heading that it has in `HEADINGS`."""
+
+    heading: str
+    value: str
+
+
+class BlockRow(NamedTuple):
+    """One block of one side, `first` or `second`; a direction that is not determined is dimmed."""
+
+    block: int
+    side: str
+    determined: bool
+    cells: list[Cell]
+
+
+class Columns(NamedTuple):
+    """Which columns the table of blocks has besides those that it always has."""
+
+    broken: bool
+    threshold: bool
+    cls: bool
+    registers: bool
+
+
+def sides_of(analysis: Analysis) -> list[Side]:
+    """The one backbone, or the two of a comparison."""
+    return [analysis, *([analysis.other] if analysis.other else [])]
+
+
+def labels_of(analysis: Analysis) -> list[str]:
+    """How each side is called: by its model, or where both have the same one, by its weights too."""
+    sides = sides_of(analysis)
+    for labels in ([side.model for side in sides], [f"{side.model}, {side.weights}" for side in sides]):
+        if len(set(labels)) == len(sides):
+            return [printable(label) for label in labels]
+    return [printable(f"{side.model}, {place}") for side, place in zip(sides, SIDES, strict=False)]
+
+
+def side_names(analysis: Analysis) -> list[Named]:
+    """Which model and weights are the first and the second side; nothing for one backbone."""
+    sides = sides_of(analysis)
+    names = SIDES if len(sides) == 2 else ()
+    return [Named(name, printable(f"{s.model}, {s.weights}")) for name, s in zip(names, sides, strict=False)]
+
+
+def has_broken_tokens(analysis: Analysis) -> bool:
+    """Whether there are tokens that are not finite, in any block."""
+    return any(block.nonfinite for side in sides_of(analysis) for block in side.blocks)
+
+
+def rule_words(analysis: Analysis) -> dict[Rule, str]:
+    """The rules that mark tokens, in few words."""
+    threshold = analysis.settings.get("norm_threshold")
+    words: dict[Rule, str] = {"equation_5": "equation (5)", "outlying": "norm > 3 × median"}
+    return words if threshold is None else words | {"above_threshold": f"norm > {number(threshold)}"}
+
+
+def key_measures(analysis: Analysis) -> list[Measure]:
+    """The numbers that matter most: those of the last block, unless they say otherwise."""
+    sides = sides_of(analysis)
+    broken = has_broken_tokens(analysis)
+    at_least = analysis.settings["min_tokens"]
+
+    def row(name: str, say: Callable[[Side], str]) -> Measure:
+        return Measure(name, [say(side) for side in sides])
+
+    rows = [
+        row("Seen from block", lambda side: _whole(side.verdict.first_block)),
+        *([row("Tokens not finite", lambda side: f"{side.blocks[-1].nonfinite:,}")] if broken else []),
+        row("Outlying tokens", lambda side: _marked(side.blocks[-1].marked["outlying"])),
+        row(f"Images with {at_least} or more of them", lambda side: _images(side.blocks[-1].marked["outlying"])),
+        row("Marked by equation (5)", lambda side: _marked(side.blocks[-1].marked["equation_5"])),
+        row("Median norm", lambda side: _of(side.blocks[-1].patch_norm, "median")),
+        row("Largest norm", lambda side: _of(side.blocks[-1].patch_norm, "max")),
+        row("Norm of cls, median", lambda side: _of(side.blocks[-1].cls_norm, "median")),
+        row("Norm of registers, median", lambda side: _of(side.blocks[-1].register_norm, "median")),
+        row("Observed to predicted direction", lambda side: _angle(side.blocks[-1])),
+        row("σ₁/σ₂ of the predicted direction", lambda side: number(side.blocks[-1].gap["cumulative"])),
+    ]
+    return [measure for measure in rows if set(measure.values) != {NOTHING}]
+
+
+def block_rows(analysis: Analysis) -> list[list[BlockRow]]:
+    """Per block, one row a side."""
+    sides = sides_of(analysis)
+    shown = Columns(
+        broken=has_broken_tokens(analysis),
+        threshold="above_threshold" in rule_words(analysis),
+        cls=any(block.cls_norm for side in sides for block in side.blocks),
+        registers=any(block.register_norm for side in sides for block in side.blocks),
+    )
+    return [
+        [BlockRow(at, name, block.determined, _cells(block, shown)) for name, block in zip(SIDES, blocks, strict=False)]
+        for at, blocks in enumerate(zip(*(side.blocks for side in sides), strict=True))
+    ]
+
+
+def _cells(block: BlockRecord, shown: Columns) -> list[Cell]:
+    observed = block.observed
+    return [  # what a phone shows without scrolling comes first
+        *([Cell("not finite", f"{block.nonfinite:,}")] if shown.broken else []),
+        Cell("median norm", _of(block.patch_norm, "median")),
+        Cell("largest norm", _of(block.patch_norm, "max")),
+        Cell("> 3 × median", _tokens(block.marked["outlying"])),
+        Cell("eq. (5) tokens", _tokens(block.marked["equation_5"])),
+        Cell("observed to ν", _angle(block)),
+        Cell("σ₁/σ₂", number(block.gap["cumulative"])),
+        *([Cell("> threshold", _tokens(block.marked["above_threshold"]))] if shown.threshold else []),
+        Cell("agreement", _share(block.agreement.get("equation_5/outlying"))),
+        Cell("spread within", degrees(observed.spread_within_deg if observed else None)),
+        Cell("spread across", degrees(observed.spread_across_deg if observed else None)),
+        Cell("99 % norm", _of(block.patch_norm, "p99")),
+        *([Cell("cls norm", _of(block.cls_norm, "median"))] if shown.cls else []),
+        *([Cell("register norm", _of(block.register_norm, "median"))] if shown.registers else []),
+    ]
+
+
+def pair_rows(analysis: Analysis) -> list[list[Cell]]:
+    """Both sides of a comparison, block by block."""
+    return [
+        [
+            Cell("block", str(pair.block)),
+            Cell("patch cosine, median", _cosine(pair.patch_cosine, "median")),
+            Cell("1 %", _cosine(pair.patch_cosine, "p01")),
+            Cell("99 %", _cosine(pair.patch_cosine, "p99")),
+            Cell("cls cosine, median", _cosine(pair.cls_cosine, "median")),
+            *(
+                Cell(f"same tokens, {words}", _share(pair.agreement.get(rule)))
+                for rule, words in rule_words(analysis).items()
+            ),
+        ]
+        for pair in analysis.comparison or ()
+    ]
+
+
+def setting_rows(analysis: Analysis) -> list[Named]:
+    """The settings that were in force, each with its help text."""
+    return wording.setting_rows(AnalyzeSettings, analysis.settings)
+
+
+def origin_rows(analysis: Analysis) -> list[Named]:
+    """What was run: models, weights, images and the program."""
+    sides = sides_of(analysis)
+    order = ("",) if len(sides) == 1 else (" of the first", " of the second")
+    told = [
+        row
+        for side, which in zip(sides, order, strict=True)
+        for row in (
+            Named(f"Model{which}", side.model),
+            Named(f"Weights{which}", side.weights),
+            Named(f"Fingerprint of the weights{which}", side.fingerprint),
+        )
+    ]
+    return [
+        *told,
+        Named("Images", f"{analysis.images:,}"),
+        Named("Images skipped", f"{len(analysis.skipped):,}"),
+        Named("Tokens from", analysis.tapped),
+        Named("sinder version", analysis.sinder),
+    ]
+
+
+def images_told(analysis: Analysis) -> str:
+    """64 images, 2 skipped."""
+    skipped = f", {len(analysis.skipped):,} skipped" if analysis.skipped else ""
+    return counted(analysis.images, "image") + skipped
+
+
+def _of(distribution: Distribution | None, name: str) -> str:
+    return NOTHING if distribution is None else number(getattr(distribution, name))
+
+
+def _cosine(distribution: Distribution | None, name: str) -> str:
+    return NOTHING if distribution is None else f"{getattr(distribution, name):.3f}"
+
+
+def _marked(marked: Marked | None) -> str:
+    return NOTHING if marked is None else f"{marked.tokens:,} ({percent(marked.share)})"
+
+
+def _tokens(marked: Marked | None) -> str:
+    return NOTHING if marked is None else f"{marked.tokens:,}"
+
+
+def _images(marked: Marked | None) -> str:
+    return NOTHING if marked is None else f"{marked.images:,}"
+
+
+def _angle(block: BlockRecord) -> str:
+    return degrees(block.observed.angle_to_predicted_deg["cumulative"] if block.observed else None)
+
+
+def _share(value: float | None) -> str:
+    return NOTHING if value is None else percent(value)
+
+
+def _whole(value: int | None) -> str:
+    return NOTHING if value is None else str(value)

@@ -1,0 +1,165 @@
+"""The maps of one image as pictures, for the files and for the page alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from sinder_cli.files import printable
+from sinder_cli.report.analysis.facts import sides_of
+from sinder_cli.report.drawing.pictures import LabelledPicture, clip_range, pca_map, picture, reduced, resized
+from sinder_cli.report.drawing.scales import ANGLES, ColourScale, attention_scale, cosine_scale, norm_scale
+from sinder_cli.report.wording import counted, number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sinder_cli.analysis.portraits import Portrait, PortraitSide, TargetMaps
+    from sinder_cli.analysis.records import Analysis
+    from sinder_cli.report.drawing.pictures import Picture, Span
+
+MARK = (255, 176, 0)  # a marked patch: amber, which the colour-blind tell from grey
+DIMMED = 0.45  # the photograph under it
+
+
+class DrawnImage(NamedTuple):
+    """An image and its maps, without the pixels that nobody will see: the photograph is reduced."""
+
+    name: str
+    photograph: Picture
+    sides: tuple[PortraitSide, ...]
+    patch_cosine: Tensor | None
+
+
+@dataclass(frozen=True)
+class SideMaps:
+    """One backbone's maps of one image; `block` is the first defective one, None without."""
+
+    pca: LabelledPicture
+    norm: LabelledPicture
+    attention: LabelledPicture | None
+    angles: tuple[LabelledPicture, ...]
+    masks: tuple[LabelledPicture, ...]
+    targets: tuple[LabelledPicture, ...]
+    block: int | None
+    outlying: int
+    largest: float  # norm; of the tokens that are finite
+    broken: int  # tokens that are not finite
+
+
+@dataclass(frozen=True)
+class ImageMaps:
+    """One image and its maps."""
+
+    name: str
+    photograph: LabelledPicture
+    sides: tuple[SideMaps, ...]
+    cosine: LabelledPicture | None
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The colours that are the same for all images and both sides."""
+
+    pca: Span
+    norms: tuple[ColourScale, ...]  # by block
+    cosine: ColourScale
+
+
+def drawn_image(portrait: Portrait, mean: tuple[float, float, float], std: tuple[float, float, float]) -> DrawnImage:
+    """The portrait with its image as a photograph of at most 512 pixels a side."""
+    photograph = reduced(picture(portrait.image, mean, std))
+    return DrawnImage(printable(Path(portrait.name).name), photograph, portrait.sides, portrait.patch_cosine)
+
+
+def shared_scales(analysis: Analysis, first: Iterable[DrawnImage]) -> Scales:
+    """Scales from the statistics of all images, and for the principal components from the first ones' maps."""
+    pairs = analysis.comparison or ()
+    return Scales(
+        pca=clip_range([side.components[side.in_basis] for each in first for side in each.sides]),
+        norms=tuple(
+            norm_scale(block.patch_norm for block in blocks)
+            for blocks in zip(*(side.blocks for side in sides_of(analysis)), strict=True)
+        ),
+        cosine=cosine_scale(pairs[-1].patch_cosine if pairs else None),
+    )
+
+
+def paint_image(image: DrawnImage, scales: Scales, labels: Sequence[str]) -> ImageMaps:
+    """Paint all maps of one image; `labels` names the sides of a comparison, and is one empty text without."""
+    told = f"Cosine between both sides' tokens of {image.name}"
+    cosine = image.patch_cosine
+    return ImageMaps(
+        name=image.name,
+        photograph=LabelledPicture("Image", f"{image.name}, as the model saw it", image.photograph),
+        sides=tuple(
+            _side_maps(image, side, scales, f"{image.name}, {label}" if label else image.name)
+            for side, label in zip(image.sides, labels, strict=True)
+        ),
+        cosine=None if cosine is None else LabelledPicture("Cosine", told, scales.cosine.paint(cosine)),
+    )
+
+
+def _side_maps(image: DrawnImage, side: PortraitSide, scales: Scales, name: str) -> SideMaps:
+    outlying, finite = int(side.outlying.sum()), side.norms[side.norms.isfinite()]
+    largest = finite.max().item() if len(finite) else math.nan
+    told = f"Token norms of {name}: largest {number(largest)}, outlying {outlying:,}"
+    attention = side.attention
+    return SideMaps(
+        pca=LabelledPicture(
+            "PCA",
+            f"Principal components of the tokens of {name}, as colours",
+            pca_map(side.components, scales.pca),
+        ),
+        norm=LabelledPicture("Norm", told, scales.norms[-1].paint(side.norms)),
+        attention=None
+        if attention is None
+        else LabelledPicture(
+            "Attention", f"Attention of cls to the patches of {name}", attention_scale(attention).paint(attention)
+        ),
+        angles=tuple(
+            LabelledPicture(f"block {block}", f"Angles to ν at block {block}, {name}", ANGLES.paint(angles))
+            for block, angles in side.angles.items()
+        ),
+        masks=tuple(_mask_picture(image, block, side.masks.get(block), name) for block in side.angles),
+        targets=_target_pictures(side.targets, scales, name) if side.targets else (),
+        block=side.targets.block if side.targets else None,
+        outlying=outlying,
+        largest=largest,
+        broken=side.norms.numel() - len(finite),
+    )
+
+
+def _mask_picture(image: DrawnImage, block: int, mask: Tensor | None, name: str) -> LabelledPicture:
+    if mask is None:
+        return LabelledPicture(f"block {block}", f"Block {block}: the direction is not determined", None)
+    told = f"{counted(int(mask.sum()), 'patch')} marked at block {block}, {name}"
+    return LabelledPicture(f"block {block}", told, mask_map(image.photograph, mask))
+
+
+def mask_map(photograph: Picture, mask: Tensor) -> Picture:
+    """Marked patches in amber on the photograph, which is dimmed, grey and as coarse as the mask `[h, w]`."""
+    grey = resized(photograph, *mask.shape).mean(axis=2, keepdims=True) * DIMMED
+    colours = grey.repeat(3, axis=2).round().astype("uint8")
+    colours[mask.numpy()] = MARK
+    marked: Picture = colours
+    return marked
+
+
+def _target_pictures(targets: TargetMaps, scales: Scales, name: str) -> tuple[LabelledPicture, ...]:
+    scale = scales.norms[targets.block]
+    as_it_is = LabelledPicture("as it is", f"Token norms at block {targets.block}, {name}", scale.paint(targets.norms))
+    return (
+        as_it_is,
+        *(
+            LabelledPicture(
+                f"τ = {temperature:g}",
+                f"The same with marked tokens at their target, τ = {temperature:g}",
+                scale.paint(norms),
+            )
+            for temperature, norms in targets.by_temperature.items()
+        ),
+    )

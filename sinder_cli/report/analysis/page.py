@@ -1,0 +1,161 @@
+"""One offline HTML page on an analysis: the verdict, every block in numbers and charts, and images with their maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from sinder_cli.report import wording
+from sinder_cli.report.analysis import facts
+from sinder_cli.report.analysis.facts import COLOUR_OF, labels_of, sides_of
+from sinder_cli.report.drawing.pictures import data_uri
+from sinder_cli.report.drawing.scales import ANGLES, ColourScale
+from sinder_cli.report.pages.panels import Panel
+from sinder_cli.report.pages.templates import html_template
+
+if TYPE_CHECKING:
+    from sinder_cli.analysis.records import Analysis
+    from sinder_cli.report.analysis.charts import ChartGroup
+    from sinder_cli.report.analysis.image_maps import ImageMaps, Scales, SideMaps
+    from sinder_cli.report.drawing.pictures import LabelledPicture
+
+ATTENTION = (
+    "Of cls to each patch in the last block, mean over heads;"
+    " every map from its own smallest to its own largest weight."
+)
+UNSEEN = "the kernel that computes it does not show its weights, as --attention sdpa or eager would"
+EMBEDDED_IMAGES = 24  # more would make a page that a phone cannot hold
+
+
+class PanelGroup(NamedTuple):
+    """Panels that belong together; `kind` says where the page puts them."""
+
+    kind: str
+    heading: str
+    panels: list[Panel]
+    note: str = ""
+
+
+class PageImage(NamedTuple):
+    """One image with its pictures and its own numbers; `attended` says of which sides attention is drawn."""
+
+    name: str
+    numbers: list[str]
+    groups: list[PanelGroup]
+    attended: tuple[bool, ...]
+
+
+class Bar(NamedTuple):
+    """A colour scale to be read beside the pictures, and on which of them it holds."""
+
+    name: str
+    scale: ColourScale
+    where: str
+    uri: str
+
+
+class SideVerdict(NamedTuple):
+    """The verdict on one side."""
+
+    label: str
+    colour: str
+    sentence: str
+    confidence: str
+
+
+def render_analysis_page(
+    analysis: Analysis, groups: Sequence[ChartGroup], images: Sequence[PageImage], drawn: int, scales: Scales | None
+) -> str:
+    """The whole page as one string of HTML that loads nothing; `drawn` counts all images of which there are figures."""
+    labels = labels_of(analysis)
+    return html_template("analysis/page.html.jinja").render(
+        title=" and ".join(labels),
+        labels=labels,
+        sides=facts.side_names(analysis),
+        verdicts=[
+            SideVerdict(label, COLOUR_OF[side.verdict.kind], side.verdict.sentence, side.verdict.confidence)
+            for label, side in zip(labels, sides_of(analysis), strict=True)
+        ],
+        analysis=analysis,
+        images_told=facts.images_told(analysis),
+        measures=facts.key_measures(analysis),
+        blocks=facts.block_rows(analysis),
+        pairs=facts.pair_rows(analysis),
+        groups=[(group, [chart.svg() for chart in group.charts]) for group in groups],
+        images=images,
+        drawn=drawn,
+        attention=_attention_words(analysis, images),
+        broken=facts.has_broken_tokens(analysis),
+        bars=_bars(scales, len(labels) > 1) if scales else [],
+        excluded=bool(analysis.settings.get("exclude_masked")),
+        settings=facts.setting_rows(analysis),
+        origin=facts.origin_rows(analysis),
+        paper=wording,
+    )
+
+
+def embedded(image: ImageMaps, scales: Scales, labels: Sequence[str]) -> PageImage:
+    """One image's part of the page; `labels` names the sides of a comparison, and is one empty text without."""
+    outlying = " → ".join(f"{side.outlying:,}" for side in image.sides)
+    largest = " → ".join(wording.number(side.largest) for side in image.sides)
+    numbers = [f"Outlying tokens {outlying}", f"Largest norm {largest}"]
+    if any(side.broken for side in image.sides):
+        numbers.append(f"Tokens not finite {' → '.join(f'{side.broken:,}' for side in image.sides)}")
+    attended = tuple(side.attention is not None for side in image.sides)
+    return PageImage(image.name, numbers, list(_groups(image, scales, labels)), attended)
+
+
+def _attention_words(analysis: Analysis, images: Sequence[PageImage]) -> list[str]:
+    """What the maps of attention show, if there are any, and why a side has none."""
+    sides = sides_of(analysis)
+    drawn = [any(image.attended[at] for image in images) for at in range(len(sides))]
+    words = [ATTENTION] if any(drawn) else []
+    for side, name, seen in zip(sides, facts.SIDES, drawn, strict=False):
+        if not seen:
+            of = f" of the {name} side" if len(sides) == 2 else ""
+            cls = any(block.cls_norm for block in side.blocks)
+            words.append(f"The attention{of} is not drawn: {UNSEEN if cls else 'there is no cls token'}.")
+    return words
+
+
+def _groups(image: ImageMaps, scales: Scales, labels: Sequence[str]) -> Iterator[PanelGroup]:
+    """The photograph with the only side's maps; or by itself, and then both sides' maps, kind by kind."""
+    photograph = _panel(image.photograph, sharp=False)
+    alone = len(image.sides) == 1
+    if not alone:
+        yield PanelGroup("whole", "", [photograph, *([_panel(image.cosine)] if image.cosine else [])])
+    for side, label in zip(image.sides, labels, strict=True):
+        maps = [side.pca, side.norm, *([side.attention] if side.attention else [])]
+        yield PanelGroup("main", _headed("Last block", label), [*([photograph] if alone else []), *map(_panel, maps)])
+    for kind, heading in (("angles", "Angle to ν"), ("masks", "Marked by equation (5)")):
+        for side, label in zip(image.sides, labels, strict=True):
+            yield PanelGroup(kind, _headed(heading, label), [_panel(each) for each in getattr(side, kind)])
+    for side, label in zip(image.sides, labels, strict=True):
+        yield _target_group(side, label, scales)
+
+
+def _target_group(side: SideMaps, label: str, scales: Scales) -> PanelGroup:
+    if side.block is None:
+        return PanelGroup("targets", _headed("Learning target", label), [], "No block of this image is defective.")
+    note = f"Norms {scales.norms[side.block].words}"
+    heading = _headed(f"Learning target, block {side.block}", label)
+    return PanelGroup("targets", heading, [_panel(each) for each in side.targets], note)
+
+
+def _headed(heading: str, label: str) -> str:
+    return f"{heading}, {label}" if label else heading
+
+
+def _panel(shown: LabelledPicture, sharp: bool = True) -> Panel:
+    if shown.picture is None:
+        return Panel(shown.label, shown.alt, "")
+    return Panel(shown.label, shown.alt, data_uri(shown.picture, "png" if sharp else "jpeg"), sharp)
+
+
+def _bars(scales: Scales, compared: bool) -> list[Bar]:
+    shown = [
+        ("Norm", scales.norms[-1], "on every map of the last block; learning targets have the scale that they name"),
+        ("Angle", ANGLES, "on every map"),
+        *([("Cosine", scales.cosine, "on every map")] if compared else []),
+    ]
+    return [Bar(name, scale, where, data_uri(scale.bar())) for name, scale, where in shown]

@@ -1,0 +1,128 @@
+"""Charts drawn once and written twice: as a PNG on white, and as an SVG that takes its colours from the page."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sinder_cli.report.drawing.colours import COLOURS, FAINT, INK, SOFT
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 4.6  # inches: 9.5 points come out at 10 pixels on a phone
+STYLE = {
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same letters everywhere
+    "font.size": 9.5,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 8,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": SOFT,
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "grid.color": FAINT,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "text.parse_math": False,  # a model's name may hold dollar signs
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "image.interpolation": "nearest",
+    "svg.fonttype": "none",
+}
+PNG_DPI = 200
+TAG = re.compile(r"<[a-zA-Z/][^>]*>")
+COORDINATES = re.compile(r' (?:d|x|y|width|height|points)="[^"]*"|(?:rotate|translate)\([^)]*\)')  # of a tag
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart: the name of its file, what it shows in a few words, how it was made, and how to draw it."""
+
+    name: str
+    title: str
+    caption: str
+    height: float  # inches
+    draw: Callable[[Figure], None]
+
+    def png(self) -> bytes:
+        """A PNG file on white that carries title and caption."""
+        texts = {"Title": self.title, "Description": self.caption, "Software": None}
+        return self._drawn("png", dpi=PNG_DPI, facecolor="white", metadata=texts)
+
+    def svg(self) -> str:
+        """An `<svg>` element whose colours are variables of the page that it stands in."""
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        text = self._drawn("svg", dpi=PNG_DPI, transparent=True, metadata=nothing).decode("utf-8")
+        return themed(text, self.title)
+
+    def _drawn(self, kind: str, **options: Any) -> bytes:
+        from matplotlib.figure import Figure
+
+        file = io.BytesIO()
+        with _style(self.name):
+            figure = Figure(figsize=(WIDTH, self.height), layout="constrained")
+            self.draw(figure)
+            figure.savefig(file, format=kind, **options)
+        return file.getvalue()
+
+
+def block_axis(axes: Axes, depth: int) -> None:
+    """Blocks from left to right, numbered as everywhere from 0."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(-0.6, depth - 0.4)
+    axes.set_xlabel("block")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=min(depth, 10), integer=True, min_n_ticks=1))
+
+
+def themed(svg: str, title: str) -> str:
+    """Matplotlib's SVG as an element of a page: sized, coloured and lettered by the page, and free of addresses.
+
+    Only tags are touched: texts between them, such as names and the numbers of an axis, stay as they are.
+    """
+    from html import escape
+
+    view = re.search(r'viewBox="[^"]+"', svg)
+    assert view is not None
+    body = svg[svg.index("<defs>") :]
+    body = re.sub(r"<style[^>]*>.*?</style>", "", body, flags=re.DOTALL)  # it would reach the whole page
+    used = {name for tag in TAG.findall(body) for name in re.findall(r"#([\w-]+)", tag)}
+    body = TAG.sub(lambda found: _themed_tag(found[0], used), body)
+    return f'<svg {view[0]} role="img" aria-label="{escape(title)}">\n{body.strip()}'
+
+
+def _themed_tag(tag: str, used: set[str]) -> str:
+    """A tag with the page's font and colours, coordinates to a hundredth of a point, and the id only if it is used."""
+    tag = re.sub(r"font: (?:\w+ )*([\d.]+)px [^;\"]+", r"font-size: \1px", tag)
+    tag = re.sub(r"font-family: [^;\"]+;? ?", "", tag)
+    tag = COORDINATES.sub(lambda found: re.sub(r"(\d\.\d\d)\d+", r"\1", found[0]), tag)
+    tag = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", tag)
+    for name, colour in COLOURS.items():
+        tag = tag.replace(colour, f"var(--{name})")
+    return tag
+
+
+@contextlib.contextmanager
+def _style(salt: str) -> Iterator[None]:
+    """Our style and no user's; ids that depend on the chart alone."""
+    from matplotlib import style
+
+    with warnings.catch_warnings(), style.context(["default", {**STYLE, "svg.hashsalt": salt}]):
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a model's name may be in any script
+        yield

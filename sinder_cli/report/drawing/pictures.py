@@ -1,0 +1,139 @@
+"""Patch tokens and images as RGB pictures: pure functions, arrays in and arrays out.
+
+Shapes: K images, h × w patches, N the width of the model; a picture is `[H, W, 3]` in uint8.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from sinder_cli.report.drawing.colours import ABSENT
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    Picture = NDArray[np.uint8]
+    Span = tuple[NDArray[Any], NDArray[Any]]  # the values [3] that take no and full red, green and blue
+
+CLIP_PERCENTILES = (1.0, 99.0)  # of a principal component, over all maps: beyond them a colour saturates
+MAP_PIXELS = 512  # side that a map of patches is enlarged to, at most
+
+
+class LabelledPicture(NamedTuple):
+    """One picture: its label, what a reader who cannot see it is told, and its colours; None without a map."""
+
+    label: str
+    alt: str
+    picture: Picture | None
+
+
+def pca_maps(before: Tensor, after: Tensor) -> tuple[Picture, Picture]:
+    """Patch tokens `[K, h, w, N]` of both sides → RGB `[K, h, w, 3]` each, in one shared basis and colour range.
+
+    Red, green and blue are principal components 1–3 of the tokens of all images and both sides together.
+    """
+    from sinder_cli.analysis.components import Moments
+
+    moments = Moments(before.shape[-1])
+    for image in (*before, *after):  # one at a time: ViT-g's pooled tokens would be 200 MB in float64
+        moments.add(image.flatten(0, 1))
+    basis = moments.basis()
+    one, two = basis.project(before), basis.project(after)  # [K, h, w, 3]
+    span = clip_range([one, two])
+    return pca_map(one, span), pca_map(two, span)
+
+
+def clip_range(components: Sequence[Tensor]) -> Span:
+    """The 1st and the 99th percentile of each principal component, over the finite ones of tokens `[…, 3]`."""
+    import numpy as np
+
+    nothing = np.zeros((1, 3))
+    pooled = np.concatenate([part.reshape(-1, 3).numpy() for part in components] or [nothing])
+    finite = pooled[np.isfinite(pooled).all(axis=1)]
+    low, high = np.percentile(finite if len(finite) else nothing, CLIP_PERCENTILES, axis=0)
+    return low, high
+
+
+def pca_map(components: Tensor, span: Span) -> Picture:
+    """Three principal components `[…, 3]` as red, green and blue; a token that is not finite is grey."""
+    colours = to_bytes(linear_position(components.nan_to_num(0, 0, 0).numpy(), *span))
+    colours[~components.isfinite().all(dim=-1).numpy()] = ABSENT
+    return colours
+
+
+def picture(pixels: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Picture:
+    """A normalized input `[3, H, W]` as the image it was, `[H, W, 3]`."""
+    values = pixels.float() * pixels.new_tensor(std).view(3, 1, 1) + pixels.new_tensor(mean).view(3, 1, 1)
+    return to_bytes(values.permute(1, 2, 0).numpy().clip(0, 1))
+
+
+def enlarged(rgb: Picture, side: int = MAP_PIXELS) -> Picture:
+    """Every patch as a square of whole pixels, as large as fits into `side` × `side`; no smoothing."""
+    factor = max(1, side // max(rgb.shape[:2]))
+    return rgb.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def reduced(rgb: Picture, side: int = MAP_PIXELS) -> Picture:
+    """A photograph `[H, W, 3]` whose longer side is at most `side`."""
+    factor = side / max(rgb.shape[:2])
+    return resized(rgb, round(rgb.shape[0] * factor), round(rgb.shape[1] * factor)) if factor < 1 else rgb
+
+
+def resized(rgb: Picture, height: int, width: int) -> Picture:
+    """A photograph of another size, smoothly."""
+    import numpy as np
+    from PIL import Image
+
+    size = (max(1, width), max(1, height))
+    return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
+
+
+def encoded(rgb: Picture, kind: Literal["png", "jpeg"] = "png", texts: Mapping[str, str] | None = None) -> bytes:
+    """The bytes of an image file: PNG for maps, which keep every colour; JPEG for photographs.
+
+    `texts` are stored inside a PNG, each under its keyword: `tEXt`, or `iTXt` where Latin-1 does not have the letters.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    file = io.BytesIO()
+    if kind == "jpeg":
+        Image.fromarray(rgb).save(file, kind, quality=88)
+    else:
+        information = PngInfo()
+        for keyword, text in (texts or {}).items():
+            information.add_text(keyword, text)
+        Image.fromarray(rgb).save(file, kind, optimize=True, pnginfo=information)
+    return file.getvalue()
+
+
+def data_uri(rgb: Picture, kind: Literal["png", "jpeg"] = "png") -> str:
+    """The picture as a `data:` URI, so that a page needs no second file."""
+    return f"data:image/{kind};base64,{base64.b64encode(encoded(rgb, kind)).decode('ascii')}"
+
+
+def log_position(norms: Tensor, low: float, high: float) -> NDArray[Any]:
+    """Where norms lie between `low` (0) and `high` (1) on a logarithmic scale; 0.5 where there is no range."""
+    import numpy as np
+
+    values = norms.double().numpy().clip(low, high)
+    return linear_position(np.log(values), np.log(low), np.log(high))
+
+
+def linear_position(values: NDArray[Any], low: Any, high: Any) -> NDArray[Any]:
+    import numpy as np
+
+    span = np.asarray(high - low)
+    degenerate = span <= 0
+    return np.where(degenerate, 0.5, (values - low) / np.where(degenerate, 1, span)).clip(0, 1)
+
+
+def to_bytes(values: NDArray[Any]) -> Picture:
+    """Values in 0…1 → 0…255."""
+    rounded: Picture = (values * 255).round().astype("uint8")
+    return rounded

@@ -1,0 +1,137 @@
+"""Colour scales: from values of a map to colours, and the ticks that say which colour is which value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from sinder_cli.report.drawing.colours import ABSENT, BRIGHT
+from sinder_cli.report.drawing.pictures import linear_position, log_position
+from sinder_cli.report.drawing.ticks import Tick, log_ticks, round_steps
+from sinder_cli.report.wording import number, numbers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sinder_cli.analysis.records import Distribution
+    from sinder_cli.report.drawing.pictures import Picture
+
+
+class Spread(Protocol):
+    """A set of numbers, summed up, as a `Distribution` is."""
+
+    @property
+    def min(self) -> float: ...
+    @property
+    def median(self) -> float: ...
+    @property
+    def max(self) -> float: ...
+
+
+class NormSpread(NamedTuple):
+    """The smallest, the median and the largest of some norms."""
+
+    min: float
+    median: float
+    max: float
+
+    @classmethod
+    def of(cls, norms: Tensor) -> NormSpread:
+        """Of norms of any shape."""
+        return cls(norms.min().item(), norms.median().item(), norms.max().item())
+
+
+@dataclass(frozen=True)
+class ColourScale:
+    """A perceptually uniform colour map between two values, which saturates beyond them.
+
+    On every scale what stands out is bright; `colour_map` is a name of matplotlib's.
+    """
+
+    label: str  # what is measured, with its unit
+    low: float
+    high: float
+    colour_map: str
+    logarithmic: bool = False
+    suffix: str = ""  # of a tick: °
+    step: float | None = None  # between ticks; None: a round one
+
+    def paint(self, values: Tensor) -> Picture:
+        """Values `[h, w]` → colours `[h, w, 3]`; what is not finite is grey."""
+        from matplotlib import colormaps
+
+        absent = ~values.isfinite().numpy()
+        values = values.double().nan_to_num(self.low, self.low, self.low)
+        if self.logarithmic:
+            at = log_position(values, self.low, self.high)
+        else:
+            at = linear_position(values.numpy(), self.low, self.high)
+        colours: Picture = colormaps[self.colour_map](at, bytes=True)[..., :3]
+        colours[absent] = ABSENT
+        return colours
+
+    def bar(self, width: int = 256, height: int = 12) -> Picture:
+        """All colours, `[height, width, 3]`: from `low` at the left to `high` at the right."""
+        import numpy as np
+        from matplotlib import colormaps
+
+        row = colormaps[self.colour_map](np.linspace(0, 1, width), bytes=True)[:, :3]
+        bar: Picture = np.repeat(row[None], height, axis=0)
+        return bar
+
+    @property
+    def ticks(self) -> list[Tick]:
+        """Marks between the left end (0) and the right end (1)."""
+        if self.logarithmic:
+            return log_ticks(self.low, self.high)
+        span = self.high - self.low
+        if span <= 0:
+            return [Tick(0.5, f"{number(self.low)}{self.suffix}")]
+        step = self.step or round_steps(span)[1]
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        values = [at * step for at in range(first, last + 1)]
+        labels = numbers(values)
+        return [
+            Tick((value - self.low) / span, f"{label}{self.suffix}")
+            for value, label in zip(values, labels, strict=True)
+        ]
+
+    @property
+    def words(self) -> str:
+        """Which values the colours stand for."""
+        low, high = (f"{value}{self.suffix}" for value in numbers([self.low, self.high]))
+        return f"{low} to {high}{' (log scale)' if self.logarithmic else ''}"
+
+
+ANGLES = ColourScale("angle to ν, degrees", 0.0, 90.0, "viridis_r", suffix="°", step=30.0)
+
+
+def norm_scale(spreads: Iterable[Spread | None]) -> ColourScale:
+    """From the smallest to the largest norm of all spreads, always up to 3 × the largest median.
+
+    With 3 × the median on the scale, harmless variation stays dark.
+    """
+    from sinder_cli.defects.tokens import OUTLIER_FACTOR
+
+    known = [each for each in spreads if each is not None and each.max > 0]
+    if not known:
+        return ColourScale("L2 norm, no unit", 1.0, 1.0, BRIGHT, logarithmic=True)
+    median = max(each.median for each in known)
+    low = max(min(each.min for each in known), median / 1000)  # zero has no place on a logarithmic scale
+    high = max(OUTLIER_FACTOR * median, *(each.max for each in known), low)
+    return ColourScale("L2 norm, no unit", low, high, BRIGHT, logarithmic=True)
+
+
+def attention_scale(weights: Tensor) -> ColourScale:
+    """From the smallest to the largest weight of one map: images differ too much for a common scale."""
+    finite = weights[weights.isfinite()]
+    low, high = (finite.min().item(), finite.max().item()) if len(finite) else (0.0, 0.0)
+    return ColourScale("attention of cls, weight", low, high, "cividis")
+
+
+def cosine_scale(distribution: Distribution | None) -> ColourScale:
+    """From the 1st percentile, rounded down, to 1; what differs most is brightest."""
+    low = math.floor(min(distribution.p01, 0.95) * 10) / 10 if distribution is not None else 0.0
+    return ColourScale("cosine between both sides, no unit", low, 1.0, "cividis_r")

@@ -1,0 +1,76 @@
+"""The manual page of an analysis' JSON document, from the records that make it: `sinder-analysis(5)`."""
+
+from __future__ import annotations
+
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from sinder_cli.analysis.records import Analysis
+from sinder_cli.report.manual.roff import escape, head
+
+NAME = "sinder-analysis.5"
+INTRODUCTION = (
+    "sinder analyze \\-\\-format json prints one JSON document, and \\-\\-out DIR writes it as DIR/report.json, beside"
+    " report.html, figures/ and directions.safetensors."
+    f" This is version {Analysis.model_fields['schema_version'].default} of its schema;"
+    " a change that breaks readers raises it. Numbers that are not finite are null."
+    " Every object has exactly the members listed."
+)
+TENSORS = (
+    "Float32 tensors [blocks, width], rows of unit norm: predicted.attention, predicted.mlp, predicted.block and"
+    " predicted.cumulative, the directions that the weights predict, and observed, the direction that outlying tokens"
+    " share (zeros in a block without any). Those of the second backbone of a comparison begin with other."
+)
+PLAIN = {str: "string", int: "integer", float: "number", bool: "true or false", Any: "any value"}
+
+
+def schema_page() -> str:
+    """The page in roff: one section an object, the document first, each member with its type and meaning."""
+    lines = [*head("sinder-analysis", 5, "what sinder analyze reports, as JSON", "File Formats")]
+    lines += [".SH DESCRIPTION", INTRODUCTION]
+    for model in records_of(Analysis):
+        name = "THE DOCUMENT" if model is Analysis else model.__name__.upper()
+        lines += [f".SH {name}", escape((model.__doc__ or "").strip())]
+        for field, about in model.model_fields.items():
+            lines += [".TP", f".B {escape(field)}", escape(_member(about.annotation, about.description))]
+    lines += [".SH FILES", ".TP", ".B directions.safetensors", escape(TENSORS)]
+    return "\n".join([*lines, ".SH SEE ALSO", ".BR sinder\\-analyze (1)"]) + "\n"
+
+
+def records_of(model: type[BaseModel]) -> list[type[BaseModel]]:
+    """The record and all that it holds, each once, in the order in which a reader meets them."""
+    found = [model]
+    for record in found:  # grows while it is gone through
+        for about in record.model_fields.values():
+            found += [each for each in _records_in(about.annotation) if each not in found]
+    return found
+
+
+def type_words(annotation: Any) -> str:
+    """A type as a reader of JSON knows it."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        named = [type_words(part) for part in parts if part is not NoneType]
+        return " or ".join([*named, "null"] if NoneType in parts else named)
+    if origin is Literal:
+        return " | ".join(f'"{part}"' if isinstance(part, str) else str(part) for part in parts)
+    if origin is dict:
+        return f"object: {type_words(parts[0])} → {type_words(parts[1])}"
+    if origin in (tuple, list):
+        length = "" if parts[-1] is Ellipsis or origin is list else f"{len(parts)} "
+        return f"list of {length}{type_words(parts[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation.__name__
+    return PLAIN[annotation]
+
+
+def _records_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [record for part in get_args(annotation) for record in _records_in(part)]
+
+
+def _member(annotation: Any, description: str | None) -> str:
+    return f"({type_words(annotation)}) {description}" if description else f"({type_words(annotation)})"

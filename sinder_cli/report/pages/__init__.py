@@ -1,0 +1,1 @@
+"""What the HTML pages share: the templates, compiled, and their common parts."""

@@ -1,0 +1,57 @@
+"""The templates, compiled: HTML escapes what it is given, Markdown marks it as code.
+
+They lie beside the modules that fill them; a template's name is its path inside `report/`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jinja2 import Environment, Template
+
+
+def html_template(name: str) -> Template:
+    """A template whose values are escaped for HTML; a name that it misspells is an error."""
+    return _environment(autoescape=True).get_template(name)
+
+
+def markdown_template(name: str) -> Template:
+    """A template with two filters: `code` makes any text an inline code span, `cell` fits text into a table's row."""
+    environment = _environment(autoescape=False)
+    environment.filters["code"] = code_span
+    environment.filters["cell"] = table_cell
+    return environment.get_template(name)
+
+
+def code_span(text: object) -> str:
+    """Text as inline code on one line, fenced by one backtick more than the longest run of them in it."""
+    line = " ".join(str(text).split()) or " "
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    padding = " " if "`" in (line[0], line[-1]) else ""
+    return f"{fence}{padding}{line}{padding}{fence}"
+
+
+def table_cell(text: object) -> str:
+    """Text on one line whose pipes do not end the cell."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def _environment(autoescape: bool) -> Environment:
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    return Environment(
+        loader=FunctionLoader(_source),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def _source(name: str) -> str:
+    from importlib.resources import files
+
+    return files("sinder_cli.report").joinpath(name).read_text(encoding="utf-8")

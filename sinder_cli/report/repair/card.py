@@ -1,0 +1,56 @@
+"""The model card of a repaired backbone, the `README.md` of a run directory."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sinder_cli.report import wording
+from sinder_cli.report.pages.templates import markdown_template
+from sinder_cli.report.repair import facts
+
+if TYPE_CHECKING:
+    from sinder_cli.repair.results import RepairResult
+
+WRITTEN_WITH_THE_CARD = ("report.html", "README.md")
+FILES = {
+    "model.safetensors": "the repaired weights, in the key order, names and dtypes of the input",
+    "adapter.safetensors": "the changes of the singular values alone, with the fingerprint of their weights",
+    "summary.json": "before and after in numbers",
+    "config.json": "resolved settings, versions, and fingerprints of the weights and the image list",
+    "metrics.jsonl": "one line a step: images seen, first defective block, masked tokens, loss, share of clean images",
+    "checkpoints": "the state of the repair, to go on from",
+    "report.html": "before and after in pictures, in one offline file",
+    "README.md": "this card",
+}
+
+
+def render_card(result: RepairResult) -> str:
+    """The card in Markdown; it says only what the result holds."""
+    return markdown_template("repair/card.md.jinja").render(
+        model=result.model,
+        folder=shlex.quote(result.folder.resolve().name),
+        window=result.config["settings"]["window"],
+        verdict=facts.verdict(result),
+        comparison=facts.comparison(result),
+        run=facts.run_facts(result),
+        settings=facts.setting_facts(result),
+        weights=result.config["weights"],
+        images=result.config["images"],
+        versions=result.config["versions"],
+        device=result.config["device"],
+        summary=result.summary,
+        evaluation_images=wording.counted(result.summary["evaluation_images"], "image"),
+        files=files_in(result.folder),
+        wording=wording,
+    )
+
+
+def files_in(folder: Path) -> list[wording.Named]:
+    """The files of a run directory that are there, or are written together with the card."""
+    return [
+        wording.Named(name, meaning)
+        for name, meaning in FILES.items()
+        if name in WRITTEN_WITH_THE_CARD or (folder / name).exists()
+    ]

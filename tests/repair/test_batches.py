@@ -1,0 +1,133 @@
+"""The images of a step: which they are depends on the seed and the number of the step alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from runs import Pictures
+
+from sinder_cli.errors import BadInputError
+from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.images.sources import ImageFiles
+from sinder_cli.repair.batches import forget_mended, require_readable, step_batches
+from sinder_cli.repair.settings import RepairSettings
+
+PLAIN = Preprocessing(4, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+COUNT = 7
+BROKEN = {2, 5}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> ImageFiles:
+    """Files that tell their number by their colour; two are broken."""
+    paths = []
+    for number in range(COUNT):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", (4, 4), (10 * number,) * 3).save(path)
+        if number in BROKEN:
+            path.write_bytes(b"broken")
+        paths.append(path)
+    return ImageFiles(tuple(paths))
+
+
+def numbers(files: ImageFiles, steps: int, done: int = 0, **settings: int) -> list[list[int]]:
+    """The numbers of the images of the next steps."""
+    chosen = RepairSettings.model_validate({"workers": 0} | settings)
+    batches = step_batches(files, PLAIN, chosen, done, {}, lambda _: None)
+    return [[round(image[0, 0, 0].item() * 25.5) for image in batch] for batch in islice(batches, steps)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 9])
+def test_a_run_that_goes_on_sees_the_images_that_it_would_have_seen(
+    files: ImageFiles, batch_size: int, workers: int
+) -> None:
+    whole = numbers(files, 12, batch_size=batch_size)
+    for done in (0, 1, 5, 11):
+        assert numbers(files, 12 - done, done, batch_size=batch_size, workers=workers) == whole[done:]
+
+
+def test_the_order_does_not_depend_on_the_size_of_the_batches(files: ImageFiles) -> None:
+    one, three = (sum(numbers(files, 30 // size, batch_size=size), []) for size in (1, 3))  # noqa: RUF017
+    assert one == three
+
+
+def test_another_seed_is_another_order(files: ImageFiles) -> None:
+    assert numbers(files, 12, seed=0) == numbers(files, 12, seed=0) != numbers(files, 12, seed=1)
+
+
+def test_an_unreadable_image_is_missing_from_its_batch_and_shifts_no_other(files: ImageFiles) -> None:
+    seen = numbers(files, 7, batch_size=2)
+    assert sorted(sum(seen, [])) == sorted(2 * [n for n in range(COUNT) if n not in BROKEN])  # noqa: RUF017
+    assert {len(batch) for batch in seen} <= {0, 1, 2}
+    assert [] in numbers(files, 7)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.unlink(),
+        lambda path: os.utime(path, ns=(1, 1)),
+        lambda path: Image.new("RGB", (40, 40)).save(path),
+        lambda path: path.write_bytes(path.read_bytes()[:-20]),
+    ],
+    ids=["vanished", "newer", "larger", "torn"],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_vanishes_or_changes_during_the_run_is_told_and_left_out(
+    files: ImageFiles, change: Callable[[Path], None], workers: int
+) -> None:
+    change(files.paths[3])
+    unreadable: dict[str, str] = {}
+    settings = RepairSettings(workers=workers, batch_size=COUNT)
+    (batch,) = islice(step_batches(files, PLAIN, settings, 0, unreadable, lambda _: None), 1)
+    assert len(batch) == COUNT - len(BROKEN) - 1
+    assert set(unreadable) == {str(files.paths[number]) for number in (*BROKEN, 3)}
+    assert unreadable[str(files.paths[3])]
+
+
+def test_a_batch_none_of_whose_images_can_be_read_is_empty() -> None:
+    settings = RepairSettings(batch_size=2)
+    (batch,) = islice(step_batches(Pictures(None, None), PLAIN, settings, 0, {}, lambda _: None), 1)
+    assert batch.shape == (0, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "unreadable", "strict", "passes"),
+    [
+        (2, 1, False, True),  # one alone never ends a run
+        (2, 2, False, False),
+        (3, 2, False, False),
+        (199, 2, False, False),
+        (200, 2, False, True),
+        (200, 3, False, False),
+        (1000, 10, False, True),
+        (1000, 11, False, False),
+        (1000, 1, True, False),
+        (1000, 0, True, True),
+    ],
+)
+def test_one_in_a_hundred_may_be_unreadable_and_none_if_strict(
+    images: int, unreadable: int, strict: bool, passes: bool
+) -> None:
+    source = Pictures(*[torch.zeros(3, 4, 4)] * images)
+    named = {source.name(index): "it is broken" for index in range(unreadable)}
+    if passes:
+        require_readable(source, named, strict)
+        return
+    with pytest.raises(BadInputError) as caught:
+        require_readable(source, named, strict)
+    assert caught.value.exit_code == 65
+    assert f"{unreadable}" in str(caught.value)
+
+
+def test_an_image_that_can_be_read_again_counts_no_longer(files: ImageFiles) -> None:
+    unreadable = {files.name(number): "its disk was away" for number in (1, 2)}
+    forget_mended(files, PLAIN, unreadable)
+    assert set(unreadable) == {files.name(2)}
