@@ -26,6 +26,7 @@ from sinder_cli.images.finding import find_images
 from sinder_cli.images.loading import require_some
 from sinder_cli.images.preprocessing import MIN_PATCHES, Preprocessing, Resize
 from sinder_cli.images.sources import DrawnImages, ImageSource
+from sinder_cli.memory import told_when_it_runs_out
 from sinder_cli.ranks import ALONE, Ranks, require_alike
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.stopping import Stop
@@ -128,7 +129,9 @@ def analyze(
     subjects = [_subject(backbone, device, emit, ranks) for backbone in backbones]
 
     grid = (preprocess.size // first.patch_size,) * 2
-    surveys = survey(subjects, images.share(), grid, settings, device, draw and settings.figures != 0, ranks)
+    sizes = f"at image size {preprocess.size}, resize {settings.resize} and batch size {settings.batch_size}"
+    with told_when_it_runs_out(sizes, "lower --image-size or --batch-size, or use --resize square"):
+        surveys = survey(subjects, images.share(), grid, settings, device, draw and settings.figures != 0, ranks)
     images.gather_skipped()
     if surveys is None:
         return None

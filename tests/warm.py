@@ -50,6 +50,8 @@ class Running:
 
     def wait(self) -> Ended:
         code, changes = self.server.answer(), self.server.printed / "changes"
+        self.server.tell("reap it")
+        self.server.running = None
         return Ended(
             code, (self.server.printed / "stdout").read_text(), self.errors, tuple(changes.read_text().splitlines())
         )
@@ -62,16 +64,24 @@ class Server:
         command = [sys.executable, __file__, function, str(printed)]
         self.process = Popen(command, stdin=PIPE, stdout=PIPE, text=True, bufsize=1, env=environment)
         self.printed = printed
+        self.running: Running | None = None
 
     def start(self, *arguments: str | Path, cwd: Path, kill_before: str = "") -> Running:
         """Start a command; it kills itself just before a change to a file, if one is named."""
         line = {"arguments": [*map(str, arguments)], "cwd": str(cwd), "kill_before": kill_before}
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(line) + "\n")
-        return Running(self, self.answer())
+        if self.running is not None:  # a test has failed before its end
+            self.running.send(signal.SIGKILL)
+            self.running.wait()
+        self.tell(json.dumps(line))
+        self.running = Running(self, self.answer())
+        return self.running
 
     def run(self, *arguments: str | Path, cwd: Path, kill_before: str = "") -> Ended:
         return self.start(*arguments, cwd=cwd, kill_before=kill_before).wait()
+
+    def tell(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n")
 
     def answer(self) -> int:
         assert self.process.stdout is not None
@@ -90,9 +100,12 @@ def serve(function: str, printed: str) -> None:
         if pid == 0:
             be_command(called, Path(printed), **json.loads(line))
         print(pid, flush=True)
-        _, status = os.waitpid(pid, 0)
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # its number stays its own while it may be signalled
+        assert ended is not None
         import_all((Path(printed) / "modules").read_text().split())
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        print(ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status, flush=True)
+        sys.stdin.readline()
+        os.waitpid(pid, 0)
 
 
 def be_command(

@@ -107,5 +107,5 @@ def resuming_command() -> str:
         found = shutil.which(name)
         called = [name if found and Path(found).resolve() == Path(program).resolve() else program]
     kept = [argument for argument in arguments if argument not in {"--resume", "--force"}]
-    subcommand = kept.index("repair") + 1
-    return shlex.join([*called, *kept[:subcommand], "--resume", *kept[subcommand:]])
+    at = kept.index("repair") + 1  # behind a --, an option would be a path
+    return shlex.join([*called, *kept[:at], "--resume", *kept[at:]])

@@ -62,5 +62,5 @@ def patch_grid(backbone: Backbone, tokens: Tensor, images: Tensor) -> Tensor:
 
 def outlier_mask(norms: Tensor) -> Tensor:
     """Tokens with a norm above 3 × the median of their image: `[B, …]` → bool of that shape."""
-    median = norms.flatten(1).median(dim=1).values
+    median = norms.flatten(1).nanmedian(dim=1).values  # a token that is not finite hides no other
     return norms > OUTLIER_FACTOR * median.reshape(-1, *[1] * (norms.dim() - 1))

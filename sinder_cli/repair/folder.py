@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,22 +113,23 @@ class RunFolder:
 
     @contextmanager
     def held(self, emit: Emit = silent) -> Iterator[None]:
-        """Create the folder and keep other processes out of it; what stays empty of it is removed again.
+        """Create the folder and keep other processes out of it; what was made and stays empty is removed again.
 
         Raises `TryAgainError` while another process holds it.
         """
         made = [place for place in (self.path, *self.path.parents) if not place.exists()]
-        require_writable_folder(self.path)
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            _lock(handle, self.path, emit)
+        with ExitStack() as undone:  # a signal may come between any two of these
+            undone.callback(_remove_empty, made)
+            require_writable_folder(self.path)
+            handle = os.open(self.path, os.O_RDONLY)
+            undone.callback(os.close, handle)  # and with it the lock
+            try:
+                _lock(handle, self.path, emit)
+            except TryAgainError:
+                made.clear()  # it is the other's
+                raise
             self._sweep()
             yield
-        finally:
-            with suppress(OSError):
-                for place in made or [self.path]:
-                    place.rmdir()
-            os.close(handle)  # and with it the lock
 
     def require_free(self, resume: bool, force: bool) -> bool:
         """Whether there is an unfinished run to go on with; nothing is touched yet.
@@ -211,6 +212,13 @@ def _step_of(line: str) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the innermost first, up to one that is not empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _lock(handle: int, path: Path, emit: Emit) -> None:

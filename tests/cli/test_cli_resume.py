@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 from warm import Ended, Running, Server
@@ -339,6 +340,7 @@ def test_a_signal_finishes_the_step_saves_it_and_tells_how_to_go_on(
     assert how.startswith("sinder: to go on: ")
     assert last == f"sinder: {said}"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == step
+    assert temporaries(run) == []
     again = shlex.split(how.removeprefix("sinder: to go on: "))
     resumed = warm.run(*again[1:], cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
@@ -569,5 +571,64 @@ def test_a_group_of_processes_that_is_told_to_end_saves_its_run(
     assert process.returncode == -signal.SIGTERM, errors
     assert len(steps_of(run)) == 1
     resumed = warm.run(*repair, "--out", run, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert finished(run) == finished(uninterrupted)
+
+
+def test_memory_that_runs_out_is_told_with_the_sizes_and_the_run_goes_on(
+    stopped: Path,
+    repair: tuple[str, ...],
+    resume: Callable[..., Ended],
+    environment: dict[str, str],
+    uninterrupted: Path,
+) -> None:
+    """The child limits its own address space when the steps begin, to what it has by then and little more."""
+    program = """
+import resource, sys
+from sinder_cli.cli.main import main
+from sinder_cli.repair import loop
+
+def limited(*arguments, really=loop.step_gradient):
+    has = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (has + (1 << 20), resource.RLIM_INFINITY))
+    try:
+        kept = []
+        while True:
+            kept.append(really(*arguments).gradients)
+            import torch
+            kept.append(torch.empty(1 << 22))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+loop.step_gradient = limited
+main(sys.argv[1:])
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *repair, *CHECKPOINTS, "--out", stopped, "--resume"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 75, ended.stderr
+    said = "sinder: error: out of memory: at 168 × 168 pixels, batch size 1 and a window of 10 blocks; --resume when"
+    assert ended.stderr.splitlines()[-1].startswith(said)
+    assert resume().returncode == 0
+    assert finished(stopped) == finished(uninterrupted)
+
+
+def test_a_process_that_decodes_may_die_and_the_run_goes_on(
+    warm: Server, repair: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    running = warm.start(*repair, "--workers", "1", "--out", "run", cwd=tmp_path)
+    until(lambda: (run / "metrics.jsonl").exists(), running)
+    for process in psutil.Process(running.pid).children():
+        process.kill()
+    ended = running.wait()
+    assert ended.returncode == 75, ended.stderr
+    assert "a process that decodes images died" in ended.stderr.splitlines()[-1]
+    assert len(steps_of(run)) == 1
+    resumed = warm.run(*repair, "--out", "run", "--resume", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert finished(run) == finished(uninterrupted)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
+from sinder_cli.images.decoding import UnreadableImageError
 from sinder_cli.images.sources import DrawnImages, ImageFiles
 
 
@@ -21,6 +25,27 @@ def test_the_fingerprint_of_files_changes_with_names_sizes_and_order(tmp_path: P
     a.unlink()
     others.add(ImageFiles((a, b)).fingerprint())
     assert len(others | {first}) == 5
+
+
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"more")
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize("change", [grow, touch])
+def test_a_file_that_changes_after_the_list_is_made_is_refused(change: Callable[[Path], None], tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(path)
+    files = ImageFiles((path,))
+    first = files.fingerprint()
+    assert files.load(0).size == (4, 4)
+    change(path)
+    with pytest.raises(UnreadableImageError, match="has changed since the run began"):
+        files.load(0)
+    assert files.fingerprint() == first
 
 
 def test_files_that_cannot_be_looked_at_have_a_fingerprint(tmp_path: Path) -> None:

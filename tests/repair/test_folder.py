@@ -130,7 +130,7 @@ def test_a_new_run_removes_what_belongs_to_the_old_one_and_nothing_else(run: Run
 
 
 def test_a_run_is_complete_with_all_its_files(run: RunFolder) -> None:
-    for path in run.written:
+    for path in run.written[:-1]:
         assert not run.complete
         path.write_text("{}")
     assert run.complete
@@ -194,7 +194,7 @@ def test_what_may_change_the_last_bits_is_told(name: str, value: object, run: Ru
 )
 def test_a_run_of_another_format_is_told_to_be_one(stored: dict[str, Any], run: RunFolder) -> None:
     run.config.write_text(json.dumps(stored))
-    with pytest.raises(ConflictError, match="its config.json is of another version of sinder"):
+    with pytest.raises(ConflictError, match=r"its config\.json is of another version of sinder"):
         run.require_same(config())
 
 
