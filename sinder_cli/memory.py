@@ -9,12 +9,13 @@ from contextlib import contextmanager
 
 from sinder_cli.errors import TryAgainError
 
-SIGNS = (  # of it in the message of a RuntimeError: torch's allocators, cuBLAS, the C++ library, threading
+SIGNS = (  # of it in the message of a RuntimeError: torch's allocators, cuBLAS, the C++ library, threading, oneDNN
     "allocate memory",
     "out of memory",
     "ALLOC_FAILED",
     "bad_alloc",
     "can't start new thread",
+    "could not create a primitive",  # under RLIMIT_AS
 )
 
 

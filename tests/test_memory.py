@@ -20,6 +20,7 @@ OUT_OF_MEMORY = [
     RuntimeError("std::bad_alloc"),
     RuntimeError("MPS backend out of memory"),
     RuntimeError("can't start new thread"),
+    RuntimeError("could not create a primitive"),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
 ]
 OTHER = [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("shapes differ"), ValueError("out of memory")]

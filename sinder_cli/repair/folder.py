@@ -123,6 +123,7 @@ class RunFolder:
             require_writable_folder(self.path)
             handle = os.open(self.path, os.O_RDONLY)
             undone.callback(os.close, handle)  # and with it the lock
+            undone.callback(_remove_empty, made)  # before that, or it might be another's by then
             try:
                 _lock(handle, self.path, emit)
             except TryAgainError:
@@ -217,8 +218,8 @@ def _step_of(line: str) -> float:
 def _remove_empty(folders: list[Path]) -> None:
     """Remove folders, the innermost first, up to one that is not empty."""
     with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
+        while folders:
+            folders.pop(0).rmdir()
 
 
 def _lock(handle: int, path: Path, emit: Emit) -> None:
