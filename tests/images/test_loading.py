@@ -29,6 +29,7 @@ PLAIN = Preprocessing(8, (0, 0, 0), (1, 1, 1))
 LARGE = Preprocessing(518, (0.4, 0.5, 0.6), (0.1, 0.2, 0.3))  # 800 kB an image: far more than a pipe holds
 SLOW = 999
 ORDER = [7, 5, 0, 11, 3, 3, 9, 1, 2]
+SERVERS: set[int] = set()  # processes of other tests
 
 
 @pytest.fixture
@@ -43,8 +44,12 @@ def files(tmp_path: Path) -> ImageFiles:
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
+    before = psutil.Process().children(recursive=True)
+    SERVERS.clear()
+    SERVERS.update(process.pid for process in before)
     yield
-    assert psutil.Process().children(recursive=True) == []
+    left = psutil.Process().children(recursive=True)
+    assert [process for process in left if process.pid not in SERVERS] == []
 
 
 class Drawn:
@@ -123,7 +128,8 @@ def test_images_in_memory_need_no_process(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def processes() -> list[psutil.Process]:
-    return psutil.Process().children()
+    """The processes that decode; other tests keep servers of their own running."""
+    return [process for process in psutil.Process().children() if process.pid not in SERVERS]
 
 
 def test_closing_early_ends_the_processes() -> None:
