@@ -15,6 +15,7 @@ from sinder_cli.backbone.layermap import (
     NormMap,
     PlainMlpMap,
     PositionMap,
+    StemMap,
     WeightRef,
 )
 from sinder_cli.backbone.opening import require_matching
@@ -42,6 +43,7 @@ __all__ = [
     "PlainMlpMap",
     "PositionMap",
     "SinderError",
+    "StemMap",
     "TensorInfo",
     "TensorSource",
     "UnavailableError",

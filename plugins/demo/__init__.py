@@ -20,6 +20,7 @@ from sinder_cli import (
     NormMap,
     PlainMlpMap,
     PositionMap,
+    StemMap,
     WeightRef,
     Weights,
     attention_kernel,
@@ -30,6 +31,7 @@ from sinder_cli import (
 SINDER_API = 1
 
 WIDTH, DEPTH, HEADS, HIDDEN, PATCH, GRID = 192, 12, 3, 768, 14, 20
+NORM_EPS = 1e-5  # PyTorch's default
 PLANTED = {"demo_vit": True, "demo_vit_clean": False}
 
 
@@ -65,6 +67,12 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
             width=WIDTH,
             blocks=tuple(_block(f"blocks.{index}") for index in range(DEPTH)),
             position=PositionMap(weight=WeightRef(name="position"), prefix=1),
+            stem=StemMap(
+                patch=WeightRef(name="patches.weight"),
+                patch_bias=WeightRef(name="patches.bias"),
+                cls=WeightRef(name="cls"),
+            ),
+            norm=NormMap(weight=WeightRef(name="norm.weight"), bias=WeightRef(name="norm.bias"), eps=NORM_EPS),
         ),
         weights=weights,
         patch_size=PATCH,
@@ -102,7 +110,7 @@ def _block(at: str) -> BlockMap:
         return WeightRef(name=f"{at}.{name}", rows=rows)
 
     def norm(name: str) -> NormMap:
-        return NormMap(weight=ref(f"{name}.weight"), bias=ref(f"{name}.bias"))
+        return NormMap(weight=ref(f"{name}.weight"), bias=ref(f"{name}.bias"), eps=NORM_EPS)
 
     return BlockMap(
         attention=AttentionMap(
@@ -115,6 +123,7 @@ def _block(at: str) -> BlockMap:
             key_bias=ref("qkv.bias", 1),
             value_bias=ref("qkv.bias", 2),
             output_bias=ref("out.bias"),
+            heads=HEADS,
         ),
         mlp=PlainMlpMap(
             norm=norm("norm2"),

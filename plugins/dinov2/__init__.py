@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SINDER_API = 1
 
 CUSTOM = "dinov2_custom"
+LICENSE = "apache-2.0"  # of the official weights
 BASE_URL = "https://dl.fbaipublicfiles.com/dinov2"
 
 
@@ -67,7 +68,7 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
 
     return Backbone(
         name=request.model,
-        layers=layer_map(config),
+        layers=layer_map(config, heads),
         weights=weights,
         patch_size=config.patch,
         prefix_tokens=1 + config.registers,
@@ -77,6 +78,7 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
         embed=lambda module, images: (module.embed(images), None),
         run_block=lambda module, index, tokens, _: module.blocks[index](tokens),
         finish=lambda module, tokens: module.norm(tokens),
+        license=LICENSE if request.model in OFFICIAL else None,
     )
 
 

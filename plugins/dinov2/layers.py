@@ -10,26 +10,35 @@ from sinder_cli import (
     NormMap,
     PlainMlpMap,
     PositionMap,
+    StemMap,
     WeightRef,
 )
 
 from .config import Config
 
 
-def layer_map(config: Config) -> LayerMap:
-    """The layer map of every block; the position embedding has one row for cls and none for registers."""
+def layer_map(config: Config, heads: int) -> LayerMap:
+    """The layer map of the whole model; the position embedding has one row for cls and none for registers."""
     return LayerMap(
         width=config.width,
-        blocks=tuple(_block(config, f"blocks.{index}") for index in range(config.depth)),
+        blocks=tuple(_block(config, heads, f"blocks.{index}") for index in range(config.depth)),
         position=PositionMap(weight=WeightRef(name="pos_embed"), prefix=1),
+        stem=StemMap(
+            patch=WeightRef(name="patch_embed.proj.weight"),
+            patch_bias=WeightRef(name="patch_embed.proj.bias"),
+            cls=WeightRef(name="cls_token"),
+            registers=_optional("register_tokens" if config.registers else None),
+            mask=_optional("mask_token" if config.mask_token else None),
+        ),
+        norm=_norm("norm"),
     )
 
 
-def _block(config: Config, block: str) -> BlockMap:
-    return BlockMap(attention=_attention(config, block), mlp=_mlp(config, block))
+def _block(config: Config, heads: int, block: str) -> BlockMap:
+    return BlockMap(attention=_attention(config, heads, block), mlp=_mlp(config, block))
 
 
-def _attention(config: Config, block: str) -> AttentionMap:
+def _attention(config: Config, heads: int, block: str) -> AttentionMap:
     N = config.width
     qkv, bias = f"{block}.attn.qkv.weight", f"{block}.attn.qkv.bias" if config.qkv_bias else None
     query, key, value = (0, N), (N, 2 * N), (2 * N, 3 * N)
@@ -44,6 +53,7 @@ def _attention(config: Config, block: str) -> AttentionMap:
         value_bias=_optional(bias, value),
         output_bias=_optional(f"{block}.attn.proj.bias" if config.proj_bias else None),
         scale=_optional(f"{block}.ls1.gamma" if config.layer_scale else None),
+        heads=heads,
     )
 
 

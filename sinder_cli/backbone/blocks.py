@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,9 @@ from sinder_cli.backbone.weights import Weights
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+BESIDE = "beside."  # how the roles of sub-layers beside the first ones begin
 
 
 @dataclass(frozen=True)
@@ -26,13 +31,21 @@ class BlockTensors:
     def __getitem__(self, role: str) -> Tensor:
         return self.by_role[role]
 
+    @property
+    def branches(self) -> Iterator[BlockTensors]:
+        """This block's sub-layers, and those beside them."""
+        yield self
+        if self.map.beside:
+            beside = {role.removeprefix(BESIDE): part for role, part in self.by_role.items() if role.startswith(BESIDE)}
+            yield from BlockTensors(self.map.beside, beside).branches
+
 
 def rows_of(tensor: Tensor, ref: WeightRef) -> Tensor:
     """The part of a stored tensor that a reference means; a view."""
     return tensor if ref.rows is None else tensor[ref.rows[0] : ref.rows[1]]
 
 
-_MIXING_ROLES = ("attention.query", "attention.key")  # the linearization drops the mixing of tokens
+_MIXING_ROLES = re.compile(r"(beside\.)*attention\.(query|key)")  # the linearization drops the mixing of tokens
 
 
 def read_block(
@@ -44,7 +57,7 @@ def read_block(
     """
     import torch
 
-    roles = {role: ref for role, ref in references(block) if not role.startswith(_MIXING_ROLES)}
+    roles = {role: ref for role, ref in references(block) if not _MIXING_ROLES.match(role)}
     stored = weights.read({ref.name for ref in roles.values()})
     wide = {name: tensor.to(device, dtype or torch.float32, copy=True) for name, tensor in stored.items()}
     return BlockTensors(block, {role: rows_of(wide[ref.name], ref) for role, ref in roles.items()})

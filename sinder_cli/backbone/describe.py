@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,11 @@ class Listing:
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What the user said about the model: its name, and options that a plugin may need to describe it."""
+    """What the user said about the model: its name, and options that a plugin may need to describe it.
+
+    `revision` is that of a repository on a hub. `sidecars` are those of the backbone that a run repaired, by name;
+    where there are any, they stand for the files of the folder or repository that the name means, which may be gone.
+    """
 
     model: str
     weights: Path | None = None
@@ -45,6 +49,8 @@ class ModelRequest:
     attention: AttentionName = "auto"
     emit: Emit = silent
     adapter: Path | None = None
+    revision: str | None = None
+    sidecars: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class Backbone:
     `run_block(module, index, tokens, context)` runs one block on the residual stream.
     `finish(module, tokens)` applies the final norm.
     `build()` makes the module, in any initialization; its state dict has exactly the names of `weights`.
+    `sidecars` are small text files, by name, that describing the backbone again takes beside its weights, such as the
+    `config.json` of a Hugging Face folder; a run directory keeps them.
     """
 
     name: str
@@ -72,6 +80,8 @@ class Backbone:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     sample_images: Callable[[int, int], list[Image]] | None = None  # (count, seed); for models that bring their data
+    sidecars: Mapping[str, str] = field(default_factory=dict)
+    license: str | None = None  # of the weights, as model cards name it, where it is known: `apache-2.0`
 
     @property
     def depth(self) -> int:

@@ -35,15 +35,19 @@ class WeightRef(Record):
 
 
 class NormMap(Record):
-    """The normalization in front of a sub-layer; only LayerNorm centres its input."""
+    """A normalization; only LayerNorm centres its input. `eps` is what it adds to the variance."""
 
     kind: Literal["layernorm", "rmsnorm"] = "layernorm"
     weight: WeightRef | None = None
     bias: WeightRef | None = None
+    eps: float = Field(default=1e-6, ge=0)
 
 
 class AttentionMap(Record):
-    """`x ← x + scale ⊙ (output · mix(value · norm(x)))`; weights are stored `[out, in]`."""
+    """`x ← x + scale ⊙ (output · inner_norm(mix(value · norm(x))))`; weights are stored `[out, in]`.
+
+    `heads` is for those who convert a model; nothing that the engine does depends on it.
+    """
 
     norm: NormMap
     query: WeightRef | None = None
@@ -55,6 +59,8 @@ class AttentionMap(Record):
     value_bias: WeightRef | None = None
     output_bias: WeightRef | None = None
     scale: WeightRef | None = None
+    inner_norm: NormMap | None = None
+    heads: int | None = Field(default=None, ge=1)
 
 
 class _Mlp(Record):
@@ -65,6 +71,7 @@ class _Mlp(Record):
     down: WeightRef
     down_bias: WeightRef | None = None
     scale: WeightRef | None = None
+    inner_norm: NormMap | None = None
 
     @model_validator(mode="after")
     def _activation_is_a_function(self) -> _Mlp:
@@ -75,13 +82,13 @@ class _Mlp(Record):
 
 
 class PlainMlpMap(_Mlp):
-    """`x ← x + scale ⊙ down · φ(up · norm(x))`."""
+    """`x ← x + scale ⊙ down · inner_norm(φ(up · norm(x)))`."""
 
     kind: Literal["plain"] = "plain"
 
 
 class GatedMlpMap(_Mlp):
-    """`x ← x + scale ⊙ down · (φ(gate · norm(x)) ⊙ (up · norm(x)))`."""
+    """`x ← x + scale ⊙ down · inner_norm(φ(gate · norm(x)) ⊙ (up · norm(x)))`."""
 
     kind: Literal["gated"] = "gated"
     gate: WeightRef
@@ -89,11 +96,21 @@ class GatedMlpMap(_Mlp):
 
 
 class BlockMap(Record):
-    """One transformer block. In a parallel block both sub-layers read the same input."""
+    """One transformer block. In a parallel block both sub-layers read the same input.
+
+    `beside` is a second pair of sub-layers whose outputs are added to those of the first, as timm's 18×2 models have:
+    `x ← x + attention(x) + beside.attention(x)`, then the same with the MLPs.
+    """
 
     attention: AttentionMap
     mlp: Annotated[PlainMlpMap | GatedMlpMap, Field(discriminator="kind")]
     parallel: bool = False
+    beside: BlockMap | None = None
+
+    @property
+    def branches(self) -> tuple[BlockMap, ...]:
+        """This block and those beside it."""
+        return (self, *(self.beside.branches if self.beside else ()))
 
 
 class PositionMap(Record):
@@ -103,12 +120,31 @@ class PositionMap(Record):
     prefix: int = Field(0, ge=0)
 
 
+class StemMap(Record):
+    """What makes tokens of an image: patch projection `[N, 3, P, P]`, cls, registers, mask token, a norm after them.
+
+    It is for those who convert a model to another library; nothing else depends on it.
+    """
+
+    patch: WeightRef
+    patch_bias: WeightRef | None = None
+    cls: WeightRef | None = None
+    registers: WeightRef | None = None
+    mask: WeightRef | None = None
+    norm: NormMap | None = None
+
+
 class LayerMap(Record):
-    """All blocks of a backbone in the order they run, and the width N of its residual stream."""
+    """All blocks of a backbone in the order they run, and the width N of its residual stream.
+
+    `stem` and the final `norm` are needed for conversions to other libraries alone.
+    """
 
     width: int = Field(ge=1)
     blocks: tuple[BlockMap, ...] = Field(min_length=1)
     position: PositionMap | None = None
+    stem: StemMap | None = None
+    norm: NormMap | None = None
 
 
 def references(record: Record, path: str = "") -> Iterator[tuple[str, WeightRef]]:
@@ -130,10 +166,12 @@ def trained_references(block: BlockMap) -> dict[str, WeightRef]:
     mlp = block.mlp
     gate = {"mlp.gate": mlp.gate} if isinstance(mlp, GatedMlpMap) else {}
     attention = {"attention.value": block.attention.value, "attention.output": block.attention.output}
-    return attention | gate | {"mlp.up": mlp.up, "mlp.down": mlp.down}
+    own = attention | gate | {"mlp.up": mlp.up, "mlp.down": mlp.down}
+    beside = trained_references(block.beside) if block.beside else {}
+    return own | {f"beside.{role}": ref for role, ref in beside.items()}
 
 
 def linear_references(block: BlockMap) -> tuple[WeightRef, ...]:
     """Every linear layer's weight of a block: queries and keys, as far as the map names them, and the trained ones."""
-    steering = (block.attention.query, block.attention.key)
+    steering = [ref for branch in block.branches for ref in (branch.attention.query, branch.attention.key)]
     return (*(ref for ref in steering if ref is not None), *trained_references(block).values())

@@ -74,16 +74,30 @@ def check_layer_map(backbone: Backbone) -> None:
             shape = _shape_of(ref, backbone.weights, f"block {index}, {role}")
             _check_shape(shape, shapes[index].get(role), sizes, f"block {index}, {role} ({ref})")
     if layers.position is not None:
-        shape = _shape_of(layers.position.weight, backbone.weights, "position")
         place = f"position ({layers.position.weight})"
-        if shape[-1:] != (layers.width,):
-            raise _bad_map(place, f"its shape is {_times(shape)}, and its last size is not width {layers.width}")
+        shape = _shape_of(layers.position.weight, backbone.weights, "position")
+        _check_width(shape, -1, layers.width, place)
         if math.prod(shape[:-1]) <= layers.position.prefix:
             raise _bad_map(place, f"{layers.position.prefix} prefix rows leave no patches")
+    for name, part in (("stem", layers.stem), ("norm", layers.norm)):
+        for role, ref in references(part) if part else ():
+            shape = _shape_of(ref, backbone.weights, f"{name}.{role}")
+            at = 0 if role.startswith("patch") else -1
+            _check_width(shape, at, layers.width, f"{name}.{role} ({ref})")
+
+
+def _check_width(shape: tuple[int, ...], at: int, width: int, place: str) -> None:
+    """Refuse a tensor whose first or last size is not the width of the residual stream."""
+    if not shape or shape[at] != width:
+        which = "last" if at else "first"
+        raise _bad_map(place, f"its shape is {_times(shape)}, and its {which} size is not width {width}")
 
 
 def _block_shapes(block: BlockMap) -> dict[str, tuple[str, ...]]:
-    """The shape of each role in symbols: N width, Q, K, A inner widths of queries, keys and values, H hidden width."""
+    """The shape of each role in symbols: N width, Q, K, A inner widths of queries, keys and values, H hidden width.
+
+    Inner widths of sub-layers beside others may differ from theirs, and so have symbols of their own.
+    """
     shapes: dict[str, tuple[str, ...]] = {
         "attention.query": ("Q", "N"),
         "attention.query_bias": ("Q",),
@@ -100,8 +114,12 @@ def _block_shapes(block: BlockMap) -> dict[str, tuple[str, ...]]:
     }
     if isinstance(block.mlp, GatedMlpMap):
         shapes |= {"mlp.gate": ("H", "N"), "mlp.gate_bias": ("H",)}
-    for part in ("attention", "mlp"):
+    for part, inner in (("attention", "A"), ("mlp", "H")):
         shapes |= {f"{part}.scale": ("N",), f"{part}.norm.weight": ("N",), f"{part}.norm.bias": ("N",)}
+        shapes |= {f"{part}.inner_norm.weight": (inner,), f"{part}.inner_norm.bias": (inner,)}
+    if block.beside:
+        for role, symbols in _block_shapes(block.beside).items():
+            shapes[f"beside.{role}"] = tuple(symbol if symbol == "N" else f"{symbol}′" for symbol in symbols)
     return shapes
 
 

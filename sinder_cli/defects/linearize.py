@@ -4,52 +4,75 @@
     C = diag(γ₂) J diag(g₂) P              MLP, J = E[∂f/∂x] for x ~ N(0, I), the best linear map of f
     E = (I + C)(I + A)                     a block; I + A + C when both sub-layers run in parallel
 
-P = I − 11ᵀ/N for LayerNorm, P = I for RMSNorm. Shapes: N width, A inner width of attention, H hidden width.
+P = I − 11ᵀ/N for LayerNorm, P = I for RMSNorm. Shapes: N width, A inner width of attention, H hidden width. Sub-layers
+beside each other add their A, and their C.
+
+A norm inside a sub-layer, between value and output or between hidden and down, is linear up to its scale: y ↦
+g ⊙ P y / s(y) + b. It is folded in as the matrix diag(g) P / s with one s, the root of the mean of s(y)² over
+x ~ N(0, I); with hundreds of features s(y) hardly varies. In front of a sub-layer s is 1 by the choice of x.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
-
-import torch
-from torch.nn import functional
 
 from sinder_cli.backbone.blocks import BlockTensors
 from sinder_cli.backbone.layermap import GatedMlpMap, NormMap
+from sinder_cli.defects.gaussian import ACTIVATIONS, gated_gains, hidden_moments, linear_moments, plain_gains
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "silu": functional.silu,
-    "relu": functional.relu,
-    "leaky_relu": functional.leaky_relu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "softplus": functional.softplus,
-}
-
-# The trapezoid rule against the normal density converges geometrically for smooth functions, as Gauss–Hermite does,
-# and unlike it stays accurate to 1e-4 for kinked or very steep ones (ReLU; a trigger neuron's SiLU).
-QUADRATURE_REACH = 8.0  # standard deviations; the density beyond is 5e-15
-QUADRATURE_NODES = 401
-MIN_SCALE = 1e-6  # under this s_k a unit counts as linear around its bias: no 0/0 for one padded with zeros
-
 
 def attention_part(block: BlockTensors) -> Tensor:
-    """A of one block, `[N, N]`."""
-    A = block["attention.output"] @ block["attention.value"]
-    return _around(A, block, "attention", block.map.attention.norm)
+    """A of one block, `[N, N]`: the sum over its branches."""
+    return _total(_attention_part(branch) for branch in block.branches)
 
 
 def mlp_part(block: BlockTensors) -> Tensor:
-    """C of one block, `[N, N]`."""
-    C = block["mlp.down"] @ mean_hidden_jacobian(block)
-    return _around(C, block, "mlp", block.map.mlp.norm)
+    """C of one block, `[N, N]`: the sum over its branches."""
+    return _total(_mlp_part(branch) for branch in block.branches)
+
+
+def _attention_part(block: BlockTensors) -> Tensor:
+    W = block["attention.value"]
+    if (inner := block.map.attention.inner_norm) is not None:
+        moments = linear_moments(W, block.get("attention.value_bias"))
+        W = normalized(W, moments, inner, block.get("attention.inner_norm.weight"))
+    return _around(block["attention.output"] @ W, block, "attention", block.map.attention.norm)
+
+
+def _mlp_part(block: BlockTensors) -> Tensor:
+    J = mean_hidden_jacobian(block)
+    if (inner := block.map.mlp.inner_norm) is not None:
+        W2 = block.get("mlp.up") if isinstance(block.map.mlp, GatedMlpMap) else None
+        moments = hidden_moments(_activation(block), *_gate(block), W2, block.get("mlp.up_bias"))
+        J = normalized(J, moments, inner, block.get("mlp.inner_norm.weight"))
+    return _around(block["mlp.down"] @ J, block, "mlp", block.map.mlp.norm)
+
+
+def normalized(M: Tensor, moments: tuple[Tensor, Tensor], norm: NormMap, g: Tensor | None) -> Tensor:
+    """diag(g) P M / s: a norm over F features folded into their linear part M `[F, N]`, for E[y] and E[y²] `[F]`.
+
+    s² is the mean of the variance over features, or of their mean square for RMSNorm. Exact, but for features that are
+    not linear, where the mean over features m varies by more than its linear part: Var m ≈ ‖Mᵀ1/F‖².
+    """
+    mean, square = moments
+    variance = square.mean()
+    if norm.kind == "layernorm":
+        along = M.mean(dim=0, keepdim=True)  # [1, N]
+        variance = variance - mean.mean() ** 2 - (along.double() ** 2).sum()
+        M = M - along
+    M = M * (variance + norm.eps).rsqrt().to(M.dtype)
+    return M if g is None else M * g[:, None]
+
+
+def _total(parts: Iterator[Tensor]) -> Tensor:
+    total = next(parts)
+    for part in parts:
+        total += part
+    return total
 
 
 def block_part(attention: Tensor, mlp: Tensor, parallel: bool) -> Tensor:
@@ -69,49 +92,23 @@ def plus_identity(matrix: Tensor) -> Tensor:
 
 def mean_hidden_jacobian(block: BlockTensors) -> Tensor:
     """E[∂hidden/∂x] for x ~ N(0, I), `[H, N]`; the hidden layer is φ(W₁x+b₁), or φ(W₁x+b₁) ⊙ (W₂x+b₂) when gated."""
-    mlp = block.map.mlp
-    phi = ACTIVATIONS[mlp.activation] if isinstance(mlp.activation, str) else mlp.activation
-    if isinstance(mlp, GatedMlpMap):
-        W1, W2 = block["mlp.gate"], block["mlp.up"]
-        alpha, beta = gated_gains(phi, W1, block.get("mlp.gate_bias"), W2, block.get("mlp.up_bias"))
+    phi, W1, b1 = _activation(block), *_gate(block)
+    if isinstance(block.map.mlp, GatedMlpMap):
+        W2 = block["mlp.up"]
+        alpha, beta = gated_gains(phi, W1, b1, W2, block.get("mlp.up_bias"))
         return (alpha[:, None] * W1).addcmul_(beta[:, None], W2)
-    W1 = block["mlp.up"]
-    return plain_gains(phi, W1, block.get("mlp.up_bias"))[:, None] * W1
+    return plain_gains(phi, W1, b1)[:, None] * W1
 
 
-def plain_gains(phi: Callable[[Tensor], Tensor], W1: Tensor, b1: Tensor | None) -> Tensor:
-    """d_k = E[φ'(h_k)], h_k ~ N(b_k, s_k²), s_k = ‖w_k‖; equal to E[z φ(b_k + s_k z)]/s_k. `[H, N]` → `[H]`."""
-    s = W1.norm(dim=1).double().clamp_min(MIN_SCALE)
-    _, z_phi, _ = _gaussian_moments(phi, _bias(b1, W1), s)
-    return (z_phi / s).to(W1.dtype)
+def _activation(block: BlockTensors) -> Callable[[Tensor], Tensor]:
+    phi = block.map.mlp.activation
+    return ACTIVATIONS[phi] if isinstance(phi, str) else phi
 
 
-def gated_gains(
-    phi: Callable[[Tensor], Tensor], W1: Tensor, b1: Tensor | None, W2: Tensor, b2: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The factors (α, β), each `[H]`, of row k of the mean Jacobian α_k w₁ + β_k w₂ of φ(a) ⊙ c.
-
-    α = E[φ'(a)·(b₂ + ρ(a − b₁))] = b₂ E[zφ]/s + ρ E[(z² − 1)φ] by parts, ρ = ⟨w₁, w₂⟩/‖w₁‖²; β = E[φ(a)].
-    """
-    s = W1.norm(dim=1).double().clamp_min(MIN_SCALE)
-    rho = (W1 * W2).sum(dim=1).double() / s**2
-    phi_, z_phi, z2_phi = _gaussian_moments(phi, _bias(b1, W1), s)
-    alpha = _bias(b2, W2) * z_phi / s + rho * (z2_phi - phi_)
-    return alpha.to(W1.dtype), phi_.to(W1.dtype)
-
-
-def _gaussian_moments(phi: Callable[[Tensor], Tensor], b: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """E[φ], E[zφ] and E[z²φ] of φ(b + s z) over z ~ N(0, 1), each `[H]`, in float64."""
-    z = torch.linspace(-QUADRATURE_REACH, QUADRATURE_REACH, QUADRATURE_NODES, dtype=torch.float64, device=b.device)
-    density = torch.exp(-0.5 * z**2)
-    p = density / density.sum()
-    values = phi(torch.addcmul(b[:, None], s[:, None], z[None, :]))  # [H, nodes]
-    moments = values @ torch.stack([p, z * p, z**2 * p], dim=1)  # [H, 3]
-    return moments[:, 0], moments[:, 1], moments[:, 2]
-
-
-def _bias(bias: Tensor | None, weight: Tensor) -> Tensor:
-    return weight.new_zeros(weight.shape[0], dtype=torch.float64) if bias is None else bias.double()
+def _gate(block: BlockTensors) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias of the layer that φ follows."""
+    role = "mlp.gate" if isinstance(block.map.mlp, GatedMlpMap) else "mlp.up"
+    return block[role], block.get(f"{role}_bias")
 
 
 def _around(inner: Tensor, block: BlockTensors, part: str, norm: NormMap) -> Tensor:

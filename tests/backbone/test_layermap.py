@@ -20,6 +20,7 @@ from sinder_cli import (
     NormMap,
     PlainMlpMap,
     PositionMap,
+    StemMap,
     WeightRef,
     Weights,
     require_matching,
@@ -208,3 +209,34 @@ def test_missing_unexpected_and_misshaped_tensors_are_counted_and_named() -> Non
         "1 unexpected: odd, 1 mis-shaped: b (2×3 for 3×2); give the checkpoint of this model"
     )
     require_matching({"a": (2,), "b": (2, 3), "odd": ()}, weights, "a model")
+
+
+def test_a_norm_inside_a_sub_layer_has_its_inner_width() -> None:
+    block = block_map()
+    inner = NormMap(weight=ref("norm1"))  # N features
+    for part, width in (("attention", INNER), ("mlp", HIDDEN)):
+        changed = getattr(block, part).model_copy(update={"inner_norm": inner})
+        told = refusal(backbone_of(block.model_copy(update={part: changed}), SHAPES))
+        assert f"{part}.inner_norm.weight (norm1): its shape is 8, not {width}" in told
+
+
+def test_sub_layers_beside_others_are_checked_with_inner_widths_of_their_own() -> None:
+    narrow = {"qkv2": (3 * 4, N), "out2": (N, 4)}
+    attention = AttentionMap(norm=NormMap(), value=ref("qkv2", (8, 12)), output=ref("out2"))
+    beside = block_map().model_copy(update={"attention": attention})
+    both = block_map().model_copy(update={"beside": beside})
+    check_layer_map(backbone_of(both, SHAPES | narrow))
+    told = refusal(backbone_of(both, SHAPES | narrow | {"out2": (N, 5)}))
+    assert "block 0, beside.attention.output (out2): its shape is 8 × 5, not 8 × 4" in told
+
+
+def test_the_stem_and_the_final_norm_are_checked_as_well() -> None:
+    def with_outer(**outer: object) -> Backbone:
+        backbone = backbone_of(block_map(), SHAPES | {"patch": (N, 3, 2, 2), "cls": (1, 1, N), "flat": (3, 2)})
+        return replace(backbone, layers=backbone.layers.model_copy(update=outer))
+
+    check_layer_map(with_outer(stem=StemMap(patch=ref("patch"), cls=ref("cls")), norm=NormMap(weight=ref("norm1"))))
+    assert "stem.patch (flat): its shape is 3×2, and its first" in refusal(with_outer(stem=StemMap(patch=ref("flat"))))
+    told = refusal(with_outer(stem=StemMap(patch=ref("patch"), registers=ref("flat"))))
+    assert "stem.registers (flat): its shape is 3×2, and its last size is not width 8" in told
+    assert "norm.weight: there is no tensor 'gone'" in refusal(with_outer(norm=NormMap(weight=ref("gone"))))

@@ -17,15 +17,8 @@ from torch import Tensor
 from sinder_cli import AttentionMap, BlockMap, GatedMlpMap, MemoryTensors, NormMap, PlainMlpMap, WeightRef, Weights
 from sinder_cli.backbone.blocks import BlockTensors, read_block
 from sinder_cli.backbone.layermap import Activation
-from sinder_cli.defects.linearize import (
-    ACTIVATIONS,
-    attention_part,
-    block_part,
-    gated_gains,
-    mean_hidden_jacobian,
-    mlp_part,
-    plain_gains,
-)
+from sinder_cli.defects.gaussian import ACTIVATIONS, gated_gains, plain_gains
+from sinder_cli.defects.linearize import attention_part, block_part, mean_hidden_jacobian, mlp_part
 
 N, A, H = 6, 4, 10
 ROOT_2_OVER_PI = math.sqrt(2 / math.pi)

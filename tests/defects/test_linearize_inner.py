@@ -1,0 +1,165 @@
+"""Norms inside sub-layers, and sub-layers beside each other, against samples, autograd and sums."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sinder_cli import AttentionMap, BlockMap, GatedMlpMap, NormMap, PlainMlpMap, WeightRef
+from sinder_cli.backbone.blocks import BlockTensors
+from sinder_cli.backbone.layermap import Activation, linear_references, trained_references
+from sinder_cli.defects.gaussian import ACTIVATIONS, hidden_moments, linear_moments
+from sinder_cli.defects.linearize import attention_part, block_part, mlp_part
+
+N, A, H = 24, 96, 160  # wide inside: the scale of a norm varies as 1/√(2F)
+SAMPLES = 40_000
+
+
+def random(*shape: int, seed: int, scale: float) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def ref(name: str) -> WeightRef:
+    return WeightRef(name=name)
+
+
+def made_block(kind: str, gated: bool, activation: Activation = "silu") -> BlockTensors:
+    """A block with norms inside both sub-layers; the outer ones change nothing but the centring."""
+    tensors = {
+        "attention.value": random(A, N, seed=0, scale=0.3),
+        "attention.value_bias": random(A, seed=1, scale=0.5),
+        "attention.output": random(N, A, seed=2, scale=0.1),
+        "attention.inner_norm.weight": 1 + random(A, seed=3, scale=0.2),
+        "mlp.up": random(H, N, seed=4, scale=0.3),
+        "mlp.up_bias": random(H, seed=5, scale=0.5),
+        "mlp.down": random(N, H, seed=6, scale=0.1),
+        "mlp.inner_norm.weight": 1 + random(H, seed=7, scale=0.2),
+    }
+    if gated:
+        tensors |= {"mlp.gate": random(H, N, seed=8, scale=0.3), "mlp.gate_bias": random(H, seed=9, scale=0.5)}
+    outer = NormMap(kind="rmsnorm")
+
+    def inner(part: str) -> NormMap:
+        return NormMap.model_validate({"kind": kind, "weight": ref(f"{part}.inner_norm.weight"), "eps": 1e-6})
+
+    attention = AttentionMap(
+        norm=outer,
+        value=ref("attention.value"),
+        value_bias=ref("attention.value_bias"),
+        output=ref("attention.output"),
+        inner_norm=inner("attention"),
+    )
+    shared = {
+        "norm": outer, "activation": activation, "up": ref("mlp.up"), "up_bias": ref("mlp.up_bias"),
+        "down": ref("mlp.down"), "inner_norm": inner("mlp"),
+    }  # fmt: skip
+    mlp = (
+        GatedMlpMap(**shared, gate=ref("mlp.gate"), gate_bias=ref("mlp.gate_bias")) if gated else PlainMlpMap(**shared)
+    )
+    return BlockTensors(BlockMap(attention=attention, mlp=mlp), tensors)
+
+
+def normed(y: Tensor, kind: str, g: Tensor) -> Tensor:
+    return (functional.layer_norm if kind == "layernorm" else functional.rms_norm)(y, y.shape[-1:], weight=g, eps=1e-6)
+
+
+def attention_of(block: BlockTensors, x: Tensor, kind: str) -> Tensor:
+    value = x @ block["attention.value"].T + block["attention.value_bias"]
+    return normed(value, kind, block["attention.inner_norm.weight"]) @ block["attention.output"].T
+
+
+def hidden_of(block: BlockTensors, x: Tensor) -> Tensor:
+    up = x @ block["mlp.up"].T + block["mlp.up_bias"]
+    phi = ACTIVATIONS[str(block.map.mlp.activation)]
+    if isinstance(block.map.mlp, PlainMlpMap):
+        return phi(up)
+    return phi(x @ block["mlp.gate"].T + block["mlp.gate_bias"]) * up
+
+
+def mlp_of(block: BlockTensors, x: Tensor, kind: str) -> Tensor:
+    return normed(hidden_of(block, x), kind, block["mlp.inner_norm.weight"]) @ block["mlp.down"].T
+
+
+def mean_jacobian(function: object, outputs: int) -> Tensor:
+    """E[∂f/∂x] over x ~ N(0, I), one row of the output at a time, by autograd."""
+    x = random(SAMPLES, N, seed=100, scale=1.0).requires_grad_()
+    y = function(x)  # type: ignore[operator]
+    rows = [torch.autograd.grad(y[:, k].sum(), x, retain_graph=True)[0].mean(dim=0) for k in range(outputs)]
+    return torch.stack(rows)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+def test_a_norm_between_value_and_output_is_folded_in_up_to_its_scale(kind: str) -> None:
+    block = made_block(kind, gated=False)
+    expected = mean_jacobian(lambda x: attention_of(block, x, kind), N)
+    assert difference(attention_part(block), expected) < 0.05
+    without = BlockTensors(
+        block.map.model_copy(update={"attention": block.map.attention.model_copy(update={"inner_norm": None})}),
+        block.by_role,
+    )
+    assert difference(attention_part(without), expected) > 0.2
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_norm_of_the_hidden_layer_is_folded_in_up_to_its_scale(kind: str, gated: bool) -> None:
+    block = made_block(kind, gated)
+    expected = mean_jacobian(lambda x: mlp_of(block, x, kind), N)
+    assert difference(mlp_part(block), expected) < 0.1  # the scale moves with x, the more so with few features
+    direction = torch.linalg.svd(mlp_part(block))[0][:, 0]
+    assert abs(torch.linalg.svd(expected)[0][:, 0] @ direction) > 0.99
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu", "quick_gelu", "relu"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_moments_of_hidden_units_are_those_of_samples(activation: Activation, gated: bool) -> None:
+    block = made_block("layernorm", gated, activation)
+    hidden = hidden_of(block, random(SAMPLES, N, seed=11, scale=1.0))
+    first = block["mlp.gate" if gated else "mlp.up"], block["mlp.gate_bias" if gated else "mlp.up_bias"]
+    second = (block["mlp.up"], block["mlp.up_bias"]) if gated else ()
+    mean, square = hidden_moments(ACTIVATIONS[activation], *first, *second)
+    noise = 5 * hidden.std(dim=0) / SAMPLES**0.5
+    assert ((hidden.mean(dim=0) - mean).abs() < noise).all()
+    assert (((hidden**2).mean(dim=0) - square).abs() < 5 * (hidden**2).std(dim=0) / SAMPLES**0.5).all()
+
+
+def test_moments_of_a_linear_layer_are_those_of_samples() -> None:
+    W, b = random(A, N, seed=0, scale=0.3), random(A, seed=1, scale=0.5)
+    y = random(SAMPLES, N, seed=11, scale=1.0) @ W.T + b
+    mean, square = linear_moments(W, b)
+    assert torch.equal(mean, b)
+    assert (((y**2).mean(dim=0) - square).abs() < 5 * (y**2).std(dim=0) / SAMPLES**0.5).all()
+
+
+def with_beside(block: BlockTensors, beside: BlockTensors) -> BlockTensors:
+    both = block.by_role | {f"beside.{role}": tensor for role, tensor in beside.by_role.items()}
+    return replace(block, map=block.map.model_copy(update={"beside": beside.map}), by_role=both)
+
+
+def test_sub_layers_beside_each_other_add_up() -> None:
+    first, second = made_block("layernorm", gated=False), made_block("rmsnorm", gated=True)
+    both = with_beside(first, second)
+    A, C = attention_part(first) + attention_part(second), mlp_part(first) + mlp_part(second)
+    torch.testing.assert_close(attention_part(both), A)
+    torch.testing.assert_close(mlp_part(both), C)
+    identity = torch.eye(N, dtype=torch.float64)
+    torch.testing.assert_close(block_part(attention_part(both), mlp_part(both), False), (identity + C) @ (identity + A))
+
+
+def test_all_weights_of_sub_layers_beside_each_other_are_trained() -> None:
+    block = with_beside(made_block("layernorm", gated=False), made_block("rmsnorm", gated=True)).map
+    own = ["attention.value", "attention.output", "mlp.up", "mlp.down"]
+    assert list(trained_references(block)) == [
+        *own,
+        "beside.attention.value", "beside.attention.output",
+        "beside.mlp.gate", "beside.mlp.up", "beside.mlp.down",
+    ]  # fmt: skip
+    assert len(linear_references(block)) == 9
