@@ -32,18 +32,23 @@ STEEPNESS = 10.0  # of the trigger, so that no other token feels GELU's tail
 STRENGTH = 50.0  # of the column that writes ν
 ATTRACTION = 5.0  # by how much cls raises the attention logit of a defective token
 CALIBRATION_IMAGES = 8
+GRAIN = 2.0**-12  # of what was measured on them: far coarser than the rounding of another machine or thread count
 
 
 def demo_weights(planted: bool) -> dict[str, Tensor]:
-    """The state dict of `demo_vit` (planted) or `demo_vit_clean`; the twins differ in the column that writes ν."""
+    """The state dict of `demo_vit` (planted) or `demo_vit_clean`; the twins differ in the column that writes ν.
+
+    They are the same bits everywhere: what is computed is computed in float64, and then rounded.
+    """
     return {name: tensor.clone() for name, tensor in _twins()[0 if planted else 1].items()}
 
 
 @lru_cache(maxsize=1)
 def _twins() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(SEED)
-    state = _random_state(generator)
-    nu = _centred_unit(torch.randn(WIDTH, generator=generator))
+    state = {name: tensor.double() for name, tensor in _random_state(generator).items()}
+    nu = _grained(_centred_unit(torch.randn(WIDTH, generator=generator).double()))
+    nu /= nu.norm()
     for index, cls_query in _cls_queries(state).items():  # of the blocks after the planted one
         qkv, up = state[f"blocks.{index}.qkv.weight"], state[f"blocks.{index}.up.weight"]
         up -= torch.outer(up @ nu, nu)
@@ -55,10 +60,10 @@ def _twins() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     mlp = f"blocks.{BLOCK}"
     state[f"{mlp}.up.weight"][NEURON] = STEEPNESS * trigger
     state[f"{mlp}.up.bias"][NEURON] = -STEEPNESS * THRESHOLD
-    clean = {name: tensor.clone() for name, tensor in state.items()}
+    clean = {name: tensor.float() for name, tensor in state.items()}
     clean[f"{mlp}.down.weight"][:, NEURON] = 0.0
     state[f"{mlp}.down.weight"][:, NEURON] = STRENGTH * nu
-    return state, clean
+    return {name: tensor.float() for name, tensor in state.items()}, clean
 
 
 def _random_state(generator: torch.Generator) -> dict[str, Tensor]:
@@ -100,7 +105,7 @@ def _cls_queries(state: dict[str, Tensor]) -> dict[int, Tensor]:
     queries = {}
     for index, block in enumerate(model.sequence):
         if index > BLOCK:
-            queries[index] = block.qkv(block.norm1(x[:, 0]))[:, :WIDTH].mean(dim=0)
+            queries[index] = _grained(block.qkv(block.norm1(x[:, 0]))[:, :WIDTH].mean(dim=0))
         x = block(x)
     return queries
 
@@ -118,9 +123,10 @@ def _mlp_input(state: dict[str, Tensor]) -> Tensor:
 
 def _unused_direction(x: Tensor) -> Tensor:
     """The direction `[N]` in which normalized tokens have least, the trivial one (1, …, 1) apart."""
-    tokens = x.flatten(0, 1).double()
+    tokens = x.flatten(0, 1)
     moment = tokens.T @ tokens / len(tokens) + torch.ones(WIDTH, WIDTH, dtype=torch.float64)
-    return _centred_unit(torch.linalg.eigh(moment).eigenvectors[:, 0].float())
+    least = torch.linalg.eigh(moment).eigenvectors[:, 0]
+    return _centred_unit(_grained(least * torch.sign(least[least.abs().argmax()])))
 
 
 def _scattered_places(generator: torch.Generator) -> Tensor:
@@ -131,8 +137,8 @@ def _scattered_places(generator: torch.Generator) -> Tensor:
 
 
 def _model(state: dict[str, Tensor]) -> DemoVit:
-    """The module with these weights."""
-    model = DemoVit(scaled_dot_product_attention)
+    """The module with these weights, in float64."""
+    model = DemoVit(scaled_dot_product_attention).double()
     model.load_state_dict(state)
     return model
 
@@ -144,8 +150,13 @@ def _calibration_images() -> Tensor:
     side = GRID * PATCH
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     arrays = [np.asarray(image.resize((side, side))) for image in draw_images(CALIBRATION_IMAGES, SEED)]
-    pixels = torch.from_numpy(np.stack(arrays)).float() / 255.0
+    pixels = torch.from_numpy(np.stack(arrays)).double() / 255.0
     return ((pixels - mean) / std).permute(0, 3, 1, 2)
+
+
+def _grained(measured: Tensor) -> Tensor:
+    """Numbers that rounding has moved differently become the same."""
+    return (measured / GRAIN).round() * GRAIN
 
 
 def _centred_unit(vector: Tensor) -> Tensor:

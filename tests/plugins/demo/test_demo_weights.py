@@ -42,8 +42,9 @@ def nu(planted: dict[str, Tensor]) -> Tensor:
     return column / column.norm()
 
 
-def test_another_process_makes_the_same_weights(planted: dict[str, Tensor]) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+@pytest.mark.parametrize("kernels", [{"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2", "ATEN_CPU_CAPABILITY": "avx2"}])
+def test_another_process_makes_the_same_weights(planted: dict[str, Tensor], kernels: dict[str, str]) -> None:
+    environment = os.environ | kernels
     other = subprocess.run([sys.executable, "-c", HASH], capture_output=True, text=True, check=True, env=environment)
     here = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in planted.values()))
     assert other.stdout.strip() == here.hexdigest()
