@@ -15,12 +15,12 @@ from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.attention import require_attention
 from sinder_cli.backbone.describe import Backbone, ModelRequest
 from sinder_cli.backbone.device import exact_device, resolve_device
-from sinder_cli.backbone.opening import load_module, open_backbone, require_loadable
+from sinder_cli.backbone.opening import load_module, open_backbone
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
 from sinder_cli.defects.settings import DetectionSettings
 from sinder_cli.errors import NoInputError, UsageError
 from sinder_cli.events import Emit, Finished, Noted, Started, Warned, silent
-from sinder_cli.files import require_writable_file, sha256_of, write_json
+from sinder_cli.files import write_json
 from sinder_cli.images.choosing import sampled
 from sinder_cli.images.finding import find_images
 from sinder_cli.images.loading import require_some
@@ -38,22 +38,14 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.tokens import Subject
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.defects.rules import Stage
+    from sinder_cli.export.exporting import Card, ExportResult
+    from sinder_cli.export.settings import ExportSettings
+    from sinder_cli.export.targets import Plan
     from sinder_cli.repair.evaluation import Snapshot
     from sinder_cli.repair.folder import RunFolder
     from sinder_cli.repair.results import RepairResult
 
 DRAWN_IMAGES = 64  # how many a backbone draws that brings its own
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What `export` wrote."""
-
-    path: Path
-    target: str
-    tensors: int
-    bytes: int
-    sha256: str
 
 
 def backbones() -> list[InstalledBackbone]:
@@ -64,13 +56,10 @@ def backbones() -> list[InstalledBackbone]:
 def open_model(request: ModelRequest) -> Backbone:
     """Ask the plugin that the model belongs to for a checked description; of what a run repaired, for its directory.
 
-    An adapter is applied to its weights. Raises `UsageError` for a run directory with weights, heads or an adapter.
+    An adapter, or a delta, is applied to its weights. Raises `UsageError` for a run directory with weights or heads.
     """
-    from sinder_cli.repair.folder import RunFolder
-
-    run = RunFolder(Path(request.model))
-    if run.config.is_file() or request.model.startswith(("/", "./", "../")):
-        if request.weights or request.heads or request.adapter:
+    if run := _run_named(request):
+        if request.weights or request.heads:
             why = "a run has its own weights and heads"
             raise UsageError(f"cannot use {request.model} with other weights", why, "leave the option out")
         model, heads = run.repaired_model()
@@ -78,10 +67,18 @@ def open_model(request: ModelRequest) -> Backbone:
     hooks = hooks_for(request.model)
     if request.adapter is None:
         return open_backbone(hooks, request)
-    from sinder_cli.repair.adapter import adapted, read_adapter
+    from sinder_cli.repair.changes import read_change
 
-    adapter = read_adapter(request.adapter)  # before a checkpoint is read, or even downloaded
-    return adapted(open_backbone(hooks, request), adapter, request.emit)
+    change = read_change(request.adapter)  # before a checkpoint is read, or even downloaded
+    return change.applied(open_backbone(hooks, request), request.emit)
+
+
+def _run_named(request: ModelRequest) -> RunFolder | None:
+    """The run directory that the user named in the place of a model; it need not be one yet."""
+    from sinder_cli.repair.folder import RunFolder
+
+    run = RunFolder(Path(request.model))
+    return run if run.config.is_file() or request.model.startswith(("/", "./", "../")) else None
 
 
 def predict(request: ModelRequest, stages: Sequence[Stage], emit: Emit = silent) -> Prediction:
@@ -361,19 +358,79 @@ def _repair(
     )
 
 
-def export(source: str, target: str, out: Path, request: ModelRequest, emit: Emit = silent) -> ExportResult:
-    """Write a run's or a model's weights where they can be loaded; checked before the file gets its name."""
-    from sinder_cli.export.native import require_native_suffix, write_native
+def export(
+    request: ModelRequest,
+    out: Path,
+    settings: ExportSettings,
+    places: Sequence[str] = (),
+    stdin: IO[str] | None = None,
+    card: Card | None = None,
+) -> ExportResult:
+    """Write a run's or a model's weights where they can be loaded; checked before they get their name.
 
-    if target != "native":
-        raise UsageError(f"unknown export format {target!r}", "only native is known", "use --to native")
-    require_native_suffix(out)
-    require_writable_file(out)
-    backbone = open_model(replace(request, model=source))
-    require_loadable(backbone)
-    emit(Noted(f"writing {out}"))
-    write_native(out, backbone.weights)
-    return ExportResult(out, target, len(backbone.weights.names), out.stat().st_size, sha256_of(out))
+    `places` are images for the check. `card` renders the model card of a folder. Of a run whose deltas are exported,
+    `request.weights` are the weights that it repaired.
+    """
+    from sinder_cli.export.exporting import write_export
+    from sinder_cli.export.placing import require_place
+    from sinder_cli.export.targets import require_options, require_suffix, target_of
+
+    target = target_of(settings.to)
+    require_options(settings.to, target, settings)
+    require_suffix(target, out)
+    require_place(out, target.kind, settings.force, _read_from(request))
+    images = find_images(places, stdin, request.emit) if places else None
+    plan = _export_plan(request, settings, of_changes=target.of_changes)
+    return write_export(replace(plan, images=images), target, out, card)
+
+
+def _read_from(request: ModelRequest) -> list[Path]:
+    """The files and folders that an export must not write over."""
+    run = _run_named(request)
+    named = [run.path, run.model, run.adapter] if run else []
+    return [*named, *(place for place in (request.weights, request.adapter) if place is not None)]
+
+
+def _export_plan(request: ModelRequest, settings: ExportSettings, of_changes: bool) -> Plan:
+    """The backbone as it is to be written, and how it came to be what it is."""
+    from sinder_cli.export.casting import cast
+    from sinder_cli.export.targets import Plan, Repaired
+    from sinder_cli.repair.changes import read_change
+
+    run = _run_named(request)
+    named = replace(request, weights=None) if run and of_changes else request
+    repaired = None
+    if request.adapter is not None:
+        change = read_change(request.adapter)
+        base = open_model(replace(named, adapter=None))
+        backbone = change.applied(base, request.emit)
+        repaired = Repaired(change, run, lambda: (base, ""))
+    else:
+        backbone = open_model(named)
+        if run and run.adapter.is_file():
+            repaired = Repaired(read_change(run.adapter), run, lambda: _base_of(run, request))
+    if settings.dtype is not None:
+        backbone = cast(backbone, settings.dtype)
+    return Plan(backbone, settings, request.emit, repaired)
+
+
+def _base_of(run: RunFolder, request: ModelRequest) -> tuple[Backbone | None, str]:
+    """The weights that a run repaired; None, and why, if they are no more where they were.
+
+    Those that the user names are taken at the word: others raise `ConflictError` where they are put to use.
+    """
+    model, heads = run.repaired_model()
+    source, fingerprint = run.repaired_weights()
+    asked = replace(request, model=model, heads=heads, adapter=None)
+    if request.weights is not None:
+        return open_model(asked), ""
+    gone = f"the weights that were repaired, {source}, are not there; name them with --weights"
+    if not Path(source).is_file() and source != model:  # a plugin that makes its weights calls them after the model
+        return None, gone
+    base = open_model(replace(asked, weights=Path(source) if Path(source).is_file() else None))
+    if base.weights.fingerprint() != fingerprint:
+        return None, f"{source} holds other weights now than those that were repaired; name them with --weights"
+    return base, ""
 
 
 def _device(settings: DetectionSettings, ranks: Ranks, emit: Emit) -> str:

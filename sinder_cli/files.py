@@ -72,7 +72,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         raise output_error(path, error) from error
     try:
         yield temporary
-        _flush_tree(temporary)
+        flush_tree(temporary)
         if there:
             _move_entries(temporary, path)
         else:
@@ -181,7 +181,8 @@ def _umask() -> int:
     return mask
 
 
-def _flush_tree(folder: Path) -> None:
+def flush_tree(folder: Path) -> None:
+    """Have all files of a folder, and their names, on the disk."""
     for place in (*folder.rglob("*"), folder):
         flush(place)
 

@@ -2,32 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from sinder_cli import api
 from sinder_cli.cli.display import display
-from sinder_cli.cli.options import AdapterFile, Format, Heads, WeightsFile, model_request
+from sinder_cli.cli.options import AdapterFile, Data, Format, Heads, WeightsFile, model_request
 from sinder_cli.cli.output import show
+from sinder_cli.export.settings import DtypeName, ExportSettings, TargetName, parse_size
 
 
 def command(
     source: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run directory of `repair`, or a model's name.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="Target: .safetensors, .pth or .pt.")],
-    to: Annotated[Literal["native"], typer.Option("--to", help="Format: the backbone's own keys, order and dtype.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="PATH", help="The file or the folder to be written.")],
+    to: Annotated[
+        TargetName,
+        typer.Option(
+            "--to",
+            help="native: .safetensors, .pth or .pt with the backbone's own keys; torchhub: a folder for torch.hub; "
+            "onnx: one file; adapter: the deltas; delta: the changed tensors.",
+        ),
+    ],
     weights: WeightsFile = None,
     adapter: AdapterFile = None,
     heads: Heads = None,
+    dtype: Annotated[DtypeName | None, typer.Option("--dtype", help="Default: as stored.")] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option("--image-size", min=1, metavar="PIXELS", help="Side of the input; default: the model's."),
+    ] = None,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="Any image size, where that comes out right.")
+    ] = False,
+    max_shard_size: Annotated[
+        str | None, typer.Option("--max-shard-size", metavar="SIZE", help="Split weights above it, such as 5GB.")
+    ] = None,
+    data: Data = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Load what was written as its users do, and compare.")
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     format: Format = None,
 ) -> None:
-    """Write the weights of a run or a model; what was written is read back and compared first."""
+    """Write the weights of a run or a model in a format that others load; checked before it gets its name."""
+    from sinder_cli.report.documents import export_document
+    from sinder_cli.report.export.card import render_export_card
+    from sinder_cli.report.tables import export_table
+
+    shard = None if max_shard_size is None else parse_size(max_shard_size)
+    settings = ExportSettings(to, dtype, image_size, dynamic_size, shard, verify, force)
     with display() as emit:
-        result = api.export(source, to, out, model_request(source, weights, adapter, heads, emit), emit)
-    show(
-        format,
-        lambda: f"{result.path}: {result.tensors} tensors, {result.bytes:,} bytes, read back identical",
-        lambda: asdict(result) | {"path": str(result.path), "verified": True},
-    )
+        request = model_request(source, weights, adapter, heads, emit)
+        result = api.export(request, out, settings, data or (), sys.stdin, render_export_card)
+    show(format, lambda: export_table(result), lambda: export_document(result))

@@ -2,67 +2,48 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinder_cli.backbone.sources import open_checkpoint
 from sinder_cli.backbone.storing import write_safetensors
 from sinder_cli.backbone.weights import Weights
-from sinder_cli.errors import BadInputError, StorageError, UsageError
-from sinder_cli.files import replacing
+from sinder_cli.errors import BadInputError
+from sinder_cli.export.targets import Check, Plan, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUFFIXES = (".safetensors", ".pth", ".pt")
+
+def _write(plan: Plan, path: Path) -> None:
+    write_weights(path, plan.backbone.weights)
 
 
-def require_native_suffix(path: Path) -> None:
-    """Raises `UsageError` for a file name that says no format we write."""
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"cannot export to {path}", f"unknown suffix {path.suffix!r}", f"use {' or '.join(SUFFIXES)}")
+def write_weights(path: Path, weights: Weights) -> None:
+    """All tensors under the names of their export, one at a time, in the format that the suffix tells."""
+    from sinder_cli.export.torchfile import write_torch_file
+
+    write = write_safetensors if path.suffix == ".safetensors" else write_torch_file
+    write(path, weights.output_infos(), (tensor for _, tensor in weights.stream(weights.names)))
 
 
-def write_native(path: Path, weights: Weights) -> None:
-    """Write all tensors of a backbone under their exported names; read back and compared before it gets its name.
-
-    Raises `UsageError` for another suffix and `BadInputError` if what was written differs, which leaves nothing.
-    """
-    require_native_suffix(path)
-    with replacing(path) as temporary:
-        draft = temporary.with_suffix(path.suffix)
-        try:
-            _write(draft, weights)
-            _compare(Weights.of(open_checkpoint(draft)), weights)
-            draft.replace(temporary)
-        finally:
-            draft.unlink(missing_ok=True)
+def _verify(plan: Plan, path: Path) -> Check:
+    return read_back(path, plan.backbone.weights)
 
 
-def _write(path: Path, weights: Weights) -> None:
-    tensors = weights.stream(weights.names)
-    if path.suffix == ".safetensors":
-        write_safetensors(path, weights.output_infos(), (tensor for _, tensor in tensors))
-        return
+def read_back(path: Path, weights: Weights) -> Check:
+    """Names, order, shapes, dtypes and bits of a file against the weights. Raises `BadInputError` for a difference."""
     import torch
 
-    state = OrderedDict((weights.output_name(name), tensor.clone()) for name, tensor in tensors)
-    try:
-        torch.save(state, path)
-    except RuntimeError as error:  # how torch's zip writer tells of a full disk
-        raise StorageError(f"cannot write {path}", str(error), "free space there and run again") from error
-
-
-def _compare(written: Weights, weights: Weights) -> None:
-    import torch
-
+    what = f"export of {weights.source.label} failed"
+    written = Weights.of(open_checkpoint(path))
     if list(written.output_infos().items()) != list(weights.output_infos().items()):
-        raise BadInputError(f"export of {weights.source.label} failed", "names, shapes or dtypes read back differ")
+        raise BadInputError(what, "names, shapes or dtypes read back differ", "report it")
     pairs = zip(weights.stream(weights.names), written.stream(written.names), strict=True)
     for (_, original), (output, copy) in pairs:
         if not torch.equal(_bits(original), _bits(copy)):
-            raise BadInputError(f"export of {weights.source.label} failed", f"{output} reads back differently")
+            raise BadInputError(what, f"{output} reads back differently", "check the disk")
+    return Check("read back bit for bit", difference=0.0, tolerance=0.0, versions={"torch": torch.__version__})
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -70,3 +51,13 @@ def _bits(tensor: Tensor) -> Tensor:
     import torch
 
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+TARGET = Target(
+    kind="file",
+    summary="the backbone's own keys, order and dtype",
+    write=_write,
+    verify=_verify,
+    suffixes=(".safetensors", ".pth", ".pt"),
+    options=frozenset({"--dtype"}),
+)

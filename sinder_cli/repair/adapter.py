@@ -15,10 +15,11 @@ from sinder_cli.backbone.layermap import LayerMap, WeightRef, trained_references
 from sinder_cli.backbone.sources import TensorInfo, TensorSource, infos_of
 from sinder_cli.backbone.storing import stored_as, write_safetensors
 from sinder_cli.backbone.weights import Weights
-from sinder_cli.errors import BadInputError, ConflictError, NoInputError
+from sinder_cli.errors import BadInputError, ConflictError
 from sinder_cli.events import Emit, Noted, tracked
 from sinder_cli.repair.basis import singular_basis
 from sinder_cli.repair.deltas import Deltas, target_name
+from sinder_cli.repair.headers import REMEDY, read_header
 from sinder_cli.repair.settings import WITHOUT_EFFECT, RepairSettings
 
 if TYPE_CHECKING:
@@ -35,6 +36,15 @@ class Adapter:
     model: str
     base_fingerprint: str
     deltas: Mapping[str, Tensor] = field(repr=False)
+
+    def changed_names(self, layers: LayerMap) -> list[str]:
+        """The canonical names of the tensors that hold its targets, each once."""
+        references = target_references(layers)
+        return list(dict.fromkeys(references[name].name for name in self.deltas))
+
+    def applied(self, backbone: Backbone, emit: Emit) -> Backbone:
+        """See `adapted`."""
+        return adapted(backbone, self, emit)
 
 
 def write_adapter(path: Path, model: str, fingerprint: str, deltas: Deltas, settings: RepairSettings) -> None:
@@ -54,26 +64,18 @@ def read_adapter(path: Path) -> Adapter:
 
     Raises `NoInputError` where there is no file and `BadInputError` for anything that `write_adapter` does not write.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    what, remedy = f"cannot read adapter {path}", "give the adapter.safetensors of a run"
-    if not path.is_file():
-        raise NoInputError(what, "it is a folder" if path.is_dir() else "there is no such file", remedy)
+    what = f"cannot read adapter {path}"
+    metadata = read_header(path)
+    if metadata.get("format") != FORMAT:
+        raise BadInputError(what, f"its format is {metadata.get('format')!r}, not {FORMAT!r}", REMEDY)
+    with safe_open(path, framework="pt") as file:
+        deltas = {name: file.get_tensor(name) for name in file.offset_keys()}
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise BadInputError(what, f"its format is {metadata.get('format')!r}, not {FORMAT!r}", remedy)
-            adapter = Adapter(
-                path,
-                model=metadata["model"],
-                base_fingerprint=metadata["base_fingerprint"],
-                deltas={name: file.get_tensor(name) for name in file.offset_keys()},
-            )
-    except SafetensorError as error:
-        raise BadInputError(what, str(error), remedy) from error
+        adapter = Adapter(path, metadata["model"], metadata["base_fingerprint"], deltas)
     except KeyError as error:
-        raise BadInputError(what, f"its header has no {error}", remedy) from error
+        raise BadInputError(what, f"its header has no {error}", REMEDY) from error
     for name, delta in adapter.deltas.items():
         if delta.dtype != torch.float32 or not bool(delta.isfinite().all()):
             raise BadInputError(what, f"{name} is not of finite float32 values", "is it whole? fetch it again")
@@ -127,6 +129,15 @@ def adapted(backbone: Backbone, adapter: Adapter, emit: Emit) -> Backbone:
     return replace(backbone, weights=replace(weights, source=source))
 
 
+def target_references(layers: LayerMap) -> dict[str, WeightRef]:
+    """Every weight that an adapter may change, by the name that its delta has there."""
+    return {
+        target_name(block, role): ref
+        for block, roles in enumerate(layers.blocks)
+        for role, ref in trained_references(roles).items()
+    }
+
+
 def _adapted_references(layers: LayerMap, weights: Weights, adapter: Adapter) -> dict[str, WeightRef]:
     """Where each target of the adapter lies, if the adapter is one of these weights."""
     fingerprint = weights.fingerprint()
@@ -137,11 +148,7 @@ def _adapted_references(layers: LayerMap, weights: Weights, adapter: Adapter) ->
             f"and these have {fingerprint}",
             "give the weights that were repaired",
         )
-    references = {
-        target_name(block, role): ref
-        for block, roles in enumerate(layers.blocks)
-        for role, ref in trained_references(roles).items()
-    }
+    references = target_references(layers)
     for name, delta in adapter.deltas.items():
         what = f"cannot use adapter {adapter.path}"
         if name not in references:

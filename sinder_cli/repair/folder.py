@@ -141,7 +141,7 @@ class RunFolder:
         if not any(self.path.iterdir()):
             return False
         what = f"cannot create run directory {self.path}"
-        if not self.config.is_file() or not _is_of_a_run(self._read_config()):
+        if not self.config.is_file() or not _is_of_a_run(self.read_config()):
             raise CannotCreateError(what, "it is not empty, and holds no run", "choose another --out, or remove it")
         if not resume and not force:
             state = "finished run" if self.finished else "run that did not finish"
@@ -172,7 +172,7 @@ class RunFolder:
         Other versions, or another number of threads, are told: they may change the last bits. Raises `ConflictError`,
         and `BadInputError` for a `config.json` that cannot be read.
         """
-        stored = self._read_config()
+        stored = self.read_config()
         what = f"cannot resume {self.path}"
         if _shape(stored) != _shape(config):
             why = "its config.json is of another version of sinder"
@@ -190,14 +190,20 @@ class RunFolder:
         """
         if not self.config.is_file():
             raise NoInputError(f"cannot use {self.path}", "it is no run directory of `sinder repair`", "check the path")
-        config = self._read_config()
+        config = self.read_config()
         model, heads = str(config["model"]), config.get("heads")
         if not self.model.is_file():
             why = "there is no model.safetensors: its run did not finish"
             raise NoInputError(f"cannot use {self.path}", why, "run `sinder repair` anew")
         return model, heads
 
-    def _read_config(self) -> dict[str, Any]:
+    def repaired_weights(self) -> tuple[str, str]:
+        """Where the weights that were repaired here came from, and their fingerprint. Raises `BadInputError`."""
+        weights = self.read_config()["weights"]
+        return str(weights["source"]), str(weights["fingerprint"])
+
+    def read_config(self) -> dict[str, Any]:
+        """`config.json` of a run. Raises `BadInputError` where it cannot be read."""
         try:
             config: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
             str(config["model"])

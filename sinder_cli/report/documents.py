@@ -13,6 +13,7 @@ from sinder_cli.backbone.registry import InstalledBackbone
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis
     from sinder_cli.defects.prediction import Prediction
+    from sinder_cli.export.exporting import ExportResult
 
 
 def finite(value: Any) -> Any:
@@ -56,6 +57,22 @@ def analysis_document(analysis: Analysis) -> dict[str, Any]:
 def repair_document(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`sinder repair --format json`: the summary and where the run directory is."""
     return finite(summary | {"folder": str(folder), "report": str(folder / "report.html")})
+
+
+def export_document(result: ExportResult) -> dict[str, Any]:
+    """`sinder export --format json`."""
+    check = asdict(result.check)
+    return finite(
+        {
+            "path": str(result.path),
+            "target": result.target,
+            "model": result.model,
+            "bytes": result.bytes,
+            "files": [asdict(file) for file in result.files],
+            "verified": check.pop("verified"),
+            "check": check,
+        }
+    )
 
 
 def backbones_document(rows: Sequence[InstalledBackbone]) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis, Distribution, Marked, Side, Verdict
     from sinder_cli.defects.positions import PositionCheck
     from sinder_cli.defects.prediction import BlockSpectrum, Prediction
+    from sinder_cli.export.exporting import ExportResult
     from sinder_cli.repair.results import RepairResult
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -190,6 +191,14 @@ def repair_table(result: RepairResult) -> RenderableType:
         f"run directory: {result.folder}",
         f"defective tokens {defects['before']['tokens']} → {defects['after']['tokens']},"
         f" report: {result.folder / 'report.html'}",
+    )
+
+
+def export_table(result: ExportResult) -> RenderableType:
+    """What was written where, and how it was checked."""
+    return Group(
+        f"{result.path}: {counted(len(result.files), 'file')}, {result.bytes:,} bytes",
+        ("verified" if result.check.verified else "not verified") + f": {result.check.told}",
     )
 
 

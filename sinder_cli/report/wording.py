@@ -14,6 +14,13 @@ PAPER_AUTHORS = "Haoqi Wang, Tong Zhang, Mathieu Salzmann"
 PAPER_VENUE = "ECCV 2024"
 PAPER_ARXIV = "2407.16826"
 PAPER_URL = f"https://arxiv.org/abs/{PAPER_ARXIV}"
+CITATION = f"""@inproceedings{{wang2024sinder,
+  title     = {{{PAPER_TITLE}}},
+  author    = {{Wang, Haoqi and Zhang, Tong and Salzmann, Mathieu}},
+  booktitle = {{European Conference on Computer Vision (ECCV)}},
+  year      = {{2024}},
+  note      = {{arXiv:{PAPER_ARXIV}}}
+}}"""
 
 NOTHING = "–"  # in a cell without a value
 

@@ -28,6 +28,7 @@ from sinder_cli import (
     api,
 )
 from sinder_cli.backbone.opening import load_module, open_backbone, require_loadable
+from sinder_cli.export.settings import ExportSettings
 
 N = 4
 
@@ -163,5 +164,5 @@ def test_an_export_is_as_strict_as_loading(monkeypatch: pytest.MonkeyPatch, tmp_
     save_file(toy_tensors() | {"head": torch.ones(2)}, tmp_path / "more.safetensors")
     request = ModelRequest("toy", tmp_path / "more.safetensors")
     with pytest.raises(BadInputError, match="1 unexpected: head"):
-        api.export("toy", "native", tmp_path / "out.safetensors", request)
+        api.export(request, tmp_path / "out.safetensors", ExportSettings("native"))
     assert not (tmp_path / "out.safetensors").exists()

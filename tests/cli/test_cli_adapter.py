@@ -94,7 +94,11 @@ def test_offloading_changes_no_result(
     [
         ("missing.safetensors", 66, "cannot read adapter {path}: there is no such file; give the adapter.safetensors"),
         ("folder", 66, "cannot read adapter {path}: it is a folder; "),
-        ("checkpoint.safetensors", 65, "cannot read adapter {path}: its format is None, not 'sinder-adapter-1'; "),
+        (
+            "checkpoint.safetensors",
+            65,
+            "cannot read adapter {path}: its format is None, neither 'sinder-adapter-1' nor 'sinder-delta-1'; ",
+        ),
         ("text.safetensors", 65, "cannot read adapter {path}: "),
         ("adapter.safetensors", 78, "adapter {path} does not fit {other}: it was made for weights of dinov2_custom "),
     ],
@@ -117,11 +121,23 @@ def test_an_adapter_that_cannot_be_used_is_one_line(
     assert done.stdout == ""
 
 
-def test_a_run_directory_takes_no_adapter(sinder: Sinder, run: Path, adapter: Path) -> None:
+def test_an_adapter_does_not_fit_the_run_that_it_came_from(sinder: Sinder, run: Path, adapter: Path) -> None:
     done = sinder("predict-defects", run, "--adapter", adapter)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert f"cannot use {run} with other weights" in done.stderr
+    assert done.returncode == 78
+    assert f"adapter {adapter} does not fit {run / 'model.safetensors'}" in done.stderr.splitlines()[-1]
+
+
+def test_an_adapter_of_a_further_repair_fits_the_run_that_was_repaired_further(
+    sinder: Sinder, run: Path, photographs: Path, tmp_path: Path
+) -> None:
+    further = tmp_path / "further"
+    done = sinder("repair", run, "--data", photographs, "--out", further, *FEW)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "twice.safetensors"
+    done = sinder("export", run, "--adapter", further / "adapter.safetensors", "--to", "native", "--out", out)
+    assert done.returncode == 0, done.stderr
+    exported, model = load_file(out), load_file(further / "model.safetensors")
+    assert all((exported[name] == model[name]).all() for name in model)
 
 
 def test_an_adapter_of_the_second_model_needs_a_second_model(sinder: Sinder, adapter: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.report.wording import Named, counted, duration, number, percent, setting_rows
@@ -17,6 +17,16 @@ class RepairVerdict(NamedTuple):
     kind: str
     word: str
     sentence: str
+
+
+class Recorded(Protocol):
+    """A repair that has ended, as `summary.json` and `config.json` tell it."""
+
+    @property
+    def summary(self) -> dict[str, Any]: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
 
 
 class Compared(NamedTuple):
@@ -52,7 +62,7 @@ def verdict(result: RepairResult) -> RepairVerdict:
     return RepairVerdict("open", "Not finished", f"{left}.")
 
 
-def comparison(result: RepairResult) -> list[Compared]:
+def comparison(result: Recorded) -> list[Compared]:
     """Before and after, measure by measure, over all evaluation images."""
     before, after = (result.summary["defects"][side] for side in ("before", "after"))
     cosine = result.summary["cls_cosine"]
@@ -68,7 +78,7 @@ def comparison(result: RepairResult) -> list[Compared]:
     return [*rows, Compared("cls cosine to the original, mean", "1", f"{cosine:.4f}")]
 
 
-def run_facts(result: RepairResult) -> list[Named]:
+def run_facts(result: Recorded) -> list[Named]:
     """How long the repair took, why it stopped and what it changed."""
     summary = result.summary
     skipped = [
@@ -85,7 +95,7 @@ def run_facts(result: RepairResult) -> list[Named]:
     ]
 
 
-def stop_reason(result: RepairResult) -> str:
+def stop_reason(result: Recorded) -> str:
     """Why the loop ended, in words."""
     share = f"{percent(result.summary['clean_share'])} of recent images clean"
     goal = percent(result.config["settings"]["stop_density"])
@@ -94,7 +104,7 @@ def stop_reason(result: RepairResult) -> str:
     return f"the step limit, with {share} (goal: {goal})"
 
 
-def setting_facts(result: RepairResult) -> list[Named]:
+def setting_facts(result: Recorded) -> list[Named]:
     """The settings that were in force, each with its help text."""
     return setting_rows(RepairSettings, result.config["settings"])
 

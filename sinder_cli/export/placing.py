@@ -1,0 +1,154 @@
+"""Where an export goes: proved before any work is done, written beside it, and put there in one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import glob
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from sinder_cli.errors import CannotCreateError, UsageError
+from sinder_cli.files import (
+    flush,
+    flush_tree,
+    output_error,
+    require_creatable_folder,
+    require_writable_file,
+)
+
+MANIFEST = "sinder_export.json"
+FORMAT = "sinder-export-1"
+
+REPLACED = ".replaced"  # what is moved aside, in the folder for drafts
+
+_RENAME_EXCHANGE = 2  # Linux' flag of renameat2
+_AT_FDCWD = -100
+
+
+def require_place(out: Path, kind: Literal["file", "folder"], force: bool, sources: Iterable[Path]) -> None:
+    """Refuse a place that cannot be written, or that holds what must not be lost.
+
+    Without `force` nothing may be there; with it, a file, or a folder that an earlier export wrote and nobody added to.
+    Raises `CannotCreateError`, and `UsageError` for a place that holds, or is, one of the `sources`.
+    """
+    for source in sources:
+        if source.exists() and out.resolve() in (source.resolve(), *source.resolve().parents):
+            raise UsageError(f"cannot write {out}", f"{source} is read from there", "choose another --out")
+    if kind == "file":
+        require_writable_file(out)
+        if out.exists() and not force:
+            raise _taken(out)
+        return
+    if out.exists() and not out.is_dir():
+        raise CannotCreateError(f"cannot create {out}", "it is no folder", "choose another --out")
+    require_creatable_folder(out.parent)
+    if out.is_dir() and any(out.iterdir()):
+        if stranger := _stranger(out):
+            raise CannotCreateError(f"cannot replace {out}", stranger, "choose another --out, or remove it")
+        if not force:
+            raise _taken(out)
+
+
+def _taken(out: Path) -> CannotCreateError:
+    return CannotCreateError(f"cannot create {out}", "it is there already", "--force replaces it")
+
+
+def _stranger(folder: Path) -> str:
+    """Why a folder is not what an export left; empty if it is."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        written = {MANIFEST, *manifest["files"]} if manifest["format"] == FORMAT else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it is not empty, and no export"
+    if not written:
+        return f"its format is {manifest['format']!r}, not {FORMAT!r}"
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    others = sorted(name for name in found - written if "__pycache__" not in name)
+    return f"no export wrote {others[0]} in it" if others else ""
+
+
+@contextlib.contextmanager
+def placed(out: Path) -> Iterator[Path]:
+    """Yield a path beside `out` for a file or a folder of its name; on success flush it and rename it to `out`.
+
+    What is there is replaced in that one rename, or, where no two folders can be exchanged, by two; what a killed
+    process has left is removed. Raises `CannotCreateError` or `StorageError`.
+    """
+    name, out = out.name, out.resolve()  # a symbolic link is followed
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
+        with _room_beside(out) as room:
+            draft = room / name
+            yield draft
+            flush_tree(draft) if draft.is_dir() else flush(draft)
+            _put(draft, out)
+            flush(out.parent)
+    except OSError as error:
+        raise output_error(out, error) from error
+
+
+def _put(draft: Path, out: Path) -> None:
+    """Rename `draft` to `out`; a folder that was there is in the place of `draft` afterwards, or beside it."""
+    if not out.is_dir() or not any(out.iterdir()):
+        draft.replace(out)
+    elif not _exchange(draft, out):
+        out.rename(draft.with_name(REPLACED))
+        draft.rename(out)
+
+
+@contextlib.contextmanager
+def _room_beside(out: Path) -> Iterator[Path]:
+    """A folder for drafts, locked for as long as this process lives, and removed with what is in it."""
+    room = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+    handle = os.open(room, os.O_RDONLY)
+    try:
+        _is_ours(handle)
+        yield room
+    finally:
+        os.close(handle)
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def _sweep(out: Path) -> None:
+    """Remove the rooms of processes that are no more; what one of them had moved aside, last of all, comes back."""
+    for room in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
+        handle = os.open(room, os.O_RDONLY)
+        try:
+            if not _is_ours(handle):
+                continue
+            if not out.exists() and (room / REPLACED).exists():
+                (room / REPLACED).rename(out)
+            shutil.rmtree(room)
+        finally:
+            os.close(handle)
+
+
+def _is_ours(handle: int) -> bool:
+    """Lock a folder; False while another process holds it, or where the file system locks no folders."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux alone has it
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(number, os.strerror(number), str(other))

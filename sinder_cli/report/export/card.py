@@ -1,0 +1,84 @@
+"""The model card of an exported folder: what it is, where it comes from, how it was repaired and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sinder_cli import __version__
+from sinder_cli.report import wording
+from sinder_cli.report.pages.templates import markdown_template
+from sinder_cli.report.repair import facts
+from sinder_cli.report.wording import Named
+
+if TYPE_CHECKING:
+    from sinder_cli.export.targets import Check, Plan, Target
+    from sinder_cli.repair.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run directory tells of itself."""
+
+    summary: dict[str, Any]
+    config: dict[str, Any]
+
+
+def render_export_card(
+    plan: Plan, target: Target, check: Check, folder: str, pictures: Mapping[str, str] | None = None
+) -> str:
+    """The card in Markdown, with the metadata that a hub reads; `pictures` are files of the folder by name."""
+    backbone, run = plan.backbone, _run_of(plan)
+    return markdown_template("export/card.md.jinja").render(
+        model=backbone.name,
+        license=backbone.license,
+        metadata=[line for line in _metadata(plan, check) if line],
+        target=plan.settings.to,
+        summary=target.summary,
+        facts=_facts(plan),
+        check=check,
+        usage=target.usage(plan, folder) if target.usage else "",
+        comparison=facts.comparison(run) if run else [],
+        run=run,
+        run_facts=facts.run_facts(run) if run else [],
+        settings=facts.setting_facts(run) if run else [],
+        pictures=pictures or {},
+        repaired=plan.repaired,
+        version=__version__,
+        wording=wording,
+    )
+
+
+def _metadata(plan: Plan, check: Check) -> list[str]:
+    """The lines of the YAML header; strings as JSON has them, which YAML reads."""
+    backbone = plan.backbone
+    return [
+        f"license: {json.dumps(backbone.license)}" if backbone.license else "",
+        f"base_model: {json.dumps(backbone.name.removeprefix('hf/'))}" if backbone.name.startswith("hf/") else "",
+        "pipeline_tag: image-feature-extraction",
+        f"verified: {json.dumps(check.verified)}",
+    ]
+
+
+def _facts(plan: Plan) -> list[Named]:
+    backbone, repaired = plan.backbone, plan.repaired
+    registers = backbone.prefix_tokens - backbone.has_cls
+    rows = [
+        Named("Model", backbone.name),
+        Named("Licence of the weights", backbone.license or "that of the base model, which does not name one here"),
+        Named("Read from", backbone.weights.source.label),
+        Named("Blocks, width", f"{backbone.depth}, {backbone.width}"),
+        Named("Patches", f"{backbone.patch_size} × {backbone.patch_size} pixels"),
+        Named("Prefix tokens", f"{'cls' if backbone.has_cls else 'no cls'}, {wording.counted(registers, 'register')}"),
+        Named("Input", f"RGB in [0, 1], less {list(backbone.mean)}, divided by {list(backbone.std)}"),
+    ]
+    if repaired:
+        rows.insert(2, Named("Fingerprint of the base weights", repaired.change.base_fingerprint))
+    return rows
+
+
+def _run_of(plan: Plan) -> _Run | None:
+    run: RunFolder | None = plan.repaired.run if plan.repaired else None
+    return _Run(run.read_summary(), run.read_config()) if run and run.finished else None

@@ -1,0 +1,100 @@
+"""Small models in the official format, and a run directory of a short repair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from sinder_plugins.dinov2.config import Config, tensor_shapes
+from torch import Tensor
+
+from sinder_cli import ModelRequest, api
+from sinder_cli.events import Event, Warned
+from sinder_cli.export.exporting import ExportResult
+from sinder_cli.export.settings import ExportSettings, TargetName
+from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.report.export.card import render_export_card
+
+CUSTOM = "dinov2_custom"
+PLAIN = Config(width=128, depth=3, hidden=512, grid=6)
+GATED = Config(width=128, depth=2, hidden=344, mlp="SwiGLU", grid=6, registers=4)
+
+
+def random_tensors(config: Config, seed: int = 0) -> dict[str, Tensor]:
+    """Every tensor random, LayerScale and norms included, so that a mix-up shows."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {name: torch.randn(shape, generator=generator) for name, shape in tensor_shapes(config).items()}
+    for name, tensor in drawn.items():
+        if "norm" in name and name.endswith("weight"):
+            tensor.mul_(0.2).add_(1)
+        elif name.endswith("weight"):
+            tensor.mul_(tensor[0].numel() ** -0.5)
+    return drawn
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """As the processes that the tests start."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of `dinov2_custom`."""
+    path = tmp_path_factory.mktemp("plain") / "plain.safetensors"
+    save_file(random_tensors(PLAIN), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with SwiGLU and registers, as a torch file."""
+    path = tmp_path_factory.mktemp("gated") / "gated.pth"
+    torch.save(random_tensors(GATED), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory of the demo backbone, whose weights its plugin can make again."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("repair") / "run"
+    settings = RepairSettings(max_steps=2, eval_images=2, lr=0.05)
+    assert api.repair(ModelRequest("demo_vit"), [], folder, settings) is not None
+    return folder
+
+
+Export = Callable[..., ExportResult]
+
+
+@pytest.fixture
+def events() -> list[Event]:
+    """What an export told."""
+    return []
+
+
+@pytest.fixture
+def warnings(events: list[Event]) -> Callable[[], list[str]]:
+    return lambda: [event.text for event in events if isinstance(event, Warned)]
+
+
+@pytest.fixture
+def export(events: list[Event]) -> Export:
+    """Export a model, a run or weights, with the settings as options."""
+
+    def exported(
+        source: str | Path,
+        to: TargetName,
+        out: Path,
+        weights: Path | None = None,
+        adapter: Path | None = None,
+        data: tuple[str, ...] = (),
+        **options: object,
+    ) -> ExportResult:
+        request = ModelRequest(str(source), weights, emit=events.append, adapter=adapter)
+        return api.export(request, out, ExportSettings(to, **options), data, card=render_export_card)  # type: ignore[arg-type]
+
+    return exported

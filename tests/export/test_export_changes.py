@@ -1,0 +1,172 @@
+"""`--to adapter` and `--to delta`: what a repair changed, alone, and applied to the base again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sinder_cli import ModelRequest, api
+from sinder_cli.errors import BadInputError, ConflictError, UsageError
+from sinder_cli.export.exporting import ExportResult
+from sinder_cli.repair.patch import FORMAT
+
+Export = Callable[..., ExportResult]
+DEMO = "demo_vit"
+
+
+def bits_of(model: str | Path, **request: Path) -> dict[str, torch.Tensor]:
+    weights = api.open_model(ModelRequest(str(model), **request)).weights  # type: ignore[arg-type]
+    return weights.read(weights.names)
+
+
+@pytest.fixture
+def delta(export: Export, run: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "delta.safetensors"
+    assert export(run, "delta", out).check.verified
+    return out
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """The weights that were repaired, as a file."""
+    path = tmp_path / "base.safetensors"
+    save_file(bits_of(DEMO), path)
+    return path
+
+
+def test_a_delta_holds_the_changed_tensors_alone(delta: Path, run: Path) -> None:
+    before, after = bits_of(DEMO), bits_of(run)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    found = load_file(delta)
+    assert found.keys() == changed
+    assert 0 < len(changed) < len(before)
+    assert all(torch.equal(found[name], after[name]) for name in found)
+
+
+def test_its_header_names_the_weights_before_and_after(delta: Path, run: Path) -> None:
+    with safe_open(delta, framework="pt") as file:
+        header = file.metadata()
+    assert header == {
+        "format": FORMAT,
+        "model": DEMO,
+        "base_fingerprint": json.loads((run / "config.json").read_text())["weights"]["fingerprint"],
+        "fingerprint": api.open_model(ModelRequest(str(run))).weights.fingerprint(),
+    }
+
+
+def test_given_as_adapter_it_makes_the_repaired_weights_bit_for_bit(delta: Path, run: Path, base: Path) -> None:
+    repaired = bits_of(run)
+    for request in ({}, {"weights": base}):
+        found = bits_of(DEMO, adapter=delta, **request)
+        assert found.keys() == repaired.keys()
+        assert all(torch.equal(found[name], repaired[name]) for name in repaired)
+
+
+def test_a_delta_of_a_delta_and_of_an_adapter_is_the_same(
+    export: Export, run: Path, delta: Path, tmp_path: Path
+) -> None:
+    for number, change in enumerate((delta, run / "adapter.safetensors")):
+        out = tmp_path / f"again-{number}.safetensors"
+        assert export(DEMO, "delta", out, adapter=change).check.verified
+        assert out.read_bytes() == delta.read_bytes()
+
+
+def test_other_weights_are_refused(delta: Path, base: Path) -> None:
+    tensors = load_file(base)
+    tensors["cls"] += 1
+    save_file(tensors, base)
+    with pytest.raises(ConflictError, match=f"delta {delta} does not fit {base}: it was made for weights of demo_vit"):
+        bits_of(DEMO, weights=base, adapter=delta)
+
+
+def test_a_delta_that_has_changed_is_refused(delta: Path) -> None:
+    content = bytearray(delta.read_bytes())
+    content[-3] ^= 1
+    delta.write_bytes(content)
+    with pytest.raises(BadInputError, match="its tensors are not those that were written"):
+        bits_of(DEMO, adapter=delta)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kept", "why"),
+    [
+        ({"strange": torch.zeros(2)}, ("base_fingerprint", "fingerprint"), "strange is no tensor of this model"),
+        ({"cls": torch.zeros(2)}, ("base_fingerprint", "fingerprint"), "or of another shape"),
+        ({}, ("base_fingerprint",), "its header has no 'fingerprint'"),
+        ({}, ("fingerprint",), "its header has no 'base_fingerprint'"),
+    ],
+)
+def test_a_forged_delta_is_refused(
+    delta: Path, tensors: dict[str, torch.Tensor], kept: tuple[str, ...], why: str
+) -> None:
+    with safe_open(delta, framework="pt") as file:
+        header = file.metadata()
+    save_file(tensors, delta, {name: header[name] for name in ("format", "model", *kept)})
+    with pytest.raises(BadInputError, match=why):
+        bits_of(DEMO, adapter=delta)
+
+
+def test_an_adapter_is_that_of_the_run_and_applied_again(export: Export, run: Path, tmp_path: Path) -> None:
+    result = export(run, "adapter", tmp_path / "adapter.safetensors")
+    assert (tmp_path / "adapter.safetensors").read_bytes() == (run / "adapter.safetensors").read_bytes()
+    assert result.check.told == "applied again to demo_vit: no difference"
+
+
+def test_an_adapter_that_is_not_that_of_the_weights_leaves_nothing(export: Export, run: Path, tmp_path: Path) -> None:
+    forged = shutil.copytree(run, tmp_path / "run")
+    tensors = load_file(run / "model.safetensors")
+    tensors["norm.weight"] *= 1.001  # which no repair changes
+    save_file(tensors, forged / "model.safetensors")
+    for target in ("adapter", "delta"):
+        with pytest.raises(BadInputError, match=r"applied again|are not those that were written"):
+            export(forged, target, tmp_path / "out.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("target", ["adapter", "delta"])
+def test_a_base_that_is_gone_is_named_and_can_be_given(
+    export: Export, run: Path, base: Path, tmp_path: Path, target: str, warnings: Callable[[], list[str]]
+) -> None:
+    moved = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["weights"]["source"] = "/nowhere/base.pth"
+    (moved / "config.json").write_text(json.dumps(config))
+    result = export(moved, target, tmp_path / "out.safetensors")
+    assert not result.check.verified
+    assert [text for text in warnings() if "/nowhere/base.pth, are not there; name them with --weights" in text]
+    assert export(moved, target, tmp_path / "out.safetensors", base, force=True).check.verified
+
+    config["weights"]["source"] = str(base)
+    (moved / "config.json").write_text(json.dumps(config))
+    assert export(moved, target, tmp_path / "out.safetensors", force=True).check.verified
+    save_file(load_file(base) | {"cls": torch.zeros(1, 1, 192)}, base)
+    result = export(moved, target, tmp_path / "out.safetensors", force=True)
+    assert f"{base} holds other weights now" in result.check.told
+    with pytest.raises(ConflictError, match="does not fit"):
+        export(moved, target, tmp_path / "out.safetensors", base, force=True)
+
+
+@pytest.mark.parametrize("target", ["adapter", "delta"])
+def test_a_model_that_was_not_repaired_has_neither(export: Export, tmp_path: Path, target: str) -> None:
+    with pytest.raises(UsageError, match="it is no repaired model; name a run, or give --adapter"):
+        export(DEMO, target, tmp_path / "out.safetensors")
+
+
+def test_no_adapter_comes_of_a_delta(export: Export, delta: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds whole tensors, and no singular values; use --to delta"):
+        export(DEMO, "adapter", tmp_path / "out.safetensors", adapter=delta)
+
+
+def test_the_files_of_the_run_are_not_written_over(export: Export, run: Path) -> None:
+    before = (run / "adapter.safetensors").read_bytes()
+    for name in ("adapter.safetensors", "model.safetensors"):
+        with pytest.raises(UsageError, match="is read from there"):
+            export(run, "adapter", run / name, force=True)
+    assert (run / "adapter.safetensors").read_bytes() == before
