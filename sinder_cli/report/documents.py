@@ -13,6 +13,7 @@ from sinder_cli.backbone.registry import InstalledBackbone
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis
     from sinder_cli.defects.prediction import Prediction
+    from sinder_cli.repair.trial import Trial
 
 
 def finite(value: Any) -> Any:
@@ -56,6 +57,11 @@ def analysis_document(analysis: Analysis) -> dict[str, Any]:
 def repair_document(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`sinder repair --format json`: the summary and where the run directory is."""
     return finite(summary | {"folder": str(folder), "report": str(folder / "report.html")})
+
+
+def trial_document(trial: Trial) -> dict[str, Any]:
+    """`sinder repair --dry-run --format json`."""
+    return asdict(trial) | {"blocks": list(trial.blocks)}
 
 
 def backbones_document(rows: Sequence[InstalledBackbone]) -> list[dict[str, Any]]:
