@@ -114,6 +114,13 @@ class Deltas:
                 target.basis = self._placed(SingularBasis(**parts), device)
             self.agreed.add(index)
 
+    def decomposed(self, name: str) -> SingularBasis:
+        """The basis of a target by its name, from the original weight that the module still holds."""
+        index = int(name.split(".")[1])
+        references = trained_references(self.backbone.layers.blocks[index])
+        by_name = {target_name(index, role): ref for role, ref in references.items()}
+        return self.decompose(self._weight(by_name[name]))
+
     @torch.no_grad()
     def restore(self, index: int, states: Mapping[str, TargetState]) -> None:
         """Put the targets of a block, by name, into the state that they had; the module holds the original weights."""
