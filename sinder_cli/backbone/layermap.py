@@ -46,7 +46,9 @@ class NormMap(Record):
 class AttentionMap(Record):
     """`x ← x + scale ⊙ (output · inner_norm(mix(value · norm(x))))`; weights are stored `[out, in]`.
 
-    `heads` is for those who convert a model; nothing that the engine does depends on it.
+    `heads` and `mixing` are for those who convert a model; nothing that the engine does depends on them. Mixing is
+    `plain` if tokens mix by softmax(QKᵀ/√d) alone, without rotary positions, relative biases, or norms of queries and
+    keys.
     """
 
     norm: NormMap
@@ -61,6 +63,7 @@ class AttentionMap(Record):
     scale: WeightRef | None = None
     inner_norm: NormMap | None = None
     heads: int | None = Field(default=None, ge=1)
+    mixing: Literal["plain", "other"] = "plain"
 
 
 class _Mlp(Record):

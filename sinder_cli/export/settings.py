@@ -8,7 +8,7 @@ from typing import Literal
 
 from sinder_cli.errors import UsageError
 
-TargetName = Literal["native", "torchhub", "onnx", "adapter", "delta"]
+TargetName = Literal["native", "transformers", "timm", "dinov2", "torchhub", "onnx", "adapter", "delta"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
 
 SHARD_BYTES = 5 * 10**9  # the largest file that a hub likes

@@ -1,0 +1,54 @@
+"""Features by transformers alone: `load_transformers.py FOLDER PIXELS FEATURES`, as `verifying` calls it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+
+def loaded(folder: str) -> Any:
+    """The model in float32, strictly: nothing may be left over, and nothing missing but a pooler behind the tokens."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    chosen = {"mask_ratio": 0.0} if hasattr(config, "mask_ratio") else {}  # an MAE hides nothing here
+    model, report = transformers.AutoModel.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, use_safetensors=True, **chosen
+    )
+    missing = [name for name in report["missing_keys"] if "pooler" not in name and not name.startswith("head.")]
+    problems = {"missing": missing, "unexpected": report["unexpected_keys"], "mis-shaped": report["mismatched_keys"]}
+    if any(problems.values()):
+        raise SystemExit("; ".join(f"{kind}: {sorted(map(str, names))}" for kind, names in problems.items() if names))
+    return model.eval()
+
+
+def features(model: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """All hidden states, and the tokens after the final norm."""
+    given = {}
+    if "noise" in inspect.signature(model.forward).parameters:  # an MAE sorts its patches by it
+        patches = (images.shape[-1] // model.config.patch_size) * (images.shape[-2] // model.config.patch_size)
+        given["noise"] = torch.arange(patches).expand(len(images), -1).float()
+    output = model(images, output_hidden_states=True, **given)
+    states = {f"hidden_states.{index}": state for index, state in enumerate(output.hidden_states)}
+    return states | {"last_hidden_state": output.last_hidden_state}
+
+
+@torch.inference_mode()
+def main(folder: str, pixels: str, written: str) -> None:
+    """Run every batch, write its features, and print which library it was."""
+    model = loaded(folder)
+    found = {
+        f"{number}.{name}": tensor.contiguous().clone()
+        for number, images in load_file(pixels).items()
+        for name, tensor in features(model, images).items()
+    }
+    save_file(found, written)
+    print(json.dumps({"transformers": transformers.__version__}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

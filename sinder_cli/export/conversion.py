@@ -1,0 +1,90 @@
+"""The tensors of one library's model made of another's, as they are read: one at a time, nothing kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import TYPE_CHECKING
+
+from sinder_cli.backbone.blocks import rows_of
+from sinder_cli.backbone.layermap import WeightRef
+from sinder_cli.backbone.sources import TensorInfo
+from sinder_cli.backbone.weights import Weights
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def stacked(*parts: Tensor) -> Tensor:
+    """Parts below each other, as a fused projection holds them."""
+    import torch
+
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one tensor is made: `make` of some parts of the original, in `shape`; filled with one value where of none."""
+
+    shape: tuple[int, ...]
+    parts: tuple[WeightRef, ...] = ()
+    make: Callable[..., Tensor] = stacked
+    fill: float = 0.0
+
+
+def part(weights: Weights, *parts: WeightRef) -> Recipe:
+    """The recipe of parts below each other, in the shape that this gives them."""
+    shapes = [_shape(weights, ref) for ref in parts]
+    return Recipe((sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0], parts)
+
+
+def reshaped(weights: Weights, ref: WeightRef, *shape: int) -> Recipe:
+    """The recipe of one tensor in another shape. Raises `ValueError` for another number of values."""
+    if prod(_shape(weights, ref)) != prod(shape):
+        raise ValueError(f"{ref} has shape {_shape(weights, ref)}, which does not make {shape}")
+    return Recipe(shape, (ref,))
+
+
+def _shape(weights: Weights, ref: WeightRef) -> tuple[int, ...]:
+    shape = weights.shape(ref.name)
+    return shape if ref.rows is None else (ref.rows[1] - ref.rows[0], *shape[1:])
+
+
+@dataclass(frozen=True)
+class ConvertedTensors:
+    """A source of tensors that recipes make of a backbone's weights; what is made of nothing has `dtype`."""
+
+    weights: Weights
+    recipes: Mapping[str, Recipe]
+    dtype: torch.dtype
+
+    @property
+    def label(self) -> str:
+        return f"{self.weights.source.label}, converted"
+
+    @cached_property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return {name: TensorInfo(recipe.shape, self._dtype(recipe)) for name, recipe in self.recipes.items()}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Whole tensors, made anew; each tensor of the original is read once for all the names."""
+        import torch
+
+        recipes = {name: self.recipes[name] for name in names}
+        needed = dict.fromkeys(ref.name for recipe in recipes.values() for ref in recipe.parts)
+        stored = self.weights.read(needed)
+        made: dict[str, Tensor] = {}
+        for name, recipe in recipes.items():
+            info = self.infos[name]
+            if recipe.parts:
+                tensor = recipe.make(*(rows_of(stored[ref.name], ref) for ref in recipe.parts))
+                made[name] = tensor.reshape(recipe.shape).to(info.dtype, copy=True)
+            else:
+                made[name] = torch.full(recipe.shape, recipe.fill, dtype=info.dtype)
+        return made
+
+    def _dtype(self, recipe: Recipe) -> torch.dtype:
+        return self.weights.info(recipe.parts[0].name).dtype if recipe.parts else self.dtype
