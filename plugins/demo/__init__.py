@@ -7,6 +7,7 @@ three hooks; the model is in `model.py`, the planting in `planting.py`, the imag
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.resources import files
 from math import prod
 
 from sinder_cli import (
@@ -28,9 +29,10 @@ from sinder_cli import (
     require_matching,
 )
 
+from .sizes import DEPTH, GRID, HEADS, HIDDEN, PATCH, WIDTH
+
 SINDER_API = 1
 
-WIDTH, DEPTH, HEADS, HIDDEN, PATCH, GRID = 192, 12, 3, 768, 14, 20
 NORM_EPS = 1e-5  # PyTorch's default
 PLANTED = {"demo_vit": True, "demo_vit_clean": False}
 
@@ -84,6 +86,7 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
         run_block=lambda module, index, tokens, _: module.blocks[index](tokens),
         finish=lambda module, tokens: module.norm(tokens),
         sample_images=draw_images,
+        hub_source=lambda: {name: files(__package__).joinpath(name).read_text() for name in ("sizes.py", "model.py")},
     )
 
 

@@ -1,4 +1,4 @@
-"""The demo backbone: a plain pre-norm ViT, 192 wide and 12 blocks deep."""
+"""The demo backbone: a plain pre-norm ViT, 192 wide and 12 blocks deep. It needs nothing but torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import DEPTH, GRID, HEADS, HIDDEN, PATCH, WIDTH
+from .sizes import DEPTH, GRID, HEADS, HIDDEN, PATCH, WIDTH
 
 
 class Block(nn.Module):
@@ -59,5 +59,18 @@ class DemoVit(nn.Module):
         grid = grid.unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
         if patches.shape[-2:] != grid.shape[-2:]:
             grid = functional.interpolate(grid, patches.shape[-2:], mode="bicubic", antialias=True)
-        cls = (self.cls + cls_position).expand(len(images), -1, -1)
+        cls = (self.cls + cls_position).expand(images.shape[0], -1, -1)
         return torch.cat([cls, (patches + grid).flatten(2).transpose(1, 2)], dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[B, 3, H, W]` → tokens after the final norm, `[B, 1 + patches, N]`."""
+        x = self.embed(images)
+        for block in self.sequence:
+            x = block(x)
+        normalized: Tensor = self.norm(x)
+        return normalized
+
+
+def build() -> DemoVit:
+    """The module with PyTorch's own attention."""
+    return DemoVit(functional.scaled_dot_product_attention)

@@ -20,6 +20,7 @@ from sinder_cli import (
 )
 
 from .config import HEAD_WIDTH, OFFICIAL, Config, differences, parameter_count, tensor_shapes
+from .hub import hub_source
 from .inference import canonical, infer_config
 from .layers import layer_map
 
@@ -79,6 +80,7 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
         run_block=lambda module, index, tokens, _: module.blocks[index](tokens),
         finish=lambda module, tokens: module.norm(tokens),
         license=LICENSE if request.model in OFFICIAL else None,
+        hub_source=lambda: hub_source(config, heads),
     )
 
 

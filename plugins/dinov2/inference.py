@@ -9,6 +9,7 @@ from typing import Literal
 from sinder_cli import BadInputError, Weights
 
 from .config import Config
+from .reference import without_leftovers
 
 ANCHOR = "patch_embed.proj.weight"  # every DINOv2 checkpoint has it, whatever it is nested in
 
@@ -19,9 +20,10 @@ _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 def canonical(weights: Weights) -> Weights:
     """The backbone inside a checkpoint, under the names of the official files.
 
-    Training with sharded blocks stores block 3 of chunk 0 as `blocks.0.3.…`; here it is `blocks.3.…`.
+    Training with sharded blocks stores block 3 of chunk 0 as `blocks.0.3.…`; here it is `blocks.3.…`. What the paper's
+    code leaves in its files is taken care of.
     """
-    return weights.located(ANCHOR).renamed(lambda name: _CHUNKED.sub(r"blocks.\1.", name))
+    return without_leftovers(weights.located(ANCHOR)).renamed(lambda name: _CHUNKED.sub(r"blocks.\1.", name))
 
 
 def infer_config(weights: Weights) -> Config:

@@ -43,11 +43,11 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"an image of {height} × {width} px is not made of patches of {self.config.patch} px")
         patches = self.patch_embed(images)  # [B, N, h, w]
         rows, columns = patches.shape[-2:]
-        cls = self.cls_token.expand(len(images), -1, -1)
+        cls = self.cls_token.expand(images.shape[0], -1, -1)
         x = torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1) + self.position(rows, columns)
         if self.register_tokens is None:
             return x
-        return torch.cat([x[:, :1], self.register_tokens.expand(len(images), -1, -1), x[:, 1:]], dim=1)
+        return torch.cat([x[:, :1], self.register_tokens.expand(images.shape[0], -1, -1), x[:, 1:]], dim=1)
 
     def position(self, rows: int, columns: int) -> Tensor:
         """The position embedding `[1, 1 + h·w, N]`, resized in float32 as the official models do it.

@@ -64,6 +64,8 @@ class Backbone:
     `build()` makes the module, in any initialization; its state dict has exactly the names of `weights`.
     `sidecars` are small text files, by name, that describing the backbone again takes beside its weights, such as the
     `config.json` of a Hugging Face folder; a run directory keeps them.
+    `hub_source()` gives Python files, by name, of a package that needs nothing but torch, for an export to `torch.hub`:
+    `build()` of its `model.py` makes the module, whose `forward(images)` returns tokens after the final norm.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Backbone:
     std: tuple[float, float, float] = IMAGENET_STD
     sample_images: Callable[[int, int], list[Image]] | None = None  # (count, seed); for models that bring their data
     sidecars: Mapping[str, str] = field(default_factory=dict)
+    hub_source: Callable[[], Mapping[str, str]] | None = None
     license: str | None = None  # of the weights, as model cards name it, where it is known: `apache-2.0`
 
     @property

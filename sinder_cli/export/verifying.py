@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinder_cli.backbone.opening import load_module
+from sinder_cli.backbone.sources import infos_of
+from sinder_cli.backbone.storing import write_safetensors
 from sinder_cli.errors import BadInputError, TryAgainError
 from sinder_cli.events import Finished, Started
 from sinder_cli.export.pictures import drawn_pictures
@@ -147,11 +149,12 @@ def _our_features(plan: Plan, batches: Sequence[Tensor], ours: Ours) -> dict[str
 def _their_features(
     written: Path, script: Path, batches: Sequence[Tensor], model: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory(prefix="sinder-check-") as folder:
         pixels, features = Path(folder, "pixels.safetensors"), Path(folder, "features.safetensors")
-        save_file({str(number): images.contiguous() for number, images in enumerate(batches)}, pixels)
+        named = {str(number): images for number, images in enumerate(batches)}
+        write_safetensors(pixels, infos_of(named), named.values())
         command = [sys.executable, str(script), str(written), str(pixels), str(features)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode < 0:
