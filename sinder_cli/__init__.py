@@ -19,6 +19,7 @@ from sinder_cli.backbone.layermap import (
     WeightRef,
 )
 from sinder_cli.backbone.opening import require_matching
+from sinder_cli.backbone.operators import define_torchvision_operators
 from sinder_cli.backbone.sources import MemoryTensors, TensorInfo, TensorSource
 from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError, NoInputError, SinderError, UnavailableError, UsageError
@@ -51,6 +52,7 @@ __all__ = [
     "WeightRef",
     "Weights",
     "attention_kernel",
+    "define_torchvision_operators",
     "download",
     "hookimpl",
     "require_matching",

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from sinder_cli import define_torchvision_operators
+
+define_torchvision_operators()  # before a test imports timm or transformers
+
 Completed = subprocess.CompletedProcess[str]
 COMMAND = (sys.executable, "-m", "sinder_cli")
 UNWANTED = {"NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES", "PYTHONPATH", "PYTHONWARNINGS"}

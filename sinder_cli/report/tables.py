@@ -217,11 +217,12 @@ def trial_table(trial: Trial) -> RenderableType:
 def backbones_table(rows: Sequence[InstalledBackbone]) -> RenderableType:
     """One line a model, and what it lacks to run; a plugin that cannot be loaded is named with the reason."""
     table = _table("")
-    for name in ("name", "plugin", "distribution"):
+    table.add_column("name", overflow="fold")  # a name cut short would help nobody
+    for name in ("plugin", "distribution"):
         table.add_column(name)
     for name in ("parameters", "patch", "prefix"):
         table.add_column(name, justify="right")
-    table.add_column("library", overflow="fold")  # a name cut short would help nobody
+    table.add_column("library", overflow="fold")
     for row in rows:
         listing = row.listing
         if listing is None:

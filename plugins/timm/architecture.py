@@ -1,0 +1,143 @@
+"""What timm's transformer of a name is: made without memory, its layer map read off its structure."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.layers import PatchEmbed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from sinder_cli import LayerMap, PositionMap, StemMap, UsageError
+
+from .blocks import block_map
+from .parts import InexpressibleError, Part, optional_norm
+from .refusals import structure
+
+REMEDY = "choose a plain pre-norm ViT of timm's"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is known of a model without its weights; `module` is on the meta device."""
+
+    module: VisionTransformer | Eva
+    layers: LayerMap
+    patch_size: int
+    image_size: int
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
+
+    @property
+    def classifiers(self) -> tuple[str, ...]:
+        """The layers behind the features, which a checkpoint may have and the module has not."""
+        named = self.module.pretrained_cfg.get("classifier") or "head"
+        return (named,) if isinstance(named, str) else tuple(named)
+
+
+def create(name: str, **options: Any) -> nn.Module:
+    """timm's module of a name, without its classifier, on torch's present device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that timm gave up and still knows
+        module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **options)
+        return module
+
+
+def architecture(name: str) -> Architecture:
+    """Describe the model that timm makes of a name. Raises `UsageError` for one that no layer map can describe."""
+    with torch.device("meta"):
+        module = _any_size(name)
+    try:
+        return _described(module)
+    except InexpressibleError as error:
+        raise UsageError(f"cannot describe timm/{name}", str(error), REMEDY) from error
+
+
+def _any_size(name: str) -> nn.Module:
+    """The module, for images of any size; models of other kinds may not take the option, and get none."""
+    try:
+        return create(name, dynamic_img_size=True)
+    except TypeError:
+        return create(name)
+
+
+def _described(module: nn.Module) -> Architecture:
+    if not isinstance(module, VisionTransformer | Eva):
+        raise InexpressibleError(structure(module))
+    root = Part("", module)
+    patch = _patch_size(module.patch_embed)
+    blocks = tuple(block_map(Part(f"blocks.{index}", block)) for index, block in enumerate(module.blocks))
+    prefix = 0 if module.no_embed_class else module.num_prefix_tokens
+    layers = LayerMap(
+        width=module.embed_dim,
+        blocks=blocks,
+        position=PositionMap(weight=root.tensor("pos_embed"), prefix=prefix) if root.has("pos_embed") else None,
+        stem=_stem(root),
+        norm=optional_norm(root, "norm"),
+    )
+    return Architecture(module, layers, patch, _whole_patches(min(module.patch_embed.img_size), patch))
+
+
+def _stem(root: Part) -> StemMap | None:
+    """The parts of the stem, None for one with a norm or a token more than a map has room for."""
+    if root["patch_embed"].has("norm") or root.has("dist_token"):
+        return None
+    return StemMap(
+        patch=root.tensor("patch_embed.proj.weight"),
+        patch_bias=root["patch_embed.proj"].optional("bias"),
+        cls=root.optional("cls_token"),
+        registers=root.optional("reg_token"),
+        norm=optional_norm(root, "norm_pre"),
+    )
+
+
+def _patch_size(stem: Any) -> int:
+    """The side of a patch; a stem other than one convolution of square RGB patches is refused."""
+    if type(stem) is not PatchEmbed:
+        raise InexpressibleError(f"patch_embed is a {type(stem).__name__}, no projection of single patches")
+    height, width = stem.patch_size
+    if height != width or stem.proj.in_channels != 3:
+        raise InexpressibleError(f"patch_embed takes {height}×{width} patches of {stem.proj.in_channels} channels")
+    return int(height)
+
+
+def _whole_patches(size: int, patch: int) -> int:
+    return size - size % patch
+
+
+def attention_switch(module: nn.Module, fused: bool) -> nn.Module:
+    """Let every attention of a module run in PyTorch's fused kernel, or step by step."""
+    switches: list[Any] = [part for part in module.modules() if hasattr(part, "fused_attn")]
+    for part in switches:
+        part.fused_attn = fused
+    return module
+
+
+def embed(module: VisionTransformer | Eva, images: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Images `[B, 3, H, W]` → tokens `[B, T, N]` in front of the first block, and the rotary embedding if there is one.
+
+    Raises `ValueError` for an image that is not made of whole patches.
+    """
+    patch, sizes = module.patch_embed.patch_size[0], images.shape[-2:]
+    if any(size % patch for size in sizes):
+        raise ValueError(f"an image of {sizes[0]} × {sizes[1]} px is not made of patches of {patch} px")
+    tokens = module._pos_embed(module.patch_embed(images))
+    tokens, rope = tokens if isinstance(module, Eva) else (tokens, None)
+    return module.norm_pre(tokens), rope
+
+
+def block_runner(module: VisionTransformer | Eva) -> Callable[[Any, int, torch.Tensor, Any], torch.Tensor]:
+    """How a block of such a module is called; a mixed rotary embedding has a part for each block."""
+    if isinstance(module, VisionTransformer):
+        return lambda module, index, tokens, _: module.blocks[index](tokens)
+    if module.rope_mixed:
+        return lambda module, index, tokens, rope: module.blocks[index](tokens, rope=rope[index])
+    return lambda module, index, tokens, rope: module.blocks[index](tokens, rope=rope)

@@ -1,0 +1,121 @@
+"""The blocks that timm builds transformers of, each as a layer map tells it.
+
+A norm between value and output (`attn.norm`), or behind the hidden layer (`mlp.norm`), is linear up to its scale, as
+LayerNorm is: y ↦ g ⊙ (y − mean y) / s(y) + b. It goes into the map as the sub-layer's `inner_norm`, and the
+linearization folds it in as the matrix diag(g) (I − 11ᵀ/F) / s, with one s for all tokens: the root of the mean of
+s(y)² over Gaussian inputs. A gate there depends on the token in another way, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import eva, vision_transformer
+from torch import nn
+
+from sinder_cli import AttentionMap, BlockMap, PlainMlpMap, WeightRef
+
+from .parts import InexpressibleError, Part, activation, attention_fields, mlp_map, norm_map
+
+
+def block_map(part: Part) -> BlockMap:
+    """The map of one block by its class. Raises `InexpressibleError` naming what no map can say."""
+    kind = type(part.module)
+    if kind in REFUSED:
+        raise InexpressibleError(f"{part.kind}, {REFUSED[kind]}")
+    if kind not in BLOCKS:
+        raise InexpressibleError(f"{part.kind}, none of {', '.join(known.__name__ for known in BLOCKS)}")
+    return BLOCKS[kind](part)
+
+
+def _block(part: Part) -> BlockMap:
+    return BlockMap(
+        attention=AttentionMap(
+            norm=norm_map(part["norm1"]), scale=_layer_scale(part, "ls1"), **attention_fields(part["attn"])
+        ),
+        mlp=mlp_map(part["mlp"], norm_map(part["norm2"]), _layer_scale(part, "ls2")),
+    )
+
+
+def _eva_block(part: Part) -> BlockMap:
+    return BlockMap(
+        attention=AttentionMap(
+            norm=norm_map(part["norm1"]), scale=part.optional("gamma_1"), **attention_fields(part["attn"])
+        ),
+        mlp=mlp_map(part["mlp"], norm_map(part["norm2"]), part.optional("gamma_2")),
+    )
+
+
+def _things_block(part: Part) -> BlockMap:
+    """Attentions side by side, then MLPs side by side."""
+    count: Any = part.module
+    beside: BlockMap | None = None
+    for index in reversed(range(count.num_parallel)):
+        attention, mlp = part[f"attns.{index}"], part[f"ffns.{index}"]
+        beside = BlockMap(
+            attention=AttentionMap(
+                norm=norm_map(attention["norm"]),
+                scale=_layer_scale(attention, "ls"),
+                **attention_fields(attention["attn"]),
+            ),
+            mlp=mlp_map(mlp["mlp"], norm_map(mlp["norm"]), _layer_scale(mlp, "ls")),
+            beside=beside,
+        )
+    if beside is None:
+        raise InexpressibleError(f"{part.kind} of no sub-layers")
+    return beside
+
+
+def _scaling_block(part: Part) -> BlockMap:
+    """Attention and MLP in parallel, behind one norm; one projection holds hidden layer, queries, keys and values."""
+    block: Any = part.module
+    if part.has("out_proj"):
+        raise InexpressibleError(f"{part.name}.out_proj is the output of attention and MLP in one, side by side")
+    hidden, *widths = block.in_split
+    query, key, value = ((start, start + width) for start, width in zip(_starts(hidden, widths), widths, strict=True))
+    in_proj, norm, scale = part["in_proj"], norm_map(part["in_norm"]), _layer_scale(part, "ls")
+    attention = AttentionMap(
+        norm=norm,
+        query=in_proj.tensor("weight", query),
+        key=in_proj.tensor("weight", key),
+        value=in_proj.tensor("weight", value),
+        query_bias=in_proj.optional("bias", query),
+        key_bias=in_proj.optional("bias", key),
+        value_bias=in_proj.optional("bias", value),
+        output=part.tensor("attn_out_proj.weight"),
+        output_bias=part["attn_out_proj"].optional("bias"),
+        scale=scale,
+        heads=block.num_heads,
+    )
+    mlp = PlainMlpMap(
+        norm=norm,
+        activation=activation(part["mlp_act"]),
+        up=in_proj.tensor("weight", (0, hidden)),
+        up_bias=part.optional("mlp_bias") or in_proj.optional("bias", (0, hidden)),
+        down=part.tensor("mlp_out_proj.weight"),
+        down_bias=part["mlp_out_proj"].optional("bias"),
+        scale=scale,
+    )
+    return BlockMap(attention=attention, mlp=mlp, parallel=True)
+
+
+def _starts(first: int, widths: list[int]) -> list[int]:
+    return [first + sum(widths[:index]) for index in range(len(widths))]
+
+
+def _layer_scale(part: Part, child: str) -> WeightRef | None:
+    return part.tensor(f"{child}.gamma") if part.has(child) else None
+
+
+BLOCKS: dict[type[nn.Module], Callable[[Part], BlockMap]] = {
+    vision_transformer.Block: _block,
+    vision_transformer.ParallelScalingBlock: _scaling_block,
+    vision_transformer.ParallelThingsBlock: _things_block,
+    eva.EvaBlock: _eva_block,
+}
+
+REFUSED: dict[type[nn.Module], str] = {
+    vision_transformer.ResPostBlock: "which normalizes behind its sub-layers: only pre-norm blocks can be linearized",
+    eva.EvaBlockPostNorm: "which normalizes behind its sub-layers: only pre-norm blocks can be linearized",
+}

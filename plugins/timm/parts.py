@@ -1,0 +1,197 @@
+"""The parts that timm builds blocks of: norms, activations, attentions, MLPs, each by its class.
+
+A class that is in none of the tables is refused: what it computes is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import timm.layers as layers
+from timm.models.eva import EvaAttention
+from torch import nn
+
+from sinder_cli import GatedMlpMap, NormMap, PlainMlpMap, WeightRef
+
+Rows = tuple[int, int]
+
+
+class InexpressibleError(Exception):
+    """What a layer map cannot say of a part; the message names the part and the reason."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module with the name that leads to it, so that its tensors can be named as the state dict names them."""
+
+    name: str
+    module: nn.Module
+
+    def __getitem__(self, child: str) -> Part:
+        return Part(self._named(child), self.module.get_submodule(child))
+
+    @property
+    def kind(self) -> str:
+        """How messages call it: `blocks.0.attn is a DiffAttention`."""
+        return f"{self.name} is a {type(self.module).__name__}"
+
+    def has(self, child: str) -> bool:
+        """Whether there is such a part, or tensor, that does something."""
+        found = getattr(self.module, child, None)
+        return found is not None and not isinstance(found, nn.Identity)
+
+    def tensor(self, name: str, rows: Rows | None = None) -> WeightRef:
+        return WeightRef(name=self._named(name), rows=rows)
+
+    def optional(self, name: str, rows: Rows | None = None) -> WeightRef | None:
+        return self.tensor(name, rows) if self.has(name) else None
+
+    def _named(self, child: str) -> str:
+        return f"{self.name}.{child}" if self.name else child
+
+
+NORMS = {
+    nn.LayerNorm: "layernorm",
+    layers.LayerNorm: "layernorm",
+    layers.LayerNormFp32: "layernorm",
+    nn.RMSNorm: "rmsnorm",
+    layers.RmsNorm: "rmsnorm",
+    layers.RmsNormFp32: "rmsnorm",
+}
+
+ACTIVATIONS = {
+    layers.GELU: "gelu",
+    layers.GELUTanh: "gelu_tanh",
+    layers.QuickGELU: "quick_gelu",
+    nn.SiLU: "silu",
+    layers.Swish: "silu",
+    nn.ReLU: "relu",
+    nn.Sigmoid: "sigmoid",
+    layers.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+    layers.Tanh: "tanh",
+}
+ELEMENTWISE = (  # functions without weights that have no name in a layer map, and are handed over as they are
+    nn.CELU, nn.ELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU6,
+    nn.SELU, nn.Softplus, nn.Softsign, layers.HardMish, layers.HardSigmoid, layers.HardSwish, layers.Mish,
+)  # fmt: skip
+
+
+def norm_map(part: Part) -> NormMap:
+    """The map of a LayerNorm or RMSNorm."""
+    kind = NORMS.get(type(part.module))
+    if kind is None:
+        raise InexpressibleError(f"{part.kind}, neither LayerNorm nor RMSNorm")
+    norm: Any = part.module
+    return NormMap.model_validate(
+        {"kind": kind, "weight": part.optional("weight"), "bias": part.optional("bias"), "eps": norm.eps}
+    )
+
+
+def optional_norm(part: Part, child: str) -> NormMap | None:
+    return norm_map(part[child]) if part.has(child) else None
+
+
+def activation(part: Part) -> str | Callable[..., Any]:
+    """The name of an activation, or the function itself where a layer map has no name for it."""
+    function = part.module
+    if type(function) is nn.GELU:
+        return "gelu" if function.approximate == "none" else "gelu_tanh"
+    if type(function) in ACTIVATIONS:
+        return ACTIVATIONS[type(function)]
+    if type(function) in ELEMENTWISE:
+        return function
+    raise InexpressibleError(f"{part.kind}, which is not known to be elementwise")
+
+
+def attention_fields(part: Part) -> dict[str, Any]:
+    """What an `AttentionMap` says of the attention itself; norms of queries and keys only steer the mixing."""
+    attention: Any = part.module
+    if type(attention) not in (layers.Attention, layers.AttentionRope, EvaAttention):
+        raise InexpressibleError(f"{part.kind}, and of its attention no single value projection can be told")
+    if part.has("gate"):
+        raise InexpressibleError(f"{part.name} multiplies its values by a gate that depends on the token")
+    if getattr(attention, "num_kv_groups", 1) > 1:
+        heads = f"{attention.num_kv_heads} value heads for {attention.num_heads} heads"
+        raise InexpressibleError(f"{part.name} shares values between heads ({heads}): value and output do not meet")
+    return {
+        **(_fused(part) if part.has("qkv") else _split(part)),
+        "output": part.tensor("proj.weight"),
+        "output_bias": part["proj"].optional("bias"),
+        "inner_norm": optional_norm(part, "norm"),
+        "heads": attention.num_heads,
+    }
+
+
+def _fused(part: Part) -> dict[str, Any]:
+    qkv = part["qkv"]
+    third = _rows(qkv) // 3
+    rows = {"query": (0, third), "key": (third, 2 * third), "value": (2 * third, 3 * third)}
+    weights = {role: qkv.tensor("weight", at) for role, at in rows.items()}
+    if part.has("q_bias"):  # of EVA, which has none for keys
+        return weights | {"query_bias": part.tensor("q_bias"), "value_bias": part.tensor("v_bias")}
+    return weights | {f"{role}_bias": qkv.optional("bias", at) for role, at in rows.items()}
+
+
+def _rows(linear: Part) -> int:
+    layer: Any = linear.module
+    return int(layer.out_features)
+
+
+def _split(part: Part) -> dict[str, Any]:
+    layers = {"query": part["q_proj"], "key": part["k_proj"], "value": part["v_proj"]}
+    weights = {role: layer.tensor("weight") for role, layer in layers.items()}
+    return weights | {f"{role}_bias": layer.optional("bias") for role, layer in layers.items()}
+
+
+def mlp_map(part: Part, norm: NormMap, scale: WeightRef | None) -> PlainMlpMap | GatedMlpMap:
+    """The map of an MLP by its class, with the norm in front of it and the LayerScale behind it."""
+    described = MLPS.get(type(part.module))
+    if described is None:
+        raise InexpressibleError(f"{part.kind}, none of {', '.join(kind.__name__ for kind in MLPS)}")
+    fields = {
+        "norm": norm,
+        "activation": activation(part["act"]),
+        "down": part.tensor("fc2.weight"),
+        "down_bias": part["fc2"].optional("bias"),
+        "scale": scale,
+        "inner_norm": optional_norm(part, "norm"),
+    }
+    return described(part, fields)
+
+
+def _plain(part: Part, fields: dict[str, Any]) -> PlainMlpMap:
+    return PlainMlpMap(up=part.tensor("fc1.weight"), up_bias=part["fc1"].optional("bias"), **fields)
+
+
+def _packed(part: Part, fields: dict[str, Any]) -> GatedMlpMap:
+    """One projection holds gate and up, in either order."""
+    half = _rows(part["fc1"]) // 2
+    first, second = (0, half), (half, 2 * half)
+    gate, up = (second, first) if part.module.gate_last else (first, second)
+    return GatedMlpMap(
+        gate=part.tensor("fc1.weight", gate),
+        gate_bias=part["fc1"].optional("bias", gate),
+        up=part.tensor("fc1.weight", up),
+        up_bias=part["fc1"].optional("bias", up),
+        **fields,
+    )
+
+
+def _gated(part: Part, fields: dict[str, Any]) -> GatedMlpMap:
+    return GatedMlpMap(
+        gate=part.tensor("fc1_g.weight"),
+        gate_bias=part["fc1_g"].optional("bias"),
+        up=part.tensor("fc1_x.weight"),
+        up_bias=part["fc1_x"].optional("bias"),
+        **fields,
+    )
+
+
+MLPS: dict[type, Callable[[Part, dict[str, Any]], PlainMlpMap | GatedMlpMap]] = {
+    layers.Mlp: _plain,
+    layers.GluMlp: _packed,
+    layers.SwiGLU: _gated,
+}
