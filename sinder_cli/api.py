@@ -56,9 +56,13 @@ class ExportResult:
     sha256: str
 
 
-def backbones() -> list[InstalledBackbone]:
-    """Every model of every installed plugin."""
-    return list(installed_backbones())
+def backbones(emit: Emit = silent) -> list[InstalledBackbone]:
+    """Every model of every installed plugin; each plugin that cannot be loaded is warned of."""
+    rows = list(installed_backbones())
+    for row in rows:
+        if row.problem:
+            emit(Warned(row.problem))
+    return rows
 
 
 def open_model(request: ModelRequest) -> Backbone:
