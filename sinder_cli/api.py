@@ -15,7 +15,7 @@ from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.attention import require_attention
 from sinder_cli.backbone.describe import Backbone, ModelRequest
 from sinder_cli.backbone.device import exact_device, resolve_device
-from sinder_cli.backbone.opening import load_module, open_backbone, require_loadable
+from sinder_cli.backbone.opening import describe, load_module, open_backbone, require_loadable
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
 from sinder_cli.defects.settings import DetectionSettings
 from sinder_cli.errors import NoInputError, UsageError
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from sinder_cli.analysis.results import AnalysisResult
     from sinder_cli.analysis.tokens import Subject
+    from sinder_cli.conformance.records import Conformance
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.defects.rules import Stage
     from sinder_cli.repair.evaluation import Snapshot
@@ -86,6 +87,19 @@ def open_model(request: ModelRequest) -> Backbone:
 
     adapter = read_adapter(request.adapter)  # before a checkpoint is read, or even downloaded
     return adapted(open_backbone(hooks, request), adapter, request.emit)
+
+
+def check_backbone(request: ModelRequest, emit: Emit = silent) -> Conformance:
+    """Run a plugin through everything that the engine relies on, with the weights that the request means.
+
+    What its checks raise are failures of theirs. Raises `UsageError` for a name that no plugin offers, and what goes
+    wrong before there is a backbone to look at.
+    """
+    hooks = hooks_for(request.model)
+    backbone = describe(hooks, request)
+    from sinder_cli.conformance.running import conformance
+
+    return conformance(backbone, lambda path: describe(hooks, replace(request, weights=path)), emit)
 
 
 def predict(request: ModelRequest, stages: Sequence[Stage], emit: Emit = silent) -> Prediction:

@@ -61,3 +61,11 @@ class DemoVit(nn.Module):
             grid = functional.interpolate(grid, patches.shape[-2:], mode="bicubic", antialias=True)
         cls = (self.cls + cls_position).expand(len(images), -1, -1)
         return torch.cat([cls, (patches + grid).flatten(2).transpose(1, 2)], dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[B, 3, H, W]` → normalized tokens `[B, 1 + patches, N]`."""
+        x = self.embed(images)
+        for block in self.sequence:
+            x = block(x)
+        normalized: Tensor = self.norm(x)
+        return normalized

@@ -130,6 +130,7 @@ class Hooks:
             embed=self._blamed(backbone.embed, request.model),
             run_block=self._blamed(backbone.run_block, request.model),
             finish=self._blamed(backbone.finish, request.model),
+            forward=backbone.forward and self._blamed(backbone.forward, request.model),
         )
 
     def _blamed(self, call: Callable[P, T], model: str) -> Callable[P, T]:

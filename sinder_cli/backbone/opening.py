@@ -23,15 +23,24 @@ if TYPE_CHECKING:
 def open_backbone(hooks: Hooks, request: ModelRequest) -> Backbone:
     """Open the weights, let the plugin describe them, and check its layer map against them.
 
-    Raises `BadInputError` for weights or maps that do not fit and `UnavailableError` for a plugin that breaks or
-    describes nothing. `OSError` and `MemoryError` are this machine's, not the plugin's, and pass.
+    Raises `BadInputError` for weights or maps that do not fit and what `describe` raises.
+    """
+    backbone = describe(hooks, request)
+    check_layer_map(backbone)
+    return backbone
+
+
+def describe(hooks: Hooks, request: ModelRequest) -> Backbone:
+    """Open the weights and let the plugin describe them; whether its map is right is not looked at.
+
+    Raises `BadInputError` for weights that are none and `UnavailableError` for a plugin that breaks or describes
+    nothing. `OSError` and `MemoryError` are this machine's, not the plugin's, and pass.
     """
     found = request.weights or hooks.sinder_weights(request=request)
     if found is None:
         raise BadInputError(f"no weights for {request.model!r}", "its plugin has none", "name a file with --weights")
     source = open_checkpoint(found) if isinstance(found, Path) else found
     backbone: Backbone = hooks.sinder_backbone(request=request, weights=Weights.of(source))
-    check_layer_map(backbone)
     weights = backbone.weights
     under = f" under {weights.prefix!r}" if weights.prefix else ""
     ignored = f", {len(weights.ignored)} outside it ignored" if weights.ignored else ""

@@ -12,6 +12,7 @@ from sinder_cli.backbone.registry import InstalledBackbone
 
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis
+    from sinder_cli.conformance.records import Conformance
     from sinder_cli.defects.prediction import Prediction
 
 
@@ -56,6 +57,16 @@ def analysis_document(analysis: Analysis) -> dict[str, Any]:
 def repair_document(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`sinder repair --format json`: the summary and where the run directory is."""
     return finite(summary | {"folder": str(folder), "report": str(folder / "report.html")})
+
+
+def conformance_document(result: Conformance) -> dict[str, Any]:
+    """`sinder check-backbone --format json`."""
+    return {
+        "model": result.model,
+        "weights": result.weights,
+        "conforms": not result.failed,
+        "checks": [asdict(check) for check in result.checks],
+    }
 
 
 def backbones_document(rows: Sequence[InstalledBackbone]) -> list[dict[str, Any]]:
