@@ -14,7 +14,7 @@ from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.attention import require_attention
 from sinder_cli.backbone.describe import Backbone, ModelRequest
 from sinder_cli.backbone.device import exact_device, resolve_device
-from sinder_cli.backbone.opening import load_module, open_backbone
+from sinder_cli.backbone.opening import describe, load_module, open_backbone
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
 from sinder_cli.defects.settings import DetectionSettings
 from sinder_cli.errors import NoInputError, UsageError
@@ -32,6 +32,7 @@ from sinder_cli.stopping import Stop
 if TYPE_CHECKING:
     from sinder_cli.analysis.results import AnalysisResult
     from sinder_cli.analysis.tokens import Subject
+    from sinder_cli.conformance.records import Conformance
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.defects.rules import Stage
     from sinder_cli.export.exporting import Card, ExportResult
@@ -45,9 +46,13 @@ if TYPE_CHECKING:
 DRAWN_IMAGES = 64  # how many a backbone draws that brings its own
 
 
-def backbones() -> list[InstalledBackbone]:
-    """Every model of every installed plugin."""
-    return list(installed_backbones())
+def backbones(emit: Emit = silent) -> list[InstalledBackbone]:
+    """Every model of every installed plugin; each plugin that cannot be loaded is warned of."""
+    rows = list(installed_backbones())
+    for row in rows:
+        if row.problem:
+            emit(Warned(row.problem))
+    return rows
 
 
 def open_model(request: ModelRequest) -> Backbone:
@@ -76,6 +81,19 @@ def _run_named(request: ModelRequest) -> RunFolder | None:
 
     run = RunFolder(Path(request.model))
     return run if run.config.is_file() or request.model.startswith(("/", "./", "../")) else None
+
+
+def check_backbone(request: ModelRequest, emit: Emit = silent) -> Conformance:
+    """Run a plugin through everything that the engine relies on, with the weights that the request means.
+
+    What its checks raise are failures of theirs. Raises `UsageError` for a name that no plugin offers, and what goes
+    wrong before there is a backbone to look at.
+    """
+    hooks = hooks_for(request.model)
+    backbone = describe(hooks, request)
+    from sinder_cli.conformance.running import conformance
+
+    return conformance(backbone, lambda path: describe(hooks, replace(request, weights=path)), emit)
 
 
 def predict(request: ModelRequest, stages: Sequence[Stage], emit: Emit = silent) -> Prediction:

@@ -85,6 +85,7 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
         embed=lambda module, images: (module.embed(images), None),
         run_block=lambda module, index, tokens, _: module.blocks[index](tokens),
         finish=lambda module, tokens: module.norm(tokens),
+        forward=lambda module, images: module(images),
         sample_images=draw_images,
         hub_source=lambda: {name: files(__package__).joinpath(name).read_text() for name in ("sizes.py", "model.py")},
     )

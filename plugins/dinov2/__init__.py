@@ -79,6 +79,7 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
         embed=lambda module, images: (module.embed(images), None),
         run_block=lambda module, index, tokens, _: module.blocks[index](tokens),
         finish=lambda module, tokens: module.norm(tokens),
+        forward=lambda module, images: module(images),
         license=LICENSE if request.model in OFFICIAL else None,
         hub_source=lambda: hub_source(config, heads),
     )

@@ -62,6 +62,8 @@ class Backbone:
     `run_block(module, index, tokens, context)` runs one block on the residual stream.
     `finish(module, tokens)` applies the final norm.
     `build()` makes the module, in any initialization; its state dict has exactly the names of `weights`.
+    `forward(module, images)` is the library's own way from images to the normalized tokens `[B, prefix + patches, N]`;
+    nothing but `sinder check-backbone` calls it, to compare `embed`, `run_block` and `finish` with it.
     `sidecars` are small text files, by name, that describing the backbone again takes beside its weights, such as the
     `config.json` of a Hugging Face folder; a run directory keeps them.
     `hub_source()` gives Python files, by name, of a package that needs nothing but torch, for an export to `torch.hub`:
@@ -79,6 +81,7 @@ class Backbone:
     embed: Callable[[Any, Tensor], tuple[Tensor, Any]]  # the first argument is what `build` made
     run_block: Callable[[Any, int, Tensor, Any], Tensor]
     finish: Callable[[Any, Tensor], Tensor]
+    forward: Callable[[Any, Tensor], Tensor] | None = None
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     sample_images: Callable[[int, int], list[Image]] | None = None  # (count, seed); for models that bring their data

@@ -2,66 +2,50 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING
 
 from sinder_cli.backbone.describe import Backbone, ModelRequest
+from sinder_cli.backbone.isolation import Hooks
 from sinder_cli.backbone.layermap import BlockMap, GatedMlpMap, WeightRef, references
 from sinder_cli.backbone.sources import open_checkpoint
 from sinder_cli.backbone.weights import Weights
-from sinder_cli.errors import BadInputError, SinderError, UnavailableError
+from sinder_cli.errors import BadInputError
 from sinder_cli.events import Noted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from torch import nn
 
 
-def open_backbone(hooks: Any, request: ModelRequest) -> Backbone:
+def open_backbone(hooks: Hooks, request: ModelRequest) -> Backbone:
     """Open the weights, let the plugin describe them, and check its layer map against them.
 
-    Raises `BadInputError` for weights or maps that do not fit and `UnavailableError` for a plugin that breaks or
-    describes nothing. `OSError` and `MemoryError` are this machine's, not the plugin's, and pass.
+    Raises `BadInputError` for weights or maps that do not fit and what `describe` raises.
     """
-    found = request.weights
-    if found is None:
-        with _plugin_of(request.model):
-            found = hooks.sinder_weights(request=request)
+    backbone = describe(hooks, request)
+    check_layer_map(backbone)
+    return backbone
+
+
+def describe(hooks: Hooks, request: ModelRequest) -> Backbone:
+    """Open the weights and let the plugin describe them; whether its map is right is not looked at.
+
+    Raises `BadInputError` for weights that are none and `UnavailableError` for a plugin that breaks or describes
+    nothing. `OSError` and `MemoryError` are this machine's, not the plugin's, and pass.
+    """
+    found = request.weights or hooks.sinder_weights(request=request)
     if found is None:
         raise BadInputError(f"no weights for {request.model!r}", "its plugin has none", "name a file with --weights")
     source = open_checkpoint(found) if isinstance(found, Path) else found
-    with _plugin_of(request.model):
-        backbone = hooks.sinder_backbone(request=request, weights=Weights.of(source))
-    if not isinstance(backbone, Backbone):  # None where it lacks the hook
-        why = f"its sinder_backbone gives {type(backbone).__name__}, no Backbone"
-        raise UnavailableError(f"the plugin of {request.model!r} failed", why, "tell its author")
-    check_layer_map(backbone)
+    backbone: Backbone = hooks.sinder_backbone(request=request, weights=Weights.of(source))
     weights = backbone.weights
     under = f" under {weights.prefix!r}" if weights.prefix else ""
     ignored = f", {len(weights.ignored)} outside it ignored" if weights.ignored else ""
     request.emit(Noted(f"{weights.source.label}: matched {len(weights.names)} tensors{under}{ignored}"))
     return backbone
-
-
-@contextlib.contextmanager
-def _plugin_of(model: str) -> Iterator[None]:
-    """Tell what goes wrong in a plugin's code as the plugin's failure."""
-    try:
-        yield
-    except (SinderError, MemoryError, OSError):
-        raise
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise BadInputError(f"bad layer map of {model!r}", f"{place}: {first['msg']}") from error
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-        raise UnavailableError(f"the plugin of {model!r} failed", why, "tell its author") from error
 
 
 def check_layer_map(backbone: Backbone) -> None:

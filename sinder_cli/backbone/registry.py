@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any
 
 import pluggy
+from pydantic import TypeAdapter
 
 from sinder_cli.backbone import hookspecs
 from sinder_cli.backbone.describe import Listing
+from sinder_cli.backbone.isolation import BrokenPluginError, Hooks, PluginEntry, contained
 from sinder_cli.errors import ConflictError, SinderError, UnavailableError, UsageError
 
-
-@dataclass(frozen=True)
-class PluginEntry:
-    """A plugin that is installed, loaded or not."""
-
-    name: str
-    distribution: str
-    entry_point: EntryPoint
+OWN_DISTRIBUTION = "sinder-cli"  # its plugins are the built-in ones
+ALLOWED = "SINDER_PLUGINS"  # the environment variable that names the plugins that may load, with commas between
 
 
 @dataclass(frozen=True)
@@ -43,42 +40,74 @@ class InstalledBackbone:
 def _is_there(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except (ImportError, ValueError):  # the package around it is missing, or has no spec
+    except (Exception, SystemExit):  # the package around it is missing, has no spec, or breaks
         return False
 
 
 def installed_plugins() -> dict[str, PluginEntry]:
-    """Every plugin by name, none of them imported. Raises `ConflictError` for two of one name."""
+    """Every plugin by name, none of them imported. Where two have one name, the entry of the first names its rivals."""
     found: dict[str, PluginEntry] = {}
     for entry in sorted(entry_points(group=hookspecs.ENTRY_POINT_GROUP), key=lambda e: e.name):
         distribution = entry.dist.name if entry.dist else "unknown"
         known = found.get(entry.name)
-        if known and known.entry_point.value != entry.value:
-            raise ConflictError(
-                f"two plugins are called {entry.name!r}",
-                f"{known.distribution} and {distribution} both provide it",
-                "uninstall one of them",
-            )
-        found[entry.name] = PluginEntry(entry.name, distribution, entry)
+        if known is None:
+            found[entry.name] = PluginEntry(entry.name, distribution, entry)
+        elif (known.distribution, known.entry_point.value) != (distribution, entry.value):
+            found[entry.name] = replace(known, rivals=(*known.rivals, distribution))
     return found
 
 
-def plugin_name_of(model: str, names: list[str]) -> str | None:
-    """The longest plugin name that a model name begins with: `dinov2_vitg14` → dinov2, `hf/…` → hf."""
-    owners = [name for name in names if re.match(rf"{re.escape(name)}($|[_/])", model)]
-    return max(owners, key=len, default=None)
+def allowed_plugins(plugins: Mapping[str, PluginEntry]) -> dict[str, PluginEntry]:
+    """Those that `SINDER_PLUGINS` names, or all where it is not set. Raises `UsageError` for a name that is none."""
+    named = [name.strip() for name in os.environ.get(ALLOWED, "").split(",") if name.strip()]
+    if unknown := [name for name in named if name not in plugins]:
+        why = f"no plugin {unknown[0]!r} is installed"
+        raise UsageError(f"{ALLOWED} names an unknown plugin", why, f"there are {', '.join(plugins)}")
+    return {name: plugin for name, plugin in plugins.items() if not named or name in named}
 
 
-def load_plugin(plugin: PluginEntry) -> Any:
-    """Import one plugin and return its hook caller. Raises `UnavailableError` naming the distribution."""
-    where = f"cannot load plugin {plugin.name!r} of {plugin.distribution}"
+def owner_of(model: str, plugins: Mapping[str, PluginEntry]) -> PluginEntry | None:
+    """The plugin that a model name begins with: `dinov2_vitg14` → dinov2, `hf/…` → hf.
+
+    A built-in plugin has all names that begin with its own: nobody's `demo_vit` stands between a user and `demo`.
+    Among those of others the longest name owns the model.
+    """
+    owners = [name for name in plugins if _begins_with(model, name)]
+    built_in = [name for name in owners if _is_built_in(plugins[name])]
+    return plugins[max(built_in or owners, key=len)] if owners else None
+
+
+def _begins_with(model: str, plugin: str) -> bool:
+    return re.match(rf"{re.escape(plugin)}($|[_/])", model) is not None
+
+
+def _is_built_in(plugin: PluginEntry) -> bool:
+    return OWN_DISTRIBUTION in (plugin.distribution, *plugin.rivals)
+
+
+def require_unrivalled(plugin: PluginEntry) -> None:
+    """Raises `ConflictError` for a plugin whose name another distribution's has as well."""
+    if plugin.rivals:
+        providers = " and ".join(sorted({plugin.distribution, *plugin.rivals}))
+        why = f"provided by {providers}"
+        raise ConflictError(f"two plugins are called {plugin.name!r}", why, "uninstall one of them")
+
+
+def load_plugin(plugin: PluginEntry) -> Hooks:
+    """Import one plugin and return its hooks.
+
+    Raises `UnavailableError` naming the distribution, and `ConflictError` where it is one of two of its name.
+    """
+    require_unrivalled(plugin)
+    where = f"cannot load {plugin}"
     try:
-        module = plugin.entry_point.load()
-    except (Exception, SystemExit) as error:
-        raise UnavailableError(where, f"{type(error).__name__}: {error}", "install or repair that package") from error
-    api = getattr(module, "SINDER_API", hookspecs.SINDER_API)
+        module = contained(plugin.entry_point.load)
+    except BrokenPluginError as broken:
+        raise UnavailableError(where, str(broken), "install or repair that package") from broken.__cause__
+    api = getattr(module, "SINDER_API", 1)  # what says nothing was written for the first
     if api != hookspecs.SINDER_API:
-        raise UnavailableError(where, f"it is written for SINDER_API {api}, this is {hookspecs.SINDER_API}")
+        why = f"it is written for SINDER_API {api}, this is {hookspecs.SINDER_API}"
+        raise UnavailableError(where, why, f"install a version of {plugin.distribution} for this sinder")
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     try:
@@ -86,21 +115,26 @@ def load_plugin(plugin: PluginEntry) -> Any:
         manager.check_pending()
     except pluggy.PluginValidationError as error:
         raise UnavailableError(where, str(error)) from error
-    return manager.hook
+    return Hooks(plugin, manager.hook)
 
 
-def hooks_for(model: str) -> Any:
+def hooks_for(model: str) -> Hooks:
     """The hooks of the plugin that a model name belongs to; of them only the listing has been called.
 
-    Raises `UsageError` with near names if no plugin offers the model, `UnavailableError` if its plugin breaks.
+    Raises `UsageError` with near names if no plugin offers the model, `UnavailableError` if its plugin breaks or may
+    not load, `ConflictError` if there are two of that plugin.
     """
     plugins = installed_plugins()
-    name = plugin_name_of(model, list(plugins))
-    if name is None:
-        raise unknown_model(model)
-    hooks = load_plugin(plugins[name])
-    if not _offers(model, _listings(plugins[name], hooks)):
-        raise unknown_model(model)
+    allowed = allowed_plugins(plugins)
+    plugin = owner_of(model, plugins)
+    if plugin is None:
+        raise unknown_model(model, _near_listings(model, allowed))
+    if plugin.name not in allowed:
+        raise UnavailableError(f"cannot load {plugin}", f"{ALLOWED} does not name it", f"add it to {ALLOWED}")
+    hooks = load_plugin(plugin)
+    listings = listings_of(plugin, hooks)
+    if not _offers(model, listings):
+        raise unknown_model(model, listings)
     return hooks
 
 
@@ -110,33 +144,59 @@ def _offers(model: str, listings: list[Listing]) -> bool:
     return not names or model in names or any("/" in name for name in names)
 
 
-def _listings(plugin: PluginEntry, hooks: Any) -> list[Listing]:
+def listings_of(plugin: PluginEntry, hooks: Hooks) -> list[Listing]:
     """What a plugin lists. Raises `UnavailableError` for a listing that fails or lists something else."""
     try:
-        listings = list(hooks.sinder_listing() or ())
-        if strange := next((row for row in listings if not isinstance(row, Listing)), None):
-            raise TypeError(f"{strange!r} is no Listing")
-    except Exception as error:  # of the plugin's own code
-        where = f"cannot list plugin {plugin.name!r} of {plugin.distribution}"
-        raise UnavailableError(where, f"{type(error).__name__}: {error}", "tell its author") from error
-    return listings
+        return contained(lambda: [_checked(row, plugin) for row in hooks.sinder_listing() or ()])
+    except BrokenPluginError as broken:
+        raise UnavailableError(f"cannot list {plugin}", str(broken), "tell its author") from broken.__cause__
 
 
-def unknown_model(model: str) -> UsageError:
-    """The error for a model that nobody offers, suggesting the nearest names."""
-    names = [row.listing.name for row in installed_backbones() if row.listing]
-    near = difflib.get_close_matches(model, names, n=3, cutoff=0.5)
+def _checked(row: Any, plugin: PluginEntry) -> Listing:
+    """A row of a listing, if it is one: its types are right and its name belongs to the plugin."""
+    if not isinstance(row, Listing):
+        raise TypeError(f"{row!r} is no Listing")
+    listing = TypeAdapter(Listing).validate_python(asdict(row))
+    if not _begins_with(listing.name, plugin.name):
+        raise ValueError(f"model {listing.name!r} does not begin with {plugin.name!r}")
+    return listing
+
+
+def unknown_model(model: str, listings: list[Listing]) -> UsageError:
+    """The error for a model that nobody offers, suggesting the nearest names of these listings."""
+    near = difflib.get_close_matches(model, [listing.name for listing in listings], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "`sinder backbones` lists the models"
     return UsageError(f"unknown model {model!r}", "no installed plugin offers it", hint)
 
 
+def _near_listings(model: str, plugins: Mapping[str, PluginEntry]) -> list[Listing]:
+    """What those plugins list whose name is nearly what the model's begins with; those that break are passed over."""
+    near = difflib.get_close_matches(re.split("[_/]", model)[0], list(plugins), cutoff=0.5)
+    return [row.listing for name in near for row in _rows_of(plugins[name]) if row.listing]
+
+
 def installed_backbones() -> Iterator[InstalledBackbone]:
-    """Every listed model of every plugin; a plugin that cannot be loaded gives a row with its problem."""
-    for plugin in installed_plugins().values():
-        try:
-            listings = _listings(plugin, load_plugin(plugin))
-        except SinderError as error:
-            yield InstalledBackbone(plugin, None, str(error))
+    """Every listed model of every plugin that may load; one that cannot be loaded gives a row with its problem.
+
+    Raises `ConflictError` for two plugins of one name before any is imported.
+    """
+    plugins = allowed_plugins(installed_plugins())
+    for plugin in plugins.values():
+        require_unrivalled(plugin)
+    for plugin in plugins.values():
+        owner = owner_of(plugin.name, plugins)
+        if owner is not None and owner != plugin and _is_built_in(owner):
+            why = f"names that begin with {owner.name!r} belong to {owner}"
+            yield InstalledBackbone(plugin, None, f"cannot use {plugin}: {why}; rename it")
             continue
-        for listing in listings:
-            yield InstalledBackbone(plugin, listing)
+        yield from _rows_of(plugin)
+
+
+def _rows_of(plugin: PluginEntry) -> Iterator[InstalledBackbone]:
+    try:
+        listings = listings_of(plugin, load_plugin(plugin))
+    except SinderError as error:
+        yield InstalledBackbone(plugin, None, str(error))
+        return
+    for listing in listings:
+        yield InstalledBackbone(plugin, listing)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sinder_cli import __version__
-from sinder_cli.cli import analyze, backbones, export, predict, repair
+from sinder_cli.cli import analyze, backbones, check, export, predict, repair
 from sinder_cli.stopping import Stop
 
 HELP = """Predict, show and repair the singular defects of pre-trained Vision Transformers.
@@ -33,6 +33,7 @@ def build_app() -> typer.Typer:
     app.command("repair")(repair.command)
     app.command("export")(export.command)
     app.command("backbones")(backbones.command)
+    app.command("check-backbone")(check.command)
     return app
 
 

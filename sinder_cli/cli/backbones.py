@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sinder_cli import api
+from sinder_cli.cli.display import display
 from sinder_cli.cli.options import Format
 from sinder_cli.cli.output import show
 
@@ -12,5 +13,6 @@ def command(format: Format = None) -> None:
     from sinder_cli.report.documents import backbones_document
     from sinder_cli.report.tables import backbones_table
 
-    rows = api.backbones()
+    with display() as emit:
+        rows = api.backbones(emit)
     show(format, lambda: backbones_table(rows), lambda: backbones_document(rows))

@@ -12,6 +12,7 @@ from sinder_cli.backbone.registry import InstalledBackbone
 
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis
+    from sinder_cli.conformance.records import Conformance
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.export.exporting import ExportResult
     from sinder_cli.repair.trial import Trial
@@ -79,6 +80,16 @@ def export_document(result: ExportResult) -> dict[str, Any]:
 def trial_document(trial: Trial) -> dict[str, Any]:
     """`sinder repair --dry-run --format json`."""
     return asdict(trial) | {"blocks": list(trial.blocks)}
+
+
+def conformance_document(result: Conformance) -> dict[str, Any]:
+    """`sinder check-backbone --format json`."""
+    return {
+        "model": result.model,
+        "weights": result.weights,
+        "conforms": not result.failed,
+        "checks": [asdict(check) for check in result.checks],
+    }
 
 
 def backbones_document(rows: Sequence[InstalledBackbone]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from sinder_cli.report.wording import counted, degrees
 
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis, Distribution, Marked, Side, Verdict
+    from sinder_cli.conformance.records import Conformance
     from sinder_cli.defects.positions import PositionCheck
     from sinder_cli.defects.prediction import BlockSpectrum, Prediction
     from sinder_cli.export.exporting import ExportResult
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 BARS = "▁▂▃▄▅▆▇█"
 FLAT = 0.05  # a logarithmic range under which all bars are of one height: 5 %
+OUTCOMES = {"passed": "green", "failed": "red", "not given": "yellow", "not run": "dim"}  # of a check, as a style
 HEADINGS = {"attention": "attn", "mlp": "mlp", "block": "block", "cumulative": "cumul"}  # 80 columns hold no more
 
 
@@ -231,6 +233,19 @@ def backbones_table(rows: Sequence[InstalledBackbone]) -> RenderableType:
         sizes = (_millions(listing.parameters), _whole(listing.patch_size), _whole(listing.prefix_tokens))
         table.add_row(listing.name, row.plugin.name, row.plugin.distribution, *sizes, _library(row))
     return table
+
+
+def conformance_table(result: Conformance) -> RenderableType:
+    """One line a check, with what was measured or what is wrong."""
+    table = _table("")
+    for name in ("check", "outcome"):
+        table.add_column(name)
+    table.add_column("", overflow="fold")
+    for check in result.checks:
+        table.add_row(check.name, Text(check.outcome, OUTCOMES[check.outcome]), check.detail)
+    passed = sum(check.outcome == "passed" for check in result.checks)
+    verdict = f"does not conform: {counted(len(result.failed), 'check')} failed" if result.failed else "conforms"
+    return Group(f"{result.model} ({result.weights})", table, f"{result.model} {verdict}, {passed} passed.")
 
 
 def _library(row: InstalledBackbone) -> Text:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +29,7 @@ from sinder_cli import (
     Weights,
     api,
 )
+from sinder_cli.backbone.isolation import Hooks, PluginEntry
 from sinder_cli.backbone.opening import load_module, open_backbone, require_loadable
 from sinder_cli.export.settings import ExportSettings
 
@@ -71,16 +74,17 @@ def toy(tensors: dict[str, Tensor] | None = None, build: Callable[[], nn.Module]
     return described(Weights.of(MemoryTensors("memory", tensors or toy_tensors())), build)
 
 
-def hooks(**replaced: Any) -> Any:
+def hooks(**replaced: Any) -> Hooks:
     """A plugin's hooks, whole unless some are replaced."""
     whole = {
         "sinder_weights": lambda request: MemoryTensors(request.model, toy_tensors()),
         "sinder_backbone": lambda request, weights: described(weights),  # noqa: ARG005 - the hook's keyword
     }
-    return SimpleNamespace(**(whole | replaced))
+    entry = PluginEntry("toy", "toy-vits", EntryPoint("toy", "toy_plugin", "sinder.backbones"))
+    return Hooks(entry, SimpleNamespace(**(whole | replaced)))
 
 
-def failing(failure: Exception) -> Callable[..., Any]:
+def failing(failure: BaseException) -> Callable[..., Any]:
     def fail(*_: object, **__: object) -> None:
         raise failure
 
@@ -91,10 +95,36 @@ def test_a_whole_plugin_is_opened() -> None:
     assert open_backbone(hooks(), ModelRequest("toy")).depth == 1
 
 
+MISTAKES = [(KeyError("w"), "KeyError: 'w'"), (SystemExit(3), "SystemExit: 3")]
+BLAME = "plugin 'toy' of toy-vits failed at 'toy': "
+
+
+@pytest.mark.parametrize(("mistake", "words"), MISTAKES, ids=["a mistake", "an exit"])
 @pytest.mark.parametrize("hook", ["sinder_weights", "sinder_backbone"])
-def test_a_mistake_in_a_plugin_is_told_as_the_plugins(hook: str) -> None:
-    with pytest.raises(UnavailableError, match="the plugin of 'toy' failed: KeyError: 'w'; tell its author"):
-        open_backbone(hooks(**{hook: failing(KeyError("w"))}), ModelRequest("toy"))
+def test_what_goes_wrong_in_a_hook_is_told_as_the_plugins(hook: str, mistake: BaseException, words: str) -> None:
+    with pytest.raises(UnavailableError, match=f"{BLAME}{words}; tell its author"):
+        open_backbone(hooks(**{hook: failing(mistake)}), ModelRequest("toy"))
+
+
+@pytest.mark.parametrize(("mistake", "words"), MISTAKES, ids=["a mistake", "an exit"])
+@pytest.mark.parametrize("function", ["build", "embed", "run_block", "finish"])
+def test_so_is_what_goes_wrong_in_the_functions_it_describes(function: str, mistake: BaseException, words: str) -> None:
+    def broken(weights: Weights, **_: object) -> Backbone:
+        return replace(described(weights), **{function: failing(mistake)})
+
+    backbone = open_backbone(hooks(sinder_backbone=broken), ModelRequest("toy"))
+    with pytest.raises(UnavailableError, match=f"{BLAME}{words}; tell its author"):
+        getattr(backbone, function)()
+
+
+@pytest.mark.parametrize("lack", [MemoryError("no more"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_lack_of_memory_in_a_function_is_the_machines(lack: Exception) -> None:
+    def greedy(weights: Weights, **_: object) -> Backbone:
+        return replace(described(weights), run_block=failing(lack))
+
+    backbone = open_backbone(hooks(sinder_backbone=greedy), ModelRequest("toy"))
+    with pytest.raises(type(lack)):
+        backbone.run_block(Toy(), 0, torch.ones(1, 2, N), None)
 
 
 @pytest.mark.parametrize("failure", [MemoryError("no more"), PermissionError("not yours")])
@@ -121,7 +151,7 @@ def test_a_failure_to_open_a_checkpoint_is_never_the_plugins(
 @pytest.mark.parametrize("given", [None, {"layers": 12}], ids=["nothing", "a dictionary"])
 def test_a_plugin_that_describes_nothing_is_unavailable(given: object) -> None:
     asked = hooks(sinder_backbone=lambda request, weights: given)  # noqa: ARG005
-    with pytest.raises(UnavailableError, match=r"the plugin of 'toy' failed: .* no Backbone"):
+    with pytest.raises(UnavailableError, match=f"{BLAME}.* no Backbone"):
         open_backbone(asked, ModelRequest("toy"))
 
 

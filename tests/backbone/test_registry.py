@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import EntryPoint
+from threading import Event
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 
 from sinder_cli import Listing, UnavailableError, UsageError, hookimpl
 from sinder_cli.backbone import registry
-from sinder_cli.backbone.registry import InstalledBackbone, PluginEntry, hooks_for
+from sinder_cli.backbone.isolation import PluginEntry, contained
+from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, owner_of
 
 
 def plugin_of(monkeypatch: pytest.MonkeyPatch, *names: Any) -> None:
@@ -47,12 +50,6 @@ def test_a_plugin_that_lists_nothing_is_left_to_judge_its_names(monkeypatch: pyt
     assert hooks_for("toy_small")
 
 
-def test_a_listing_of_something_else_is_told_by_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
-    plugin_of(monkeypatch, 7)
-    with pytest.raises(UnavailableError, match="cannot list plugin 'toy' of toy-vits: TypeError: 7 is no Listing"):
-        hooks_for("toy_small")
-
-
 @pytest.mark.parametrize(
     ("requires", "missing"),
     [
@@ -68,6 +65,57 @@ def test_required_modules_that_are_not_installed_are_missing(
     plugin = PluginEntry("toy", "toy-vits", EntryPoint("toy", "toy_plugin", "sinder.backbones"))
     assert InstalledBackbone(plugin, Listing("toy", "", requires=requires)).missing == missing
     assert InstalledBackbone(plugin, None, "broken").missing == ()
+
+
+BROKEN_ROWS = [
+    (7, "TypeError: 7 is no Listing"),
+    (Listing("toy_small", "", parameters="many"), "parameters: Input should be a valid integer"),  # type: ignore[arg-type]
+    (Listing("toy_small", "", requires="timm"), "requires: Input should be a valid tuple"),  # type: ignore[arg-type]
+    (Listing("demo_vit", ""), "model 'demo_vit' does not begin with 'toy'"),
+]
+
+
+@pytest.mark.parametrize(("row", "words"), BROKEN_ROWS)
+def test_a_row_that_would_break_the_table_is_refused_by_the_distribution(
+    row: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin_of(monkeypatch, row)
+    with pytest.raises(UnavailableError) as caught:
+        hooks_for("toy_small")
+    assert str(caught.value).startswith("cannot list plugin 'toy' of toy-vits: ")
+    assert words in str(caught.value)
+
+
+def test_a_listing_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin_of(monkeypatch, "toy_small")
+    released = Event()
+    monkeypatch.setattr(sys.modules["toy_plugin"], "sinder_listing", hookimpl(lambda: released.wait(60)))
+    monkeypatch.setattr(registry, "contained", partial(contained, seconds=0.3))
+    with pytest.raises(UnavailableError, match=r"cannot list plugin 'toy' of toy-vits: it hangs: .* after 0\.3 s"):
+        hooks_for("toy_small")
+    released.set()
+
+
+def plugin(name: str, distribution: str) -> PluginEntry:
+    return PluginEntry(name, distribution, EntryPoint(name, f"{name}_plugin", "sinder.backbones"))
+
+
+@pytest.mark.parametrize(
+    ("model", "owner"),
+    [
+        ("foo_small", "foo"),
+        ("foo/somebody/something", "foo"),
+        ("foo_bar_small", "foo_bar"),  # the longest name
+        ("foobar", None),
+        ("demo_vit", "demo"),  # a built-in one's, whoever else has a longer name
+        ("demo_vit_tiny", "demo"),
+        ("FOO_small", None),
+    ],
+)
+def test_which_plugin_a_model_belongs_to(model: str, owner: str | None) -> None:
+    others = {name: plugin(name, "foo-vits") for name in ("foo", "foo_bar", "demo_vit")}
+    found = owner_of(model, others | {"demo": plugin("demo", "sinder-cli")})
+    assert (found and found.name) == owner
 
 
 def test_listing_and_refusing_a_name_import_no_torch() -> None:

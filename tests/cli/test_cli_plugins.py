@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,6 +115,7 @@ def test_a_broken_plugin_is_named_with_its_problem_and_spoils_no_other(
     assert (broken[0]["available"], broken[0]["name"], broken[0]["distribution"]) == (False, None, "broken-vits")
     assert word in broken[0]["problem"]
     assert "broken-vits" in broken[0]["problem"]
+    assert f"sinder: warning: {broken[0]['problem']}\n" in run.stderr
     assert any(row["name"] == "demo_vit" and row["available"] for row in rows)
 
 
@@ -144,19 +146,149 @@ def test_only_the_plugin_that_is_named_is_imported(sinder: Sinder, tmp_path: Pat
     assert "LOADED other_vits_module" in theirs.stderr
 
 
-def test_two_plugins_of_one_name_are_a_conflict_that_names_both(sinder: Sinder, tmp_path: Path) -> None:
+HANGS = "import time\ntime.sleep(600)"
+
+
+@pytest.mark.slow
+def test_a_plugin_that_hangs_is_given_up_after_ten_seconds(sinder: Sinder, tmp_path: Path) -> None:
+    install(tmp_path, "hanging-vits", "hanging", HANGS)
+    install(tmp_path, "other-vits", "other", GOOD)
+    began = time.monotonic()
+    run = sinder("backbones", PYTHONPATH=str(tmp_path))
+    assert 10 <= time.monotonic() - began < 60
+    assert run.returncode == 0, run.stderr
+    told = "cannot load plugin 'hanging' of hanging-vits: it hangs: it was not done after 10 s; install or repair"
+    assert told in run.stderr
+    rows = json.loads(run.stdout)
+    assert {"demo_vit", "dinov2_vits14", "other_tiny"} <= {row["name"] for row in rows if row["available"]}
+    asked = sinder("predict-defects", "hanging_tiny", PYTHONPATH=str(tmp_path))
+    assert (asked.returncode, asked.stdout, len(asked.stderr.splitlines())) == (69, "", 1)
+    assert told in asked.stderr
+
+
+def test_a_plugin_that_hangs_is_not_noticed_by_others_nor_by_a_misspelt_name(
+    sinder: Sinder, tmp_path: Path, small: Path
+) -> None:
+    install(tmp_path, "hanging-vits", "hanging", HANGS)
+    began = time.monotonic()
+    run = sinder("predict-defects", "dinov2_custom", "--weights", small, PYTHONPATH=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    run = sinder("predict-defects", "dinov2_vits41", PYTHONPATH=str(tmp_path))
+    assert (run.returncode, "did you mean dinov2_vits14" in run.stderr) == (2, True)
+    run = sinder("predict-defects", "unheard_of", PYTHONPATH=str(tmp_path))
+    assert (run.returncode, "`sinder backbones` lists the models" in run.stderr) == (2, True)
+    assert time.monotonic() - began < 10
+
+
+def test_what_a_plugin_prints_does_not_spoil_the_document(sinder: Sinder, tmp_path: Path) -> None:
+    install(tmp_path, "loud-vits", "loud", GOOD.replace(', file=__import__("sys").stderr', ""))
+    run = sinder("backbones", PYTHONPATH=str(tmp_path))
+    assert "loud_tiny" in {row["name"] for row in json.loads(run.stdout)}
+    assert "LOADED loud_vits_module" in run.stderr
+
+
+EXITS = """
+from sinder_cli import Listing, hookimpl
+
+@hookimpl
+def sinder_listing():
+    return [Listing("{name}_tiny", "")]
+
+@hookimpl
+def sinder_weights(request):
+    raise SystemExit(0)
+"""
+
+
+def test_a_plugin_that_exits_when_it_is_asked_is_unavailable(sinder: Sinder, tmp_path: Path) -> None:
+    install(tmp_path, "exit-vits", "exit", EXITS)
+    run = sinder("predict-defects", "exit_tiny", PYTHONPATH=str(tmp_path))
+    assert (run.returncode, run.stdout) == (69, "")
+    assert run.stderr == (
+        "sinder: error: plugin 'exit' of exit-vits failed at 'exit_tiny': SystemExit: 0; tell its author\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", ["backbones", "predict-defects other_tiny"])
+def test_two_plugins_of_one_name_are_a_conflict_that_names_both(arguments: str, sinder: Sinder, tmp_path: Path) -> None:
     install(tmp_path, "first-vits", "other", GOOD)
     install(tmp_path, "second-vits", "other", GOOD)
-    run = sinder("backbones", PYTHONPATH=str(tmp_path))
+    run = sinder(*arguments.split(), PYTHONPATH=str(tmp_path))
+    assert (run.returncode, run.stdout) == (78, "")
+    why = "provided by first-vits and second-vits; uninstall one of them"
+    assert run.stderr == f"sinder: error: two plugins are called 'other': {why}\n"
+
+
+def test_even_where_both_name_one_module(sinder: Sinder, tmp_path: Path) -> None:
+    install(tmp_path, "first-vits", "other", GOOD)
+    install(tmp_path, "second-vits", "other", GOOD)
+    entry_points = tmp_path / "second_vits-1.0.dist-info" / "entry_points.txt"
+    entry_points.write_text(entry_points.read_text().replace("second", "first"))
+    assert sinder("predict-defects", "other_tiny", PYTHONPATH=str(tmp_path)).returncode == 78
+
+
+def test_a_conflict_of_others_harms_no_command(sinder: Sinder, tmp_path: Path, small: Path) -> None:
+    install(tmp_path, "first-vits", "other", GOOD)
+    install(tmp_path, "second-vits", "other", GOOD)
+    mine = ("predict-defects", "dinov2_custom", "--weights", small, "--stage", "attention")
+    assert sinder(*mine, PYTHONPATH=str(tmp_path)).returncode == 0
+    assert sinder("predict-defects", "demo_vitt", PYTHONPATH=str(tmp_path)).returncode == 2
+
+
+def test_a_plugin_with_the_name_of_a_built_in_one_is_a_conflict(sinder: Sinder, tmp_path: Path) -> None:
+    install(tmp_path, "later-vits", "demo", GOOD)
+    run = sinder("predict-defects", "demo_vit", PYTHONPATH=str(tmp_path))
     assert run.returncode == 78
-    assert "first-vits" in run.stderr
-    assert "second-vits" in run.stderr
-    assert run.stderr.startswith("sinder: error: two plugins are called 'other': ")
-    assert (len(run.stderr.splitlines()), run.stdout) == (1, "")
+    assert "later-vits and sinder-cli" in run.stderr
+    assert "LOADED" not in run.stderr
+
+
+def test_nor_does_a_longer_name_take_a_built_in_ones_models(sinder: Sinder, tmp_path: Path) -> None:
+    install(tmp_path, "longer-vits", "demo_vit", GOOD)
+    run = sinder("predict-defects", "demo_vit", "--stage", "attention", PYTHONPATH=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    listed = sinder("backbones", PYTHONPATH=str(tmp_path))
+    assert "LOADED" not in run.stderr + listed.stderr
+    (row,) = [row for row in json.loads(listed.stdout) if row["plugin"] == "demo_vit"]
+    assert row["problem"] == (
+        "cannot use plugin 'demo_vit' of longer-vits: names that begin with 'demo' belong to plugin 'demo' of"
+        " sinder-cli; rename it"
+    )
 
 
 def test_the_longest_plugin_name_owns_a_model(sinder: Sinder, tmp_path: Path) -> None:
-    install(tmp_path, "longer-vits", "demo_vit", GOOD)
-    run = sinder("predict-defects", "demo_vit_tiny", PYTHONPATH=str(tmp_path))
+    install(tmp_path, "shorter-vits", "other", GOOD)
+    install(tmp_path, "longer-vits", "other_vit", GOOD)
+    run = sinder("predict-defects", "other_vit_tiny", PYTHONPATH=str(tmp_path))
     assert "LOADED longer_vits_module" in run.stderr
+    assert "shorter" not in run.stderr
     assert run.returncode != 0
+
+
+def test_the_environment_limits_what_may_load(sinder: Sinder, tmp_path: Path) -> None:
+    install(tmp_path, "other-vits", "other", GOOD)
+    install(tmp_path, "third-vits", "third", GOOD)
+    run = sinder("backbones", PYTHONPATH=str(tmp_path), SINDER_PLUGINS="demo, other,")
+    assert {row["plugin"] for row in json.loads(run.stdout)} == {"demo", "other"}
+    assert "third" not in run.stderr
+    run = sinder("predict-defects", "third_tiny", PYTHONPATH=str(tmp_path), SINDER_PLUGINS="demo,other")
+    assert run.returncode == 69
+    why = "SINDER_PLUGINS does not name it; add it to SINDER_PLUGINS"
+    assert run.stderr == f"sinder: error: cannot load plugin 'third' of third-vits: {why}\n"
+    everything = json.loads(sinder("backbones", PYTHONPATH=str(tmp_path), SINDER_PLUGINS="").stdout)
+    assert {row["plugin"] for row in everything} >= {"demo", "dinov2", "other", "third"}
+
+
+def test_a_conflict_can_be_left_out(sinder: Sinder, tmp_path: Path) -> None:
+    install(tmp_path, "first-vits", "other", GOOD)
+    install(tmp_path, "second-vits", "other", GOOD)
+    run = sinder("backbones", PYTHONPATH=str(tmp_path), SINDER_PLUGINS="demo,dinov2")
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_plugin_that_the_environment_names_in_vain_is_told(sinder: Sinder) -> None:
+    run = sinder("backbones", SINDER_PLUGINS="demo,dinov3")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith(
+        "sinder: error: SINDER_PLUGINS names an unknown plugin: no plugin 'dinov3' is installed; there are demo, dinov2"
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GATED, PLAIN, random_tensors
+from models import CUSTOM, GATED, PLAIN, random_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +23,6 @@ from sinder_cli.export.settings import TargetName
 from sinder_cli.export.shards import divided_by_size, size_of
 from sinder_cli.files import json_text
 
-CUSTOM = "dinov2_custom"
 Export = Callable[..., ExportResult]
 
 VARIANTS = {

@@ -1,0 +1,142 @@
+"""A plugin's code is somebody else's: what goes wrong in it is told as that plugin's, and ends nothing else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from functools import wraps
+from importlib.metadata import EntryPoint
+from threading import Thread
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from pydantic import ValidationError
+
+from sinder_cli.backbone.describe import Backbone, ModelRequest
+from sinder_cli.errors import BadInputError, SinderError, UnavailableError
+from sinder_cli.memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sinder_cli.backbone.sources import TensorSource
+    from sinder_cli.backbone.weights import Weights
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+LIMIT_SECONDS = 10.0  # for importing a plugin, and again for its listing
+
+
+@dataclass(frozen=True)
+class PluginEntry:
+    """A plugin that is installed, loaded or not; `rivals` are other distributions that provide one of its name."""
+
+    name: str
+    distribution: str
+    entry_point: EntryPoint
+    rivals: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"plugin {self.name!r} of {self.distribution}"
+
+
+class BrokenPluginError(Exception):
+    """What a plugin did instead of returning, in one line; its own exception, if there is one, is the cause."""
+
+
+def contained(call: Callable[[], T], seconds: float = LIMIT_SECONDS) -> T:
+    """What `call` returns. Raises `BrokenPluginError` if it raises, exits or is not done in time.
+
+    It runs in a thread of its own, which is left behind when its time is over: an alarm's exception could be caught by
+    the plugin. Signals of the user find this thread waiting. What is printed meanwhile goes to standard error, as
+    standard output carries results.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:  # sys.exit as well; Ctrl-C is never heard here
+            outcome.set_exception(error)
+
+    with redirect_stdout(sys.stderr):
+        Thread(target=run, daemon=True).start()
+        wait([outcome], seconds)
+    if not outcome.done():
+        raise BrokenPluginError(f"it hangs: it was not done after {seconds:g} s")
+    error = outcome.exception()
+    if error is not None:
+        raise BrokenPluginError(_words(error)) from error
+    return outcome.result()
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, ValidationError):
+        return _first_fault(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def _first_fault(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+
+
+@contextmanager
+def blamed(plugin: PluginEntry, model: str) -> Iterator[None]:
+    """Tell what goes wrong in a plugin's code for a model as the plugin's failure, and an exit as well.
+
+    `OSError` and lack of memory are this machine's, and pass.
+    """
+    try:
+        yield
+    except (SinderError, OSError):
+        raise
+    except ValidationError as error:
+        raise BadInputError(f"bad layer map of {model!r}", _first_fault(error)) from error
+    except (Exception, SystemExit) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UnavailableError(f"{plugin} failed at {model!r}", _words(error), "tell its author") from error
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """The hooks of one loaded plugin, and of what it describes the functions; what goes wrong is told as its failure.
+
+    Only `sinder_listing` is called as it is: whoever asks for it contains it.
+    """
+
+    plugin: PluginEntry
+    caller: Any  # pluggy's, or whatever has the three hooks
+
+    def sinder_listing(self) -> Any:
+        return self.caller.sinder_listing()
+
+    def sinder_weights(self, request: ModelRequest) -> Path | TensorSource | None:
+        with blamed(self.plugin, request.model):
+            return self.caller.sinder_weights(request=request)
+
+    def sinder_backbone(self, request: ModelRequest, weights: Weights) -> Backbone:
+        with blamed(self.plugin, request.model):
+            backbone = self.caller.sinder_backbone(request=request, weights=weights)
+            if not isinstance(backbone, Backbone):  # None where it lacks the hook
+                raise TypeError(f"its sinder_backbone gives {type(backbone).__name__}, no Backbone")
+        return replace(
+            backbone,
+            build=self._blamed(backbone.build, request.model),
+            embed=self._blamed(backbone.embed, request.model),
+            run_block=self._blamed(backbone.run_block, request.model),
+            finish=self._blamed(backbone.finish, request.model),
+            forward=backbone.forward and self._blamed(backbone.forward, request.model),
+        )
+
+    def _blamed(self, call: Callable[P, T], model: str) -> Callable[P, T]:
+        @wraps(call)
+        def told(*arguments: P.args, **named: P.kwargs) -> T:
+            with blamed(self.plugin, model):
+                return call(*arguments, **named)
+
+        return told

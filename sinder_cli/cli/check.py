@@ -1,0 +1,31 @@
+"""`sinder check-backbone`: what a plugin must satisfy, checked."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sinder_cli import api
+from sinder_cli.cli.display import display
+from sinder_cli.cli.options import Format, Heads, WeightsFile, model_request
+from sinder_cli.cli.output import show
+from sinder_cli.errors import BadInputError
+
+
+def command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A model's name, as `sinder backbones` lists them.")],
+    weights: WeightsFile = None,
+    heads: Heads = None,
+    format: Format = None,
+) -> None:
+    """Check that a plugin describes a model as sinder needs it; exit 65 if it does not."""
+    from sinder_cli.report.documents import conformance_document
+    from sinder_cli.report.tables import conformance_table
+
+    with display() as emit:
+        result = api.check_backbone(model_request(name, weights, None, heads, emit), emit)
+    show(format, lambda: conformance_table(result), lambda: conformance_document(result))
+    if result.failed:
+        names = ", ".join(check.name for check in result.failed)
+        raise BadInputError(f"{result.model} does not conform", f"failed: {names}", "mend its plugin")

@@ -1,0 +1,100 @@
+"""Whether a repair changes what the map names and nothing else, and an export reads back as it was."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sinder_cli.backbone.blocks import rows_of
+from sinder_cli.backbone.layermap import LayerMap, WeightRef, trained_references
+from sinder_cli.backbone.weights import Weights
+from sinder_cli.conformance.records import NonconformityError
+from sinder_cli.conformance.subject import Subject, gaussian
+from sinder_cli.export.native import write_weights
+from sinder_cli.repair.deltas import Deltas
+from sinder_cli.repair.forward import Directions
+from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repair.step import step_gradient
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WINDOW = 2  # blocks, the last ones: as many as can be decomposed in no time
+MARKING = RepairSettings.model_validate({"mask_threshold": 0.5, "min_tokens": 1, "window": WINDOW})  # noise trips it
+STEP = 0.1  # learning rate relative to σ₁ over the largest gradient: far above rounding
+
+
+def repair_keeps_to_the_map(subject: Subject) -> str:
+    """One step on noise changes every trained weight of its window, and no bit elsewhere."""
+    backbone, module = subject.backbone, subject.module
+    gaps = [1.0] * (backbone.depth - 1) + [float("inf")]  # only the last block's direction counts as determined
+    directions = Directions(gaussian(backbone.depth, backbone.width), gaps)
+    deltas = Deltas(backbone, module)
+    found = step_gradient(backbone, module, directions, deltas, subject.images(2), MARKING)
+    if not found.gradients or not found.finite:
+        raise NonconformityError("a step on noise has no finite gradient")
+    for target in deltas.touched:
+        gradient = found.gradients[target.name]
+        target.descend(gradient, STEP * float(target.basis.S[0]) / float(gradient.abs().max().clamp_min(1e-30)), 0.0)
+    refs = [ref for block in backbone.layers.blocks[-WINDOW:] for ref in trained_references(block).values()]
+    changed = _require_changed(subject, refs)
+    return f"{changed} weights of the last {min(WINDOW, backbone.depth)} blocks, and nothing else"
+
+
+def _require_changed(subject: Subject, refs: list[WeightRef]) -> int:
+    """The module differs from its weights in these rows, each of them, and is equal to the bit elsewhere."""
+    state = subject.module.state_dict()
+    for name, stored in subject.backbone.weights.stream(state):
+        now, before = state[name].clone(), stored.to(state[name].dtype)
+        for ref in refs:
+            if ref.name != name:
+                continue
+            if torch.equal(_bits(rows_of(now, ref)), _bits(rows_of(before, ref))):
+                raise NonconformityError(f"{ref} did not change")
+            rows_of(now, ref).copy_(rows_of(before, ref))
+        if not torch.equal(_bits(now), _bits(before)):
+            raise NonconformityError(f"{name} changed outside of what the map names as trained")
+    return len(refs)
+
+
+def export_reads_back(subject: Subject) -> str:
+    """The native format holds the same names, dtypes and bits, and its plugin finds the same map in it."""
+    weights = subject.backbone.weights
+    with tempfile.TemporaryDirectory(prefix="sinder-check-") as folder:
+        path = Path(folder) / "exported.safetensors"
+        write_weights(path, weights)
+        again = subject.describe(path)
+        _require_identical(again.weights, weights)
+        if _comparable(again.layers) != _comparable(subject.backbone.layers):
+            raise NonconformityError("the plugin describes the exported file with another layer map")
+    return f"{len(weights.names)} tensors"
+
+
+def _require_identical(again: Weights, weights: Weights) -> None:
+    if sorted(again.names) != sorted(weights.names):
+        different = sorted(set(again.names) ^ set(weights.names))
+        raise NonconformityError(f"the plugin finds other tensors in the exported file: {', '.join(different[:3])}")
+    pairs = zip(weights.stream(weights.names), again.stream(weights.names), strict=True)
+    for (name, tensor), (_, read) in pairs:
+        if tensor.dtype != read.dtype or tensor.shape != read.shape or not torch.equal(_bits(tensor), _bits(read)):
+            raise NonconformityError(f"{name} is not the same in the exported file")
+
+
+def _comparable(layers: LayerMap) -> Any:
+    """A map as data; an activation that is a function, made anew at each description, is only known to be one."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(part) for part in value]
+        return "a function" if callable(value) else value
+
+    return plain(layers.model_dump())
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

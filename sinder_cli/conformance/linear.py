@@ -1,0 +1,162 @@
+"""Whether each block computes what its map says, and whether its linearization is autograd's mean Jacobian.
+
+One sub-layer is looked at a time: with the last weight and bias of the other at zero, a block is x + sub-layer(x).
+Tokens of an MLP are independent then; those of attention are made equal, and mixing equal values changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sinder_cli.backbone.blocks import BlockTensors, read_block
+from sinder_cli.backbone.layermap import BlockMap, WeightRef
+from sinder_cli.conformance.formula import Part, sublayer
+from sinder_cli.conformance.records import NonconformityError
+from sinder_cli.conformance.subject import GRID, Subject, altered, gaussian, relative_error
+from sinder_cli.defects.linearize import attention_part, mlp_part
+from sinder_cli.events import Emit, tracked
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PARTS: tuple[Part, ...] = ("attention", "mlp")
+EXACT = 5e-5  # relative error of one sub-layer in float32; gelu is 2e-4 from its tanh form
+PROBES = 4  # directions w of the rows wᵀA and wᵀC that are compared
+ROUNDS = (1, 4, 16)  # × FIRST samples: rare neurons need more than others before their mean is known
+FIRST_TOKENS = 1024  # samples of an MLP
+FIRST_IMAGES = 64  # samples of attention, each an image of equal tokens
+AT_ONCE = 32  # images
+NORM_BIAS = 8.0  # / N: what the scale of a norm in front costs, and its derivative x̂x̂ᵀ/N, both O(1/N)
+INNER_BIAS = 0.1  # the same for a norm inside, of features that are no Gaussians
+ERRORS = 2.0  # standard errors of ‖mean − expected‖, which hardly varies with hundreds of features
+
+
+def blocks_follow_the_map(subject: Subject, emit: Emit) -> str:
+    """Each sub-layer of each block adds what the map's formula says: right tensors, rows, activation, scale, biases."""
+    worst = 0.0
+    for index, block in _blocks(subject, emit, "blocks against their map"):
+        tensors = read_block(subject.backbone.weights, block)
+        for part in PARTS:
+            with _alone(subject, block, part):
+                x, context = _inputs(subject, part, 2, seed=index)
+                with torch.no_grad():
+                    found = subject.backbone.run_block(subject.module, index, x, context) - x
+                    error = relative_error(found, sublayer(tensors, part, x))
+            if not error <= EXACT:
+                raise NonconformityError(f"block {index}, {part}: the map's formula is off by {error:.1e}")
+            worst = max(worst, error)
+    return f"relative error {worst:.1e}"
+
+
+def linearization_agrees(subject: Subject, emit: Emit) -> str:
+    """wᵀA and wᵀC of each block, in closed form, are autograd's mean over Gaussian inputs, for random w."""
+    worst = 0.0
+    for index, block in _blocks(subject, emit, "linearization against autograd"):
+        tensors = _plain_norms(read_block(subject.backbone.weights, block))
+        for part in PARTS:
+            closed = attention_part(tensors) if part == "attention" else mlp_part(tensors)
+            with _alone(subject, block, part, plain_norms=True):
+                off = _difference(subject, index, block, part, closed)
+            found = f"{off.error:.1%} off with {off.allowed:.1%} allowed"
+            if not off.error <= off.allowed:
+                raise NonconformityError(f"block {index}, {part}: autograd's mean Jacobian is {found}")
+            worst = max(worst, off.error)
+    return f"at most {worst:.1%} off, with {PROBES} directions a block"
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """How far the worst probe is off, and may be, relative to the root mean square of single gradients."""
+
+    error: float
+    allowed: float
+
+
+def _difference(subject: Subject, index: int, block: BlockMap, part: Part, closed: Tensor) -> _Difference:
+    """The difference after as many samples as it takes to be small enough, or after the last round."""
+    w = gaussian(PROBES, subject.backbone.width, seed=index)
+    expected = w @ closed  # [K, N]
+    total, squares, count = torch.zeros_like(expected).double(), torch.zeros(PROBES, dtype=torch.float64), 0
+    for rounds in ROUNDS:
+        for gradients in _gradients(subject, index, part, w, rounds, count):
+            total += gradients.sum(dim=1)
+            squares += gradients.square().sum(dim=(1, 2))
+            count += gradients.shape[1]
+        mean, square = total / count, squares / count  # [K, N], [K]
+        scale = square.sqrt().clamp_min(1e-30)
+        noise = ((square - mean.square().sum(dim=1)).clamp_min(0) / count).sqrt() / scale
+        errors = (mean - expected).norm(dim=1) / scale
+        allowed = ERRORS * noise + _bias(block, part, subject.backbone.width)
+        at = int((errors - allowed).argmax())
+        if errors[at] <= allowed[at]:
+            break
+    return _Difference(float(errors[at]), float(allowed[at]))
+
+
+def _gradients(subject: Subject, index: int, part: Part, w: Tensor, rounds: int, seed: int) -> Iterator[Tensor]:
+    """∂(w · sub-layer)/∂x at each sample, for every probe: `[K, samples, N]` in float64, some at a time."""
+    tokens = subject.backbone.prefix_tokens + prod(GRID)
+    images = rounds * (FIRST_IMAGES if part == "attention" else -(-FIRST_TOKENS // tokens))
+    for start in range(0, images, AT_ONCE):
+        count = min(AT_ONCE, images - start)
+        x, context = _inputs(subject, part, count, seed=seed + start)
+        x.requires_grad_()
+        y = subject.backbone.run_block(subject.module, index, x, context)
+        rows = []
+        for probe in w:
+            (gradient,) = torch.autograd.grad(y, x, probe.expand_as(y), retain_graph=True)
+            rows.append((gradient - probe).double())
+        stacked = torch.stack(rows)  # [K, B, T, N]
+        yield stacked.mean(dim=2) if part == "attention" else stacked.flatten(1, 2)
+
+
+def _inputs(subject: Subject, part: Part, images: int, seed: int) -> tuple[Tensor, Any]:
+    """Gaussian tokens `[B, T, N]` of small images, equal inside an image for attention, and the blocks' context."""
+    tokens, context = subject.embedded(subject.images(images))
+    B, T, N = tokens.shape
+    if part == "mlp":
+        return gaussian(B, T, N, seed=seed), context
+    return gaussian(B, 1, N, seed=seed).repeat(1, T, 1), context
+
+
+@contextmanager
+def _alone(subject: Subject, block: BlockMap, part: Part, plain_norms: bool = False) -> Iterator[None]:
+    """The module with one sub-layer of a block silenced, and with norms in front that only normalize if so wished."""
+    values: list[tuple[WeightRef, float]] = []
+    for branch in block.branches:
+        other = (branch.mlp.down, branch.mlp.down_bias)
+        if part == "mlp":
+            other = (branch.attention.output, branch.attention.output_bias)
+        values += [(ref, 0.0) for ref in other if ref is not None]
+        norm = getattr(branch, part).norm
+        if plain_norms:
+            values += [(ref, number) for ref, number in ((norm.weight, 1.0), (norm.bias, 0.0)) if ref is not None]
+    with altered(subject.module, values):
+        yield
+
+
+def _plain_norms(block: BlockTensors) -> BlockTensors:
+    """The tensors of a block with norms in front that only normalize."""
+    plain = {
+        role: torch.ones_like(tensor) if role.endswith(".weight") else torch.zeros_like(tensor)
+        for role, tensor in block.by_role.items()
+        if role.removesuffix(".weight").removesuffix(".bias").endswith(".norm")
+    }
+    return replace(block, by_role=block.by_role | plain)
+
+
+def _bias(block: BlockMap, part: Part, width: int) -> float:
+    """What the closed form leaves out, relative to a single gradient."""
+    inner = any(getattr(branch, part).inner_norm is not None for branch in block.branches)
+    return NORM_BIAS / width + (INNER_BIAS if inner else 0.0)
+
+
+def _blocks(subject: Subject, emit: Emit, phase: str) -> Iterator[tuple[int, BlockMap]]:
+    blocks = subject.backbone.layers.blocks
+    yield from tracked(enumerate(blocks), emit, phase, len(blocks), "blocks")

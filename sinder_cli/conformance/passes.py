@@ -1,0 +1,100 @@
+"""Whether embed → blocks → norm is the module's own forward, and what the engine relies on in a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sinder_cli.backbone.blocks import rows_of
+from sinder_cli.backbone.layermap import trained_references
+from sinder_cli.conformance.records import NonconformityError
+from sinder_cli.conformance.subject import GRID, Subject, gaussian, relative_error
+from sinder_cli.defects.tokens import last_tokens
+
+SAME = 1e-4  # relative error of two ways to compute one thing in float32, over the depth of a model
+
+
+def forward_agrees(subject: Subject, forward: Callable[[object, Tensor], Tensor]) -> str:
+    """Blocks one by one, then the final norm, give what the library's own forward gives, at two sizes."""
+    backbone = subject.backbone
+    native = backbone.image_size // backbone.patch_size
+    errors = []
+    for h, w in ((native, native), GRID):
+        images = subject.images(1, h, w)
+        with torch.no_grad():
+            expected = forward(subject.module, images)
+        found = _normalized(subject, images)
+        if found.shape != expected.shape:
+            shapes = f"{list(found.shape)} for {list(expected.shape)}"
+            raise NonconformityError(f"at {h} × {w} patches the blocks give {shapes}")
+        errors.append(_require_same(found, expected, f"at {h} × {w} patches"))
+    return f"relative error {max(errors):.1e}, at {native} × {native} and {GRID[0]} × {GRID[1]} patches"
+
+
+def images_are_apart(subject: Subject) -> str:
+    """A batch of two is two batches of one, and a second pass gives the same bits as the first."""
+    both = subject.images(2)
+    together = _normalized(subject, both)
+    alone = torch.cat([_normalized(subject, image[None]) for image in both])
+    error = _require_same(together, alone, "a batch of 2 is not two batches of 1:")
+    if not torch.equal(together, _normalized(subject, both)):
+        raise NonconformityError("two passes over the same images differ: something is random in it")
+    return f"relative error {error:.1e}"
+
+
+def blocks_keep_their_input(subject: Subject) -> str:
+    """No block writes into the tokens that it is given: a repair needs them again."""
+    tokens, context = subject.embedded(subject.images(1))
+    for index in range(subject.backbone.depth):
+        before = tokens.clone()
+        with torch.no_grad():
+            after = subject.backbone.run_block(subject.module, index, tokens, context)
+        if not torch.equal(tokens, before):
+            raise NonconformityError(f"block {index} changes the tokens that it is given")
+        if after.shape != tokens.shape:
+            raise NonconformityError(f"block {index} makes {list(after.shape)} of {list(tokens.shape)}")
+        tokens = after
+    return f"{subject.backbone.depth} blocks"
+
+
+def gradients_arrive(subject: Subject) -> str:
+    """A loss after each block has a gradient at its input and at every trained weight, and none of them vanishes."""
+    backbone, module = subject.backbone, subject.module
+    tokens, context = subject.embedded(subject.images(1))
+    weights = 0
+    for index, block in enumerate(backbone.layers.blocks):
+        references = trained_references(block)
+        parameters = {name: module.get_parameter(name) for name in {ref.name for ref in references.values()}}
+        entering = tokens.detach().requires_grad_()
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        leaving = backbone.run_block(module, index, entering, context)
+        found = torch.autograd.grad(
+            leaving, [entering, *parameters.values()], gaussian(*leaving.shape), allow_unused=True
+        )
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+        by_name = dict(zip(parameters, found[1:], strict=True))
+        for role, ref in references.items():
+            gradient = by_name[ref.name]
+            if gradient is None or not bool(rows_of(gradient, ref).any()):
+                raise NonconformityError(f"block {index}, {role} ({ref}) gets no gradient")
+        if found[0] is None:
+            raise NonconformityError(f"block {index} passes no gradient to its input")
+        weights += len(references)
+        tokens = leaving.detach()
+    return f"{weights} weights"
+
+
+@torch.no_grad()
+def _normalized(subject: Subject, images: Tensor) -> Tensor:
+    return subject.backbone.finish(subject.module, last_tokens(subject.backbone, subject.module, images))
+
+
+def _require_same(found: Tensor, expected: Tensor, where: str) -> float:
+    error = relative_error(found, expected)
+    if not error <= SAME:
+        raise NonconformityError(f"{where} a relative error of {error:.1e}")
+    return error

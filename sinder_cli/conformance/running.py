@@ -1,0 +1,79 @@
+"""All checks of one backbone, in the order in which one depends on another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.opening import load_module
+from sinder_cli.conformance import changes, linear, maps, passes, tokens
+from sinder_cli.conformance.records import Check, Conformance, NonconformityError
+from sinder_cli.conformance.subject import Subject
+from sinder_cli.events import Emit, Noted, silent
+from sinder_cli.memory import is_out_of_memory
+
+Question = Callable[[Subject], str]
+
+
+def conformance(backbone: Backbone, describe: Callable[[Path], Backbone], emit: Emit = silent) -> Conformance:
+    """Ask everything; `describe` is how the plugin describes a file of weights under the same name.
+
+    A check that raises has failed, whatever it raises; a lack of memory alone passes.
+    """
+    checks = tuple(_checks(backbone, describe, emit))
+    return Conformance(backbone.name, backbone.weights.source.label, checks)
+
+
+def _checks(backbone: Backbone, describe: Callable[[Path], Backbone], emit: Emit) -> Iterator[Check]:
+    subjects: list[Subject] = []
+
+    def load() -> str:
+        subjects.append(Subject(backbone, load_module(backbone), describe))
+        return f"{len(backbone.weights.names)} tensors"
+
+    fits = _asked("map: tensors", lambda: maps.map_fits_weights(backbone), emit)
+    yield fits
+    yield _asked("module: weights", load, emit) if fits.outcome == "passed" else _not_run("module: weights")
+    for name, question in _questions(backbone, emit):
+        if question is None:
+            yield Check(name, "not given", "the plugin gives no `forward` to compare with")
+        elif subjects:
+            yield _asked(name, partial(question, subjects[0]), emit)
+        else:
+            yield _not_run(name)
+
+
+def _not_run(name: str) -> Check:
+    return Check(name, "not run", "it takes a module with its weights")
+
+
+def _questions(backbone: Backbone, emit: Emit) -> list[tuple[str, Question | None]]:
+    """What takes a module, by name; None where the plugin gives no answer. The repair comes late: it changes it."""
+    forward = backbone.forward
+    return [
+        ("map: roles", lambda subject: maps.roles_are_apart(subject.backbone)),
+        ("tokens: prefix", tokens.tokens_are_counted),
+        ("tokens: patches", tokens.patches_lie_row_by_row),
+        ("passes: forward", None if forward is None else lambda subject: passes.forward_agrees(subject, forward)),
+        ("passes: batches", passes.images_are_apart),
+        ("passes: inputs", passes.blocks_keep_their_input),
+        ("passes: gradients", passes.gradients_arrive),
+        ("blocks: formula", lambda subject: linear.blocks_follow_the_map(subject, emit)),
+        ("blocks: linearization", lambda subject: linear.linearization_agrees(subject, emit)),
+        ("repair: step", changes.repair_keeps_to_the_map),
+        ("export: native", changes.export_reads_back),
+    ]
+
+
+def _asked(name: str, ask: Callable[[], str], emit: Emit) -> Check:
+    emit(Noted(f"checking {name}"))
+    try:
+        return Check(name, "passed", ask())
+    except NonconformityError as error:
+        return Check(name, "failed", str(error))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return Check(name, "failed", " ".join(f"{type(error).__name__}: {error}".split()))
