@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.export.exporting import ExportResult
+    from sinder_cli.repair.trial import Trial
 
 
 def finite(value: Any) -> Any:
@@ -73,6 +74,11 @@ def export_document(result: ExportResult) -> dict[str, Any]:
             "check": check,
         }
     )
+
+
+def trial_document(trial: Trial) -> dict[str, Any]:
+    """`sinder repair --dry-run --format json`."""
+    return asdict(trial) | {"blocks": list(trial.blocks)}
 
 
 def backbones_document(rows: Sequence[InstalledBackbone]) -> list[dict[str, Any]]:

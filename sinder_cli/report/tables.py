@@ -14,6 +14,7 @@ from rich.text import Text
 from sinder_cli.backbone.registry import InstalledBackbone
 from sinder_cli.defects.rules import MIN_GAP
 from sinder_cli.report.repair import facts
+from sinder_cli.report.repair.trial import trial_facts
 from sinder_cli.report.wording import counted, degrees
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from sinder_cli.defects.prediction import BlockSpectrum, Prediction
     from sinder_cli.export.exporting import ExportResult
     from sinder_cli.repair.results import RepairResult
+    from sinder_cli.repair.trial import Trial
 
 BARS = "▁▂▃▄▅▆▇█"
 FLAT = 0.05  # a logarithmic range under which all bars are of one height: 5 %
@@ -200,6 +202,16 @@ def export_table(result: ExportResult) -> RenderableType:
         f"{result.path}: {counted(len(result.files), 'file')}, {result.bytes:,} bytes",
         ("verified" if result.check.verified else "not verified") + f": {result.check.told}",
     )
+
+
+def trial_table(trial: Trial) -> RenderableType:
+    """What a repair would train, and what it would cost."""
+    table = _table("")
+    for name in ("", "", ""):
+        table.add_column(name)
+    for fact in trial_facts(trial):
+        table.add_row(fact.name, fact.value, Text(fact.meaning, "dim"))
+    return Group(table, "Nothing was written.")
 
 
 def backbones_table(rows: Sequence[InstalledBackbone]) -> RenderableType:

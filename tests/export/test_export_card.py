@@ -18,6 +18,7 @@ from sinder_cli.export.settings import ExportSettings
 from sinder_cli.export.targets import Check, Plan
 from sinder_cli.export.torchhub import TARGET
 from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.repair.patch import write_patch
 from sinder_cli.report.export.card import render_export_card
 from sinder_cli.report.export.pictures import run_pictures
 from sinder_cli.report.wording import CITATION
@@ -116,3 +117,16 @@ def test_every_row_of_a_table_has_the_columns_of_its_head(export: Export, run: P
     assert len(tables) == 4
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
+
+
+def test_a_run_that_was_changed_further_does_not_show_its_own_table_as_that_of_the_change(
+    export: Export, run: Path, tmp_path: Path
+) -> None:
+    weights = api.open_model(ModelRequest(str(run))).weights
+    delta = tmp_path / "delta.safetensors"
+    write_patch(delta, "demo_vit", weights.fingerprint(), weights, ["norm.weight"])
+    for change, shown in ((None, True), (delta, False)):
+        export(run, "torchhub", tmp_path / "hub", adapter=change, verify=False, force=True)
+        card = (tmp_path / "hub" / "README.md").read_text()
+        assert "# `demo_vit`, repaired" in card
+        assert ("| before | after |" in card) is shown
