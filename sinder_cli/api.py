@@ -338,7 +338,7 @@ def _export_plan(request: ModelRequest, settings: ExportSettings, of_changes: bo
         change = read_change(request.adapter)
         base = open_model(replace(named, adapter=None))
         backbone = change.applied(base, request.emit)
-        repaired = Repaired(change, run, lambda: (base, ""))
+        repaired = Repaired(change, None, lambda: (base, ""))
     else:
         backbone = open_model(named)
         if run and run.adapter.is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +42,7 @@ class ExportResult:
         return sum(file.bytes for file in self.files)
 
 
-Card = Callable[[Plan, Target, Check, str], str]  # the last is the folder's name
+Card = Callable[[Plan, Target, Check, str], Mapping[str, bytes]]  # of a folder of that name: README.md and pictures
 
 
 def write_export(plan: Plan, target: Target, out: Path, card: Card | None) -> ExportResult:
@@ -59,7 +59,9 @@ def write_export(plan: Plan, target: Target, out: Path, card: Card | None) -> Ex
         check = target.verify(plan, draft) if settings.verify else Check("not checked: --no-verify", verified=False)
         plan.emit(Noted(check.told) if check.verified or not settings.verify else Warned(check.told))
         if target.kind == "folder" and card is not None:
-            (draft / "README.md").write_text(card(plan, target, check, out.resolve().name), encoding="utf-8")
+            for name, content in card(plan, target, check, out.resolve().name).items():
+                (draft / name).parent.mkdir(exist_ok=True)
+                (draft / name).write_bytes(content)
         files = _files(draft)
         if target.kind == "folder":
             (draft / MANIFEST).write_text(json_text(_manifest(plan, check, files)), encoding="utf-8")

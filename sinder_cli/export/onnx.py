@@ -65,6 +65,7 @@ def _write(plan: Plan, path: Path) -> None:
                 torch.export.export(graph, (example,), dynamic_shapes=(sizes,)),
                 (),
                 dynamo=True,
+                dynamic_shapes=(sizes,),  # once more, for their names
                 input_names=["images"],
                 output_names=list(_names(plan.backbone)),
                 external_data=False,

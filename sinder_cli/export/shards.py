@@ -1,52 +1,62 @@
-"""Safetensors in one file, or in several with an index as Hugging Face has them; one tensor in memory at a time."""
+"""Weights as safetensors in one file, or in several with an index, as Hugging Face libraries read them."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sinder_cli.backbone.sources import TensorInfo
 from sinder_cli.backbone.storing import write_safetensors
-from sinder_cli.backbone.weights import Weights
-from sinder_cli.files import write_json
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-METADATA = {"format": "pt"}  # what transformers and timm look for
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METADATA = {"format": "pt"}  # without it transformers refuses a file
 
 
-def write_shards(folder: Path, weights: Weights, most: int) -> None:
-    """Write all tensors into `folder` under the names of their export, no file holding more than `most` bytes of them.
+def write_sharded(
+    folder: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[Tensor], most: int, stem: str = "model"
+) -> list[Path]:
+    """Write the tensors that `infos` announces, one at a time, to files of at most `most` bytes of tensors each.
 
-    A single tensor that is larger has a file of its own.
+    One file is `model.safetensors`; several are `model-00001-of-00003.safetensors` and so on, with
+    `model.safetensors.index.json`. A tensor larger than `most` has a file of its own. Returns what was written.
     """
-    infos = weights.output_infos()
-    stored = {weights.output_name(name): name for name in weights.names}
-    shards = divided_by_size(infos, most)
-    where: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = (tensor for _, tensor in weights.stream(stored[name] for name in names))
-        write_safetensors(folder / file, {name: infos[name] for name in names}, tensors, METADATA)
-        where |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        total = sum(map(size_of, infos.values()))
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    shards = list(_shards(infos, most))
+    stream = iter(tensors)
+    if len(shards) == 1:
+        path = folder / f"{stem}.safetensors"
+        write_safetensors(path, infos, stream, METADATA)
+        return [path]
+    written = []
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        path = folder / f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(path, {name: infos[name] for name in names}, islice(stream, len(names)), METADATA)
+        places |= dict.fromkeys(names, path.name)
+        written.append(path)
+    index = folder / f"{stem}.safetensors.index.json"
+    total = {"total_size": sum(map(_bytes_of, infos.values()))}
+    index.write_text(json.dumps({"metadata": total, "weight_map": places}, indent=2) + "\n", encoding="utf-8")
+    return [*written, index]
 
 
-def divided_by_size(infos: dict[str, TensorInfo], most: int) -> list[list[str]]:
-    """The names in their order, in runs of at most `most` bytes."""
-    shards: list[list[str]] = [[]]
+def _shards(infos: Mapping[str, TensorInfo], most: int) -> Iterator[list[str]]:
+    """The names of each file, in order, each as full as it gets."""
+    names: list[str] = []
     size = 0
     for name, info in infos.items():
-        if shards[-1] and size + size_of(info) > most:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += size_of(info)
-    return shards
+        if names and size + _bytes_of(info) > most:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += _bytes_of(info)
+    yield names
 
 
-def size_of(info: TensorInfo) -> int:
-    """Bytes of a tensor."""
+def _bytes_of(info: TensorInfo) -> int:
     return prod(info.shape) * info.dtype.itemsize

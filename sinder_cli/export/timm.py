@@ -20,7 +20,7 @@ from sinder_cli.export.architecture import Architecture, architecture_of
 from sinder_cli.export.conversion import ConvertedTensors
 from sinder_cli.export.layouts import Layout, recipes
 from sinder_cli.export.settings import SHARD_BYTES
-from sinder_cli.export.shards import write_shards
+from sinder_cli.export.shards import write_sharded
 from sinder_cli.export.targets import Check, Plan, Target
 from sinder_cli.export.verifying import normalized_tokens, verify_features
 from sinder_cli.files import write_json
@@ -156,7 +156,8 @@ def _write(plan: Plan, path: Path) -> None:
     made = own(plan.backbone) or converted(plan.backbone)
     path.mkdir(exist_ok=True)
     write_json(path / CONFIG, made.config)
-    write_shards(path, made.weights, plan.settings.max_shard_size or SHARD_BYTES)
+    tensors = (tensor for _, tensor in made.weights.stream(made.weights.names))
+    write_sharded(path, made.weights.output_infos(), tensors, plan.settings.max_shard_size or SHARD_BYTES)
 
 
 def _verify(plan: Plan, path: Path) -> Check:

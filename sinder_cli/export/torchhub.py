@@ -33,8 +33,9 @@ dependencies = ["torch"]
 def {name}(pretrained=True):
     """{model}: images `[B, 3, H, W]` → tokens after the final norm, `[B, {prefix} + patches, {width}]`.
 
-    Images are RGB in [0, 1], less {mean}, divided by {std}; H and W are multiples of {patch}. {tokens}, then
-    come the patches row by row. Without `pretrained` the weights are whatever the module begins with.
+    Images are RGB in [0, 1], less {mean}, divided by {std}; H and W are
+    multiples of {patch}. {tokens}, then come the patches row by row.
+    Without `pretrained` the weights are whatever the module begins with.
     """
     module = build()
     if pretrained:

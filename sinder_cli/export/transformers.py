@@ -20,7 +20,7 @@ from sinder_cli.export.architecture import Architecture, architecture_of
 from sinder_cli.export.conversion import ConvertedTensors
 from sinder_cli.export.layouts import Layout, recipes
 from sinder_cli.export.settings import SHARD_BYTES
-from sinder_cli.export.shards import write_shards
+from sinder_cli.export.shards import write_sharded
 from sinder_cli.export.targets import Check, Plan, Target
 from sinder_cli.export.verifying import verify_features
 from sinder_cli.files import write_json
@@ -194,7 +194,8 @@ def _write(plan: Plan, path: Path) -> None:
         (path / name).write_text(text, encoding="utf-8")
     if PREPROCESSOR not in given:
         write_json(path / PREPROCESSOR, preprocessor(backbone))
-    write_shards(path, made.weights, plan.settings.max_shard_size or SHARD_BYTES)
+    tensors = (tensor for _, tensor in made.weights.stream(made.weights.names))
+    write_sharded(path, made.weights.output_infos(), tensors, plan.settings.max_shard_size or SHARD_BYTES)
 
 
 def _verify(plan: Plan, path: Path) -> Check:

@@ -20,7 +20,6 @@ from sinder_cli.export.architecture import architecture_of
 from sinder_cli.export.conversion import ConvertedTensors, Recipe, part, reshaped
 from sinder_cli.export.exporting import ExportResult
 from sinder_cli.export.settings import TargetName
-from sinder_cli.export.shards import divided_by_size, size_of
 from sinder_cli.files import json_text
 
 Export = Callable[..., ExportResult]
@@ -106,15 +105,6 @@ def test_large_weights_come_in_shards_with_an_index(export: Export, plain: Path,
             assert opened.metadata() == {"format": "pt"}
     assert held == index["weight_map"]
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in load_file(plain).values())
-
-
-def test_tensors_are_divided_in_their_order_and_a_large_one_is_alone() -> None:
-    sizes = {"a": 1, "b": 2, "c": 9, "d": 1}
-    by_name = Weights.of(MemoryTensors("m", {name: torch.zeros(size) for name, size in sizes.items()})).output_infos()
-    assert [size_of(info) for info in by_name.values()] == [4, 8, 36, 4]
-    assert divided_by_size(by_name, 12) == [["a", "b"], ["c"], ["d"]]
-    assert divided_by_size(by_name, 4) == [["a"], ["b"], ["c"], ["d"]]
-    assert divided_by_size(by_name, 100) == [["a", "b", "c", "d"]]
 
 
 def test_the_preprocessor_is_loaded_by_transformers(export: Export, plain: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinder_cli import __version__
 from sinder_cli.report import wording
+from sinder_cli.report.export.pictures import run_pictures
 from sinder_cli.report.pages.templates import markdown_template
 from sinder_cli.report.repair import facts
 from sinder_cli.report.wording import Named
@@ -24,6 +25,14 @@ class _Run:
 
     summary: dict[str, Any]
     config: dict[str, Any]
+
+
+def export_card(plan: Plan, target: Target, check: Check, folder: str) -> dict[str, bytes]:
+    """`README.md`, and the pictures of the run that it shows, by the names that they have in the folder."""
+    run = _folder_of(plan)
+    pictures = run_pictures(run.report) if run else ()
+    card = render_export_card(plan, target, check, folder, {picture.name: picture.words for picture in pictures})
+    return {"README.md": card.encode(), **{picture.name: picture.content for picture in pictures}}
 
 
 def render_export_card(
@@ -79,6 +88,12 @@ def _facts(plan: Plan) -> list[Named]:
     return rows
 
 
+def _folder_of(plan: Plan) -> RunFolder | None:
+    """The run directory that was named, if its run has ended."""
+    run = plan.repaired.run if plan.repaired else None
+    return run if run and run.finished else None
+
+
 def _run_of(plan: Plan) -> _Run | None:
-    run: RunFolder | None = plan.repaired.run if plan.repaired else None
-    return _Run(run.read_summary(), run.read_config()) if run and run.finished else None
+    run = _folder_of(plan)
+    return _Run(run.read_summary(), run.read_config()) if run else None

@@ -1,0 +1,132 @@
+"""The card of an exported folder: what a hub reads, and what a reader wants to know."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sinder_cli import ModelRequest, api
+from sinder_cli.events import silent
+from sinder_cli.export.exporting import ExportResult
+from sinder_cli.export.settings import ExportSettings
+from sinder_cli.export.targets import Check, Plan
+from sinder_cli.export.torchhub import TARGET
+from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.repair.patch import write_patch
+from sinder_cli.report.export.card import render_export_card
+from sinder_cli.report.export.pictures import run_pictures
+from sinder_cli.report.wording import CITATION
+
+Export = Callable[..., ExportResult]
+CUSTOM = "dinov2_custom"
+
+
+def header(card: str) -> dict[str, object]:
+    """The YAML between the first two lines of dashes."""
+    import yaml
+
+    found: dict[str, object] = yaml.safe_load(card.split("---\n")[1])
+    return found
+
+
+@pytest.fixture(scope="session")
+def reported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run with a page, whose pictures are two of one image and one of another."""
+    folder = tmp_path_factory.mktemp("reported") / "run"
+    shutil.copytree(run, folder)
+    import torch
+
+    from sinder_cli.report.drawing.pictures import data_uri, picture
+
+    preprocess = Preprocessing(28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    pixels = picture(torch.zeros(3, preprocess.size, preprocess.size), preprocess.mean, preprocess.std)
+    image = '<img src="{}" alt="{}">'.format
+    first = image(data_uri(pixels, "jpeg"), "a.png, as the model saw it") + image(data_uri(pixels), "norms of [a]")
+    folder.joinpath("report.html").write_text(
+        f'{image(data_uri(pixels), "a scale")}<section class="sample">{first}</section>'
+        f'<section class="sample">{image(data_uri(pixels), "b.png")}</section>'
+    )
+    return folder
+
+
+def test_a_repaired_model_tells_before_after_data_settings_method_and_checks(
+    export: Export, reported: Path, tmp_path: Path
+) -> None:
+    result = export(reported, "torchhub", tmp_path / "hub")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert header(card)["verified"] is True
+    assert {"sinder", "singular-defects"} <= set(header(card)["tags"])  # type: ignore[call-overload]
+    config = json.loads((reported / "config.json").read_text())
+    for words in (
+        "# `demo_vit`, repaired",
+        f"Verified: {result.check.told}.",
+        "| | before | after |",
+        "| Outlying tokens |",
+        f"64 images, without labels; the list has the fingerprint `{config['images']['fingerprint']}`",
+        f"| Fingerprint of the base weights | `{config['weights']['fingerprint']}` |",
+        "| `lr` | `0.05` |",
+        "torch.hub.load('hub', 'demo_vit', source=\"local\")",
+        CITATION,
+    ):
+        assert words in card
+    shown = re.findall(r"!\[(.*)\]\((.*)\)", card)
+    assert shown == [("a.png, as the model saw it", "pictures/1.jpg"), ("norms of (a)", "pictures/2.png")]
+    for _, name in shown:
+        with Image.open(tmp_path / "hub" / name) as picture:
+            assert picture.size[0] == picture.size[1]
+    assert not re.search(r"\{\{|\}\}|\{%|%\}|None|Undefined|\n\n\n", card)
+
+
+def test_a_model_that_was_not_repaired_says_so_and_has_no_table(export: Export, plain: Path, tmp_path: Path) -> None:
+    export(CUSTOM, "torchhub", tmp_path / "hub", plain, verify=False)
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert header(card)["verified"] is False
+    assert "**Not verified**: not checked: --no-verify." in card
+    assert "It was not repaired." in card
+    assert "before | after" not in card
+    assert "singular-defects" not in card
+
+
+def test_a_licence_is_carried_over(tmp_path: Path) -> None:
+    backbone = api.open_model(ModelRequest("demo_vit"))
+    from dataclasses import replace
+
+    for licence in ("apache-2.0", None):
+        plan = Plan(replace(backbone, license=licence), ExportSettings("torchhub"), silent)
+        card = render_export_card(plan, TARGET, Check("looked at", True, 2.5e-7, 1e-5), tmp_path.name)
+        assert header(card).get("license") == licence
+        assert "largest relative difference 2.5e-07, tolerance 1e-05" in card
+
+
+def test_a_run_without_a_page_has_no_pictures(tmp_path: Path) -> None:
+    assert run_pictures(tmp_path / "report.html") == []
+    (tmp_path / "report.html").write_text('<section class="sample"><img src="http://x/y.png" alt="x"></section>')
+    assert run_pictures(tmp_path / "report.html") == []
+
+
+def test_every_row_of_a_table_has_the_columns_of_its_head(export: Export, run: Path, tmp_path: Path) -> None:
+    export(run, "torchhub", tmp_path / "hub", verify=False)
+    card = (tmp_path / "hub" / "README.md").read_text()
+    tables = re.findall(r"(?:^\|.*\n)+", card, re.MULTILINE)
+    assert len(tables) == 4
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
+
+
+def test_a_run_that_was_changed_further_does_not_show_its_own_table_as_that_of_the_change(
+    export: Export, run: Path, tmp_path: Path
+) -> None:
+    weights = api.open_model(ModelRequest(str(run))).weights
+    delta = tmp_path / "delta.safetensors"
+    write_patch(delta, "demo_vit", weights.fingerprint(), weights, ["norm.weight"])
+    for change, shown in ((None, True), (delta, False)):
+        export(run, "torchhub", tmp_path / "hub", adapter=change, verify=False, force=True)
+        card = (tmp_path / "hub" / "README.md").read_text()
+        assert "# `demo_vit`, repaired" in card
+        assert ("| before | after |" in card) is shown

@@ -1,0 +1,67 @@
+"""The measure of a check, and the images that it looks at."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sinder_cli import ModelRequest, api
+from sinder_cli.errors import BadInputError
+from sinder_cli.events import silent
+from sinder_cli.export.pictures import SIDE, drawn_pictures
+from sinder_cli.export.settings import ExportSettings
+from sinder_cli.export.targets import Plan
+from sinder_cli.export.verifying import by_kind, relative_difference, square_images
+from sinder_cli.images.finding import find_images
+
+
+@pytest.fixture
+def plan(plain: Path) -> Plan:
+    return Plan(api.open_model(ModelRequest("dinov2_custom", plain)), ExportSettings("torchhub"), silent)
+
+
+def test_a_difference_is_that_of_the_worst_token_by_its_own_length() -> None:
+    ours = torch.tensor([[[300.0, 400.0], [3.0, 4.0]]])
+    theirs = ours + torch.tensor([[[0.0, 0.5], [0.0, 0.01]]])
+    assert relative_difference(theirs, ours) == pytest.approx(0.01 / 5, rel=1e-3)  # against 0.5 / 500
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_within_no_tolerance(value: float) -> None:
+    theirs = torch.ones(1, 3, 2)
+    theirs[0, 1, 0] = value
+    assert not relative_difference(theirs, torch.ones(1, 3, 2)) <= 1e9
+
+
+def test_tokens_are_told_apart_by_kind(plan: Plan) -> None:
+    tokens = torch.arange(2 * 7 * 3).view(2, 7, 3).float()
+    assert list(by_kind(plan.backbone, tokens)) == ["cls", "patch_tokens"]
+    assert by_kind(plan.backbone, tokens)["patch_tokens"].shape == (2, 6, 3)
+
+
+def test_drawn_pictures_are_the_same_each_time_and_have_the_spectrum_of_photographs() -> None:
+    one, other = drawn_pictures(2)
+    assert one.tobytes() == drawn_pictures(1)[0].tobytes() != other.tobytes()
+    grey = np.asarray(one.convert("L"), dtype=float)
+    power = np.abs(np.fft.fft2(grey - grey.mean())) ** 2
+    radius = np.hypot(*np.meshgrid(np.fft.fftfreq(SIDE) * SIDE, np.fft.fftfreq(SIDE) * SIDE))
+    rings = [power[(radius >= low) & (radius < 1.2 * low)].mean() for low in (5, 50)]
+    assert math.log10(rings[0] / rings[1]) == pytest.approx(2, abs=0.4)  # tenfold frequency, a hundredth of the power
+
+
+def test_images_that_were_named_are_looked_at_and_the_unreadable_left_out(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    Image.new("RGB", (90, 90), (255, 0, 0)).save(tmp_path / "b.png")
+    from dataclasses import replace
+
+    named = replace(plan, images=find_images([str(tmp_path)], None, silent))
+    assert square_images(named).shape == (1, 3, 84, 84)
+    (tmp_path / "b.png").write_bytes(b"no image either")
+    named = replace(plan, images=find_images([str(tmp_path)], None, silent))
+    with pytest.raises(BadInputError, match="no image could be decoded; name others with --data"):
+        square_images(named)
