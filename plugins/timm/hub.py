@@ -25,9 +25,7 @@ def pretrained_file(name: str, request: ModelRequest) -> Path:
     """The pretrained file of a model, fetched once into its cache. Raises `UnavailableError` that says what to do."""
     cfg = timm.get_pretrained_cfg(name) if timm.models.is_model_pretrained(name) else None
     if cfg is None or not cfg.has_weights:
-        tags = timm.list_models(f"{name}.*", pretrained=True)[:3]
-        remedy = f"name {' or '.join(f'timm/{tag}' for tag in tags)}" if tags else "name a file with --weights"
-        raise UnavailableError(f"no weights for timm/{name}", "timm knows none of this name", remedy)
+        raise UnavailableError(f"no weights for timm/{name}", "timm knows of none", "name a file with --weights")
     if cfg.file:
         return Path(cfg.file)
     if cfg.hf_hub_id:

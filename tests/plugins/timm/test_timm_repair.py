@@ -59,7 +59,7 @@ def test_three_steps_leave_a_file_that_timm_loads_strictly(
     assert changed
     assert changed <= trained
     module = timm.create_model(NAMES[kind], num_classes=0, checkpoint_path=tmp_path / "run" / "model.safetensors")
-    assert not any(tensor.isnan().any() for tensor in module.state_dict().values())
+    assert all(torch.equal(tensor, after[name]) for name, tensor in module.state_dict().items())
 
 
 def trained_names(request: ModelRequest) -> set[str]:
@@ -82,8 +82,13 @@ def test_a_repair_leaves_queries_and_keys_of_a_fused_projection_alone(
     assert any(not torch.equal(before[name][128:], after[name][128:]) for name in fused)
 
 
-def test_a_model_with_rotary_positions_is_analyzed_at_any_shape(stored: Stored, photos: Path) -> None:
+def test_a_model_with_rotary_positions_is_analyzed_at_the_shape_of_each_image(
+    stored: Stored, photos: Path, tmp_path: Path
+) -> None:
+    with Image.open(photos / "0.png") as photo:
+        photo.resize((128, 96)).save(tmp_path / "wide.png")
+        photo.resize((96, 128)).save(tmp_path / "tall.png")
     settings = AnalyzeSettings(resize="none", **EAGER_TO_MARK)
-    result = api.analyze(ModelRequest("timm/small_dinov3", stored("dinov3")), [str(photos)], settings)
+    result = api.analyze(ModelRequest("timm/small_dinov3", stored("dinov3")), [str(tmp_path)], settings)
     assert result is not None
-    assert result.analysis.model.prefix_tokens == 5
+    assert (result.analysis.images, len(result.analysis.blocks)) == (2, 3)
