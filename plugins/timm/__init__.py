@@ -1,10 +1,16 @@
-"""Vision transformers of timm: every pre-norm `VisionTransformer`, and the `Eva` family, as `timm/NAME`."""
+"""Vision transformers of timm: every pre-norm `VisionTransformer`, and the `Eva` family, as `timm/NAME`.
+
+The backbone is what timm makes of the name with `num_classes=0`: only the classifier of a checkpoint is left out. An
+attention pool, or the norm behind a pool, is part of it and passes through a repair unchanged; the final norm is that
+of timm's `forward_features`, so that a model which normalizes behind its pool has none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sinder_cli import (
     Backbone,
@@ -23,14 +29,21 @@ if TYPE_CHECKING:
 SINDER_API = 1
 
 PREFIX = "timm/"
-WELL_KNOWN = (Listing("timm/vit_large_patch14_dinov2.lvd142m", "DINOv2 as timm has it", 304_368_640, 14, 1, ("timm",)),)
+REQUIRES = ("timm",)
+WELL_KNOWN = (  # timm's name, what it is, parameters, patch, prefix tokens
+    ("vit_large_patch14_dinov2.lvd142m", "DINOv2, 24 blocks of width 1024", 304_367_616, 14, 1),
+    ("vit_large_patch14_reg4_dinov2.lvd142m", "DINOv2, 24 blocks of width 1024, 4 registers", 304_370_688, 14, 5),
+    ("vit_large_patch16_dinov3.lvd1689m", "DINOv3, 24 blocks of width 1024, 4 registers", 303_079_424, 16, 5),
+    ("vit_base_patch16_clip_224.openai", "CLIP, 12 blocks of width 768", 85_799_424, 16, 1),
+    ("eva02_large_patch14_448.mim_m38m_ft_in22k_in1k", "EVA-02, 24 blocks of width 1024", 304_055_232, 14, 1),
+)
 
 
 @hookimpl
 def sinder_listing() -> Sequence[Listing]:
     """A few of timm's names, and the form of all others."""
-    form = Listing("timm/NAME", "any pre-norm VisionTransformer or Eva of timm's, by timm's name", requires=("timm",))
-    return [*WELL_KNOWN, form]
+    known = [Listing(f"{PREFIX}{row[0]}", *row[1:], REQUIRES) for row in WELL_KNOWN]
+    return [*known, Listing(f"{PREFIX}NAME", "any pre-norm VisionTransformer or Eva of timm's", requires=REQUIRES)]
 
 
 @hookimpl
@@ -79,21 +92,25 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
 
 def _timm_name(request: ModelRequest) -> str:
     """timm's own name of the model. Raises `UnavailableError` without timm, `UsageError` for a name unknown to it."""
+    name = request.model.removeprefix(PREFIX)
     define_torchvision_operators()
     try:
         import timm
     except Exception as error:  # a torchvision for another torch fails in many ways
         why = f"timm cannot be imported ({type(error).__name__}: {error})"
         raise UnavailableError(f"cannot use {request.model}", why, "install sinder-cli[timm]") from error
-    name = request.model.removeprefix(PREFIX)
-    known = timm.is_model(name) and (name == timm.models.get_arch_name(name) or timm.get_pretrained_cfg(name))
-    if not known:
-        import difflib
-
-        near = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3, cutoff=0.5)
+    current = timm.models.get_deprecated_models().get(name, name)  # None for a name that was given up for nothing
+    if current is None or not timm.is_model(current) or not _is_tagged(timm, current):
+        names = [*timm.list_models(), *timm.list_models(pretrained=True)]  # without tags, and with them
+        near = get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(PREFIX + other for other in near)}?" if near else "see timm.list_models()"
         raise UsageError(f"unknown model {request.model!r}", f"timm {timm.__version__} has no such name", hint)
-    return name
+    return str(current)
+
+
+def _is_tagged(timm: Any, name: str) -> bool:
+    """Whether the tag of a name, which says of pretrained weights which, is one that timm knows."""
+    return "." not in name or bool(timm.list_models(name, include_tags=True))
 
 
 def _fused(request: ModelRequest) -> bool:

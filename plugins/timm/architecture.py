@@ -47,7 +47,7 @@ def create(name: str, **options: Any) -> nn.Module:
     """timm's module of a name, without its classifier, on torch's present device."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that timm gave up and still knows
-        module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **options)
+        module: nn.Module = timm.create_model(name, num_classes=0, **options)
         return module
 
 
@@ -102,7 +102,7 @@ def _stem(root: Part) -> StemMap | None:
 def _patch_size(stem: Any) -> int:
     """The side of a patch; a stem other than one convolution of square RGB patches is refused."""
     if type(stem) is not PatchEmbed:
-        raise InexpressibleError(f"patch_embed is a {type(stem).__name__}, no projection of single patches")
+        raise InexpressibleError(f"patch_embed is {type(stem).__name__}, no projection of single patches")
     height, width = stem.patch_size
     if height != width or stem.proj.in_channels != 3:
         raise InexpressibleError(f"patch_embed takes {height}×{width} patches of {stem.proj.in_channels} channels")

@@ -22,11 +22,10 @@ from .parts import InexpressibleError, Part, activation, attention_fields, mlp_m
 def block_map(part: Part) -> BlockMap:
     """The map of one block by its class. Raises `InexpressibleError` naming what no map can say."""
     kind = type(part.module)
-    if kind in REFUSED:
-        raise InexpressibleError(f"{part.kind}, {REFUSED[kind]}")
-    if kind not in BLOCKS:
-        raise InexpressibleError(f"{part.kind}, none of {', '.join(known.__name__ for known in BLOCKS)}")
-    return BLOCKS[kind](part)
+    if kind in BLOCKS:
+        return BLOCKS[kind](part)
+    others = f"none of {', '.join(known.__name__ for known in BLOCKS)}"
+    raise InexpressibleError(f"{part.kind}, {REASONS.get(kind.__name__, others)}")
 
 
 def _block(part: Part) -> BlockMap:
@@ -115,7 +114,9 @@ BLOCKS: dict[type[nn.Module], Callable[[Part], BlockMap]] = {
     eva.EvaBlock: _eva_block,
 }
 
-REFUSED: dict[type[nn.Module], str] = {
-    vision_transformer.ResPostBlock: "which normalizes behind its sub-layers: only pre-norm blocks can be linearized",
-    eva.EvaBlockPostNorm: "which normalizes behind its sub-layers: only pre-norm blocks can be linearized",
+POST_NORM = "which normalizes behind its sub-layers: only pre-norm blocks can be linearized"
+REASONS = {  # by name, since not every release of timm has all of them
+    "ResPostBlock": POST_NORM,
+    "EvaBlockPostNorm": POST_NORM,
+    "DiffParallelScalingBlock": "whose attention is the difference of two, normalized by head",
 }

@@ -7,36 +7,35 @@ import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
-import timm
 import torch
+from timm.models import _builder as builder
 from torch import Tensor, nn
 
 from sinder_cli import BadInputError, MemoryTensors, Weights, require_matching
 
-from .architecture import Architecture
+from .architecture import Architecture, create
 
 ANCHOR = "patch_embed.proj.weight"  # of timm's own checkpoints, and of most official ones
-WRAPPERS = ("model_ema", "model", "module", "state_dict", "encoder")  # that timm's functions look into
+WRAPPERS = ("model_ema", "model", "module", "state_dict")  # that timm's functions look into, one inside another
+ENCODER = "encoder"  # of I-JEPA, the same
 
 Filter = Callable[[dict[str, Any], nn.Module], Mapping[str, Tensor]]
 
 
 def backbone_weights(name: str, described: Architecture, weights: Weights) -> Weights:
-    """The tensors of the backbone by timm's names.
+    """The tensors of the backbone by timm's names, those of the classifier left out.
 
-    Names that are timm's already are read lazily; others are converted, all tensors at once, by the function that timm
-    itself applies to the official checkpoints of the model. The classifier is left out. Raises `BadInputError` for
-    weights that do not fit after that.
+    Where names and shapes are timm's already, they are read lazily. Others are converted, all tensors at once, by the
+    function that timm itself applies to the official checkpoints of this model; it resizes position embeddings and
+    patches to the sizes of the module. Raises `BadInputError` for weights that do not fit after that.
     """
-    plain = without(_located(weights), described.classifiers)
     shapes = described.shapes
-    if {name: plain.shape(name) for name in plain.names} == shapes:
-        return plain
-    found = plain
-    if (convert := filter_of(name)) is not None:
-        found = without(converted(_located(weights), described.module, convert), described.classifiers)
+    located = _located(weights)
+    found = without(located, described.classifiers)
+    if {tensor: found.shape(tensor) for tensor in found.names} != shapes:
+        with contextlib.suppress(LookupError):
+            found = without(converted(located, described.module, filter_of(name)), described.classifiers)
     require_matching(shapes, found, f"timm/{name}")
     return found
 
@@ -52,45 +51,51 @@ def _located(weights: Weights) -> Weights:
 def without(weights: Weights, layers: tuple[str, ...]) -> Weights:
     """The weights but for those of some layers, which are counted as ignored."""
     prefixes = tuple(f"{layer}." for layer in layers)
-    left_out = tuple(name for name in weights.names if name.startswith(prefixes))
-    kept = {name: stored for name, stored in weights.stored_names.items() if name not in left_out}
+    kept = {name: stored for name, stored in weights.stored_names.items() if not name.startswith(prefixes)}
+    left_out = tuple(name for name in weights.names if name not in kept)
     return replace(weights, stored_names=kept, ignored=(*weights.ignored, *left_out))
 
 
 def converted(weights: Weights, module: nn.Module, convert: Filter) -> Weights:
-    """The weights as timm's function makes them of these; it resizes position embeddings to the module's grid."""
-    stored = weights.read(weights.names)
+    """The weights as timm's function makes them of these, held in memory."""
+    stored = nested(weights.read(weights.names))
     try:
-        with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # timm's functions print
-            tensors = dict(convert(wrapped(stored), module))
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
+        with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # standard output is for results
+            tensors = dict(convert(stored, module))
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         why = f"timm's function for this model cannot convert it ({type(error).__name__}: {error})"
         raise BadInputError(f"cannot use weights {weights.source.label}", why, "is it a checkpoint of it?") from error
     found = Weights.of(MemoryTensors(f"{weights.source.label}, converted by timm", tensors))
     return replace(found, ignored=weights.ignored)
 
 
-def wrapped(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Tensors nested as they were stored, as far as timm's functions look: `model.x` is `x` of `model`."""
-    for wrapper in WRAPPERS:
+def nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Tensors in the dictionaries they were stored in, as far as timm's functions look: `model.x` is `x` of `model`."""
+    for wrapper in (*WRAPPERS, ENCODER):
         prefix = f"{wrapper}."
         if inside := {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}:
-            return {wrapper: wrapped(inside) if wrapper != "encoder" else inside}
+            return {wrapper: inside if wrapper == ENCODER else nested(inside)}
     return dict(tensors)
 
 
-def filter_of(name: str) -> Filter | None:
-    """The function that timm applies to pretrained tensors of this model, with the options that it has bound.
+def filter_of(name: str) -> Filter:
+    """The function that timm applies to pretrained tensors of this model, with the options that it binds to it.
 
-    timm hands it to nobody but its own loader, so a loader that loads nothing takes it.
+    timm hands it to its own loader alone, so a loader that loads nothing takes it. Raises `LookupError` without one.
     """
     taken: list[Filter | None] = []
-    with _loader(lambda *_, filter_fn=None, **__: taken.append(filter_fn)), torch.device("meta"):
-        timm.create_model(name, pretrained=True, num_classes=0)
+    with _loading(lambda *_, filter_fn=None, **__: taken.append(filter_fn)), torch.device("meta"):
+        create(name, pretrained=True)
+    if not taken or taken[0] is None:
+        raise LookupError(name)
     return taken[0]
 
 
 @contextlib.contextmanager
-def _loader(load: Callable[..., None]) -> Iterator[None]:
-    with mock.patch("timm.models._builder.load_pretrained", load):
+def _loading(load: Callable[..., None]) -> Iterator[None]:
+    """Another loader in the place of timm's."""
+    own, builder.load_pretrained = builder.load_pretrained, load
+    try:
         yield
+    finally:
+        builder.load_pretrained = own

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import timm
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's, or httpx2's
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+)
 
 from sinder_cli import ModelRequest, UnavailableError, download
 
@@ -16,9 +25,7 @@ def pretrained_file(name: str, request: ModelRequest) -> Path:
     """The pretrained file of a model, fetched once into its cache. Raises `UnavailableError` that says what to do."""
     cfg = timm.get_pretrained_cfg(name) if timm.models.is_model_pretrained(name) else None
     if cfg is None or not cfg.has_weights:
-        tags = timm.list_models(f"{name}.*", pretrained=True)[:3]
-        remedy = f"name {' or '.join(f'timm/{tag}' for tag in tags)}" if tags else "name a file with --weights"
-        raise UnavailableError(f"no weights for timm/{name}", "timm knows none of this name", remedy)
+        raise UnavailableError(f"no weights for timm/{name}", "timm knows of none", "name a file with --weights")
     if cfg.file:
         return Path(cfg.file)
     if cfg.hf_hub_id:
@@ -28,25 +35,45 @@ def pretrained_file(name: str, request: ModelRequest) -> Path:
 
 def hub_file(repository: str, filename: str, revision: str | None = None) -> Path:
     """A file of a repository on the hub in its cache, or its twin in safetensors where there is one."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-
     repository, _, pinned = repository.partition("@")
-
-    def fetched(name: str) -> Path:
-        return Path(hf_hub_download(repository, name, revision=revision or pinned or None))
-
+    at = {"repo_id": repository, "revision": revision or pinned or None}
     try:
-        try:
-            return fetched(safe_name(filename))
-        except EntryNotFoundError:  # it is not there, or not in the cache and the hub cannot be reached
-            return fetched(filename)
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, ConnectionError) as error:
-        why = " ".join(str(error).split("\n")[0].split()).rstrip(".") or type(error).__name__
-        remedy = f"fetch {safe_name(filename)} elsewhere and give it with --weights"
-        raise UnavailableError(f"cannot fetch {repository} from the hub", why, remedy) from error
+        return _safest(filename, at)
+    except LocalEntryNotFoundError as error:
+        raise _unreachable(repository, filename, error) from error
+    except EntryNotFoundError as error:
+        why = f"it has neither {safe_name(filename)} nor {filename}"
+        raise UnavailableError(f"cannot use {repository} of the hub", why, "name a file with --weights") from error
+    except GatedRepoError as error:
+        remedy = f"ask for it at {constants.ENDPOINT}/{repository}, and set HF_TOKEN"
+        why = "it is gated, and this token has no access"
+        raise UnavailableError(f"cannot use {repository} of the hub", why, remedy) from error
+    except (HfHubHTTPError, HTTPError) as error:
+        why = str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+        raise UnavailableError(f"cannot use {repository} of the hub", why, "check the name and --revision") from error
+
+
+def _safest(filename: str, at: dict[str, Any]) -> Path:
+    """The file as safetensors, or else as it is named; where the hub does not answer it is not asked twice."""
+    try:
+        return Path(hf_hub_download(filename=safe_name(filename), **at))
+    except LocalEntryNotFoundError:
+        cached = try_to_load_from_cache(filename=filename, **at)
+        if isinstance(cached, str):
+            return Path(cached)
+        raise
+    except EntryNotFoundError:
+        return Path(hf_hub_download(filename=filename, **at))
 
 
 def safe_name(filename: str) -> str:
     """The name that a pickled file of the hub has as safetensors."""
     return SAFE_NAMES.get(filename) or str(Path(filename).with_suffix(".safetensors"))
+
+
+def _unreachable(repository: str, filename: str, error: Exception) -> UnavailableError:
+    what, remedy = f"cannot fetch {repository}", f"fetch {safe_name(filename)} elsewhere and name it with --weights"
+    if constants.HF_HUB_OFFLINE:
+        return UnavailableError(what, "offline mode is on, and it is not in the cache", remedy)
+    reason = str(error.__cause__ or error).strip().split("\n")[0]
+    return UnavailableError(what, f"{constants.ENDPOINT} does not answer ({reason})", remedy)

@@ -5,7 +5,7 @@ A class that is in none of the tables is refused: what it computes is not known.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,8 @@ class Part:
 
     @property
     def kind(self) -> str:
-        """How messages call it: `blocks.0.attn is a DiffAttention`."""
-        return f"{self.name} is a {type(self.module).__name__}"
+        """How messages call it: `blocks.0.attn is DiffAttention`."""
+        return f"{self.name} is {type(self.module).__name__}"
 
     def has(self, child: str) -> bool:
         """Whether there is such a part, or tensor, that does something."""
@@ -51,6 +51,8 @@ class Part:
     def _named(self, child: str) -> str:
         return f"{self.name}.{child}" if self.name else child
 
+
+ATTENTIONS = (layers.Attention, layers.AttentionRope, EvaAttention)
 
 NORMS = {
     nn.LayerNorm: "layernorm",
@@ -77,6 +79,10 @@ ELEMENTWISE = (  # functions without weights that have no name in a layer map, a
     nn.CELU, nn.ELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU6,
     nn.SELU, nn.Softplus, nn.Softsign, layers.HardMish, layers.HardSigmoid, layers.HardSwish, layers.Mish,
 )  # fmt: skip
+
+
+def _listed(kinds: Iterable[type]) -> str:
+    return ", ".join(kind.__name__ for kind in kinds)
 
 
 def norm_map(part: Part) -> NormMap:
@@ -109,8 +115,8 @@ def activation(part: Part) -> str | Callable[..., Any]:
 def attention_fields(part: Part) -> dict[str, Any]:
     """What an `AttentionMap` says of the attention itself; norms of queries and keys only steer the mixing."""
     attention: Any = part.module
-    if type(attention) not in (layers.Attention, layers.AttentionRope, EvaAttention):
-        raise InexpressibleError(f"{part.kind}, and of its attention no single value projection can be told")
+    if type(attention) not in ATTENTIONS:
+        raise InexpressibleError(f"{part.kind}, none of {_listed(ATTENTIONS)}")
     if part.has("gate"):
         raise InexpressibleError(f"{part.name} multiplies its values by a gate that depends on the token")
     if getattr(attention, "num_kv_groups", 1) > 1:
@@ -150,7 +156,7 @@ def mlp_map(part: Part, norm: NormMap, scale: WeightRef | None) -> PlainMlpMap |
     """The map of an MLP by its class, with the norm in front of it and the LayerScale behind it."""
     described = MLPS.get(type(part.module))
     if described is None:
-        raise InexpressibleError(f"{part.kind}, none of {', '.join(kind.__name__ for kind in MLPS)}")
+        raise InexpressibleError(f"{part.kind}, none of {_listed(MLPS)}")
     fields = {
         "norm": norm,
         "activation": activation(part["act"]),

@@ -8,7 +8,7 @@ from torch import nn
 def structure(module: nn.Module) -> str:
     """One phrase that names the block and the reason, for a module that is neither VisionTransformer nor Eva."""
     block = _first_block(module)
-    named = f"{block[0]} is a {type(block[1]).__name__}" if block else f"it is a {type(module).__name__}"
+    named = f"{block[0]} is {type(block[1]).__name__}" if block else f"it is {type(module).__name__}"
     return f"{named}, {_reason(module, block[1] if block else module)}"
 
 
@@ -24,4 +24,4 @@ def _reason(module: nn.Module, block: nn.Module) -> str:
     widths = [int(stage["num_chs"]) for stage in getattr(module, "feature_info", ())]
     if widths and widths[0] != widths[-1]:
         return f"and its width grows from {widths[0]} to {widths[-1]}: a hierarchical model has no one residual stream"
-    return f"and a {type(module).__name__} is neither timm's VisionTransformer nor its Eva"
+    return f"and {type(module).__name__} is neither timm's VisionTransformer nor its Eva"
