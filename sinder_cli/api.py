@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
@@ -19,8 +18,8 @@ from sinder_cli.backbone.opening import describe, load_module, open_backbone, re
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
 from sinder_cli.defects.settings import DetectionSettings
 from sinder_cli.errors import NoInputError, UsageError
-from sinder_cli.events import Emit, Finished, Noted, Started, Warned, silent
-from sinder_cli.files import require_writable_file, sha256_of, write_json
+from sinder_cli.events import Emit, Noted, Warned, silent
+from sinder_cli.files import require_writable_file, sha256_of
 from sinder_cli.images.choosing import sampled
 from sinder_cli.images.finding import find_images
 from sinder_cli.images.loading import require_some
@@ -32,16 +31,14 @@ from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.stopping import Stop
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sinder_cli.analysis.results import AnalysisResult
     from sinder_cli.analysis.tokens import Subject
     from sinder_cli.conformance.records import Conformance
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.defects.rules import Stage
-    from sinder_cli.repair.evaluation import Snapshot
-    from sinder_cli.repair.folder import RunFolder
     from sinder_cli.repair.results import RepairResult
+    from sinder_cli.repair.run import Start
+    from sinder_cli.repair.trial import Trial
 
 DRAWN_IMAGES = 64  # how many a backbone draws that brings its own
 
@@ -226,14 +223,37 @@ def repair(
         raise UsageError(f"batch size {settings.batch_size} is too small", why, f"use --batch-size {ranks.size}")
     named = _named_images(places, stdin, emit, ranks)  # before a checkpoint is read, or even downloaded
     from sinder_cli.repair.folder import RunFolder
+    from sinder_cli.repair.run import run_repair
 
     folder = RunFolder(out)
     if force:
         _require_elsewhere(out, request)
     with folder.held(emit) if ranks.writes else nullcontext():
         resume = ranks.once(lambda: folder.require_free(resume, force))
-        opened = _opened(request, named, settings, ranks)
-        return _repair(opened, folder, settings, emit, resume, stop or Stop(), ranks)
+        return run_repair(_start(request, named, settings, ranks), folder, emit, resume, stop or Stop(), ranks)
+
+
+def try_repair(
+    request: ModelRequest,
+    places: Sequence[str],
+    out: Path,
+    settings: RepairSettings,
+    emit: Emit = silent,
+    stdin: IO[str] | None = None,
+    force: bool = False,
+) -> Trial:
+    """What `repair` would do with the same arguments: all that it does before its first step, and that step's cost.
+
+    Nothing is written, and nothing that is there is touched.
+    """
+    named = find_images(places, stdin, emit) if places else None
+    from sinder_cli.repair.folder import RunFolder
+    from sinder_cli.repair.trial import trial
+
+    folder = RunFolder(out)
+    with folder.held(emit):
+        folder.require_free(resume=False, force=force)
+        return trial(_start(request, named, settings), emit)
 
 
 def finished_repair(
@@ -249,25 +269,13 @@ def finished_repair(
     from sinder_cli.repair.folder import RunFolder
 
     folder = RunFolder(out)
-    folder.require_same(_opened(request, named, settings).config)
+    folder.require_same(_start(request, named, settings).config)
     return folder.read_summary()
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """What a repair starts from, and the `config.json` that says so."""
-
-    backbone: Backbone
-    preprocess: Preprocessing
-    source: ImageSource
-    device: str
-    config: dict[str, Any]
-
-
-def _opened(
-    request: ModelRequest, named: ImageSource | None, settings: RepairSettings, ranks: Ranks = ALONE
-) -> _Opened:
+def _start(request: ModelRequest, named: ImageSource | None, settings: RepairSettings, ranks: Ranks = ALONE) -> Start:
     from sinder_cli.repair.results import run_config
+    from sinder_cli.repair.run import Start
 
     device = _device(settings, ranks, request.emit)
     require_attention(request.attention, device)
@@ -276,7 +284,7 @@ def _opened(
     source = named or drawn_images(backbone, settings.seed)
     config = run_config(backbone, request, settings, preprocess, source, device)
     require_alike(config, ranks)
-    return _Opened(backbone, preprocess, source, device, config)
+    return Start(backbone, preprocess, source, settings, device, config)
 
 
 def _require_elsewhere(out: Path, request: ModelRequest) -> None:
@@ -285,98 +293,6 @@ def _require_elsewhere(out: Path, request: ModelRequest) -> None:
         if place is not None and place.exists() and out.resolve() in (place.resolve(), *place.resolve().parents):
             what = f"cannot replace the run in {out}"
             raise UsageError(what, "it holds the weights that are to be repaired", "choose another --out")
-
-
-def _repair(
-    opened: _Opened,
-    folder: RunFolder,
-    settings: RepairSettings,
-    emit: Emit,
-    resume: bool,
-    stop: Stop,
-    ranks: Ranks,
-) -> RepairResult | None:
-    """Repair into a folder that this process, or rank 0, holds."""
-    began = time.monotonic()
-    from sinder_cli.defects.prediction import predict as predict_defects
-    from sinder_cli.repair.adapter import write_adapter
-    from sinder_cli.repair.batches import forget_mended, require_readable
-    from sinder_cli.repair.deltas import Deltas
-    from sinder_cli.repair.evaluation import SAMPLES, evaluation_images, take_snapshot
-    from sinder_cli.repair.forward import Directions
-    from sinder_cli.repair.loop import Progress, density_window, repair_steps
-    from sinder_cli.repair.results import RepairResult, run_summary, write_model
-    from sinder_cli.repair.session import checkpointed, restored
-
-    backbone, preprocess, source, device = opened.backbone, opened.preprocess, opened.source, opened.device
-    progress = Progress(density_window(len(source)))
-    samples: dict[str, Tensor] = {}
-    if ranks.writes:
-        if resume:
-            folder.require_same(opened.config, emit)
-        samples = evaluation_images(source, preprocess, settings.eval_images, progress.unreadable, emit)
-        require_readable(source, progress.unreadable, settings.strict)
-    images = list(samples.values())
-
-    prediction = ranks.once(lambda: predict_defects(backbone, ("cumulative",), emit, exact_device(device)))
-    directions = Directions(prediction.directions().to(device), prediction.gaps())
-    if not any(gap >= settings.min_gap for gap in directions.gaps):
-        emit(Warned(f"no direction is determined (σ₁/σ₂ < {settings.min_gap} in every block): none can be defective"))
-    module = load_module(backbone, device)
-
-    def look(phase: str) -> Snapshot:
-        return take_snapshot(backbone, module, images, settings.batch_size, device, emit, phase)
-
-    before = look("looking at the original") if ranks.writes else None
-    if before is not None:
-        before.require_finite("the backbone is broken", "give other weights")
-    deltas = Deltas(backbone, module, emit, settings.offload)
-    checkpoints = folder.checkpoints
-    if resume and restored(checkpoints, deltas, progress, emit, ranks):
-        forget_mended(source, preprocess, progress.unreadable)
-        emit(Noted(f"going on after step {progress.steps}"))
-    if ranks.writes:
-        if not resume:
-            folder.begin(opened.config)
-        folder.forget_after(progress.steps)
-
-    def save() -> None:
-        if ranks.writes:
-            folder.flush_metrics()
-            checkpoints.write(deltas, progress)
-
-    steps = repair_steps(backbone, directions, deltas, source, preprocess, settings, progress, emit, ranks)
-    earlier = progress.seconds
-    emit(Started("repairing", settings.max_steps, "steps", progress.steps))
-    with closing(checkpointed(steps, save, progress, settings, stop, emit, ranks)) as records:
-        for record in records:
-            if ranks.writes:
-                folder.record(record)
-            emit(record)
-    emit(Finished("repairing"))
-    if before is None:
-        return None
-    after = look("looking at the repaired")
-    after.require_finite("the repair has diverged", "lower --lr")
-
-    emit(Noted(f"writing {folder.model}"))
-    write_model(folder.model, backbone.weights, deltas)
-    write_adapter(folder.adapter, backbone.name, opened.config["weights"]["fingerprint"], deltas, settings)
-    summary = run_summary(backbone, before, after, progress, deltas, settings)
-    summary["seconds"] = round(earlier + time.monotonic() - began, 3)
-    write_json(folder.summary, summary)
-    return RepairResult(
-        folder=folder.path,
-        model=backbone.name,
-        summary=summary,
-        config=opened.config,
-        before=before,
-        after=after,
-        pictures=images[:SAMPLES],
-        names=list(samples)[:SAMPLES],
-        mean=preprocess.mean,
-        std=preprocess.std,
-    )
 
 
 def export(source: str, target: str, out: Path, request: ModelRequest, emit: Emit = silent) -> ExportResult:

@@ -1,8 +1,10 @@
-"""Memory that runs out, in the many ways in which libraries say so."""
+"""Memory: how much has been used, and that it runs out, in the many ways in which libraries say so."""
 
 from __future__ import annotations
 
 import errno
+import resource
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one
         return any(sign in str(error) for sign in SIGNS)
     return isinstance(error, MemoryError)
+
+
+def peak_memory(device: str = "cpu") -> int:
+    """The most bytes so far: allocated on a CUDA device, else resident in this process."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from rich.progress import (
 from rich.text import Text
 
 from sinder_cli.events import Advanced, Emit, Event, Finished, Noted, Started, Warned, silent
+from sinder_cli.memory import peak_memory
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -114,11 +114,17 @@ def say(text: str) -> None:
 
 
 def message(event: Event) -> str:
-    """The line for a note or a warning; empty for other events."""
+    """The line for a note, a warning or a look at held-out images; empty for other events."""
     if isinstance(event, Noted):
         return f"sinder: {event.text}"
     if isinstance(event, Warned):
         return f"sinder: warning: {event.text}"
+    from sinder_cli.repair.evaluation import Evaluation
+
+    if isinstance(event, Evaluation):
+        cosine = "" if event.cls_cosine is None else f", cls cosine {event.cls_cosine:.4f}"
+        held_out = f"{event.masked_share:.3%} of tokens masked, {event.defective_share:.0%} of images defective"
+        return f"sinder: held out, after step {event.step}: {held_out}{cosine}"
     return ""
 
 
@@ -136,11 +142,10 @@ def _memory() -> str:
     """The largest resident memory so far, or the device's where one is used."""
     import torch
 
-    on_gpu = max((torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())), default=0)
+    on_gpu = max((peak_memory(f"cuda:{index}") for index in range(torch.cuda.device_count())), default=0)
     if on_gpu:
         return f"{on_gpu / 2**30:.1f} GiB on the GPU"
-    scale = 2**30 if sys.platform == "darwin" else 2**20
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale:.1f} GiB"
+    return f"{peak_memory() / 2**30:.1f} GiB"
 
 
 def _clock(seconds: float) -> str:

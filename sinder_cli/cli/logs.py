@@ -15,9 +15,11 @@ from sinder_cli.files import write_text
 from sinder_cli.repair.settings import LogName, RepairSettings
 
 if TYPE_CHECKING:
+    from sinder_cli.repair.evaluation import Evaluation
     from sinder_cli.repair.loop import StepRecord
 
-LOGGED = ("loss", "density", "masked_tokens", "block")  # of a step, as far as it has them
+STEP = ("loss", "density", "masked_tokens", "block")  # what is logged of a step, as far as it has it
+HELD_OUT = ("masked_share", "defective_share", "cls_cosine")  # and of a look at held-out images
 FLUSH_SECONDS = 10
 
 
@@ -57,9 +59,10 @@ class _Steps:
     logs: list[Log] = field(default_factory=list)
 
     def hear(self, event: Event) -> None:
+        from sinder_cli.repair.evaluation import Evaluation
         from sinder_cli.repair.loop import StepRecord
 
-        if not isinstance(event, StepRecord):
+        if not isinstance(event, StepRecord | Evaluation):
             return
         while self.openers:
             self.logs.append(self.openers.pop(0)(event.step))
@@ -67,9 +70,12 @@ class _Steps:
             log.write(event.step, logged_values(event))
 
 
-def logged_values(step: StepRecord) -> dict[str, float]:
-    """What a log holds of a step; a clean one has no loss and no block."""
-    values = {name: getattr(step, name) for name in LOGGED}
+def logged_values(event: StepRecord | Evaluation) -> dict[str, float]:
+    """What a log holds of a step, or of a look at held-out images; a clean step has no loss and no block."""
+    from sinder_cli.repair.loop import StepRecord
+
+    group, names = ("repair", STEP) if isinstance(event, StepRecord) else ("held_out", HELD_OUT)
+    values = {f"{group}/{name}": getattr(event, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -99,7 +105,7 @@ class _TensorBoard:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self.writer.add_scalar(f"repair/{name}", value, step)
+            self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self.writer.close()
@@ -124,7 +130,7 @@ class _Wandb:
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self.run.log({f"repair/{name}": value for name, value in values.items()}, step=step)
+        self.run.log(values, step=step)
 
     def close(self) -> None:
         self.run.finish()

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,9 @@ from sinder_cli.files import write_text
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.stopping import Ended, Stop
 
+if TYPE_CHECKING:
+    from sinder_cli.repair.trial import Trial
+
 
 @with_settings(RepairSettings)
 def command(
@@ -51,6 +54,10 @@ def command(
         bool, typer.Option("--resume", help="Go on with the unfinished run in --out, if there is one, bit for bit.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is in --out already.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be trained, and a step's time and memory; nothing is written."),
+    ] = False,
     attention: Attention = "auto",
     format: Format = None,
     settings: RepairSettings,
@@ -64,12 +71,18 @@ def command(
 
     if resume and force:
         raise UsageError("cannot resume a run and replace it", "--resume and --force exclude each other", "give one")
+    if resume and dry_run:
+        raise UsageError("cannot try a resumed run", "--resume and --dry-run exclude each other", "give one")
     stop = context.obj.stop if context.obj else Stop()
     places = [*(data or []), *(more_data or [])]
     folder = out or Path("sinder-runs", model.replace("/", "-"))
     run = RunFolder(folder)
     with shared() as ranks, display(ranks.writes) as shown, logged(settings, folder, shown, ranks.writes) as emit:
         request = model_request(model, weights, adapter, heads, emit, attention)
+        if dry_run:
+            if ranks.writes:
+                _show_trial(api.try_repair(request, places, folder, settings, emit, sys.stdin, force), format)
+            return
         try:
             if ranks.once(lambda: resume and run.complete):
                 if ranks.writes:
@@ -95,6 +108,13 @@ def _show_finished(summary: dict[str, Any], folder: Path, format: Format) -> Non
 
     said = f"{folder}: finished already, nothing to resume"
     show(format, lambda: said, lambda: repair_document(summary, folder))
+
+
+def _show_trial(trial: Trial, format: Format) -> None:
+    from sinder_cli.report.documents import trial_document
+    from sinder_cli.report.tables import trial_table
+
+    show(format, lambda: trial_table(trial), lambda: trial_document(trial))
 
 
 def resuming_command() -> str:

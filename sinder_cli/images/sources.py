@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -92,6 +93,30 @@ class DrawnImages:
         for image in self.images:
             digest.update(f"{image.size}".encode() + image.tobytes())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class SomeImages:
+    """Some images of a source, by their index there."""
+
+    source: ImageSource
+    indices: Sequence[int]
+
+    @property
+    def in_memory(self) -> bool:
+        return self.source.in_memory
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.indices[index])
+
+    def load(self, index: int) -> Image:
+        return self.source.load(self.indices[index])
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self.source.fingerprint()} {list(self.indices)}".encode()).hexdigest()
 
 
 def _state(path: Path) -> FileState:

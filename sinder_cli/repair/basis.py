@@ -44,10 +44,8 @@ class SingularBasis:
         return SingularBasis(self.U.to(device), self.S.cpu(), self.Vt.to(device))
 
     def offloaded(self) -> SingularBasis:
-        """The same on the CPU; pinned where CUDA is, which reads it from there without waiting."""
-        pinned = torch.cuda.is_available()
-        U, Vt = (part.cpu().pin_memory() if pinned else part.cpu() for part in (self.U, self.Vt))
-        return SingularBasis(U, self.S.cpu(), Vt)
+        """The same on the CPU, where its vectors wait for their steps."""
+        return SingularBasis(waiting(self.U), self.S.cpu(), waiting(self.Vt))
 
     @cached_property
     def groups(self) -> tuple[tuple[int, int], ...]:
@@ -87,6 +85,12 @@ class SingularBasis:
 
     def _vectors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         return self.U.to(device, non_blocking=True), self.Vt.to(device, non_blocking=True)
+
+
+def waiting(tensor: Tensor) -> Tensor:
+    """A copy on the CPU; pinned where CUDA is, which reads it from there without waiting."""
+    copy = tensor.to("cpu", copy=True)
+    return copy.pin_memory() if torch.cuda.is_available() else copy
 
 
 def blank_basis(weight: Tensor) -> SingularBasis:

@@ -73,7 +73,7 @@ class Checkpoints:
         torn = []
         for folder in self._step_folders():
             try:
-                state = self._read(folder)
+                state = self._read(folder, deltas, emit)
             except (SinderError, OSError, ValueError, KeyError, TypeError) as error:
                 if is_out_of_memory(error):
                     raise
@@ -110,7 +110,7 @@ class Checkpoints:
     def _write_basis(self, target: Target) -> None:
         if target.name in self.hashes:
             return
-        tensors = {name: part.cpu() for name, part in target.basis.tensors().items()}
+        tensors = _on_cpu(target.basis)
         digest = _digest(tensors)
         write_safetensors(self._basis_file(digest), infos_of(tensors), tensors.values())  # over one that may be torn
         self.hashes[target.name] = digest
@@ -118,7 +118,7 @@ class Checkpoints:
     def _basis_file(self, digest: str) -> Path:
         return self.bases / f"{digest}.safetensors"
 
-    def _read(self, folder: Path) -> _Stored:
+    def _read(self, folder: Path, deltas: Deltas, emit: Emit) -> _Stored:
         """A whole checkpoint. Raises for one whose files are not those of its manifest, whatever the reason."""
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name in (STATE, COUNTERS):
@@ -128,11 +128,24 @@ class Checkpoints:
         tensors = _tensors_of(folder / STATE)
         targets = {}
         for name, digest in counters["bases"].items():
-            basis = _tensors_of(self._basis_file(digest))
-            if _digest(basis) != digest:
-                raise ValueError(f"the basis of {name} is not what its name says")
-            targets[name] = TargetState(tensors[f"delta.{name}"], tensors[f"velocity.{name}"], SingularBasis(**basis))
+            basis = self._read_basis(name, digest, deltas, emit)
+            targets[name] = TargetState(tensors[f"delta.{name}"], tensors[f"velocity.{name}"], basis)
         return _Stored(folder, counters, tensors, targets)
+
+    def _read_basis(self, name: str, digest: str, deltas: Deltas, emit: Emit) -> SingularBasis:
+        """The basis of a target; one that is torn is found again from the weight, which must give the same bits."""
+        path = self._basis_file(digest)
+        try:
+            tensors = _tensors_of(path)
+        except (SinderError, OSError, RuntimeError):
+            tensors = {}
+        if _digest(tensors) != digest:
+            emit(Warned(f"{path} is torn: decomposing {name} again"))
+            tensors = _on_cpu(deltas.decomposed(name))
+            if _digest(tensors) != digest:
+                raise ValueError(f"the basis of {name} is torn, and its weight has another on this machine")
+            write_safetensors(path, infos_of(tensors), tensors.values())
+        return SingularBasis(**tensors)
 
     def _apply(self, stored: _Stored, deltas: Deltas, progress: Progress) -> None:
         for block in stored.counters["blocks"]:
@@ -186,6 +199,10 @@ def _counters(targets: list[Target], progress: Progress, hashes: dict[str, str])
         "blocks": sorted({target.block for target in targets}),
         "bases": {target.name: hashes[target.name] for target in targets},
     }
+
+
+def _on_cpu(basis: SingularBasis) -> dict[str, Tensor]:
+    return {name: part.cpu() for name, part in basis.tensors().items()}
 
 
 def _tensors_of(path: Path) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from sinder_cli.backbone.blocks import rows_of
 from sinder_cli.backbone.describe import Backbone
 from sinder_cli.backbone.layermap import WeightRef, trained_references
 from sinder_cli.events import Emit, Noted, silent
-from sinder_cli.repair.basis import SingularBasis, blank_basis, singular_basis
+from sinder_cli.repair.basis import SingularBasis, blank_basis, singular_basis, waiting
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,7 +46,8 @@ class Target:
 
     def write(self) -> None:
         """Put W₀ + U diag(ε) Vᵀ into the module."""
-        self.weight.copy_(self.original + self.basis.change(self.delta))
+        original = self.original.to(self.weight.device, non_blocking=True)
+        self.weight.copy_(original + self.basis.change(self.delta))
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,10 @@ class Deltas:
     backbone: Backbone
     module: nn.Module
     emit: Emit = silent
-    offload: bool = False  # the bases wait on the CPU, and travel when a step uses them
+    offload: bool = False  # bases and original weights wait on the CPU, and travel when a step uses them
     by_block: dict[int, list[Target]] = field(default_factory=dict)
     agreed: set[int] = field(default_factory=set)  # blocks whose bases are the same on all ranks
+    decompose: Callable[[Tensor], SingularBasis] = singular_basis
 
     def of_block(self, index: int) -> list[Target]:
         """The targets of one block, decomposed now if they were not yet."""
@@ -112,6 +114,13 @@ class Deltas:
                 target.basis = self._placed(SingularBasis(**parts), device)
             self.agreed.add(index)
 
+    def decomposed(self, name: str) -> SingularBasis:
+        """The basis of a target by its name, from the original weight that the module still holds."""
+        index = int(name.split(".")[1])
+        references = trained_references(self.backbone.layers.blocks[index])
+        by_name = {target_name(index, role): ref for role, ref in references.items()}
+        return self.decompose(self._weight(by_name[name]))
+
     @torch.no_grad()
     def restore(self, index: int, states: Mapping[str, TargetState]) -> None:
         """Put the targets of a block, by name, into the state that they had; the module holds the original weights."""
@@ -128,9 +137,10 @@ class Deltas:
 
     def _target(self, index: int, role: str, ref: WeightRef, basis: SingularBasis | None = None) -> Target:
         weight = self._weight(ref)
-        basis = self._placed(singular_basis(weight) if basis is None else basis, weight.device)
+        basis = self._placed(self.decompose(weight) if basis is None else basis, weight.device)
+        original = waiting(weight) if self.offload else weight.clone()
         zeros = (weight.new_zeros(len(basis.S)) for _ in range(2))
-        return Target(index, target_name(index, role), ref, weight, weight.clone(), basis, *zeros)
+        return Target(index, target_name(index, role), ref, weight, original, basis, *zeros)
 
     def _weight(self, ref: WeightRef) -> Tensor:
         return rows_of(self.module.get_parameter(ref.name).detach(), ref)

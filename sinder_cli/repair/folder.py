@@ -20,6 +20,7 @@ from sinder_cli.repair.settings import WITHOUT_EFFECT
 
 if TYPE_CHECKING:
     from sinder_cli.repair.checkpoints import Checkpoints
+    from sinder_cli.repair.evaluation import Evaluation
     from sinder_cli.repair.loop import StepRecord
 
 
@@ -36,6 +37,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
 
     @property
     def model(self) -> Path:
@@ -65,8 +70,13 @@ class RunFolder:
 
     @property
     def written(self) -> tuple[Path, ...]:
-        """What a run writes besides its checkpoints; the configuration, which tells that there is one, comes last."""
+        """What each run writes besides checkpoints; the configuration, which tells that there is one, comes last."""
         return (self.summary, self.report, self.card, self.model, self.adapter, self.metrics, self.config)
+
+    @property
+    def lines(self) -> tuple[Path, Path]:
+        """What grows by a line a step, or a look: each line says its step."""
+        return (self.metrics, self.evaluations)
 
     @property
     def finished(self) -> bool:
@@ -91,25 +101,30 @@ class RunFolder:
             raise BadInputError(f"cannot read {self.summary}", str(error), "is it a run directory?") from error
         return summary
 
-    def record(self, step: StepRecord) -> None:
-        """Append one line to the metrics. Raises `StorageError` where the disk is full."""
+    def record(self, line: StepRecord | Evaluation) -> None:
+        """Append one line to the metrics, or the evaluations. Raises `StorageError` where the disk is full."""
+        from sinder_cli.repair.evaluation import Evaluation
+
+        path = self.evaluations if isinstance(line, Evaluation) else self.metrics
         try:
-            with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(step)) + "\n")
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(line)) + "\n")
         except OSError as error:
-            raise output_error(self.metrics, error) from error
+            raise output_error(path, error) from error
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of the metrics that come after a step: a resumed run writes them again."""
-        if self.metrics.is_file():
-            lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-            write_text(self.metrics, "".join(kept))
+        """Drop the lines that come after a step: a resumed run writes them again."""
+        for path in self.lines:
+            if path.is_file():
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+                write_text(path, "".join(kept))
 
-    def flush_metrics(self) -> None:
+    def flush_lines(self) -> None:
         """Have the lines so far on the disk, before a checkpoint that comes after them is."""
-        if self.metrics.is_file():
-            flush(self.metrics)
+        for path in self.lines:
+            if path.is_file():
+                flush(path)
 
     @contextmanager
     def held(self, emit: Emit = silent) -> Iterator[None]:
@@ -154,7 +169,7 @@ class RunFolder:
         try:
             if self.checkpoints.folder.exists():
                 shutil.rmtree(self.checkpoints.folder)  # first: what is half removed must not look like the new run
-            for path in self.written[:-1]:
+            for path in (self.evaluations, *self.written[:-1]):
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise output_error(self.path, error) from error
@@ -162,7 +177,7 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Remove what a killed process has left under temporary names."""
-        for path in self.written:
+        for path in (self.evaluations, *self.written):
             remove_leftovers(path)
         self.checkpoints.sweep()
 

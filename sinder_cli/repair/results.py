@@ -76,6 +76,7 @@ def run_summary(
         "cls_cosine": cls_cosine(before, after),
         "tapped": "residual stream after the last block, before the final norm",
         "evaluation_images": len(before.norms),
+        "held_out": settings.eval_every > 0,
         "steps": progress.steps,
         "images": progress.images,
         "skipped_images": len(progress.unreadable),

@@ -27,6 +27,9 @@ class RepairSettings(DetectionSettings):
         0.75, gt=0, le=1, description="Stop when this share of the last 1000 images (or two passes) had no defect."
     )
     eval_images: int = Field(32, ge=1, description="Images on which before and after are compared.")
+    eval_every: int = Field(
+        0, ge=0, description="Steps between two looks at the evaluation images, then held out of training; 0: none."
+    )
     checkpoint_every: str = Field("10min", description="Steps, or minutes, between two checkpoints: 200, 10min.")
     offload: bool = Field(False, description="Keep U and V on the CPU between steps: less memory on the device.")
     strict: bool = Field(False, description="Stop at the first image that cannot be decoded; else above 1 %.")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis
     from sinder_cli.conformance.records import Conformance
     from sinder_cli.defects.prediction import Prediction
+    from sinder_cli.repair.trial import Trial
 
 
 def finite(value: Any) -> Any:
@@ -57,6 +58,11 @@ def analysis_document(analysis: Analysis) -> dict[str, Any]:
 def repair_document(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`sinder repair --format json`: the summary and where the run directory is."""
     return finite(summary | {"folder": str(folder), "report": str(folder / "report.html")})
+
+
+def trial_document(trial: Trial) -> dict[str, Any]:
+    """`sinder repair --dry-run --format json`."""
+    return asdict(trial) | {"blocks": list(trial.blocks)}
 
 
 def conformance_document(result: Conformance) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rich.text import Text
 from sinder_cli.backbone.registry import InstalledBackbone
 from sinder_cli.defects.rules import MIN_GAP
 from sinder_cli.report.repair import facts
+from sinder_cli.report.repair.trial import trial_facts
 from sinder_cli.report.wording import counted, degrees
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from sinder_cli.defects.positions import PositionCheck
     from sinder_cli.defects.prediction import BlockSpectrum, Prediction
     from sinder_cli.repair.results import RepairResult
+    from sinder_cli.repair.trial import Trial
 
 BARS = "▁▂▃▄▅▆▇█"
 FLAT = 0.05  # a logarithmic range under which all bars are of one height: 5 %
@@ -194,6 +196,16 @@ def repair_table(result: RepairResult) -> RenderableType:
         f"defective tokens {defects['before']['tokens']} → {defects['after']['tokens']},"
         f" report: {result.folder / 'report.html'}",
     )
+
+
+def trial_table(trial: Trial) -> RenderableType:
+    """What a repair would train, and what it would cost."""
+    table = _table("")
+    for name in ("", "", ""):
+        table.add_column(name)
+    for fact in trial_facts(trial):
+        table.add_row(fact.name, fact.value, Text(fact.meaning, "dim"))
+    return Group(table, "Nothing was written.")
 
 
 def backbones_table(rows: Sequence[InstalledBackbone]) -> RenderableType:

@@ -13,6 +13,7 @@ import pytest
 from sinder_cli.cli.logs import logged, logged_values
 from sinder_cli.errors import UnavailableError
 from sinder_cli.events import Noted
+from sinder_cli.repair.evaluation import Evaluation
 from sinder_cli.repair.loop import StepRecord
 from sinder_cli.repair.settings import WITHOUT_EFFECT, RepairSettings
 
@@ -24,7 +25,7 @@ def record(step: int, loss: float | None = 0.5) -> StepRecord:
     )
 
 
-def write(folder: Path, name: str, *steps: StepRecord) -> list[object]:
+def write(folder: Path, name: str, *steps: StepRecord | Evaluation) -> list[object]:
     """Log these steps as one process would, and return what the display heard."""
     heard: list[object] = []
     with logged(RepairSettings.model_validate({"log": [name]}), folder, heard.append) as emit:
@@ -64,8 +65,17 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
 
 
 def test_a_clean_step_has_no_loss_and_no_block() -> None:
-    assert logged_values(record(3)) == {"loss": 0.5, "density": 0.25, "masked_tokens": 3, "block": 4}
-    assert logged_values(record(3, loss=None)) == {"density": 0.25, "masked_tokens": 3}
+    density = {"repair/density": 0.25, "repair/masked_tokens": 3}
+    assert logged_values(record(3)) == {"repair/loss": 0.5, "repair/block": 4} | density
+    assert logged_values(record(3, loss=None)) == density
+
+
+def test_a_look_at_held_out_images_is_logged_in_a_group_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path, "tensorboard", record(1), record(2), Evaluation(2, 0.125, 0.5, 0.75))
+    shown = scalars(tmp_path / "tensorboard")
+    assert shown["held_out/masked_share"] == [(2, 0.125)]
+    assert shown["held_out/cls_cosine"] == [(2, 0.75)]
+    assert "held_out/cls_cosine" not in logged_values(Evaluation(2, 0.125, 0.5, None))
 
 
 def test_without_a_log_events_pass_and_nothing_is_written(tmp_path: Path) -> None:
@@ -101,7 +111,7 @@ def test_a_run_that_is_begun_anew_leaves_nothing_of_the_old_log(tmp_path: Path) 
 def test_wandb_gets_the_steps_and_the_settings(tmp_path: Path, wandb: Wandb) -> None:
     write(tmp_path, "wandb", record(1), record(2, loss=None))
     (run,) = wandb.runs
-    assert run.lines[0] == (1, {f"repair/{name}": value for name, value in logged_values(record(1)).items()})
+    assert run.lines[0] == (1, logged_values(record(1)))
     assert run.lines[1] == (2, {"repair/density": 0.25, "repair/masked_tokens": 3})
     assert run.finished
     assert run.given["config"]["lr"] == 0.005

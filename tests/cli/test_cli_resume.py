@@ -417,7 +417,8 @@ def test_the_second_of_two_runs_on_one_folder_is_sent_away(
     warm: Server, sinder: Callable[..., Any], repair: tuple[str, ...], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    running = warm.start(*repair, "--max-steps", "4000", "--out", run, cwd=tmp_path)
+    endless = ("--max-steps", "4000", "--lr", "1e-9")  # no image is ever clean
+    running = warm.start(*repair, *endless, "--out", run, cwd=tmp_path)
     until(lambda: (run / "metrics.jsonl").exists(), running)
     for more in ("--resume", "--force"):
         second = sinder(*repair, "--out", run, more)
@@ -470,7 +471,7 @@ def test_a_disk_that_fills_up_after_a_checkpoint_leaves_that_and_nothing_tempora
 def test_a_delta_that_is_not_finite_makes_no_model(
     small: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sinder_cli.repair import evaluation
+    from sinder_cli.repair import evaluation, run
 
     deltas: list[Any] = []
     really = evaluation.take_snapshot
@@ -483,12 +484,12 @@ def test_a_delta_that_is_not_finite_makes_no_model(
         return snapshot
 
     class Kept(Deltas):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
             deltas.append(self)
 
-    monkeypatch.setattr(evaluation, "take_snapshot", spoil)
-    monkeypatch.setattr("sinder_cli.repair.deltas.Deltas", Kept)
+    monkeypatch.setattr(run, "take_snapshot", spoil)
+    monkeypatch.setattr(run, "Deltas", Kept)
     settings = RepairSettings(max_steps=1, eval_images=1, workers=0)
     with pytest.raises(BadInputError, match="not finite") as caught:
         api.repair(ModelRequest("dinov2_custom", small), [str(photos)], tmp_path / "run", settings)
@@ -631,3 +632,52 @@ def test_a_process_that_decodes_may_die_and_the_run_goes_on(
     resumed = warm.run(*repair, "--out", "run", "--resume", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert finished(run) == finished(uninterrupted)
+
+
+def test_looks_at_held_out_images_are_the_same_after_a_kill(
+    warm: Server, repair: tuple[str, ...], tmp_path: Path
+) -> None:
+    looking = (*repair, "--eval-every", "3", *CHECKPOINTS)
+    assert warm.run(*looking, "--out", "whole", cwd=tmp_path).returncode == 0
+    running = warm.start(*looking, "--out", "killed", cwd=tmp_path)
+    until(lambda: (tmp_path / "killed" / "checkpoints" / "step-000006").exists(), running)
+    running.send(signal.SIGKILL)
+    running.wait()
+    assert warm.run(*looking, "--resume", "--out", "killed", cwd=tmp_path).returncode == 0
+    whole, killed = ((tmp_path / name / "evaluations.jsonl").read_text() for name in ("whole", "killed"))
+    assert killed == whole
+    assert [json.loads(line)["step"] for line in whole.splitlines()] == [3, 6, 9, 12]
+    assert finished(tmp_path / "killed") == finished(tmp_path / "whole")
+    assert finished(tmp_path / "whole")["summary"]["held_out"]
+    assert "Masked tokens, held-out images" in (tmp_path / "whole" / "report.html").read_text()
+
+
+def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(
+    warm: Server, repair: tuple[str, ...], tmp_path: Path
+) -> None:
+    ended = warm.run(*repair, "--dry-run", "--out", "run", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert told["model"] == "dinov2_custom"
+    assert told["weights"] == 4 * len(told["blocks"])
+    assert told["max_steps"] == STEPS
+    assert told["first"]["defective"] == 1
+    assert told["all_bytes"] >= told["step_bytes"] > 2**27
+    assert list(tmp_path.iterdir()) == []
+    table = warm.run(*repair, "--dry-run", "--out", "run", "--format", "table", cwd=tmp_path)
+    assert "Nothing was written." in table.stdout
+    assert max(map(len, table.stdout.splitlines())) <= 80
+
+
+def test_a_dry_run_touches_no_run_that_is_there(warm: Server, stopped: Path, repair: tuple[str, ...]) -> None:
+    def state() -> list[tuple[str, int]]:
+        files = (path for path in stopped.rglob("*") if path.is_file() and ".part" not in str(path))
+        return sorted((str(path), path.stat().st_mtime_ns) for path in files)
+
+    before = state()
+    assert warm.run(*repair, "--dry-run", "--out", str(stopped), cwd=stopped.parent).returncode == 73
+    assert warm.run(*repair, "--dry-run", "--force", "--out", str(stopped), cwd=stopped.parent).returncode == 0
+    ended = warm.run(*repair, "--dry-run", "--resume", "--out", str(stopped), cwd=stopped.parent)
+    assert ended.returncode == 2
+    assert "--resume and --dry-run exclude each other" in ended.stderr
+    assert state() == before

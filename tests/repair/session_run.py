@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
         folder.forget_after(run.progress.steps)
 
         def save() -> None:
-            folder.flush_metrics()
+            folder.flush_lines()
             checkpoints.write(run.deltas, run.progress)
 
         with closing(checkpointed(run.steps, save, run.progress, run.settings, Stop(), print)) as records:

@@ -102,6 +102,7 @@ def make_result(tmp_path: Path) -> MakeResult:
             "cls_cosine": cls_cosine(first, last),
             "tapped": "residual stream after the last block, before the final norm",
             "evaluation_images": images,
+            "held_out": False,
             "steps": steps,
             "images": steps,
             "skipped_images": 0,

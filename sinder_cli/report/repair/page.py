@@ -41,7 +41,8 @@ def render_repair_page(result: RepairResult) -> str:
         samples=_samples(result, norms),
         norms=norms,
         norms_uri=data_uri(norms.bar()),
-        charts=charts(read_metrics(result.folder / "metrics.jsonl"), result.config["settings"]["stop_density"]),
+        charts=charts(read_lines(result.folder / "metrics.jsonl"), result.config["settings"]["stop_density"]),
+        held_out=held_out_charts(read_lines(result.folder / "evaluations.jsonl")),
         settings=facts.setting_facts(result),
         origin=facts.origin_facts(result),
         patches=tuple(result.before.samples.shape[1:3]),
@@ -50,8 +51,8 @@ def render_repair_page(result: RepairResult) -> str:
     )
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; none if the file is not there."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` or `evaluations.jsonl`; none if the file is not there."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -64,6 +65,18 @@ def charts(metrics: list[dict[str, Any]], goal: float) -> list[LineChart]:
     drawn = [
         line_chart(losses, "Loss", "step", "distance to target ÷ mean token norm"),
         line_chart(clean, "Clean images", "step", "share of recent images, %", top=100, goal=100 * goal),
+    ]
+    return [chart for chart in drawn if chart is not None]
+
+
+def held_out_charts(evaluations: list[dict[str, Any]]) -> list[LineChart]:
+    """What was seen on held-out images during the run; none where nobody looked."""
+    masked = [(line["step"], 100 * line["masked_share"]) for line in evaluations]
+    seen = [(line["step"], line["cls_cosine"]) for line in evaluations if line["cls_cosine"] is not None]
+    turned = [(step, max(0.0, 1 - cosine)) for step, cosine in seen]
+    drawn = [
+        line_chart(masked, "Masked tokens, held-out images", "step", "share of patch tokens, %"),
+        line_chart(turned, "cls, held-out images", "step", "1 − cosine to the original, mean"),
     ]
     return [chart for chart in drawn if chart is not None]
 
