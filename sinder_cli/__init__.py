@@ -1,6 +1,16 @@
 """sinder: predict, show and repair the singular defects of pre-trained Vision Transformers.
 
-This module is what the author of a backbone plugin imports, and nothing else.
+This module is what the author of a backbone plugin imports, and nothing else. A plugin is a module that an entry point
+of the group `sinder.backbones` names. It says `SINDER_API = 1`, the version of this contract that it is written for, and
+has up to three functions, each marked with `hookimpl`:
+
+    sinder_listing() -> Sequence[Listing]                   the models it offers; must not import torch
+    sinder_weights(request) -> Path | TensorSource | None   their weights, where the user names no file; may be left out
+    sinder_backbone(request, weights) -> Backbone           the layer map, and the functions that run the model
+
+`request` is a `ModelRequest`, `weights` a `Weights`. Any `SinderError` that they raise ends the command with its line
+and exit code; any other exception is told as a failure of the plugin. The README shows a whole plugin, and
+`sinder check-backbone` runs one through all that the engine relies on.
 """
 
 from sinder_cli.backbone.attention import attention_kernel

@@ -39,6 +39,9 @@ class Listing:
 class ModelRequest:
     """What the user said about the model: its name, and options that a plugin may need to describe it.
 
+    `weights` is the file that the user named, if any; the engine opens it. `heads` is the number of attention heads,
+    where nothing else tells it. `attention` is for `attention_kernel`, and `emit` for `download`. `adapter` is no
+    plugin's business.
     `revision` is that of a repository on a hub. `sidecars` are those of the backbone that a run repaired, by name;
     where there are any, they stand for the files of the folder or repository that the name means, which may be gone.
     """
@@ -56,6 +59,10 @@ class ModelRequest:
 @dataclass(frozen=True)
 class Backbone:
     """A Vision Transformer as a plugin describes it: embed → blocks → norm, with its layer map.
+
+    `layers` names tensors of `weights`, which are those that the plugin was given, perhaps `located` or `renamed`.
+    The functions are called with gradients on or off, on any device, for any batch size and any image of whole patches,
+    at least 5 × 5 of them; they write into none of their arguments.
 
     `embed(module, images)` takes normalized images `[B, 3, H, W]` and returns the tokens `[B, prefix + patches, N]`
     (patches row by row) and a context that every block may need, shared by all images of the batch, or None.

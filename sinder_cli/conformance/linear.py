@@ -32,7 +32,7 @@ ROUNDS = (1, 4, 16)  # × FIRST samples: rare neurons need more than others befo
 FIRST_TOKENS = 1024  # samples of an MLP
 FIRST_IMAGES = 64  # samples of attention, each an image of equal tokens
 AT_ONCE = 32  # images
-NORM_BIAS = 8.0  # / N: what the scale of a norm in front costs, and its derivative x̂x̂ᵀ/N, both O(1/N)
+NORM_BIAS = 4.0  # / N: what the scale of a norm in front costs, and its derivative x̂x̂ᵀ/N, both O(1/N)
 INNER_BIAS = 0.1  # the same for a norm inside, of features that are no Gaussians
 ERRORS = 2.0  # standard errors of ‖mean − expected‖, which hardly varies with hundreds of features
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -243,9 +244,11 @@ def conformance_table(result: Conformance) -> RenderableType:
     table.add_column("", overflow="fold")
     for check in result.checks:
         table.add_row(check.name, Text(check.outcome, OUTCOMES[check.outcome]), check.detail)
-    passed = sum(check.outcome == "passed" for check in result.checks)
-    verdict = f"does not conform: {counted(len(result.failed), 'check')} failed" if result.failed else "conforms"
-    return Group(f"{result.model} ({result.weights})", table, f"{result.model} {verdict}, {passed} passed.")
+    counts = Counter(check.outcome for check in result.checks)
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if outcome != "passed")
+    verdict = "does not conform" if result.failed else "conforms"
+    words = f"{result.model} {verdict}: {counted(counts['passed'], 'check')} passed" + (f", {told}" if told else "")
+    return Group(f"{result.model} ({result.weights})", table, f"{words}.")
 
 
 def _library(row: InstalledBackbone) -> Text:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from collections.abc import Callable
 from importlib.metadata import Distribution, distributions
@@ -17,7 +15,6 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-PARTS = ("sinder_cli", "plugins", "man", "pyproject.toml", "README.md", "LICENSE")
 PAGES = {
     "sinder.1",
     *(f"sinder-{name}.1" for name in ("analyze", "backbones", "check-backbone", "export", "predict-defects", "repair")),
@@ -28,50 +25,15 @@ Python = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of what the repository holds, so that no build folder is left in it."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
-    for part in PARTS:
-        if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / part, source / part)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
-    built = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert built.returncode == 0, built.stdout + built.stderr
-    (path,) = out.glob("*.whl")
-    return path
-
-
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(fresh: Callable[..., Path], wheel: Path) -> Path:
     """A fresh virtual environment with the wheel, and the libraries of this one behind it."""
-    root = tmp_path_factory.mktemp("venv")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(root)], check=True, timeout=300)
-    purelib = Path(sysconfig.get_path("purelib", vars={"base": str(root), "platbase": str(root)}))
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--ignore-installed"]
-    subprocess.run([*install, "--prefix", str(root), str(wheel)], check=True, timeout=300)
-    assert (purelib / "sinder_cli").is_dir()
-    return root
+    return fresh(wheel)
 
 
 @pytest.fixture(scope="module")
-def python(installed: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Python:
-    """Run the new environment's interpreter, far from the repository."""
-    elsewhere = tmp_path_factory.mktemp("elsewhere")
-    libraries = tmp_path_factory.mktemp("libraries")
-    for path in Path(sysconfig.get_path("purelib")).iterdir():  # all of this environment's, but the editable install
-        if "sinder" not in path.name and path.suffix != ".pth":
-            (libraries / path.name).symlink_to(path)
-    inner = environment | {"PYTHONPATH": str(libraries), "PYTHONDONTWRITEBYTECODE": "1"}
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [str(installed / "bin" / "python"), *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, env=inner, cwd=elsewhere, timeout=300, check=True
-        )
-
-    return run
+def python(installed: Path, python_of: Callable[[Path], Python]) -> Python:
+    """The new environment's interpreter."""
+    return python_of(installed)
 
 
 def test_the_wheel_holds_what_is_needed_at_run_time_and_no_folder_named_plugins(wheel: Path) -> None:
