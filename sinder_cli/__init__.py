@@ -19,7 +19,8 @@ from sinder_cli.backbone.layermap import (
     WeightRef,
 )
 from sinder_cli.backbone.opening import require_matching
-from sinder_cli.backbone.sources import MemoryTensors, TensorInfo, TensorSource
+from sinder_cli.backbone.shards import shard_names, weights_in
+from sinder_cli.backbone.sources import MemoryTensors, TensorInfo, TensorSource, open_checkpoint
 from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError, NoInputError, SinderError, UnavailableError, UsageError
 
@@ -53,5 +54,8 @@ __all__ = [
     "attention_kernel",
     "download",
     "hookimpl",
+    "open_checkpoint",
     "require_matching",
+    "shard_names",
+    "weights_in",
 ]

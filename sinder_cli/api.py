@@ -70,11 +70,11 @@ def open_model(request: ModelRequest) -> Backbone:
 
     run = RunFolder(Path(request.model))
     if run.config.is_file() or request.model.startswith(("/", "./", "../")):
-        if request.weights or request.heads or request.adapter:
+        if request.weights or request.heads or request.adapter or request.revision:
             why = "a run has its own weights and heads"
             raise UsageError(f"cannot use {request.model} with other weights", why, "leave the option out")
         model, heads = run.repaired_model()
-        request = replace(request, model=model, weights=run.model, heads=heads)
+        request = replace(request, model=model, weights=run.model, heads=heads, sidecars=run.read_sidecars())
     hooks = hooks_for(request.model)
     if request.adapter is None:
         return open_backbone(hooks, request)
@@ -320,6 +320,7 @@ def _repair(
     if ranks.writes:
         if not resume:
             folder.begin(opened.config)
+        folder.write_sidecars(backbone.sidecars)
         folder.forget_after(progress.steps)
 
     def save() -> None:

@@ -13,7 +13,7 @@ from sinder_cli.backbone.describe import Backbone, ModelRequest
 from sinder_cli.backbone.layermap import BlockMap, GatedMlpMap, WeightRef, references
 from sinder_cli.backbone.sources import open_checkpoint
 from sinder_cli.backbone.weights import Weights
-from sinder_cli.errors import BadInputError, SinderError, UnavailableError
+from sinder_cli.errors import BadInputError, SinderError, UnavailableError, UsageError
 from sinder_cli.events import Noted
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def open_backbone(hooks: Any, request: ModelRequest) -> Backbone:
     Raises `BadInputError` for weights or maps that do not fit and `UnavailableError` for a plugin that breaks or
     describes nothing. `OSError` and `MemoryError` are this machine's, not the plugin's, and pass.
     """
+    _require_revisions(hooks, request)
     found = request.weights
     if found is None:
         with _plugin_of(request.model):
@@ -46,6 +47,13 @@ def open_backbone(hooks: Any, request: ModelRequest) -> Backbone:
     ignored = f", {len(weights.ignored)} outside it ignored" if weights.ignored else ""
     request.emit(Noted(f"{weights.source.label}: matched {len(weights.names)} tensors{under}{ignored}"))
     return backbone
+
+
+def _require_revisions(hooks: Any, request: ModelRequest) -> None:
+    """Refuse a revision where the plugin has none, so that nobody believes to have got it. Raises `UsageError`."""
+    if request.revision is not None and not any(row.revisions for row in hooks.sinder_listing()):
+        what, why = f"cannot use revision {request.revision!r}", f"{request.model} does not come from a hub"
+        raise UsageError(what, why, "leave --revision out")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import typer
 
 from sinder_cli import api
 from sinder_cli.cli.display import display
-from sinder_cli.cli.options import AdapterFile, Format, Heads, WeightsFile, model_request
+from sinder_cli.cli.options import AdapterFile, Format, Heads, Revision, WeightsFile, model_request
 from sinder_cli.cli.output import show
 
 
@@ -21,11 +21,13 @@ def command(
     weights: WeightsFile = None,
     adapter: AdapterFile = None,
     heads: Heads = None,
+    revision: Revision = None,
     format: Format = None,
 ) -> None:
     """Write the weights of a run or a model; what was written is read back and compared first."""
     with display() as emit:
-        result = api.export(source, to, out, model_request(source, weights, adapter, heads, emit), emit)
+        request = model_request(source, weights, adapter, heads, emit, revision=revision)
+        result = api.export(source, to, out, request, emit)
     show(
         format,
         lambda: f"{result.path}: {result.tensors} tensors, {result.bytes:,} bytes, read back identical",

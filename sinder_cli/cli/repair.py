@@ -21,6 +21,7 @@ from sinder_cli.cli.options import (
     Heads,
     Model,
     MoreData,
+    Revision,
     WeightsFile,
     model_request,
     with_settings,
@@ -44,6 +45,7 @@ def command(
     weights: WeightsFile = None,
     adapter: AdapterFile = None,
     heads: Heads = None,
+    revision: Revision = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Run directory; default: sinder-runs/MODEL.")
     ] = None,
@@ -69,7 +71,7 @@ def command(
     folder = out or Path("sinder-runs", model.replace("/", "-"))
     run = RunFolder(folder)
     with shared() as ranks, display(ranks.writes) as shown, logged(settings, folder, shown, ranks.writes) as emit:
-        request = model_request(model, weights, adapter, heads, emit, attention)
+        request = model_request(model, weights, adapter, heads, emit, attention, revision)
         try:
             if ranks.once(lambda: resume and run.complete):
                 if ranks.writes:
