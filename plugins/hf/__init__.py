@@ -13,7 +13,7 @@ from sinder_cli import Backbone, Listing, ModelRequest, NoInputError, Unavailabl
 
 from .checkpoint import as_stored, encoder, is_fused, require_whole
 from .config import Config, read_config
-from .folder import CONFIG, DescribedWeights, open_folder, read_texts
+from .folder import CONFIG, DescribedWeights, license_of, open_folder, read_texts
 from .layers import layer_map
 from .places import local_folder, place_of, repository
 from .preprocessor import read_preprocessor
@@ -75,6 +75,7 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
         mean=preprocessor.mean,
         std=preprocessor.std,
         sidecars=sidecars,
+        license=license_of(sidecars),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from sinder_cli import Weights, require_matching
 
 from .config import Config
+from .families import Family
 from .layers import tensor_shapes
 
 
@@ -17,10 +18,18 @@ def encoder(weights: Weights, config: Config) -> Weights:
     Heads and poolers are left out, and count as ignored.
     """
     family = config.family
-    inside = weights.located(f"{family.stem.patch}.weight")
+    inside = _gathered(weights, family).located(f"{family.stem.patch}.weight")
     return inside.renamed(lambda name: _renamed(name, family.renames)).without(
         lambda name: name.startswith(family.heads)
     )
+
+
+def _gathered(weights: Weights, family: Family) -> Weights:
+    """The tensors with those under the encoder's prefix that a file stores without it."""
+    prefix, beginning = family.astray
+    if not prefix or f"{prefix}{family.stem.patch}.weight" not in weights:
+        return weights
+    return weights.renamed(lambda name: f"{prefix}{name}" if name.startswith(beginning) else name)
 
 
 def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:

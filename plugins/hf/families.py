@@ -92,6 +92,7 @@ class Family:
     prefix: int = 1  # tokens before the patches that have a row in the position embedding
     finishes: bool = True  # whether the library's last hidden state is normalized
     heads: tuple[str, ...] = ("pooler.",)  # how names begin that are no part of the encoder though they lie in it
+    astray: tuple[str, str] = ("", "")  # an encoder's prefix, and how those names begin that are stored without it
     renames: tuple[tuple[str, str], ...] = ()  # from the names of older checkpoints, as regular expressions
     arguments: Mapping[str, object] = field(default_factory=dict)  # of the module, to leave its heads out
     mask_argument: str = ""  # of the module, for a mask token that is there or not
@@ -102,6 +103,7 @@ class Family:
 
 QKV_BIAS = Switches(query_bias="qkv_bias", key_bias="qkv_bias", value_bias="qkv_bias")
 SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "patch_size": 16}
+VIT_SIZES = {**SIZES, "intermediate_size": 3072, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
 
 # From the layout before transformers 5 to the present one. The present one is still written in the old.
 RENAMED_PROJECTIONS = (
@@ -173,7 +175,7 @@ VIT = Family(
     names=VIT_BLOCK,
     stem=VIT_STEM,
     norm="layernorm",
-    defaults={**SIZES, "intermediate_size": 3072, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "qkv_bias": True},
+    defaults={**VIT_SIZES, "qkv_bias": True},
     embedding="resized",
     switches=QKV_BIAS,
     renames=RENAMED_BLOCKS,
@@ -195,10 +197,9 @@ DINOV2 = Family(
         "layer_norm_eps": 1e-6,
         "qkv_bias": True,
         "use_swiglu_ffn": False,
-        "use_mask_token": True,
     },
     embedding="plain",
-    switches=replace(QKV_BIAS, scales=True, gated="use_swiglu_ffn", mask="use_mask_token"),
+    switches=replace(QKV_BIAS, scales=True, gated="use_swiglu_ffn", mask=True),
     renames=RENAMED_PROJECTIONS,
     mean=IMAGENET_MEAN,
     std=IMAGENET_STD,
@@ -218,7 +219,7 @@ BEIT = replace(
     configuration="BeitConfig",
     stem=replace(VIT_STEM, table="shared_position_bias.relative_position_bias_table"),
     defaults={
-        **VIT.defaults,
+        **VIT_SIZES,
         "layer_scale_init_value": 0.1,
         "use_mask_token": False,
         "use_absolute_position_embeddings": False,
@@ -276,14 +277,17 @@ SIGLIP = replace(
 )
 
 FAMILIES: Mapping[str, Family] = {
-    "dinov2": DINOV2,
+    "dinov2": replace(
+        DINOV2,
+        defaults={**DINOV2.defaults, "use_mask_token": True},
+        switches=replace(DINOV2.switches, mask="use_mask_token"),
+    ),
     "dinov2_with_registers": replace(
         DINOV2,
         module="Dinov2WithRegistersModel",
         configuration="Dinov2WithRegistersConfig",
         stem=replace(DINOV2.stem, registers="embeddings.register_tokens"),
         defaults={**DINOV2.defaults, "patch_size": 16, "num_register_tokens": 4},
-        switches=replace(DINOV2.switches, mask=True),
     ),
     "dinov3_vit": Family(
         module="DINOv3ViTModel",
@@ -349,6 +353,7 @@ FAMILIES: Mapping[str, Family] = {
         VIT,
         module="ViTMSNModel",
         configuration="ViTMSNConfig",
+        astray=("vit.", "encoder."),  # in files of the library's own classifier
         defaults={**VIT.defaults, "layer_norm_eps": 1e-6},
         arguments={},
         mean=IMAGENET_MEAN,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG = "config.json"
-TEXTS = (CONFIG, *preprocessor.NAMES)
+CARD = "README.md"
+OPTIONAL = (*preprocessor.NAMES, CARD)
 MAX_BYTES = 4 << 20  # of a text file; the largest configurations, with a thousand labels, have a tenth of it
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -60,7 +62,7 @@ def read_texts(folder: Path) -> dict[str, str]:
     if not (folder / CONFIG).is_file():
         why = f"there is no {CONFIG}" if folder.is_dir() else "there is no such folder"
         raise NoInputError(f"cannot use {folder}", why, "name a folder that save_pretrained wrote, or OWNER/NAME")
-    return {name: _text(folder / name) for name in TEXTS if (folder / name).is_file()}
+    return {name: _text(folder / name) for name in (CONFIG, *OPTIONAL) if (folder / name).is_file()}
 
 
 def _text(path: Path) -> str:
@@ -70,6 +72,13 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BadInputError(f"cannot read {path}", str(error), "fetch it again") from error
+
+
+def license_of(sidecars: Mapping[str, str]) -> str | None:
+    """The license that the head of a model card names, if there is a card."""
+    head = re.match(r"---\s*\n(.*?)\n---", sidecars.get(CARD, ""), re.DOTALL)
+    named = re.search(r"^license: *[\"']?([\w.-]+)", head[1], re.MULTILINE) if head else None
+    return named[1] if named else None
 
 
 def pickled(place: str) -> BadInputError:

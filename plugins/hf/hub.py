@@ -21,8 +21,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 
 from sinder_cli import BadInputError, NoInputError, SinderError, UnavailableError, UsageError, shard_names
 
-from . import preprocessor
-from .folder import CONFIG
+from .folder import CONFIG, OPTIONAL
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -34,7 +33,7 @@ def download(repository: str, revision: str | None, weights: bool) -> Path:
     """
     folder = _fetch(repository, CONFIG, revision).parent
     commit = folder.name
-    for name in preprocessor.NAMES:
+    for name in OPTIONAL:
         _fetch_if_there(repository, name, commit)
     if weights and not _fetch_if_there(repository, SINGLE, commit):
         index = _fetch_if_there(repository, INDEX, commit)

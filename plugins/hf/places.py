@@ -20,7 +20,7 @@ def local_folder(request: ModelRequest) -> Path | None:
     """The folder that is meant, or None for a repository. Raises `UsageError` for a revision of a folder."""
     place = place_of(request)
     path = Path(place).expanduser()
-    if not place.startswith((".", "/", "~")) and not path.is_dir():
+    if not place.startswith((".", "/", "~")) and not (place and path.is_dir()):
         return None
     if request.revision is not None:
         what, why = f"cannot use revision {request.revision!r}", f"{place} is a folder"
