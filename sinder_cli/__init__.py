@@ -1,8 +1,8 @@
 """sinder: predict, show and repair the singular defects of pre-trained Vision Transformers.
 
 This module is what the author of a backbone plugin imports, and nothing else. A plugin is a module that an entry point
-of the group `sinder.backbones` names. It says `SINDER_API = 1`, the version of this contract that it is written for, and
-has up to three functions, each marked with `hookimpl`:
+of the group `sinder.backbones` names. It says `SINDER_API = 1`, the version of this contract that it is written for,
+and has up to three functions, each marked with `hookimpl`:
 
     sinder_listing() -> Sequence[Listing]                   the models it offers; must not import torch
     sinder_weights(request) -> Path | TensorSource | None   their weights, where the user names no file; may be left out
@@ -30,7 +30,8 @@ from sinder_cli.backbone.layermap import (
 )
 from sinder_cli.backbone.opening import require_matching
 from sinder_cli.backbone.operators import define_torchvision_operators
-from sinder_cli.backbone.sources import MemoryTensors, TensorInfo, TensorSource
+from sinder_cli.backbone.shards import shard_names, weights_in
+from sinder_cli.backbone.sources import MemoryTensors, TensorInfo, TensorSource, open_checkpoint
 from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError, NoInputError, SinderError, UnavailableError, UsageError
 
@@ -65,5 +66,8 @@ __all__ = [
     "define_torchvision_operators",
     "download",
     "hookimpl",
+    "open_checkpoint",
     "require_matching",
+    "shard_names",
+    "weights_in",
 ]

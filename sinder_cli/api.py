@@ -61,11 +61,11 @@ def open_model(request: ModelRequest) -> Backbone:
     An adapter, or a delta, is applied to its weights. Raises `UsageError` for a run directory with weights or heads.
     """
     if run := _run_named(request):
-        if request.weights or request.heads:
+        if request.weights or request.heads or request.revision:
             why = "a run has its own weights and heads"
             raise UsageError(f"cannot use {request.model} with other weights", why, "leave the option out")
         model, heads = run.repaired_model()
-        request = replace(request, model=model, weights=run.model, heads=heads)
+        request = replace(request, model=model, weights=run.model, heads=heads, sidecars=run.read_sidecars())
     hooks = hooks_for(request.model)
     if request.adapter is None:
         return open_backbone(hooks, request)
@@ -355,7 +355,7 @@ def _base_of(run: RunFolder, request: ModelRequest) -> tuple[Backbone | None, st
     """
     model, heads = run.repaired_model()
     source, fingerprint = run.repaired_weights()
-    asked = replace(request, model=model, heads=heads, adapter=None)
+    asked = replace(request, model=model, heads=heads, adapter=None, sidecars=run.read_sidecars())
     if request.weights is not None:
         return open_model(asked), ""
     gone = f"the weights that were repaired, {source}, are not there; name them with --weights"

@@ -24,7 +24,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Listing:
     """One line of `sinder backbones`: a model name that a plugin offers, and what is known without its weights.
 
-    `requires` names the modules that the model needs beyond sinder's own dependencies, such as `timm`.
+    `requires` names the modules that the model needs beyond sinder's own dependencies, such as `timm`;
+    `revisions` tells that it comes from a hub where `--revision` means something.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Listing:
     patch_size: int | None = None
     prefix_tokens: int | None = None
     requires: tuple[str, ...] = ()
+    revisions: bool = False
 
 
 @dataclass(frozen=True)

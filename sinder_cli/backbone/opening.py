@@ -11,7 +11,7 @@ from sinder_cli.backbone.isolation import Hooks
 from sinder_cli.backbone.layermap import BlockMap, GatedMlpMap, WeightRef, references
 from sinder_cli.backbone.sources import open_checkpoint
 from sinder_cli.backbone.weights import Weights
-from sinder_cli.errors import BadInputError
+from sinder_cli.errors import BadInputError, UsageError
 from sinder_cli.events import Noted
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def describe(hooks: Hooks, request: ModelRequest) -> Backbone:
     Raises `BadInputError` for weights that are none and `UnavailableError` for a plugin that breaks or describes
     nothing. `OSError` and `MemoryError` are this machine's, not the plugin's, and pass.
     """
+    _require_revisions(hooks, request)
     found = request.weights or hooks.sinder_weights(request=request)
     if found is None:
         raise BadInputError(f"no weights for {request.model!r}", "its plugin has none", "name a file with --weights")
@@ -46,6 +47,13 @@ def describe(hooks: Hooks, request: ModelRequest) -> Backbone:
     ignored = f", {len(weights.ignored)} outside it ignored" if weights.ignored else ""
     request.emit(Noted(f"{weights.source.label}: matched {len(weights.names)} tensors{under}{ignored}"))
     return backbone
+
+
+def _require_revisions(hooks: Hooks, request: ModelRequest) -> None:
+    """Refuse a revision where the plugin has none, so that nobody believes to have got it. Raises `UsageError`."""
+    if request.revision is not None and not any(row.revisions for row in hooks.sinder_listing()):
+        what, why = f"cannot use revision {request.revision!r}", f"{request.model} does not come from a hub"
+        raise UsageError(what, why, "leave --revision out")
 
 
 def check_layer_map(backbone: Backbone) -> None:

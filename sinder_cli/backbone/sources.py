@@ -100,21 +100,32 @@ class MemoryTensors:
 
 
 def open_checkpoint(path: Path) -> TensorSource:
-    """Open a weights file by its suffix, reading names, shapes and dtypes only.
+    """Open a weights file, or a folder that has one, by its suffix; only names, shapes and dtypes are read.
 
     Raises `NoInputError` where there is no file and `BadInputError` for one that is no checkpoint;
     an `OSError`, such as that of a file one may not read, passes.
     """
+    from sinder_cli.backbone.shards import INDEX_SUFFIX, open_shards, weights_in
+
+    if path.is_dir():
+        return open_checkpoint(weights_in(path))
     if not path.is_file():
-        why = "it is a folder" if path.is_dir() else "there is no such file"
-        raise NoInputError(f"cannot read weights {path}", why, "give --weights a .safetensors, .pth or .pt file")
+        remedy = "give --weights a .safetensors, .pth or .pt file"
+        raise NoInputError(f"cannot read weights {path}", "there is no such file", remedy)
+    if path.name.endswith(INDEX_SUFFIX):
+        return open_shards(path)
     if path.suffix == ".safetensors":
-        return SafetensorsFile(path, _safetensors_infos(path))
+        return open_safetensors(path)
     if path.suffix in {".pth", ".pt", ".bin"}:
         return TorchFile(path, infos_of(_load_torch(path)))
     raise BadInputError(
         f"cannot read weights {path}", f"unknown suffix {path.suffix!r}", "use .safetensors, .pth or .pt"
     )
+
+
+def open_safetensors(path: Path) -> SafetensorsFile:
+    """Open one `.safetensors` file. Raises `BadInputError` where it is none."""
+    return SafetensorsFile(path, _safetensors_infos(path))
 
 
 @contextlib.contextmanager

@@ -116,6 +116,12 @@ class Weights:
             names[canonical] = stored
         return Weights(self.source, names, self.prefix, self.ignored)
 
+    def without(self, unwanted: Callable[[str], bool]) -> Weights:
+        """The same but for tensors that are no part of the backbone, such as a head; they count as ignored."""
+        kept = {name: stored for name, stored in self.stored_names.items() if not unwanted(name)}
+        dropped = tuple(stored for name, stored in self.stored_names.items() if name not in kept)
+        return Weights(self.source, kept, self.prefix, self.ignored + dropped)
+
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes of all tensors, sorted by canonical name, one at a time."""
         import torch

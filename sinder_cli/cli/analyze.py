@@ -19,6 +19,7 @@ from sinder_cli.cli.options import (
     Heads,
     Model,
     MoreData,
+    Revision,
     WeightsFile,
     model_request,
     with_settings,
@@ -43,6 +44,7 @@ def command(
     weights: WeightsFile = None,
     adapter: AdapterFile = None,
     heads: Heads = None,
+    revision: Revision = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -82,7 +84,7 @@ def command(
     with shared() as ranks, display(ranks.writes) as emit:
         if folder and ranks.writes:
             require_new_folder(folder)
-        request = model_request(model, weights, adapter, heads, emit, attention)
+        request = model_request(model, weights, adapter, heads, emit, attention, revision)
         second = (compare_weights, compare_adapter, compare_heads)
         other = model_request(compare, *second, emit, attention) if compare else None
         places = [*(data or []), *(more_data or [])]

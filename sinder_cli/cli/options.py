@@ -27,6 +27,10 @@ WeightsFile = Annotated[
     Path | None,
     typer.Option("--weights", metavar="FILE", help="Checkpoint: .safetensors, .pth or .pt; default: the official one."),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a model that comes from a hub."),
+]
 AdapterFile = Annotated[
     Path | None,
     typer.Option(
@@ -57,9 +61,10 @@ def model_request(
     heads: int | None,
     emit: Emit,
     attention: AttentionName = "auto",
+    revision: str | None = None,
 ) -> ModelRequest:
     """What the user said about the model."""
-    return ModelRequest(model, weights, heads, attention, emit, adapter)
+    return ModelRequest(model, weights, heads, attention, emit, adapter, revision)
 
 
 def with_settings(kind: type[DetectionSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -11,7 +11,7 @@ import typer
 
 from sinder_cli import api
 from sinder_cli.cli.display import display
-from sinder_cli.cli.options import AdapterFile, Format, Heads, Model, WeightsFile, model_request
+from sinder_cli.cli.options import AdapterFile, Format, Heads, Model, Revision, WeightsFile, model_request
 from sinder_cli.cli.output import show
 from sinder_cli.files import require_writable_file
 
@@ -34,6 +34,7 @@ def command(
     weights: WeightsFile = None,
     adapter: AdapterFile = None,
     heads: Heads = None,
+    revision: Revision = None,
     out: Annotated[
         str | None,
         typer.Option("-o", "--out", metavar="FILE", help="Write the directions as safetensors; - for stdout."),
@@ -51,7 +52,8 @@ def command(
         require_writable_file(Path(out))
     stages = cast("list[Stage]", [name.value for name in StageName if name in (stage or StageName)])
     with display() as emit:
-        prediction = api.predict(model_request(model, weights, adapter, heads, emit), stages, emit)
+        request = model_request(model, weights, adapter, heads, emit, revision=revision)
+        prediction = api.predict(request, stages, emit)
     if out:
         _write_directions(out, prediction)
     if out != "-":

@@ -21,6 +21,7 @@ from sinder_cli.cli.options import (
     Heads,
     Model,
     MoreData,
+    Revision,
     WeightsFile,
     model_request,
     with_settings,
@@ -47,6 +48,7 @@ def command(
     weights: WeightsFile = None,
     adapter: AdapterFile = None,
     heads: Heads = None,
+    revision: Revision = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Run directory; default: sinder-runs/MODEL.")
     ] = None,
@@ -78,7 +80,7 @@ def command(
     folder = out or Path("sinder-runs", model.replace("/", "-"))
     run = RunFolder(folder)
     with shared() as ranks, display(ranks.writes) as shown, logged(settings, folder, shown, ranks.writes) as emit:
-        request = model_request(model, weights, adapter, heads, emit, attention)
+        request = model_request(model, weights, adapter, heads, emit, attention, revision)
         if dry_run:
             if ranks.writes:
                 _show_trial(api.try_repair(request, places, folder, settings, emit, sys.stdin, force), format)

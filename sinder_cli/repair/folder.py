@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,6 +61,10 @@ class RunFolder:
     @property
     def card(self) -> Path:
         return self.path / "README.md"
+
+    @property
+    def sidecars(self) -> Path:
+        return self.path / "sidecars"
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -175,6 +179,26 @@ class RunFolder:
             raise output_error(self.path, error) from error
         write_json(self.config, config)
 
+    def write_sidecars(self, sidecars: Mapping[str, str]) -> None:
+        """Keep the text files that describing the backbone again takes, and none of an earlier run."""
+        try:
+            if self.sidecars.exists():
+                shutil.rmtree(self.sidecars)
+        except OSError as error:
+            raise output_error(self.sidecars, error) from error
+        if sidecars:
+            require_writable_folder(self.sidecars)
+        for name, text in sidecars.items():
+            write_text(self.sidecars / Path(name).name, text)
+
+    def read_sidecars(self) -> dict[str, str]:
+        """The text files by name. Raises `BadInputError` for one that is no text."""
+        paths = sorted(path for path in self.sidecars.glob("[!.]*") if path.is_file())  # those that are whole
+        try:
+            return {path.name: path.read_text(encoding="utf-8") for path in paths}
+        except UnicodeDecodeError as error:
+            raise BadInputError(f"cannot read {self.sidecars}", str(error), "is it a run directory?") from error
+
     def _sweep(self) -> None:
         """Remove what a killed process has left under temporary names."""
         for path in (self.evaluations, *self.written):
@@ -255,7 +279,7 @@ def _lock(handle: int, path: Path, emit: Emit) -> None:
 
 def differences(stored: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """What of two `config.json` of one shape would change the result: name, stored value, given value."""
-    for name in ("model", "heads", "attention"):
+    for name in ("model", "heads", "revision", "attention"):
         if stored[name] != given[name]:
             yield name, stored[name], given[name]
     was, now = (str(config["device"]).partition(":")[0] for config in (stored, given))

@@ -55,6 +55,7 @@ def run_config(
     return {
         "model": backbone.name,
         "heads": request.heads,
+        "revision": request.revision,
         "attention": "sdpa" if request.attention == "auto" else request.attention,
         "weights": {"source": backbone.weights.source.label, "fingerprint": backbone.weights.fingerprint()},
         "images": {"count": len(source), "fingerprint": source.fingerprint()},

@@ -128,6 +128,7 @@ def _go_on_or_begin(repair: Repair, folder: RunFolder, resume: bool) -> None:
     if repair.ranks.writes:
         if not resume:
             folder.begin(start.config)
+        folder.write_sidecars(start.backbone.sidecars)
         folder.forget_after(progress.steps)
 
 

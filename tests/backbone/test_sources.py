@@ -137,7 +137,7 @@ def test_a_file_without_named_tensors_is_refused(tmp_path: Path) -> None:
 def test_missing_files_folders_and_unknown_suffixes_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(NoInputError, match="there is no such file"):
         open_checkpoint(tmp_path / "absent.pth")
-    with pytest.raises(NoInputError, match="it is a folder"):
+    with pytest.raises(NoInputError, match="the folder has neither model"):
         open_checkpoint(tmp_path)
     (tmp_path / "a.h5").write_bytes(b"x")
     with pytest.raises(BadInputError, match=r"unknown suffix '\.h5'"):

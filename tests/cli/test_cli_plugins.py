@@ -64,6 +64,7 @@ def test_the_document_lists_every_model(sinder: Sinder) -> None:
         "patch_size": 14,
         "prefix_tokens": 1,
         "requires": [],
+        "revisions": False,
         "plugin": "demo",
         "distribution": "sinder-cli",
         "available": True,

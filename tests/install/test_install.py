@@ -62,7 +62,7 @@ def test_the_installed_command_finds_the_plugins_by_their_entry_points(installed
     script = installed / "bin" / "sinder"
     assert os.access(script, os.X_OK)
     rows = json.loads(python(str(script), "backbones").stdout)
-    assert {row["plugin"]: row["available"] for row in rows} == {"demo": True, "dinov2": True, "timm": True}
+    assert {row["plugin"]: row["available"] for row in rows} == {"demo": True, "dinov2": True, "hf": True, "timm": True}
     assert {row["distribution"] for row in rows} == {"sinder-cli"}
 
 

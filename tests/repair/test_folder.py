@@ -22,6 +22,7 @@ def config(**changes: Any) -> dict[str, Any]:
     return {
         "model": "demo_vit",
         "heads": None,
+        "revision": None,
         "attention": "sdpa",
         "weights": {"source": "demo_vit", "fingerprint": "0123"},
         "images": {"count": 4, "fingerprint": "4567"},
@@ -139,6 +140,7 @@ def test_a_run_is_complete_with_all_its_files(run: RunFolder) -> None:
 DIFFERENT = {
     "model was demo_vit and is other": config(model="other"),
     "heads was None and is 4": config(heads=4),
+    "revision was None and is main": config(revision="main"),
     "attention was sdpa and is eager": config(attention="eager"),
     "device was cpu and is cuda": config(device="cuda:1"),
     "fingerprint of the weights was 0123 and is 8": config(weights={"source": "demo_vit", "fingerprint": "8"}),
@@ -205,6 +207,31 @@ def test_a_torn_config_is_bad_input(text: str, run: RunFolder) -> None:
         with pytest.raises(BadInputError, match="cannot read") as caught:
             refused()
         assert caught.value.exit_code == 65
+
+
+def test_sidecars_are_kept_and_those_of_an_earlier_run_are_not(run: RunFolder) -> None:
+    assert run.read_sidecars() == {}
+    run.write_sidecars({"config.json": "{}", "more.json": "größer"})
+    assert run.read_sidecars() == {"config.json": "{}", "more.json": "größer"}
+    run.write_sidecars({"config.json": "[]"})
+    (run.sidecars / ".more.json.abc.part").write_text("half")  # as a killed process leaves it
+    assert run.read_sidecars() == {"config.json": "[]"}
+    run.write_sidecars({})
+    assert not run.sidecars.exists()
+
+
+def test_a_sidecar_never_leaves_its_folder(run: RunFolder) -> None:
+    before = run.config.read_text()
+    run.write_sidecars({"../config.json": "not ours"})
+    assert run.read_sidecars() == {"config.json": "not ours"}
+    assert run.config.read_text() == before
+
+
+def test_a_sidecar_that_is_no_text_is_bad_input(run: RunFolder) -> None:
+    run.write_sidecars({"config.json": ""})
+    (run.sidecars / "config.json").write_bytes(b"\xff")
+    with pytest.raises(BadInputError, match=r"cannot read .*sidecars"):
+        run.read_sidecars()
 
 
 def record(step: int) -> StepRecord:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import sys
 
-import timm
 import torch
 from safetensors.torch import load_file, save_file
+
+from sinder_cli import define_torchvision_operators
+
+define_torchvision_operators()  # before the library looks for torchvision
+
+import timm  # noqa: E402
 
 
 @torch.inference_mode()

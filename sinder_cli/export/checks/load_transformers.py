@@ -8,8 +8,13 @@ import sys
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
+
+from sinder_cli import define_torchvision_operators
+
+define_torchvision_operators()  # before the library looks for torchvision
+
+import transformers  # noqa: E402
 
 
 def loaded(folder: str) -> Any:

@@ -1,0 +1,126 @@
+"""Vision transformers of Hugging Face's library, from a local folder or from the hub: `hf/./FOLDER`, `hf/OWNER/NAME`.
+
+The layer map comes from `config.json` and the names of the tensors; transformers is imported when a module is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from sinder_cli import Backbone, Listing, ModelRequest, NoInputError, UnavailableError, UsageError, Weights, hookimpl
+
+from .checkpoint import as_stored, encoder, is_fused, require_whole
+from .config import Config, read_config
+from .folder import CONFIG, DescribedWeights, license_of, open_folder, read_texts
+from .layers import layer_map
+from .places import local_folder, place_of, repository
+from .preprocessor import read_preprocessor
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SINDER_API = 1
+
+
+@hookimpl
+def sinder_listing() -> Sequence[Listing]:
+    """A repository of the hub, and a folder."""
+    families = "DINOv2, DINOv3, ViT, DeiT, MAE, MSN, BEiT, CLIP, SigLIP, I-JEPA or Data2Vec"
+    needs = ("transformers", "huggingface_hub")
+    return [
+        Listing("hf/OWNER/NAME", f"{families}, from the Hugging Face hub", requires=needs, revisions=True),
+        Listing("hf/./FOLDER", f"{families}, from a folder that save_pretrained wrote", requires=needs),
+    ]
+
+
+@hookimpl
+def sinder_weights(request: ModelRequest) -> DescribedWeights:
+    """The weights in the folder, or in the repository, of which only what is needed is downloaded."""
+    folder = local_folder(request)
+    if folder is None:
+        folder = _hub().download(repository(request), request.revision, weights=True)
+    return open_folder(folder)
+
+
+@hookimpl
+def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
+    """Describe the encoder that `config.json` tells of and these weights hold."""
+    place, sidecars = place_of(request), _sidecars(request, weights)
+    config = read_config(sidecars[CONFIG], place)
+    weights = encoder(weights, config)
+    config, fused = as_stored(config, weights), is_fused(config, weights)
+    require_whole(config, fused, weights, request.model)
+    _require_heads(request, config)
+    preprocessor = read_preprocessor(sidecars, config, place)
+    attention = _attention(request)
+
+    def build() -> nn.Module:
+        module: nn.Module = _module().build(config, fused, attention)
+        return module
+
+    return Backbone(
+        name=request.model,
+        layers=layer_map(config, fused),
+        weights=weights,
+        patch_size=config.patch,
+        prefix_tokens=config.prefix_tokens,
+        has_cls=bool(config.family.stem.cls),
+        image_size=preprocessor.size,
+        build=build,
+        embed=lambda module, images: _module().embed(config, module, images),
+        run_block=lambda module, index, tokens, context: _module().run_block(config, module, index, tokens, context),
+        finish=lambda module, tokens: _module().finish(config, module, tokens),
+        mean=preprocessor.mean,
+        std=preprocessor.std,
+        sidecars=sidecars,
+        license=license_of(sidecars),
+    )
+
+
+def _sidecars(request: ModelRequest, weights: Weights) -> Mapping[str, str]:
+    """The text files of a run, of the folder that the weights came from, or else of the one that the name means."""
+    if request.sidecars:
+        if CONFIG not in request.sidecars:
+            what, why = f"cannot use {request.model}", f"its run directory keeps no {CONFIG}"
+            raise NoInputError(what, why, "restore its folder sidecars")
+        return request.sidecars
+    if isinstance(weights.source, DescribedWeights):
+        return weights.source.sidecars
+    folder = local_folder(request)
+    return read_texts(folder or _hub().download(repository(request), request.revision, weights=False))
+
+
+def _require_heads(request: ModelRequest, config: Config) -> None:
+    if request.heads not in (None, config.heads):
+        why = f"its config.json says {config.heads}"
+        raise UsageError(f"cannot use {request.heads} heads for {request.model}", why, "leave --heads out")
+
+
+def _attention(request: ModelRequest) -> str:
+    """The library's name for a kernel. Raises `UsageError` for one that it lacks."""
+    if request.attention == "xformers":
+        what, why = "cannot use xformers attention", "the blocks are those of transformers, which does without"
+        raise UsageError(what, why, "use --attention sdpa")
+    return "eager" if request.attention == "eager" else "sdpa"
+
+
+def _module() -> ModuleType:
+    try:
+        from . import module
+    except ImportError as error:
+        raise _missing(error) from error
+    return module
+
+
+def _hub() -> ModuleType:
+    try:
+        from . import hub
+    except ImportError as error:
+        raise _missing(error) from error
+    return hub
+
+
+def _missing(error: ImportError) -> UnavailableError:
+    return UnavailableError("cannot use models of Hugging Face", str(error), "pip install 'sinder-cli[hf]'")

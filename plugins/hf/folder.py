@@ -1,0 +1,87 @@
+"""A local folder as `save_pretrained` leaves it: weights in safetensors, and small text files that describe them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sinder_cli import BadInputError, NoInputError, TensorInfo, TensorSource, open_checkpoint, weights_in
+
+from . import preprocessor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG = "config.json"
+CARD = "README.md"
+OPTIONAL = (*preprocessor.NAMES, CARD)
+MAX_BYTES = 4 << 20  # of a text file; the largest configurations, with a thousand labels, have a tenth of it
+
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class DescribedWeights:
+    """Weights with the text files that lay beside them."""
+
+    source: TensorSource
+    sidecars: Mapping[str, str] = field(repr=False)
+
+    @property
+    def label(self) -> str:
+        return self.source.label
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self.source.infos
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return self.source.read(names)
+
+
+def open_folder(folder: Path) -> DescribedWeights:
+    """Open a folder's weights, reading names, shapes and dtypes only, and its text files.
+
+    Raises `NoInputError` where a file is missing and `BadInputError` where there are only pickles.
+    """
+    sidecars = read_texts(folder)
+    try:
+        found = weights_in(folder)
+    except NoInputError:
+        if any((folder / name).exists() for name in PICKLES):
+            raise pickled(str(folder)) from None
+        raise
+    return DescribedWeights(open_checkpoint(found), sidecars)
+
+
+def read_texts(folder: Path) -> dict[str, str]:
+    """The text files of a folder by name. Raises `NoInputError` where there is no `config.json`."""
+    if not (folder / CONFIG).is_file():
+        why = f"there is no {CONFIG}" if folder.is_dir() else "there is no such folder"
+        raise NoInputError(f"cannot use {folder}", why, "name a folder that save_pretrained wrote, or OWNER/NAME")
+    return {name: _text(folder / name) for name in (CONFIG, *OPTIONAL) if (folder / name).is_file()}
+
+
+def _text(path: Path) -> str:
+    if path.stat().st_size > MAX_BYTES:
+        raise BadInputError(f"cannot read {path}", f"it has more than {MAX_BYTES >> 20} MB", "is it a text file?")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInputError(f"cannot read {path}", str(error), "fetch it again") from error
+
+
+def license_of(sidecars: Mapping[str, str]) -> str | None:
+    """The license that the head of a model card names, if there is a card."""
+    head = re.match(r"---\s*\n(.*?)\n---", sidecars.get(CARD, ""), re.DOTALL)
+    named = re.search(r"^license: *[\"']?([\w.-]+)", head[1], re.MULTILINE) if head else None
+    return named[1] if named else None
+
+
+def pickled(place: str) -> BadInputError:
+    """The error for weights that are there only as pickles."""
+    why = "its weights are pickles alone, which are never opened"
+    return BadInputError(f"cannot use {place}", why, "save it with save_pretrained(…, safe_serialization=True)")

@@ -1,0 +1,138 @@
+"""The library's own module of an encoder, run block by block.
+
+Shapes: B images, T tokens, N width, H hidden width of the MLP, h × w patches of P pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from transformers.initialization import no_init_weights
+
+from .config import Config
+
+Context = dict[str, Any]  # the arguments that every block of a family takes beside the tokens
+
+
+def build(config: Config, fused: bool, attention: str) -> nn.Module:
+    """The encoder without heads, in no particular initialization."""
+    family = config.family
+    values = {**config.raw, **family.settings, "patch_size": config.patch}
+    configuration = getattr(transformers, family.configuration).from_dict(values)
+    configuration._attn_implementation = attention
+    optional = {family.mask_argument: bool(config.parts.mask)} if family.mask_argument else {}
+    with no_init_weights():
+        module: nn.Module = getattr(transformers, family.module)(configuration, **family.arguments, **optional)
+        if fused:
+            for index in range(config.depth):
+                module.get_submodule(family.block.format(index)).mlp = FusedSwiGLU(config.width, config.hidden)
+    return module
+
+
+class FusedSwiGLU(nn.Module):
+    """`weights_out(SiLU(gate) ⊙ up)`, gate and up being the halves of `weights_in(x)`: as older checkpoints store it.
+
+    The library's module has them apart, and splits such a checkpoint; here the tensors stay what they are.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.weights_in = nn.Linear(width, 2 * hidden)
+        self.weights_out = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, T, N]` → the same shape."""
+        gate, up = self.weights_in(x).chunk(2, dim=-1)  # each [B, T, H]
+        y: Tensor = self.weights_out(silu(gate) * up)
+        return y
+
+
+def embed(config: Config, module: Any, images: Tensor) -> tuple[Tensor, Context]:
+    """Images `[B, 3, h·P, w·P]` → tokens `[B, T, N]` that enter the first block, and what every block takes beside.
+
+    Raises `ValueError` for a broken patch.
+    """
+    height, width = images.shape[-2:]
+    if height % config.patch or width % config.patch:
+        raise ValueError(f"an image of {height} × {width} px is not made of patches of {config.patch} px")
+    return EMBEDDINGS[config.family.embedding](module, images)
+
+
+def run_block(config: Config, module: nn.Module, index: int, tokens: Tensor, context: Context) -> Tensor:
+    """One block on `[B, T, N]`; some families give more than the tokens."""
+    left = module.get_submodule(config.family.block.format(index))(tokens, **context)
+    return left[0] if isinstance(left, tuple) else left
+
+
+def finish(config: Config, module: nn.Module, tokens: Tensor) -> Tensor:
+    """The final norm, where the library's last hidden state has one."""
+    return module.get_submodule(config.family.norm)(tokens) if config.family.finishes else tokens
+
+
+def _plain(module: Any, images: Tensor) -> tuple[Tensor, Context]:
+    return module.embeddings(images), {"attention_mask": None}
+
+
+def _resized(module: Any, images: Tensor) -> tuple[Tensor, Context]:
+    return module.embeddings(images, interpolate_pos_encoding=True), {"attention_mask": None}
+
+
+def _unmasked(module: Any, images: Tensor) -> tuple[Tensor, Context]:
+    """The patches in order and none masked: the configuration's ratio is 0, and the noise that sorts them ascends."""
+    patches = module.embeddings.patch_embeddings(images[:1]).shape[1]
+    noise = torch.arange(patches, device=images.device, dtype=torch.float32).expand(len(images), -1)
+    tokens, _, _ = module.embeddings(images, noise=noise, interpolate_pos_encoding=True)
+    return tokens, {"attention_mask": None}
+
+
+def _rotary(module: Any, images: Tensor) -> tuple[Tensor, Context]:
+    return module.embeddings(images), {"position_embeddings": module.rope_embeddings(images)}
+
+
+def _normed(module: Any, images: Tensor) -> tuple[Tensor, Context]:
+    tokens, context = _resized(module, images)
+    return module.pre_layrnorm(tokens), context
+
+
+def _flattened(module: Any, images: Tensor) -> tuple[Tensor, Context]:
+    """Patches are flattened channels last, as the library's preprocessor does it, and then projected."""
+    P = module.config.patch_size
+    patches = images.unfold(2, P, P).unfold(3, P, P)  # [B, 3, h, w, P, P]
+    h, w = patches.shape[2:4]
+    flat = patches.permute(0, 2, 3, 4, 5, 1).reshape(len(images), h * w, -1)  # [B, h·w, P·P·3]
+    shapes = torch.tensor([[h, w]] * len(images), device=images.device)
+    return module.embeddings(flat, shapes), {"attention_mask": None}
+
+
+def _relative(module: Any, images: Tensor) -> tuple[Tensor, Context]:
+    bias = _shared_bias(module.shared_position_bias, module, images)
+    return module.embeddings(images), {"attention_mask": bias, "resolution": images.shape[-2:]}
+
+
+def _relative_of_two(module: Any, images: Tensor) -> tuple[Tensor, Context]:
+    tokens, _ = module.embeddings(images)
+    bias = _shared_bias(getattr(module.encoder, "relative_position_bias", None), module, images)
+    return tokens, {"relative_position_bias": bias, "resolution": images.shape[-2:]}
+
+
+def _shared_bias(table: Any, module: Any, images: Tensor) -> Tensor | None:
+    """Biases `[1, heads, T, T]` that all blocks share, or None where there are none."""
+    h, w = (side // module.config.patch_size for side in images.shape[-2:])
+    return None if table is None else table((h, w))
+
+
+EMBEDDINGS: Mapping[str, Callable[[Any, Tensor], tuple[Tensor, Context]]] = {
+    "plain": _plain,
+    "resized": _resized,
+    "unmasked": _unmasked,
+    "rotary": _rotary,
+    "normed": _normed,
+    "flattened": _flattened,
+    "relative": _relative,
+    "relative of two": _relative_of_two,
+}
