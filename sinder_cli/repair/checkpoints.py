@@ -25,13 +25,13 @@ from sinder_cli.files import replacing_folder, require_writable_folder, sha256_o
 from sinder_cli.memory import is_out_of_memory
 from sinder_cli.repair.basis import SingularBasis
 from sinder_cli.repair.deltas import Deltas, Target, TargetState
-from sinder_cli.repair.loop import Progress
+from sinder_cli.repair.loop import ANEW, DivergedError, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KEPT = 2  # the newest; one may be torn
-COUNTED = ("steps", "images", "seconds", "nonfinite", "nonfinite_in_a_row")  # of the progress
+COUNTED = ("steps", "images", "seconds", "nonfinite", "nonfinite_in_a_row", "proven")  # of the progress
 STATE, COUNTERS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
 
@@ -43,15 +43,24 @@ class Checkpoints:
     hashes: dict[str, str] = field(default_factory=dict)  # of the bases that are known to be on disk, by target
 
     def write(self, deltas: Deltas, progress: Progress) -> None:
-        """Write the state between two steps, and remove all but the newest two checkpoints.
+        """Write the state between two steps, and remove all but the newest two checkpoints, and the newest proven one.
 
-        Raises `BadInputError` for a delta that is not finite, and what the file system refuses; what was there before
+        Raises `DivergedError` for a delta that is not finite, and what the file system refuses; what was there before
         stays as it was.
         """
         if not self._step_folder(progress.steps).exists():
             self._write(deltas, progress)
-        for old in self._step_folders()[KEPT:]:
-            _remove(old)
+        found = self._step_folders()
+        proven = [folder for folder in found if _step_of(folder) <= progress.proven]
+        for old in found[KEPT:]:
+            if old not in proven[:1]:
+                _remove(old)
+
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, the newest first: what has led to them has led too far."""
+        for folder in self._step_folders():
+            if _step_of(folder) > step:
+                _remove(folder)
 
     def _write(self, deltas: Deltas, progress: Progress) -> None:
         require_writable_folder(self.bases)
@@ -105,7 +114,7 @@ class Checkpoints:
     def _step_folders(self) -> list[Path]:
         """The newest first."""
         found = [path for path in self.folder.glob("step-*") if path.name[5:].isdigit()]
-        return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+        return sorted(found, key=_step_of, reverse=True)
 
     def _write_basis(self, target: Target) -> None:
         if target.name in self.hashes:
@@ -171,6 +180,10 @@ class _Stored:
     targets: dict[str, TargetState]
 
 
+def _step_of(folder: Path) -> int:
+    return int(folder.name[5:])
+
+
 def _remove(folder: Path) -> None:
     """Under another name first, so that what a kill leaves of it is no checkpoint."""
     going = folder.with_name(f".{folder.name}.old.part")
@@ -182,7 +195,7 @@ def _state_tensors(targets: list[Target], progress: Progress) -> dict[str, Tenso
     found: dict[str, Tensor] = {}
     for target in targets:
         if not target.delta.isfinite().all():
-            raise BadInputError("the repair has diverged", f"the delta of {target.name} is not finite", "lower --lr")
+            raise DivergedError("the repair has diverged", f"the delta of {target.name} is not finite", ANEW)
         found[f"delta.{target.name}"] = target.delta.cpu()
         found[f"velocity.{target.name}"] = target.velocity.cpu()
     found["recent"] = torch.tensor(list(progress.recent), dtype=torch.uint8)

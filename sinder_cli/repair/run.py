@@ -17,6 +17,7 @@ from sinder_cli.files import write_json
 from sinder_cli.images.choosing import Division, divided
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import ImageSource, SomeImages
+from sinder_cli.memory import told_when_it_runs_out
 from sinder_cli.ranks import Ranks
 from sinder_cli.repair.adapter import write_adapter
 from sinder_cli.repair.basis import SingularBasis, singular_basis
@@ -25,9 +26,17 @@ from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.evaluation import SAMPLES, Snapshot, evaluate, evaluation_images, take_snapshot
 from sinder_cli.repair.folder import RunFolder
 from sinder_cli.repair.forward import Directions
-from sinder_cli.repair.loop import Progress, density_window, repair_steps
+from sinder_cli.repair.loop import (
+    ANEW,
+    DivergedError,
+    Progress,
+    StepRecord,
+    density_window,
+    repair_steps,
+    size_of_step,
+)
 from sinder_cli.repair.results import RepairResult, run_summary, write_model
-from sinder_cli.repair.session import checkpointed, restored
+from sinder_cli.repair.session import checkpointed, restored, saved_if_it_fails
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.stopping import Stop
 
@@ -76,16 +85,15 @@ def run_repair(
     began = time.monotonic()
     if resume and ranks.writes:
         folder.require_same(start.config, emit)
-    repair = prepared(start, emit, ranks)
-    before = _original(repair) if ranks.writes else None
-    _go_on_or_begin(repair, folder, resume)
-    earlier = repair.progress.seconds
-    _take_steps(repair, folder, before, stop)
-    if before is None:
-        return None
-    after = repair.look("looking at the repaired")
-    after.require_finite("the repair has diverged", "lower --lr")
-    return _written(repair, folder, before, after, lambda: earlier + time.monotonic() - began)
+    with told_when_it_runs_out(*size_of_step(start.preprocess, start.settings)):
+        repair = prepared(start, emit, ranks)
+        before = _original(repair) if ranks.writes else None
+        _go_on_or_begin(repair, folder, resume)
+        earlier = repair.progress.seconds
+        after = _repaired(repair, folder, before, stop)
+        if before is None or after is None:
+            return None
+        return _written(repair, folder, before, after, lambda: earlier + time.monotonic() - began)
 
 
 def prepared(
@@ -131,6 +139,21 @@ def _go_on_or_begin(repair: Repair, folder: RunFolder, resume: bool) -> None:
         folder.forget_after(progress.steps)
 
 
+def _repaired(repair: Repair, folder: RunFolder, before: Snapshot | None, stop: Stop) -> Snapshot | None:
+    """Take the steps and look at what they made, on rank 0; of a repair that diverges, the last good state stays."""
+    try:
+        _take_steps(repair, folder, before, stop)
+        if before is None:
+            return None
+        after = repair.look("looking at the repaired")
+        after.require_finite("the repair has diverged", ANEW, DivergedError)
+    except DivergedError:
+        if repair.ranks.writes:
+            folder.checkpoints.forget_after(repair.progress.proven)
+        raise
+    return after
+
+
 def _take_steps(repair: Repair, folder: RunFolder, before: Snapshot | None, stop: Stop) -> None:
     """Step until the images are clean or the steps used up, recording each, and looking where that is due."""
     start, progress, emit, ranks = repair.start, repair.progress, repair.emit, repair.ranks
@@ -143,21 +166,25 @@ def _take_steps(repair: Repair, folder: RunFolder, before: Snapshot | None, stop
             folder.flush_lines()
             checkpoints.write(repair.deltas, progress)
 
+    def tell(record: StepRecord) -> None:
+        if before is not None:
+            folder.record(record)
+        emit(record)
+        if before is not None and settings.eval_every and record.step % settings.eval_every == 0:
+            evaluation = evaluate(
+                record.step, backbone, repair.module, repair.directions, images, before, settings, start.device
+            )
+            folder.record(evaluation)
+            emit(evaluation)
+
     steps = repair_steps(
         backbone, repair.directions, repair.deltas, repair.training, start.preprocess, settings, progress, emit, ranks
     )
     emit(Started("repairing", settings.max_steps, "steps", progress.steps))
     with closing(checkpointed(steps, save, progress, settings, stop, emit, ranks)) as records:
         for record in records:
-            if before is not None:
-                folder.record(record)
-            emit(record)
-            if before is not None and settings.eval_every and record.step % settings.eval_every == 0:
-                evaluation = evaluate(
-                    record.step, backbone, repair.module, repair.directions, images, before, settings, start.device
-                )
-                folder.record(evaluation)
-                emit(evaluation)
+            with saved_if_it_fails(save):
+                tell(record)
     emit(Finished("repairing"))
 
 

@@ -681,3 +681,12 @@ def test_a_dry_run_touches_no_run_that_is_there(warm: Server, stopped: Path, rep
     assert ended.returncode == 2
     assert "--resume and --dry-run exclude each other" in ended.stderr
     assert state() == before
+
+
+def test_a_run_that_diverges_keeps_the_last_good_state(warm: Server, repair: tuple[str, ...], tmp_path: Path) -> None:
+    every = ("--checkpoint-every", "1", "--max-steps", "40", "--out", "run")
+    ended = warm.run(*repair, "--lr", "1e38", *every, cwd=tmp_path)
+    assert ended.returncode == 65, ended.stderr
+    assert ended.stderr.splitlines()[-1].endswith("; start anew with a lower --lr and --force")
+    assert not {"model.safetensors", "summary.json"} & {path.name for path in (tmp_path / "run").iterdir()}
+    assert steps_of(tmp_path / "run") == []  # nothing but the beginning was good

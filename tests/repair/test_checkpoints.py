@@ -264,6 +264,27 @@ def test_a_delta_that_is_not_finite_is_never_written(single: Any, value: float, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_steps_that_are_not_finite_drive_out_no_state_that_is_proven(single: Any, tmp_path: Path) -> None:
+    run = Run(single, pictures(single), **SETTINGS)
+    checkpoints = Checkpoints(tmp_path)
+    for finite in (True, True, True, False, False, False):
+        run.progress.count(images=1, defective=1, finite=finite)
+        checkpoints.write(run.deltas, run.progress)
+    assert run.progress.proven == 2  # whether the third step was good no step has shown
+    assert [int(path.name[5:]) for path in sorted(tmp_path.glob("step-*"))] == [2, 5, 6]
+    checkpoints.forget_after(run.progress.proven)
+    assert restored(single, tmp_path).progress.steps == 2
+
+
+def test_after_a_finite_step_all_before_it_is_proven_and_the_newest_two_are_kept(single: Any, tmp_path: Path) -> None:
+    run = Run(single, pictures(single), **SETTINGS)
+    checkpoints = Checkpoints(tmp_path)
+    for finite in (True, False, False, False, True, True):
+        run.progress.count(images=1, defective=1, finite=finite)
+        checkpoints.write(run.deltas, run.progress)
+    assert [int(path.name[5:]) for path in sorted(tmp_path.glob("step-*"))] == [5, 6]
+
+
 @pytest.mark.parametrize("writer", ["write_safetensors", "write_json"])
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before_and_nothing_temporary(
     single: Any, writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

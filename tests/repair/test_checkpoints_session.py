@@ -10,8 +10,8 @@ import pytest
 
 from sinder_cli.errors import BadInputError, StorageError, TryAgainError
 from sinder_cli.repair import session
-from sinder_cli.repair.loop import Progress, StepRecord
-from sinder_cli.repair.session import checkpointed
+from sinder_cli.repair.loop import DivergedError, Progress, StepRecord
+from sinder_cli.repair.session import checkpointed, saved_if_it_fails
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.stopping import Ended, Stop
 
@@ -136,6 +136,29 @@ def test_before_and_after_the_steps_a_signal_ends_at_once() -> None:
     list(Steps(2).records(stop))
     with pytest.raises(Ended):
         stop.hear(signal.SIGTERM)
+
+
+def test_steps_that_have_diverged_are_not_saved() -> None:
+    steps = Steps(9, every="2", fails_at=4, error=DivergedError("a", "b"))
+    with pytest.raises(DivergedError):
+        list(steps.records())
+    assert steps.saved == [2]
+
+
+@pytest.mark.parametrize("second", [None, StorageError("full", "too")])
+def test_steps_are_saved_where_what_is_done_with_them_fails(second: StorageError | None) -> None:
+    saved = []
+
+    def save() -> None:
+        saved.append(1)
+        if second:
+            raise second
+
+    with pytest.raises(ZeroDivisionError), saved_if_it_fails(save):
+        raise ZeroDivisionError
+    with pytest.raises(Ended), saved_if_it_fails(save):
+        raise Ended(signal.SIGINT)  # the second signal: at once
+    assert saved == [1]
 
 
 @pytest.mark.parametrize("error", [BadInputError("a", "b"), TryAgainError("a", "b")])
