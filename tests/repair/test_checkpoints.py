@@ -235,6 +235,63 @@ def test_where_all_checkpoints_are_torn_nothing_is_resumed_and_nothing_removed(s
     assert len(list(checkpoints.folder.glob("step-*"))) == 2
 
 
+@pytest.mark.parametrize("read", ["sha256_of", "_tensors_of"])
+def test_a_disk_that_fails_for_a_while_costs_no_checkpoint(
+    single: Any, read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(another(single), pictures(single), **SETTINGS)
+    checkpoints = Checkpoints(tmp_path)
+    for _ in range(2):
+        run.take(1)
+        checkpoints.write(run.deltas, run.progress)
+    before = sorted(tmp_path.rglob("*"))
+
+    def fails(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module_of_checkpoints, read, fails)
+        with pytest.raises(StorageError, match=r"cannot read .*: Input/output error; check the disk") as caught:
+            restored(single, tmp_path)
+    assert caught.value.exit_code == 74
+    assert sorted(tmp_path.rglob("*")) == before
+    assert restored(single, tmp_path).progress.steps == 2
+
+
+def test_a_torn_checkpoint_is_put_aside_until_the_next_is_whole(single: Any, tmp_path: Path) -> None:
+    run = Run(another(single), pictures(single), **SETTINGS)
+    checkpoints = Checkpoints(tmp_path)
+    for _ in range(2):
+        run.take(1)
+        checkpoints.write(run.deltas, run.progress)
+    flip(tmp_path / "step-000002" / STATE)
+    again = restored(single, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"bases", "step-000001", "torn-step-000002"}
+    again.take(1)
+    Checkpoints(tmp_path).write(again.deltas, again.progress)
+    assert {path.name for path in tmp_path.iterdir()} == {"bases", "step-000001", "step-000002"}
+
+
+def test_a_basis_that_no_checkpoint_names_is_removed(single: Any, tmp_path: Path) -> None:
+    run = Run(another(single), pictures(single), **SETTINGS)
+    checkpoints = Checkpoints(tmp_path)
+    run.take(3)
+    checkpoints.write(run.deltas, run.progress)
+    named = sorted(checkpoints.bases.iterdir())
+    orphan = checkpoints.bases / f"{'0' * 64}.safetensors"
+    orphan.write_bytes(b"of a run that went back")
+    run.take(1)
+    checkpoints.write(run.deltas, run.progress)
+    assert set(named) <= set(checkpoints.bases.iterdir())
+    assert not orphan.exists()
+    orphan.write_bytes(b"again")
+    (tmp_path / "step-000003" / COUNTERS).write_text("torn")
+    run.take(1)
+    run.progress.proven = 3
+    checkpoints.write(run.deltas, run.progress)
+    assert orphan.exists()  # nobody knows whose it is
+
+
 def test_what_a_killed_write_left_is_no_checkpoint_and_is_swept_away(single: Any, tmp_path: Path) -> None:
     run = Run(another(single), pictures(single), **SETTINGS)
     checkpoints = Checkpoints(tmp_path)
