@@ -66,7 +66,7 @@ class ImageFiles:
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for path, (size, _) in zip(self.paths, self.states, strict=True):
-            digest.update(f"{path}\0{size}\n".encode(errors="surrogateescape"))
+            digest.update(f"{path.absolute()}\0{size}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
 

@@ -50,7 +50,13 @@ def step_batches(
 
 
 def forget_mended(source: ImageSource, preprocess: Preprocessing, unreadable: dict[str, str]) -> None:
-    """Drop from `unreadable` what can be decoded by now: the disk may have been away when an earlier process tried."""
+    """Drop from `unreadable` what can be decoded by now: the disk may have been away when an earlier process tried.
+
+    So is what has another name by now: it is told when a step comes to it.
+    """
+    names = set(map(source.name, range(len(source))))
+    for name in unreadable.keys() - names:
+        del unreadable[name]
     doubted = [index for index in range(len(source)) if source.name(index) in unreadable]
     for image in load_in_order(source, preprocess, doubted):
         if image.pixels is not None:

@@ -16,7 +16,7 @@ from sinder_cli.events import Emit, Finished, Noted, Started, Warned
 from sinder_cli.files import write_json
 from sinder_cli.images.choosing import Division, divided
 from sinder_cli.images.preprocessing import Preprocessing
-from sinder_cli.images.sources import ImageSource, SomeImages
+from sinder_cli.images.sources import ImageFiles, ImageSource, SomeImages
 from sinder_cli.memory import told_when_it_runs_out
 from sinder_cli.ranks import Ranks
 from sinder_cli.repair.adapter import write_adapter
@@ -26,6 +26,7 @@ from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.evaluation import SAMPLES, Snapshot, evaluate, evaluation_images, take_snapshot
 from sinder_cli.repair.folder import RunFolder
 from sinder_cli.repair.forward import Directions
+from sinder_cli.repair.imagelist import listed_images
 from sinder_cli.repair.loop import (
     ANEW,
     DivergedError,
@@ -84,7 +85,7 @@ def run_repair(
     """Repair into a folder that this process, or rank 0, holds; rank 0 has the result."""
     began = time.monotonic()
     if resume and ranks.writes:
-        folder.require_same(start.config, emit)
+        folder.require_same(start.config, start.source, emit)
     with told_when_it_runs_out(*size_of_step(start.preprocess, start.settings)):
         repair = prepared(start, emit, ranks)
         before = _original(repair) if ranks.writes else None
@@ -135,7 +136,9 @@ def _go_on_or_begin(repair: Repair, folder: RunFolder, resume: bool) -> None:
         emit(Noted(f"going on after step {progress.steps}"))
     if repair.ranks.writes:
         if not resume:
-            folder.begin(start.config)
+            folder.begin(
+                start.config, listed_images(start.source, emit) if isinstance(start.source, ImageFiles) else ()
+            )
         folder.forget_after(progress.steps)
 
 
@@ -193,11 +196,11 @@ def _written(
 ) -> RepairResult:
     """Write the repaired weights, the adapter, and last the summary, which says that the run has ended."""
     start, deltas = repair.start, repair.deltas
-    backbone, settings, config = start.backbone, start.settings, start.config
+    backbone, settings, config = start.backbone, start.settings, folder.read_config()  # as the run was begun
     repair.emit(Noted(f"writing {folder.model}"))
     write_model(folder.model, backbone.weights, deltas)
     write_adapter(folder.adapter, backbone.name, config["weights"]["fingerprint"], deltas, settings)
-    summary = run_summary(backbone, before, after, repair.progress, deltas, settings)
+    summary = run_summary(backbone, before, after, repair.progress, deltas, settings, config)
     summary["seconds"] = round(seconds(), 3)
     write_json(folder.summary, summary)
     return RepairResult(

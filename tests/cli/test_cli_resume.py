@@ -140,7 +140,15 @@ def test_a_run_that_is_killed_at_twenty_random_moments_ends_with_the_same_bytes(
         assert temporaries(run) == []
 
 
-WRITTEN = ("config.json", "metrics.jsonl", "model.safetensors", "adapter.safetensors", "summary.json", "README.md")
+WRITTEN = (
+    "images.jsonl",
+    "config.json",
+    "metrics.jsonl",
+    "model.safetensors",
+    "adapter.safetensors",
+    "summary.json",
+    "README.md",
+)
 
 
 @pytest.mark.slow
@@ -177,7 +185,7 @@ OTHER = {
     "--max-steps 40": "setting max_steps was 12 and is 40",
     "--attention eager": "attention was sdpa and is eager",
     "--heads 4": "heads was None and is 4",
-    "--data {more}": "count of the images was 6 and is 7",
+    "--data {more}": "there were 6 images and are 7, {more} is new",
     "--weights {changed}": "fingerprint of the weights was ",
 }
 
@@ -196,7 +204,8 @@ def test_a_run_is_not_resumed_under_other_settings_data_or_weights(
     ended = warm.run(*repair, "--out", stopped_once, "--resume", *more, cwd=tmp_path)
     assert ended.returncode == 78, ended.stderr
     last = ended.stderr.splitlines()[-1]
-    assert last.startswith(f"sinder: error: cannot resume {stopped_once}: {OTHER[options]}")
+    why = OTHER[options].format(more=tmp_path / "more.png")
+    assert last.startswith(f"sinder: error: cannot resume {stopped_once}: {why}")
     assert {path: path.stat().st_mtime_ns for path in stopped_once.rglob("*")} == before
 
 
@@ -211,7 +220,7 @@ def test_a_run_is_not_resumed_after_an_image_has_changed(
     finally:
         changed.write_bytes(whole)
     assert ended.returncode == 78
-    assert "fingerprint of the images was" in ended.stderr
+    assert f"image {changed} had {len(whole)} bytes and has {len(whole) + 4}" in ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -269,9 +278,63 @@ def test_a_finished_run_is_not_resumed_again_and_not_under_other_settings(
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
 
 
-def test_resume_without_a_run_starts_one(warm: Server, repair: tuple[str, ...], tmp_path: Path) -> None:
+def test_resume_without_a_run_starts_one_and_says_so(warm: Server, repair: tuple[str, ...], tmp_path: Path) -> None:
     ended = warm.run(*repair, "--max-steps", "1", "--out", "run", "--resume", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
+    assert "sinder: no run in run yet: starting one\n" in ended.stderr
+
+
+def test_a_run_directory_is_enough_to_go_on_from_wherever_it_is(
+    stopped: Path, uninterrupted: Path, warm: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for changes in (("--lr", "0.01"), ("--data", str(stopped)), ("--seed", "1")):
+        refused = warm.run("repair", "../run", "--resume", *changes, cwd=tmp_path / "elsewhere")
+        assert refused.returncode in (66, 78), refused.stderr
+    ended = warm.run("repair", "../run", "--resume", "--workers", "1", "--strict", cwd=tmp_path / "elsewhere")
+    assert ended.returncode == 0, ended.stderr
+    assert "going on after step 6" in ended.stderr
+    assert finished(stopped) == finished(uninterrupted)
+    again = warm.run("repair", "run", "--resume", "--format", "table", cwd=tmp_path)
+    assert (again.returncode, again.stdout) == (0, "run: finished already, nothing to resume\n")
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} >= {"run", "elsewhere"}
+    assert not (tmp_path / "sinder-runs").exists()
+
+
+def test_a_run_that_was_not_finished_is_no_model_yet_and_says_how_it_would_be(stopped: Path, warm: Server) -> None:
+    ended = warm.run("predict-defects", "run", cwd=stopped.parent)
+    assert ended.returncode == 66
+    assert ended.stderr.splitlines()[-1].endswith(
+        "its run did not finish; `sinder repair run --resume` goes on with it"
+    )
+
+
+def test_a_run_over_images_named_on_standard_input_goes_on_without_the_list(
+    sinder: Callable[..., Any], repair: tuple[str, ...], photos: Path, warm: Server, uninterrupted: Path, tmp_path: Path
+) -> None:
+    options = [option for option in repair if option not in ("--data", str(photos))]
+    listed = "".join(f"{path}\n" for path in sorted(photos.iterdir()))
+    short = sinder(*options, "--data", "-", "--out", tmp_path / "run", stdin=listed)
+    assert short.returncode == 0, short.stderr
+    run = tmp_path / "run"
+    for name in ("summary.json", "model.safetensors"):
+        (run / name).unlink()
+    ended = warm.run("repair", run, "--resume", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert finished(run)["model"] == finished(uninterrupted)["model"]
+    assert finished(run)["summary"]["data"] == finished(uninterrupted)["summary"]["data"] | {"places": ["-"]}
+    assert finished(uninterrupted)["summary"]["data"]["places"] == [str(photos)]
+    assert finished(uninterrupted)["summary"]["settings"]["max_steps"] == STEPS
+
+
+def test_a_finished_run_without_its_report_gets_it_again(uninterrupted: Path, warm: Server, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / "report.html").unlink()
+    ended = warm.run("repair", "run", "--resume", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert (run / "report.html").is_file()
+    assert finished(run) == finished(uninterrupted)
 
 
 def test_a_run_is_replaced_only_by_force_and_only_its_own_files_go(
@@ -494,7 +557,12 @@ def test_a_delta_that_is_not_finite_makes_no_model(
     with pytest.raises(BadInputError, match="not finite") as caught:
         api.repair(ModelRequest("dinov2_custom", small), [str(photos)], tmp_path / "run", settings)
     assert caught.value.exit_code == 65
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "checkpoints"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.json",
+        "images.jsonl",
+        "metrics.jsonl",
+        "checkpoints",
+    }
 
 
 @pytest.fixture
