@@ -148,11 +148,11 @@ class RunFolder:
         with ExitStack() as undone:  # a signal may come between any two of these
             undone.callback(_remove_empty, made)
             require_writable_folder(self.path)
-            handle = os.open(self.path, os.O_RDONLY)
-            undone.callback(os.close, handle)  # and with it the lock
+            handle = _opened_here_alone(self.path)
+            undone.callback(_close_all, handle)  # and with it the lock
             undone.callback(_remove_empty, made)  # before that, or it might be another's by then
             try:
-                _lock(handle, self.path, emit)
+                _lock(handle[0], self.path, emit)
             except TryAgainError:
                 made.clear()  # it is the other's
                 raise
@@ -272,6 +272,18 @@ def _remove_empty(folders: list[Path]) -> None:
     with suppress(OSError):
         while folders:
             folders.pop(0).rmdir()
+
+
+def _opened_here_alone(folder: Path) -> list[int]:
+    """The descriptor of a folder, which no process that is forked later keeps: it would keep the lock as well."""
+    handle = [os.open(folder, os.O_RDONLY)]
+    os.register_at_fork(after_in_child=lambda: _close_all(handle))  # nothing is left to close once it is closed here
+    return handle
+
+
+def _close_all(handles: list[int]) -> None:
+    while handles:
+        os.close(handles.pop())
 
 
 def _lock(handle: int, path: Path, emit: Emit) -> None:

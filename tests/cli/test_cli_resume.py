@@ -397,7 +397,8 @@ def test_a_signal_finishes_the_step_saves_it_and_tells_how_to_go_on(
     ended = running.wait()
     assert ended.returncode == -number
     assert ended.stdout == ""
-    *_, wrote, how, last = ended.stderr.splitlines()
+    *_, answer, wrote, how, last = ended.stderr.splitlines()
+    assert answer == "sinder: stopping after this step, with a checkpoint; a second signal ends at once"
     (step,) = steps_of(run)
     assert wrote == f"sinder: wrote a checkpoint after step {step}"
     assert how.startswith("sinder: to go on: ")

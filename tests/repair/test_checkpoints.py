@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -290,6 +293,50 @@ def test_a_basis_that_no_checkpoint_names_is_removed(single: Any, tmp_path: Path
     run.progress.proven = 3
     checkpoints.write(run.deltas, run.progress)
     assert orphan.exists()  # nobody knows whose it is
+
+
+def test_a_checkpoint_is_flushed_before_it_is_named_and_its_manifest_is_last(
+    single: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut leaves what was flushed, and names in folders that were: every order of both must do."""
+    run = Run(single, pictures(single), **SETTINGS)
+    run.take(1)
+    done: list[tuple[str, str]] = []
+
+    def named(path: Any) -> str:
+        place = str(Path(path).relative_to(tmp_path))
+        return re.sub(r"\.[^./]+\.part", ".part", re.sub(r"[0-9a-f]{64}", "HASH", place))
+
+    def hear(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename" and watching:
+            done.append(("rename", named(arguments[1])))
+
+    genuine = os.fsync
+
+    def fsync(handle: int) -> None:
+        done.append(("flush", named(Path(f"/proc/self/fd/{handle}").readlink())))
+        genuine(handle)
+
+    watching = [True]
+    sys.addaudithook(hear)
+    monkeypatch.setattr(os, "fsync", fsync)
+    Checkpoints(tmp_path / "checkpoints").write(run.deltas, run.progress)
+    watching.clear()
+
+    step, part = "checkpoints/step-000001", "checkpoints/.step-000001.part"
+    assert done[:2] == [("flush", "checkpoints"), ("flush", ".")]  # bases/ in it, and it in the run's folder
+    bases = [entry for entry in done if "bases" in entry[1]]
+    one = [("flush", "checkpoints/bases/.HASH.safetensors.part"), ("rename", "checkpoints/bases/HASH.safetensors")]
+    assert bases == [*one, ("flush", "checkpoints/bases")] * len(run.deltas.touched)
+    files = [entry for entry in done if entry[0] == "rename" and entry[1].startswith(part)]
+    assert files == [("rename", f"{part}/{name}") for name in (STATE, COUNTERS, MANIFEST)]
+    renamed = done.index(("rename", step))
+    for name in (STATE, COUNTERS, MANIFEST):
+        assert ("flush", f"{part}/{name}") in done[:renamed]
+        assert done.index(("flush", f"{part}/.{name}.part")) < done.index(("rename", f"{part}/{name}"))
+    assert ("flush", part) in done[:renamed]
+    assert done[-1] == ("flush", "checkpoints")
+    assert done.index(bases[-1]) < done.index(files[0])
 
 
 def test_what_a_killed_write_left_is_no_checkpoint_and_is_swept_away(single: Any, tmp_path: Path) -> None:

@@ -103,6 +103,20 @@ def test_a_signal_during_a_step_waits_for_the_end_of_it() -> None:
     assert steps.saved == [1]
 
 
+@pytest.mark.parametrize(("once", "then"), [(False, "; a second signal ends at once"), (True, "")])
+def test_the_first_signal_is_answered_before_its_step_is_done(once: bool, then: str) -> None:
+    said: list[str] = []
+    steps, stop = Steps(9), Stop(once, said.append)
+    records = steps.records(stop)
+    next(records)
+    stop.hear(signal.SIGINT)
+    assert said == [f"stopping after this step, with a checkpoint{then}"]
+    if once:
+        stop.hear(signal.SIGINT)
+    assert len(said) == 1
+    records.close()
+
+
 def test_the_second_signal_ends_at_once() -> None:
     steps, stop = Steps(9), Stop()
     records = steps.records(stop)

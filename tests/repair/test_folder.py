@@ -6,6 +6,8 @@ import errno
 import fcntl
 import json
 import os
+import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,25 @@ def test_a_folder_is_kept_from_a_second_process_and_free_afterwards(run: RunFold
         assert caught.value.exit_code == 75
     with run.held():
         pass
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_keep_the_folder(run: RunFolder) -> None:
+    ours, theirs = socket.socketpair()
+    with run.held():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads, of which it has none
+            child = os.fork()
+        if child == 0:
+            ours.close()
+            theirs.send(b"here")
+            theirs.recv(1)  # until the parent closes its end
+            os._exit(0)
+        theirs.close()
+        assert ours.recv(4) == b"here"
+    with run.held():  # as after the death of the first parent, whose child hangs
+        pass
+    ours.close()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_folders_that_were_made_and_stay_empty_are_removed(tmp_path: Path) -> None:
