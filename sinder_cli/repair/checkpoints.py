@@ -77,7 +77,7 @@ class Checkpoints:
         for target in touched:
             self._write_basis(target)
         with replacing_folder(self._step_folder(progress.steps)) as temporary:
-            tensors = _state_tensors(touched, progress)
+            tensors = _state_tensors(touched, progress, deltas.cuda)
             write_safetensors(temporary / STATE, infos_of(tensors), tensors.values())
             write_json(temporary / COUNTERS, _counters(touched, progress, self.hashes))
             files = {name: sha256_of(temporary / name) for name in (STATE, COUNTERS)}
@@ -187,8 +187,8 @@ class Checkpoints:
         progress.recent.clear()
         progress.recent.extend(stored.tensors["recent"].bool().tolist())
         torch.set_rng_state(stored.tensors["random.cpu"])
-        if "random.cuda" in stored.tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(stored.tensors["random.cuda"])
+        if "random.cuda" in stored.tensors and deltas.cuda is not None:
+            torch.cuda.set_rng_state(stored.tensors["random.cuda"], deltas.cuda)
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _told_from_torn(path: Path) -> Iterator[None]:
         raise StorageError(f"cannot read {path}", why, remedy) from error
 
 
-def _state_tensors(targets: list[Target], progress: Progress) -> dict[str, Tensor]:
+def _state_tensors(targets: list[Target], progress: Progress, cuda: torch.device | None) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for target in targets:
         if not target.delta.isfinite().all():
@@ -240,8 +240,8 @@ def _state_tensors(targets: list[Target], progress: Progress) -> dict[str, Tenso
         found[f"velocity.{target.name}"] = target.velocity.cpu()
     found["recent"] = torch.tensor(list(progress.recent), dtype=torch.uint8)
     found["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        found["random.cuda"] = torch.cuda.get_rng_state()
+    if cuda is not None:
+        found["random.cuda"] = torch.cuda.get_rng_state(cuda)
     return found
 
 

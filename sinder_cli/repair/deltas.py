@@ -88,6 +88,12 @@ class Deltas:
         return self.by_block[index]
 
     @property
+    def cuda(self) -> torch.device | None:
+        """The CUDA device that the module is on, if it is on one."""
+        device = next(self.module.parameters()).device
+        return device if device.type == "cuda" else None
+
+    @property
     def touched(self) -> list[Target]:
         """All targets so far, in the order of their blocks."""
         return [target for index in sorted(self.by_block) for target in self.by_block[index]]

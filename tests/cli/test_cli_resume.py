@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from warm import Ended, Running, Server
 
 from sinder_cli import ModelRequest, api
 from sinder_cli.errors import BadInputError
+from sinder_cli.images.choosing import shuffled
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.settings import RepairSettings
 
@@ -532,6 +534,64 @@ def test_a_disk_that_fills_up_after_a_checkpoint_leaves_that_and_nothing_tempora
     assert finished(stopped) == finished(uninterrupted)
 
 
+def unshared() -> tuple[str, ...]:
+    """What starts a command where it may mount; empty where nothing does."""
+    ways = ("unshare", "--mount"), ("unshare", "--user", "--map-root-user", "--mount")
+    mounting = ("sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$0"', "/tmp")
+    for way in ways if shutil.which("unshare") else ():
+        if subprocess.run([*way, *mounting], capture_output=True, check=False).returncode == 0:
+            return way
+    return ()
+
+
+def pages(folder: Path) -> int:
+    """The bytes that the files of a folder take on a tmpfs."""
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("full_at", ["checkpoint", "model"])
+def test_a_small_disk_that_is_really_full_leaves_the_checkpoint_before_and_the_run_goes_on(
+    full_at: str, repair: tuple[str, ...], environment: dict[str, str], uninterrupted: Path, tmp_path: Path
+) -> None:
+    """A tmpfs on which a third checkpoint has no room beside two, or the model none; it is enlarged for the resume."""
+    way = unshared()
+    if not way:
+        pytest.skip("nothing may be mounted here")
+    sinder = shlex.join([sys.executable, "-m", "sinder_cli", *repair, *CHECKPOINTS, "--out", "disk/run"])
+    script = f"""
+    mount -t tmpfs -o size=$1 tmpfs disk || exit 99
+    {sinder} 2> first; echo $? > code
+    ls -A disk/run disk/run/checkpoints disk/run/checkpoints/* > left
+    mount -o remount,size=64m disk
+    {sinder} --resume 2> second || exit 98
+    cp -r disk/run copied
+    """
+    (tmp_path / "disk").mkdir()
+    (step,) = (uninterrupted / "checkpoints").glob("step-*")
+    size = pages(uninterrupted / "checkpoints" / "bases") + 2 * pages(step) + (16 << 10)  # config, images, metrics
+    size += 2 * pages(step) if full_at == "model" else 0
+    ended = subprocess.run(
+        [*way, "sh", "-c", script, "sh", str(size)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert ended.returncode == 0, (ended.stderr, (tmp_path / "first").read_text(), (tmp_path / "second").read_text())
+    assert (tmp_path / "code").read_text() == "74\n"
+    said = (tmp_path / "first").read_text().splitlines()[-1]
+    assert "No space left on device; free space there" in said
+    assert ("model.safetensors" in said) == (full_at == "model")
+    left = (tmp_path / "left").read_text()
+    assert "step-0000" in left
+    assert "manifest.json" in left
+    assert ".part" not in left
+    assert "sinder: going on after step" in (tmp_path / "second").read_text()
+    assert finished(tmp_path / "copied") == finished(uninterrupted)
+
+
 def test_a_delta_that_is_not_finite_makes_no_model(
     small: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -574,15 +634,22 @@ def own(repair: tuple[str, ...], photos: Path, tmp_path: Path) -> tuple[str, ...
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, Path.touch, lambda path: path.write_bytes(b"rotten")])
-def test_an_image_that_vanishes_changes_or_rots_during_the_run_is_skipped_and_named(
+def test_an_image_that_vanishes_changes_or_rots_during_the_run_is_skipped_and_named_if_it_is_one_in_a_hundred(
     damage: Callable[[Path], None], warm: Server, own: tuple[str, ...], tmp_path: Path
 ) -> None:
+    for number in range(94):
+        os.link(tmp_path / "photos" / "rocket.png", tmp_path / "photos" / f"z{number}.png")
+    late = next(islice(shuffled(100, 0), 30, None))
+    seen_late = sorted((tmp_path / "photos").iterdir())[late]
+    whole = seen_late.read_bytes()
+    seen_late.unlink()
+    seen_late.write_bytes(whole)
     running = warm.start(*own, cwd=tmp_path)
     until(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), running)
-    damage(tmp_path / "photos" / "coffee.png")
+    damage(seen_late)
     ended = running.wait()
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("sinder: warning: skipped photos/coffee.png: ") == 1
+    assert ended.stderr.count(f"sinder: warning: skipped photos/{seen_late.name}: the file has changed since") == 1
     assert json.loads(ended.stdout)["skipped_images"] == 1
 
 
@@ -613,7 +680,7 @@ def test_images_that_were_away_and_are_back_do_not_keep_a_run_from_going_on(
     (tmp_path / "photos").rename(tmp_path / "away")
     ended = running.wait()
     assert ended.returncode == 65, ended.stderr
-    assert "2 of 6 cannot be read" in ended.stderr.splitlines()[-1]
+    assert "1 of 6 cannot be read" in ended.stderr.splitlines()[-1]
     assert len(steps_of(tmp_path / "run")) == 1
     (tmp_path / "away").rename(tmp_path / "photos")
     resumed = warm.run(*own, "--resume", cwd=tmp_path)

@@ -25,6 +25,7 @@ from sinder_cli.images.choosing import shuffled
 from sinder_cli.repair import checkpoints as module_of_checkpoints
 from sinder_cli.repair.basis import SingularBasis, singular_basis
 from sinder_cli.repair.checkpoints import COUNTERS, MANIFEST, STATE, Checkpoints
+from sinder_cli.repair.deltas import Deltas
 
 BLUE = [(2, 7), (6, 3), (8, 8)]
 STEPS = 8
@@ -103,6 +104,34 @@ def test_a_checkpoint_brings_back_the_random_state_the_counters_and_the_recent_i
     assert torch.equal(torch.rand(3), drawn)
     assert second.progress == first.progress
     assert second.progress.recent.maxlen == first.progress.recent.maxlen
+
+
+def test_the_random_state_of_no_cuda_device_is_saved_for_a_module_that_is_on_none(
+    single: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: pytest.fail("it starts CUDA"))
+    run = Run(single, pictures(single), **SETTINGS)
+    run.take(1)
+    Checkpoints(tmp_path).write(run.deltas, run.progress)
+    assert "random.cuda" not in load_file(tmp_path / "step-000001" / STATE)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_random_state_that_is_saved_is_that_of_the_modules_device(
+    number: int, single: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cuda", number)
+    states = {torch.device("cuda", each): torch.tensor([each], dtype=torch.uint8) for each in range(2)}
+    monkeypatch.setattr(Deltas, "cuda", device)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    run = Run(another(single), pictures(single), **SETTINGS)
+    run.take(1)
+    Checkpoints(tmp_path).write(run.deltas, run.progress)
+    put_back: list[tuple[int, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, at: put_back.append((state.item(), at)))
+    restored(single, tmp_path)
+    assert put_back == [(number, device)]
 
 
 def test_without_a_checkpoint_there_is_nothing_to_restore(single: Any, tmp_path: Path) -> None:
