@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from io import StringIO
@@ -80,7 +80,7 @@ def _run_named(request: ModelRequest) -> RunFolder | None:
     from sinder_cli.repair.folder import RunFolder
 
     run = RunFolder(Path(request.model))
-    return run if run.config.is_file() or request.model.startswith(("/", "./", "../")) else None
+    return run if run.is_run or request.model.startswith(("/", "./", "../")) else None
 
 
 def check_backbone(request: ModelRequest, emit: Emit = silent) -> Conformance:
@@ -208,26 +208,48 @@ def repair(
     force: bool = False,
     stop: Stop | None = None,
     ranks: Ranks = ALONE,
+    publish: Callable[[RepairResult], None] = silent,
 ) -> RepairResult | None:
     """Fine-tune singular values until the images are clean, and leave a run directory behind.
 
-    `resume` goes on with an unfinished run there, if there is one; `force` gives a run up that is there. `stop` may ask
-    to end after a step: a checkpoint is written then, and `Ended` raised. Of several `ranks`, each takes its share of
-    every batch; rank 0 alone evaluates, writes and has the result, the others None.
+    `resume` goes on with an unfinished run there, if there is one, over its images where none are named; `force` gives
+    a run up that is there. `stop` may ask to end after a step: a checkpoint is written then, and `Ended` raised.
+    `publish` gets the result while the directory is still kept from other processes. Of several `ranks`, each takes its
+    share of every batch; rank 0 alone evaluates, writes and has the result, the others None.
     """
     if settings.batch_size < ranks.size:
         why = f"each of the {ranks.size} processes takes its share of every batch"
         raise UsageError(f"batch size {settings.batch_size} is too small", why, f"use --batch-size {ranks.size}")
     named = _named_images(places, stdin, emit, ranks)  # before a checkpoint is read, or even downloaded
     from sinder_cli.repair.folder import RunFolder
+    from sinder_cli.repair.resuming import images_of
     from sinder_cli.repair.run import run_repair
 
     folder = RunFolder(out)
     if force:
         _require_elsewhere(out, request)
     with folder.held(emit) if ranks.writes else nullcontext():
-        resume = ranks.once(lambda: folder.require_free(resume, force))
-        return run_repair(_start(request, named, settings, ranks), folder, emit, resume, stop or Stop(), ranks)
+        goes_on = ranks.once(lambda: folder.require_free(resume, force))
+        if resume and not goes_on and ranks.writes:
+            emit(Noted(f"no run in {out} yet: starting one"))
+        if goes_on:
+            named = named or images_of(folder)
+        start = _start(request, named, places, settings, ranks)
+        result = run_repair(start, folder, emit, goes_on, stop or Stop(), ranks)
+        if result is not None:
+            publish(result)
+        return result
+
+
+def run_as_called(
+    out: Path, given: ModelRequest, settings: RepairSettings
+) -> tuple[ModelRequest, RepairSettings] | None:
+    """What the run in a folder was called with, and over it what is given now; None where there is no run."""
+    from sinder_cli.repair.folder import RunFolder
+    from sinder_cli.repair.resuming import as_called
+
+    folder = RunFolder(out)
+    return as_called(folder, given, settings) if folder.is_run else None
 
 
 def try_repair(
@@ -250,7 +272,7 @@ def try_repair(
     folder = RunFolder(out)
     with folder.held(emit):
         folder.require_free(resume=False, force=force)
-        return trial(_start(request, named, settings), emit)
+        return trial(_start(request, named, places, settings), emit)
 
 
 def finished_repair(
@@ -264,13 +286,21 @@ def finished_repair(
     """`summary.json` of the run that has ended in `out`. Raises `ConflictError` where this would be another run."""
     named = find_images(places, stdin, emit) if places else None
     from sinder_cli.repair.folder import RunFolder
+    from sinder_cli.repair.resuming import images_of
 
     folder = RunFolder(out)
-    folder.require_same(_start(request, named, settings).config)
+    start = _start(request, named or images_of(folder), places, settings)
+    folder.require_same(start.config, start.source, emit)
     return folder.read_summary()
 
 
-def _start(request: ModelRequest, named: ImageSource | None, settings: RepairSettings, ranks: Ranks = ALONE) -> Start:
+def _start(
+    request: ModelRequest,
+    named: ImageSource | None,
+    places: Sequence[str],
+    settings: RepairSettings,
+    ranks: Ranks = ALONE,
+) -> Start:
     from sinder_cli.repair.results import run_config
     from sinder_cli.repair.run import Start
 
@@ -278,8 +308,9 @@ def _start(request: ModelRequest, named: ImageSource | None, settings: RepairSet
     require_attention(request.attention, device)
     backbone = ranks.machine_first(lambda: open_model(request))
     preprocess = preprocessing(backbone, settings.image_size)
+    settings = settings.model_copy(update={"image_size": preprocess.size})
     source = named or drawn_images(backbone, settings.seed)
-    config = run_config(backbone, request, settings, preprocess, source, device)
+    config = run_config(backbone, request, settings, source, places, device)
     require_alike(config, ranks)
     return Start(backbone, preprocess, source, settings, device, config)
 

@@ -66,7 +66,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     there = path.is_dir()
     place = path if there else path.parent
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        make_folder(place)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=place))
     except OSError as error:
         raise output_error(path, error) from error
@@ -119,10 +119,18 @@ def json_text(document: Any) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def make_folder(folder: Path) -> None:
+    """Create `folder` and those above it, as far as they are not there, and have their names on the disk."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in made:
+        flush(place.parent)
+
+
 def require_writable_folder(folder: Path) -> None:
     """Create `folder` if need be and prove that files can be made in it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -19,17 +19,22 @@ class Stop:
     """Turns signals into `Ended`; while it is deferred, the first one only leaves word in `asked`.
 
     `once`: no second one counts then. A cluster signals torchrun and its processes, and torchrun signals them again.
+    `say` is told at once that the first is waiting; it is called by a signal handler, between any two instructions.
     """
 
-    def __init__(self, once: bool = False) -> None:
+    def __init__(self, once: bool = False, say: Callable[[str], object] = lambda _: None) -> None:
         self.asked: int | None = None
         self._once = once
+        self._say = say
         self._deferred = False
 
     def hear(self, number: int) -> None:
         """A signal came in. Raises `Ended` unless it is the first while deferred."""
         if self._deferred and (self.asked is None or self._once):
-            self.asked = self.asked or number
+            if self.asked is None:
+                self.asked = number
+                then = "" if self._once else "; a second signal ends at once"
+                self._say(f"stopping after this step, with a checkpoint{then}")
             return
         raise Ended(number)
 

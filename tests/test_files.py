@@ -124,6 +124,17 @@ def test_a_folder_is_created_and_proved_writable(tmp_path: Path) -> None:
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
+def test_folders_that_are_made_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed = []
+    genuine = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(os.fstat(handle).st_ino), genuine(handle)))
+    require_writable_folder(tmp_path / "a" / "b")
+    assert flushed == [(tmp_path / "a").stat().st_ino, tmp_path.stat().st_ino]
+    flushed.clear()
+    require_writable_folder(tmp_path / "a" / "b")
+    assert flushed == []
+
+
 def test_a_folder_below_a_file_cannot_be_created(old: Path) -> None:
     with pytest.raises(CannotCreateError):
         require_writable_folder(old / "run")

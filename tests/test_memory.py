@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sinder_cli import ModelRequest, api
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.errors import TryAgainError
 from sinder_cli.memory import is_out_of_memory, told_when_it_runs_out
+from sinder_cli.repair.settings import RepairSettings
 
 OUT_OF_MEMORY = [
     MemoryError(),
@@ -57,3 +59,18 @@ def test_analyze_tells_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = AnalyzeSettings(image_size=140, batch_size=3, limit=1, workers=0)
     with pytest.raises(TryAgainError, match="at image size 140, resize short and batch size 3; lower --image-size"):
         api.analyze(ModelRequest("demo_vit"), [], settings)
+
+
+@pytest.mark.parametrize("part", ["run.predict", "run.load_module", "run.take_snapshot", "run.write_model"])
+def test_a_repair_tells_its_sizes_wherever_memory_runs_out(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(f"sinder_cli.repair.{part}", fails)
+    settings = RepairSettings(image_size=140, batch_size=3, eval_images=1, max_steps=1, window=4)
+    with pytest.raises(
+        TryAgainError, match="at 140 × 140 pixels, batch size 3 and a window of 4 blocks; --resume when"
+    ):
+        api.repair(ModelRequest("demo_vit"), [], tmp_path / "run", settings)

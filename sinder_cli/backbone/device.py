@@ -12,7 +12,7 @@ from sinder_cli.ranks import ALONE, Ranks
 def resolve_device(name: str, ranks: Ranks = ALONE) -> str:
     """`auto` is the first CUDA device, else the CPU; each of several processes has a CUDA device of its own.
 
-    Raises `UnavailableError` for a device that is not there.
+    A CUDA device becomes this process's current one. Raises `UnavailableError` for a device that is not there.
     """
     import torch
 
@@ -24,6 +24,8 @@ def resolve_device(name: str, ranks: Ranks = ALONE) -> str:
     missing = kind == "cuda" and torch.cuda.device_count() <= int(number or 0)
     if missing or (kind == "mps" and not torch.backends.mps.is_available()):
         raise UnavailableError(f"cannot use device {name!r}", "PyTorch does not see it", "use --device cpu")
+    if kind == "cuda":  # what names no device, such as pinned memory, is this one's as well
+        torch.cuda.set_device(int(number or 0))
     return name
 
 

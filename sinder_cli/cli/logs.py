@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sinder_cli.errors import UnavailableError
-from sinder_cli.events import Emit, Event
+from sinder_cli.events import Emit, Event, Warned
 from sinder_cli.files import write_text
 from sinder_cli.repair.settings import LogName, RepairSettings
 
@@ -37,10 +37,12 @@ class Log(Protocol):
 def logged(settings: RepairSettings, folder: Path, emit: Emit, writes: bool = True) -> Iterator[Emit]:
     """A listener that hands all events on to `emit`, and writes repair steps to the logs that the settings name.
 
-    A log is opened at the first step, when the run directory is there; that of a resumed run goes on where it was. Of
-    several processes, only the one that `writes` opens any. Raises `UnavailableError` where a log's library is missing.
+    A log is opened at the first step, when the run directory is there; that of a resumed run goes on where it was. One
+    that fails is told once and let go: no repair ends for it. Of several processes, only the one that `writes` opens
+    any. Raises `UnavailableError` where a log's library is missing.
     """
-    steps = _Steps([_opener(name, folder, settings) for name in dict.fromkeys(settings.log) if writes])
+    names = dict.fromkeys(settings.log) if writes else ()
+    steps = _Steps({name: _opener(name, folder, settings) for name in names}, emit)
 
     def hear(event: Event) -> None:
         emit(event)
@@ -49,14 +51,14 @@ def logged(settings: RepairSettings, folder: Path, emit: Emit, writes: bool = Tr
     try:
         yield hear
     finally:
-        for log in steps.logs:
-            log.close()
+        steps.close()
 
 
 @dataclass
 class _Steps:
-    openers: list[Callable[[int], Log]]
-    logs: list[Log] = field(default_factory=list)
+    openers: dict[LogName, Callable[[int], Log]]
+    emit: Emit
+    logs: dict[LogName, Log] = field(default_factory=dict)
 
     def hear(self, event: Event) -> None:
         from sinder_cli.repair.evaluation import Evaluation
@@ -64,10 +66,26 @@ class _Steps:
 
         if not isinstance(event, StepRecord | Evaluation):
             return
-        while self.openers:
-            self.logs.append(self.openers.pop(0)(event.step))
-        for log in self.logs:
-            log.write(event.step, logged_values(event))
+        for name in list(self.openers):
+            with self._let_go_if_it_fails(name):
+                self.logs[name] = self.openers.pop(name)(event.step)
+        for name, log in list(self.logs.items()):
+            with self._let_go_if_it_fails(name):
+                log.write(event.step, logged_values(event))
+
+    def close(self) -> None:
+        for name, log in list(self.logs.items()):
+            with self._let_go_if_it_fails(name):
+                log.close()
+
+    @contextmanager
+    def _let_go_if_it_fails(self, name: LogName) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of the tracker's own code, or its server
+            self.logs.pop(name, None)
+            why = f"{type(error).__name__}: {error}"
+            self.emit(Warned(f"logging to {name} has failed and stops ({why}); metrics.jsonl has every step"))
 
 
 def logged_values(event: StepRecord | Evaluation) -> dict[str, float]:

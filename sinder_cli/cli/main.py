@@ -8,12 +8,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 
 import typer
 
 from sinder_cli.cli.app import Invocation, command
 from sinder_cli.cli.sharing import tell
 from sinder_cli.errors import SinderError, StorageError, TryAgainError, UsageError
+from sinder_cli.events import silent
 from sinder_cli.memory import is_out_of_memory
 from sinder_cli.ranks import launched
 from sinder_cli.stopping import Ended, Stop
@@ -24,7 +26,8 @@ ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGH
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `sinder` with these arguments and end the process with the documented exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    invocation = Invocation(stop=Stop(once=launched().size > 1))
+    ranks = launched()
+    invocation = Invocation(stop=Stop(once=ranks.size > 1, say=_say_at_once if ranks.writes else silent))
     for number in ENDED:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in a script's background
             signal.signal(number, lambda received, _: invocation.stop.hear(received))
@@ -64,6 +67,12 @@ def as_failure(error: Exception) -> SinderError:
     if isinstance(error, OSError):
         return StorageError("input or output failed", str(error), "check the disk and the path")
     return SinderError("internal error", f"{type(error).__name__}: {text}", "run `sinder --debug …` and report it")
+
+
+def _say_at_once(text: str) -> None:
+    """A line on standard error from within a signal handler, past whatever is being printed there."""
+    with suppress(OSError):
+        os.write(2, f"sinder: {text}\n".encode())
 
 
 def _hear_no_more() -> None:

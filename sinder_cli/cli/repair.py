@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,12 +30,14 @@ from sinder_cli.cli.options import (
 from sinder_cli.cli.output import show
 from sinder_cli.cli.sharing import shared
 from sinder_cli.errors import UsageError
-from sinder_cli.events import Noted
+from sinder_cli.events import Noted, silent
 from sinder_cli.files import write_text
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.stopping import Ended, Stop
 
 if TYPE_CHECKING:
+    from sinder_cli.repair.folder import RunFolder
+    from sinder_cli.repair.results import RepairResult
     from sinder_cli.repair.trial import Trial
 
 
@@ -53,7 +56,7 @@ def command(
         Path | None, typer.Option("--out", metavar="DIR", help="Run directory; default: sinder-runs/MODEL.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the unfinished run in --out, if there is one, bit for bit.")
+        bool, typer.Option("--resume", help="Go on, bit for bit, with the unfinished run that MODEL or --out is.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is in --out already.")] = False,
     dry_run: Annotated[
@@ -77,10 +80,18 @@ def command(
         raise UsageError("cannot try a resumed run", "--resume and --dry-run exclude each other", "give one")
     stop = context.obj.stop if context.obj else Stop()
     places = [*(data or []), *(more_data or [])]
+    request = model_request(model, weights, adapter, heads, silent, attention, revision)
+    if out is None and resume and (called := api.run_as_called(Path(model), request, settings)):
+        out, (request, settings) = Path(model), called
     folder = out or Path("sinder-runs", model.replace("/", "-"))
     run = RunFolder(folder)
+
+    def publish(result: RepairResult) -> None:
+        write_text(run.report, render_repair_page(result))
+        write_text(run.card, render_card(result))
+
     with shared() as ranks, display(ranks.writes) as shown, logged(settings, folder, shown, ranks.writes) as emit:
-        request = model_request(model, weights, adapter, heads, emit, attention, revision)
+        request = replace(request, emit=emit)
         if dry_run:
             if ranks.writes:
                 _show_trial(api.try_repair(request, places, folder, settings, emit, sys.stdin, force), format)
@@ -91,16 +102,13 @@ def command(
                     summary = api.finished_repair(request, places, folder, settings, emit, sys.stdin)
                     _show_finished(summary, folder, format)
                 return
-            result = api.repair(request, places, folder, settings, emit, sys.stdin, resume, force, stop, ranks)
+            result = api.repair(request, places, folder, settings, emit, sys.stdin, resume, force, stop, ranks, publish)
             if result is None:  # rank 0 has it
                 return
-            write_text(run.report, render_repair_page(result))
-            write_text(run.card, render_card(result))
         except Ended:
             if run.resumable:
-                listed = ", with the same list on standard input" if "-" in places else ""
-                listed += ", under torchrun" if ranks.size > 1 else ""
-                emit(Noted(f"to go on{listed}: {resuming_command()}"))
+                how = ", under torchrun" if ranks.size > 1 else ""
+                emit(Noted(f"to go on{how}: {resuming_command(run, settings)}"))
             raise
     show(format, lambda: repair_table(result), lambda: repair_document(result.summary, folder))
 
@@ -119,8 +127,10 @@ def _show_trial(trial: Trial, format: Format) -> None:
     show(format, lambda: trial_table(trial), lambda: trial_document(trial))
 
 
-def resuming_command() -> str:
-    """The command line that goes on with this run, as it was called."""
+def resuming_command(run: RunFolder, settings: RepairSettings) -> str:
+    """The command line that goes on with a run, for the program as it was called."""
+    from sinder_cli.repair.resuming import other_options
+
     program, *arguments = sys.argv
     if Path(program).name == "__main__.py":  # python -m sinder_cli
         called = sys.orig_argv[: len(sys.orig_argv) - len(arguments)]
@@ -128,6 +138,4 @@ def resuming_command() -> str:
         name = Path(program).name
         found = shutil.which(name)
         called = [name if found and Path(found).resolve() == Path(program).resolve() else program]
-    kept = [argument for argument in arguments if argument not in {"--resume", "--force"}]
-    at = kept.index("repair") + 1  # behind a --, an option would be a path
-    return shlex.join([*called, *kept[:at], "--resume", *kept[at:]])
+    return shlex.join([*called, "repair", run.argument, "--resume", *other_options(run, settings)])

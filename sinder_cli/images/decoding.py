@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sinder_cli.errors import TryAgainError
 from sinder_cli.images.colours import to_rgb
+from sinder_cli.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,8 +32,9 @@ def decode(path: Path) -> Image:
     - A palette is looked up; transparency, of whatever kind, is laid over white.
     - CMYK, YCbCr and L*a*b* are converted; an Adobe JPEG's inverted inks are put right. ICC profiles are not applied.
 
-    Raises `UnreadableImageError` for everything that goes wrong. Pillow's warnings about odd metadata are left to the
-    filters of the program.
+    Raises `UnreadableImageError` for everything that goes wrong with the file, `TryAgainError` where too many are open,
+    and what means that memory has run out: neither says anything about the image. Pillow's warnings about odd metadata
+    are left to the filters of the program.
     """
     from PIL import Image as pillow
     from PIL import ImageOps
@@ -48,6 +52,12 @@ def decode(path: Path) -> Image:
     except UnreadableImageError:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, … on bad files
+        if is_out_of_memory(error):
+            raise
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise TryAgainError(
+                f"cannot open {path}", str(error.strerror), "raise ulimit -n, or lower --workers"
+            ) from error
         raise UnreadableImageError(str(error) or type(error).__name__) from error
 
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import cycle
@@ -27,7 +27,7 @@ from sinder_cli.errors import TryAgainError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Serve = Callable[[Connection, Connection], None]  # what a process does with its end of a pipe, and with ours
+Serve = Callable[[Connection, Sequence[Connection]], None]  # what a process does with its end of a pipe, and with ours
 
 MAX_DEFAULT = 4  # decoding is seldom the bottleneck beyond it
 MOST_SECONDS_TO_END = 5.0  # not even a kill ends a process that waits for a file server
@@ -100,7 +100,7 @@ def _started(serve: Serve, workers: int) -> Iterator[list[Connection]]:
     atexit.register(end)  # or multiprocessing, whose turn is later, would wait for the end of those it terminates
     try:
         for _ in range(workers):
-            pipe, process = _start(serve)
+            pipe, process = _start(serve, pipes)
             pipes.append(pipe)
             processes.append(process)
         yield pipes
@@ -111,12 +111,12 @@ def _started(serve: Serve, workers: int) -> Iterator[list[Connection]]:
             process.join(MOST_SECONDS_TO_END)
 
 
-def _start(serve: Serve) -> tuple[Connection, BaseProcess]:
+def _start(serve: Serve, earlier: Sequence[Connection]) -> tuple[Connection, BaseProcess]:
     # fork: a child must not import the user's script or notebook again, as it does when it is spawned
     context: Any = get_context("fork" if sys.platform == "linux" else None)
     try:
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, ours), daemon=True, name="sinder-images")
+        process = context.Process(target=serve, args=(theirs, (ours, *earlier)), daemon=True, name="sinder-images")
         with theirs, _signals_held(), warnings.catch_warnings():
             # Python warns of a fork beside threads: their locks may be held, and these children take none of them
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -139,9 +139,10 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(work: Callable[[Item], Result], ahead: int, pipe: Connection, other_end: Connection) -> None:
+def _serve(work: Callable[[Item], Result], ahead: int, pipe: Connection, other_ends: Sequence[Connection]) -> None:
     """The life of one process: answer each item that comes in, until no more do or the other side is gone."""
-    other_end.close()  # or the death of the parent, which holds it too, would never show
+    for end in other_ends:  # of all pipes so far: the parent holds them too, and its death would never show
+        end.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, torchrun and systemd signal the whole group; the parent
         signal.signal(number, signal.SIG_IGN)  # tells it, and may need this process for the step that it is in
     if hasattr(signal, "pthread_sigmask"):

@@ -13,6 +13,7 @@ from sinder_cli.images.decoding import UnreadableImageError, decode
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+CHANGED = "the file has changed since the run began"  # so begins what is told of one that has, or has vanished
 FileState = tuple[int, int]  # bytes, and nanoseconds of the last change
 
 
@@ -58,15 +59,23 @@ class ImageFiles:
         return str(self.paths[index])
 
     def load(self, index: int) -> Image:
-        image = decode(self.paths[index])
-        if _state(self.paths[index]) != self.states[index]:
-            raise UnreadableImageError("the file has changed since the run began")
+        try:
+            image = decode(self.paths[index])
+        except UnreadableImageError as error:
+            if self._has_changed(index):
+                raise UnreadableImageError(f"{CHANGED}: {error}") from error
+            raise
+        if self._has_changed(index):
+            raise UnreadableImageError(CHANGED)
         return image
+
+    def _has_changed(self, index: int) -> bool:
+        return _state(self.paths[index]) != self.states[index]
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for path, (size, _) in zip(self.paths, self.states, strict=True):
-            digest.update(f"{path}\0{size}\n".encode(errors="surrogateescape"))
+            digest.update(f"{path.absolute()}\0{size}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
 

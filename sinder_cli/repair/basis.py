@@ -88,9 +88,9 @@ class SingularBasis:
 
 
 def waiting(tensor: Tensor) -> Tensor:
-    """A copy on the CPU; pinned where CUDA is, which reads it from there without waiting."""
+    """A copy on the CPU; pinned if it comes from a CUDA device, which reads it from there without waiting."""
     copy = tensor.to("cpu", copy=True)
-    return copy.pin_memory() if torch.cuda.is_available() else copy
+    return copy.pin_memory() if tensor.is_cuda else copy
 
 
 def blank_basis(weight: Tensor) -> SingularBasis:

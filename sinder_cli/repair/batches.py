@@ -14,14 +14,14 @@ from sinder_cli.images.choosing import shuffled
 from sinder_cli.images.loading import load_in_order, readable, require_some
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.processes import worker_count
-from sinder_cli.images.sources import ImageSource
+from sinder_cli.images.sources import CHANGED, ImageSource
 from sinder_cli.ranks import ALONE, Ranks
 from sinder_cli.repair.settings import RepairSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_UNREADABLE = 0.01  # of all images; one alone never ends a run
+MOST_UNREADABLE = 0.01  # of all images
 
 
 def step_batches(
@@ -50,7 +50,13 @@ def step_batches(
 
 
 def forget_mended(source: ImageSource, preprocess: Preprocessing, unreadable: dict[str, str]) -> None:
-    """Drop from `unreadable` what can be decoded by now: the disk may have been away when an earlier process tried."""
+    """Drop from `unreadable` what can be decoded by now: the disk may have been away when an earlier process tried.
+
+    So is what has another name by now: it is told when a step comes to it.
+    """
+    names = set(map(source.name, range(len(source))))
+    for name in unreadable.keys() - names:
+        del unreadable[name]
     doubted = [index for index in range(len(source)) if source.name(index) in unreadable]
     for image in load_in_order(source, preprocess, doubted):
         if image.pixels is not None:
@@ -58,9 +64,14 @@ def forget_mended(source: ImageSource, preprocess: Preprocessing, unreadable: di
 
 
 def require_readable(source: ImageSource, unreadable: dict[str, str], strict: bool) -> None:
-    """Raises `BadInputError` where too many images cannot be decoded: over 1 % (and over one), or any if strict."""
+    """Raises `BadInputError` where too many images cannot be decoded: more than 1 %, or any if strict.
+
+    One that has been as it is since the run began is forgiven whatever its share, one that was lost meanwhile is not.
+    """
     require_some(len(source) - len(unreadable), len(unreadable))
-    most = 0 if strict else max(1, int(MOST_UNREADABLE * len(source)))
-    if len(unreadable) > most:
-        why = f"{len(unreadable)} of {len(source)} cannot be read, among them {next(reversed(unreadable))}"
+    lost = [name for name, problem in unreadable.items() if problem.startswith(CHANGED)]
+    most = 0 if strict else int(MOST_UNREADABLE * len(source))
+    if len(unreadable) > (most if lost or strict else max(1, most)):
+        named = next(reversed(lost or list(unreadable)))
+        why = f"{len(unreadable)} of {len(source)} cannot be read, among them {named}"
         raise BadInputError("too many images are missing or broken", why, "mend them, or leave them out of a new run")

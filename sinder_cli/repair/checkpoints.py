@@ -4,6 +4,7 @@ checkpoints/bases/HASH.safetensors     U, S, Vt of one target, written once: the
 checkpoints/step-000200/state.safetensors   ε and momentum of every touched target, recent images, random state
                         state.json          counters, names of unreadable images, the hash of each target's basis
                         manifest.json       SHA-256 of the two, written last
+checkpoints/torn-step-000300           one that was not whole, until the next is written
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,19 +22,21 @@ import torch
 
 from sinder_cli.backbone.sources import infos_of, open_checkpoint
 from sinder_cli.backbone.storing import write_safetensors
-from sinder_cli.errors import BadInputError, SinderError
+from sinder_cli.errors import BadInputError, NoInputError, StorageError
 from sinder_cli.events import Emit, Warned
 from sinder_cli.files import replacing_folder, require_writable_folder, sha256_of, write_json
 from sinder_cli.memory import is_out_of_memory
 from sinder_cli.repair.basis import SingularBasis
 from sinder_cli.repair.deltas import Deltas, Target, TargetState
-from sinder_cli.repair.loop import Progress
+from sinder_cli.repair.loop import ANEW, DivergedError, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KEPT = 2  # the newest; one may be torn
-COUNTED = ("steps", "images", "seconds", "nonfinite", "nonfinite_in_a_row")  # of the progress
+COUNTED = ("steps", "images", "seconds", "nonfinite", "nonfinite_in_a_row", "proven")  # of the progress
+# what reading a checkpoint raises that is not what was written, whatever has become of it
+TORN = (BadInputError, NoInputError, FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError)
 STATE, COUNTERS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
 
@@ -43,15 +48,28 @@ class Checkpoints:
     hashes: dict[str, str] = field(default_factory=dict)  # of the bases that are known to be on disk, by target
 
     def write(self, deltas: Deltas, progress: Progress) -> None:
-        """Write the state between two steps, and remove all but the newest two checkpoints.
+        """Write the state between two steps, and remove all but the newest two checkpoints, and the newest proven one.
 
-        Raises `BadInputError` for a delta that is not finite, and what the file system refuses; what was there before
+        Raises `DivergedError` for a delta that is not finite, and what the file system refuses; what was there before
         stays as it was.
         """
         if not self._step_folder(progress.steps).exists():
             self._write(deltas, progress)
-        for old in self._step_folders()[KEPT:]:
-            _remove(old)
+        found = self._step_folders()
+        proven = [folder for folder in found if _step_of(folder) <= progress.proven]
+        for old in found[KEPT:]:
+            if old not in proven[:1]:
+                _remove(old)
+        for torn in self.folder.glob("torn-step-*"):  # there is a whole one in their place by now
+            _remove(torn)
+        self._remove_orphans()
+
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, the newest first: what has led to them has led too far."""
+        for folder in self._step_folders():
+            if _step_of(folder) > step:
+                _remove(folder)
+        self._remove_orphans()
 
     def _write(self, deltas: Deltas, progress: Progress) -> None:
         require_writable_folder(self.bases)
@@ -59,7 +77,7 @@ class Checkpoints:
         for target in touched:
             self._write_basis(target)
         with replacing_folder(self._step_folder(progress.steps)) as temporary:
-            tensors = _state_tensors(touched, progress)
+            tensors = _state_tensors(touched, progress, deltas.cuda)
             write_safetensors(temporary / STATE, infos_of(tensors), tensors.values())
             write_json(temporary / COUNTERS, _counters(touched, progress, self.hashes))
             files = {name: sha256_of(temporary / name) for name in (STATE, COUNTERS)}
@@ -68,21 +86,20 @@ class Checkpoints:
     def restore(self, deltas: Deltas, progress: Progress, emit: Emit) -> bool:
         """Put the newest checkpoint that is whole into deltas and progress; whether there was one.
 
-        One that is torn is told, and the one before it taken. Raises `BadInputError` where all are torn.
+        One that is torn is told and put aside, and the one before it taken. Raises `BadInputError` where all are torn,
+        and `StorageError` where the disk fails, which is no word on what it holds: nothing is put aside then.
         """
         torn = []
         for folder in self._step_folders():
             try:
                 state = self._read(folder, deltas, emit)
-            except (SinderError, OSError, ValueError, KeyError, TypeError) as error:
-                if is_out_of_memory(error):
-                    raise
+            except TORN as error:
                 emit(Warned(f"{folder} is torn ({error}): using the checkpoint before it"))
                 torn.append(folder)
                 continue
             self._apply(state, deltas, progress)
             for folder in torn:
-                _remove(folder)
+                _replace(folder, folder.with_name(f"torn-{folder.name}"))
             return True
         if torn:
             why = f"no checkpoint is whole, not even {torn[-1].name}"
@@ -91,9 +108,20 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Remove what a killed process has left under temporary names; none of it is a checkpoint."""
-        for folder, pattern in ((self.folder, ".step-*.part"), (self.bases, ".*.safetensors.*.part")):
+        for folder, pattern in ((self.folder, ".*step-*.part"), (self.bases, ".*.safetensors.*.part")):
             for leftover in folder.glob(pattern):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def _remove_orphans(self) -> None:
+        """Remove the bases that no checkpoint names; none while one cannot be asked."""
+        try:
+            counters = [json.loads((folder / COUNTERS).read_text(encoding="utf-8")) for folder in self._step_folders()]
+            named = {f"{digest}.safetensors" for each in counters for digest in each["bases"].values()}
+        except TORN:
+            return
+        for path in self.bases.glob("*.safetensors"):
+            if path.name not in named:
+                path.unlink()
 
     @property
     def bases(self) -> Path:
@@ -105,7 +133,7 @@ class Checkpoints:
     def _step_folders(self) -> list[Path]:
         """The newest first."""
         found = [path for path in self.folder.glob("step-*") if path.name[5:].isdigit()]
-        return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+        return sorted(found, key=_step_of, reverse=True)
 
     def _write_basis(self, target: Target) -> None:
         if target.name in self.hashes:
@@ -120,12 +148,13 @@ class Checkpoints:
 
     def _read(self, folder: Path, deltas: Deltas, emit: Emit) -> _Stored:
         """A whole checkpoint. Raises for one whose files are not those of its manifest, whatever the reason."""
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name in (STATE, COUNTERS):
-            if sha256_of(folder / name) != manifest[name]:
-                raise ValueError(f"{name} is not what its manifest says")
-        counters = json.loads((folder / COUNTERS).read_text(encoding="utf-8"))
-        tensors = _tensors_of(folder / STATE)
+        with _told_from_torn(folder):
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            for name in (STATE, COUNTERS):
+                if sha256_of(folder / name) != manifest[name]:
+                    raise ValueError(f"{name} is not what its manifest says")
+            counters = json.loads((folder / COUNTERS).read_text(encoding="utf-8"))
+            tensors = _tensors_of(folder / STATE)
         targets = {}
         for name, digest in counters["bases"].items():
             basis = self._read_basis(name, digest, deltas, emit)
@@ -136,8 +165,9 @@ class Checkpoints:
         """The basis of a target; one that is torn is found again from the weight, which must give the same bits."""
         path = self._basis_file(digest)
         try:
-            tensors = _tensors_of(path)
-        except (SinderError, OSError, RuntimeError):
+            with _told_from_torn(path):
+                tensors = _tensors_of(path)
+        except TORN:
             tensors = {}
         if _digest(tensors) != digest:
             emit(Warned(f"{path} is torn: decomposing {name} again"))
@@ -157,8 +187,8 @@ class Checkpoints:
         progress.recent.clear()
         progress.recent.extend(stored.tensors["recent"].bool().tolist())
         torch.set_rng_state(stored.tensors["random.cpu"])
-        if "random.cuda" in stored.tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(stored.tensors["random.cuda"])
+        if "random.cuda" in stored.tensors and deltas.cuda is not None:
+            torch.cuda.set_rng_state(stored.tensors["random.cuda"], deltas.cuda)
 
 
 @dataclass(frozen=True)
@@ -171,24 +201,47 @@ class _Stored:
     targets: dict[str, TargetState]
 
 
+def _step_of(folder: Path) -> int:
+    return int(folder.name[5:])
+
+
 def _remove(folder: Path) -> None:
     """Under another name first, so that what a kill leaves of it is no checkpoint."""
-    going = folder.with_name(f".{folder.name}.old.part")
-    folder.rename(going)
-    shutil.rmtree(going)
+    shutil.rmtree(_replace(folder, folder.with_name(f".{folder.name}.old.part")))
 
 
-def _state_tensors(targets: list[Target], progress: Progress) -> dict[str, Tensor]:
+def _replace(folder: Path, other: Path) -> Path:
+    """Give a folder another name, in the place of what has it."""
+    if other.exists():
+        shutil.rmtree(other)
+    return folder.rename(other)
+
+
+@contextmanager
+def _told_from_torn(path: Path) -> Iterator[None]:
+    """Raises `StorageError` for a disk that fails, unlike one of `TORN`: what it holds may be whole all the same."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        if is_out_of_memory(error):
+            raise
+        why, remedy = error.strerror or str(error), "check the disk and run again"
+        raise StorageError(f"cannot read {path}", why, remedy) from error
+
+
+def _state_tensors(targets: list[Target], progress: Progress, cuda: torch.device | None) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for target in targets:
         if not target.delta.isfinite().all():
-            raise BadInputError("the repair has diverged", f"the delta of {target.name} is not finite", "lower --lr")
+            raise DivergedError("the repair has diverged", f"the delta of {target.name} is not finite", ANEW)
         found[f"delta.{target.name}"] = target.delta.cpu()
         found[f"velocity.{target.name}"] = target.velocity.cpu()
     found["recent"] = torch.tensor(list(progress.recent), dtype=torch.uint8)
     found["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        found["random.cuda"] = torch.cuda.get_rng_state()
+    if cuda is not None:
+        found["random.cuda"] = torch.cuda.get_rng_state(cuda)
     return found
 
 

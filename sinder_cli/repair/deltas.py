@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,16 +38,24 @@ class Target:
     delta: Tensor
     velocity: Tensor
 
-    def descend(self, gradient: Tensor, lr: float, momentum: float) -> None:
-        """One step of SGD with momentum on ε, written back as W₀ + U diag(ε) Vᵀ."""
-        self.velocity.mul_(momentum).add_(gradient)
-        self.delta.sub_(self.velocity, alpha=lr)
-        self.write()
+    def moved(self, gradient: Tensor, lr: float, momentum: float) -> Moved:
+        """ε and its momentum after one step of SGD."""
+        velocity = self.velocity * momentum + gradient
+        return Moved(self, self.delta.sub(velocity, alpha=lr), velocity)
 
-    def write(self) -> None:
-        """Put W₀ + U diag(ε) Vᵀ into the module."""
+    def write(self, delta: Tensor | None = None) -> None:
+        """Put W₀ + U diag(ε) Vᵀ into the module, for the target's own ε or another."""
         original = self.original.to(self.weight.device, non_blocking=True)
-        self.weight.copy_(original + self.basis.change(self.delta))
+        self.weight.copy_(original + self.basis.change(self.delta if delta is None else delta))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a step makes of ε and its momentum of one target."""
+
+    target: Target
+    delta: Tensor
+    velocity: Tensor
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,12 @@ class Deltas:
         return self.by_block[index]
 
     @property
+    def cuda(self) -> torch.device | None:
+        """The CUDA device that the module is on, if it is on one."""
+        device = next(self.module.parameters()).device
+        return device if device.type == "cuda" else None
+
+    @property
     def touched(self) -> list[Target]:
         """All targets so far, in the order of their blocks."""
         return [target for index in sorted(self.by_block) for target in self.by_block[index]]
@@ -91,28 +105,44 @@ class Deltas:
 
     @torch.no_grad()
     def descend(self, gradients: Mapping[str, Tensor], lr: float, momentum: float) -> None:
-        """Step those targets that have a gradient; the others keep their velocity, as torch's SGD does without one."""
-        for target in self.touched:
-            if target.name in gradients:
-                target.descend(gradients[target.name], lr, momentum)
+        """Step those targets that have a gradient; the others keep their velocity, as torch's SGD does without one.
+
+        Where that fails, for want of memory, all ε and momenta are those of before, and no use is left for the module.
+        """
+        steps = [
+            target.moved(gradients[target.name], lr, momentum) for target in self.touched if target.name in gradients
+        ]
+        for step in steps:
+            step.target.write(step.delta)
+        for step in steps:
+            step.target.delta, step.target.velocity = step.delta, step.velocity
 
     def agree(self, touched: Sequence[Collection[int]], ranks: Ranks) -> None:
         """Touch all blocks that any rank has touched, as `touched` lists them by rank.
 
         Each has the bases of the first rank that decomposed it; nobody decomposes a block that it did not need itself.
+        Where a rank is lost meanwhile, each block has the bases that it had, or none.
         """
         for index in sorted({index for blocks in touched for index in blocks} - self.agreed):
             holder = next(rank for rank, blocks in enumerate(touched) if index in blocks)
-            if index not in self.by_block:
-                references = trained_references(self.backbone.layers.blocks[index])
-                self.by_block[index] = [
-                    self._target(index, role, ref, blank_basis(self._weight(ref))) for role, ref in references.items()
-                ]
-            for target in self.by_block[index]:
-                device = target.weight.device
-                parts = {name: ranks.same(part.to(device), holder) for name, part in target.basis.tensors().items()}
-                target.basis = self._placed(SingularBasis(**parts), device)
+            self.by_block[index] = self._agreed(index, holder, ranks)
             self.agreed.add(index)
+
+    def _agreed(self, index: int, holder: int, ranks: Ranks) -> list[Target]:
+        """The targets of a block with the bases of one rank, which come into copies: they may come in part."""
+        targets = self.by_block.get(index)
+        if targets is None:
+            references = trained_references(self.backbone.layers.blocks[index])
+            targets = [
+                self._target(index, role, ref, blank_basis(self._weight(ref))) for role, ref in references.items()
+            ]
+        agreed = []
+        for target in targets:
+            device = target.weight.device
+            copies = {name: part.to(device, copy=True) for name, part in target.basis.tensors().items()}
+            parts = {name: ranks.same(copy, holder) for name, copy in copies.items()}
+            agreed.append(replace(target, basis=self._placed(SingularBasis(**parts), device)))
+        return agreed
 
     def decomposed(self, name: str) -> SingularBasis:
         """The basis of a target by its name, from the original weight that the module still holds."""

@@ -35,11 +35,11 @@ class Snapshot:
     cls: Tensor | None  # [K, N]
     samples: Tensor  # [≤ SAMPLES, h, w, N] patch tokens of the first images
 
-    def require_finite(self, what: str, remedy: str) -> None:
-        """Raises `BadInputError` where a token is NaN or infinite: nothing of such a model is worth keeping."""
+    def require_finite(self, what: str, remedy: str, error: type[BadInputError] = BadInputError) -> None:
+        """Raises an `error` where a token is NaN or infinite: nothing of such a model is worth keeping."""
         broken = int((~self.norms.flatten(1).isfinite().all(dim=1)).sum())
         if broken:
-            raise BadInputError(what, f"its tokens are not finite on {broken} of {len(self.norms)} images", remedy)
+            raise error(what, f"its tokens are not finite on {broken} of {len(self.norms)} images", remedy)
 
     def defects(self) -> dict[str, float]:
         """Share and number of patch tokens above 3 × their image's median norm; largest and median norm."""

@@ -6,8 +6,9 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from sinder_cli.errors import BadInputError, CannotCreateError, ConflictError, NoInputError, TryAgainError
 from sinder_cli.events import Emit, Warned, silent
 from sinder_cli.files import flush, output_error, remove_leftovers, require_writable_folder, write_json, write_text
+from sinder_cli.images.sources import ImageFiles, ImageSource
+from sinder_cli.repair.imagelist import ListedImage, first_difference, read_list, write_list
 from sinder_cli.repair.settings import WITHOUT_EFFECT
 
 if TYPE_CHECKING:
@@ -41,6 +44,10 @@ class RunFolder:
     @property
     def evaluations(self) -> Path:
         return self.path / "evaluations.jsonl"
+
+    @property
+    def images(self) -> Path:
+        return self.path / "images.jsonl"
 
     @property
     def model(self) -> Path:
@@ -74,13 +81,18 @@ class RunFolder:
 
     @property
     def written(self) -> tuple[Path, ...]:
-        """What each run writes besides checkpoints; the configuration, which tells that there is one, comes last."""
+        """What each run writes besides checkpoints and the list of image files; what tells of a run comes last."""
         return (self.summary, self.report, self.card, self.model, self.adapter, self.metrics, self.config)
 
     @property
     def lines(self) -> tuple[Path, Path]:
         """What grows by a line a step, or a look: each line says its step."""
         return (self.metrics, self.evaluations)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run has begun here. Raises `BadInputError` for a `config.json` that cannot be read."""
+        return self.config.is_file() and _is_of_a_run(self.read_config())
 
     @property
     def finished(self) -> bool:
@@ -140,11 +152,11 @@ class RunFolder:
         with ExitStack() as undone:  # a signal may come between any two of these
             undone.callback(_remove_empty, made)
             require_writable_folder(self.path)
-            handle = os.open(self.path, os.O_RDONLY)
-            undone.callback(os.close, handle)  # and with it the lock
+            handle = _opened_here_alone(self.path)
+            undone.callback(_close_all, handle)  # and with it the lock
             undone.callback(_remove_empty, made)  # before that, or it might be another's by then
             try:
-                _lock(handle, self.path, emit)
+                _lock(handle[0], self.path, emit)
             except TryAgainError:
                 made.clear()  # it is the other's
                 raise
@@ -160,23 +172,24 @@ class RunFolder:
         if not any(self.path.iterdir()):
             return False
         what = f"cannot create run directory {self.path}"
-        if not self.config.is_file() or not _is_of_a_run(self.read_config()):
+        if not self.is_run:
             raise CannotCreateError(what, "it is not empty, and holds no run", "choose another --out, or remove it")
         if not resume and not force:
-            state = "finished run" if self.finished else "run that did not finish"
-            remedy = "--force starts anew" if self.finished else "--resume goes on with it, --force starts anew"
-            raise CannotCreateError(what, f"it holds a {state}", remedy)
+            remedy = "--force starts anew" if self.complete else "--resume goes on with it, --force starts anew"
+            raise CannotCreateError(what, f"it holds a {self._state}", remedy)
         return resume
 
-    def begin(self, config: dict[str, Any]) -> None:
+    def begin(self, config: dict[str, Any], images: Sequence[ListedImage] = ()) -> None:
         """Remove what is here of an earlier run, and of nothing else, and write the configuration of a new one."""
         try:
             if self.checkpoints.folder.exists():
                 shutil.rmtree(self.checkpoints.folder)  # first: what is half removed must not look like the new run
-            for path in (self.evaluations, *self.written[:-1]):
+            for path in (self.evaluations, self.images, *self.written[:-1]):
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise output_error(self.path, error) from error
+        if images:
+            write_list(self.images, images)
         write_json(self.config, config)
 
     def write_sidecars(self, sidecars: Mapping[str, str]) -> None:
@@ -201,23 +214,26 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Remove what a killed process has left under temporary names."""
-        for path in (self.evaluations, *self.written):
+        for path in (self.evaluations, self.images, *self.written):
             remove_leftovers(path)
         self.checkpoints.sweep()
 
-    def require_same(self, config: dict[str, Any], emit: Emit = silent) -> None:
+    def require_same(self, config: dict[str, Any], source: ImageSource | None = None, emit: Emit = silent) -> None:
         """Refuse to go on under other settings, images, weights or on another kind of device, naming the first.
 
         Other versions, or another number of threads, are told: they may change the last bits. Raises `ConflictError`,
         and `BadInputError` for a `config.json` that cannot be read.
         """
         stored = self.read_config()
-        what = f"cannot resume {self.path}"
+        what, remedy = f"cannot resume {self.path}", self._remedy()
         if _shape(stored) != _shape(config):
             why = "its config.json is of another version of sinder"
             raise ConflictError(what, why, "use that version, or start anew with --force")
-        for name, was, now in differences(stored, config):
-            raise ConflictError(what, f"{name} was {was} and is {now}", "give what it was, or start anew with --force")
+        listed = source if isinstance(source, ImageFiles) and self.images.is_file() else None
+        for name, was, now in differences(stored, config, images=listed is None):
+            raise ConflictError(what, f"{name} was {was} and is {now}", remedy)
+        if listed and (difference := first_difference(read_list(self.images), listed, emit)):
+            raise ConflictError(what, difference, remedy)
         for name in ("threads", "versions"):
             if stored[name] != config[name]:
                 emit(Warned(f"{name} were {stored[name]} and are {config[name]}: the last bits may differ"))
@@ -233,7 +249,7 @@ class RunFolder:
         model, heads = str(config["model"]), config.get("heads")
         if not self.model.is_file():
             why = "there is no model.safetensors: its run did not finish"
-            raise NoInputError(f"cannot use {self.path}", why, "run `sinder repair` anew")
+            raise NoInputError(f"cannot use {self.path}", why, f"`{self.resuming}` goes on with it")
         return model, heads
 
     def repaired_weights(self) -> tuple[str, str]:
@@ -241,8 +257,28 @@ class RunFolder:
         weights = self.read_config()["weights"]
         return str(weights["source"]), str(weights["fingerprint"])
 
+    @property
+    def _state(self) -> str:
+        """What kind of run has begun here, in words."""
+        if self.complete:
+            return "finished run"
+        return "finished run without all its files" if self.finished else "run that did not finish"
+
+    @property
+    def resuming(self) -> str:
+        """The command line that goes on with the run, as a shell takes it."""
+        return shlex.join(["sinder", "repair", self.argument, "--resume"])
+
+    @property
+    def argument(self) -> str:
+        """The folder as an argument that is no option."""
+        return f"./{self.path}" if str(self.path).startswith("-") else str(self.path)
+
+    def _remedy(self) -> str:
+        return f"give what it was, as `{self.resuming}` does, or start anew with --force"
+
     def read_config(self) -> dict[str, Any]:
-        """`config.json` of a run. Raises `BadInputError` where it cannot be read."""
+        """`config.json`. Raises `BadInputError` where it is torn, or no run's and no model's."""
         try:
             config: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
             str(config["model"])
@@ -267,6 +303,18 @@ def _remove_empty(folders: list[Path]) -> None:
             folders.pop(0).rmdir()
 
 
+def _opened_here_alone(folder: Path) -> list[int]:
+    """The descriptor of a folder, which no process that is forked later keeps: it would keep the lock as well."""
+    handle = [os.open(folder, os.O_RDONLY)]
+    os.register_at_fork(after_in_child=lambda: _close_all(handle))  # nothing is left to close once it is closed here
+    return handle
+
+
+def _close_all(handles: list[int]) -> None:
+    while handles:
+        os.close(handles.pop())
+
+
 def _lock(handle: int, path: Path, emit: Emit) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -277,8 +325,11 @@ def _lock(handle: int, path: Path, emit: Emit) -> None:
         emit(Warned(f"cannot keep other processes out of {path}: {error.strerror}"))
 
 
-def differences(stored: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """What of two `config.json` of one shape would change the result: name, stored value, given value."""
+def differences(stored: dict[str, Any], given: dict[str, Any], images: bool = True) -> Iterator[tuple[str, Any, Any]]:
+    """What of two `config.json` of one shape would change the result: name, stored value, given value.
+
+    `images`: by their count and fingerprint, where there is no list of them.
+    """
     for name in ("model", "heads", "revision", "attention"):
         if stored[name] != given[name]:
             yield name, stored[name], given[name]
@@ -286,7 +337,7 @@ def differences(stored: dict[str, Any], given: dict[str, Any]) -> Iterator[tuple
     if was != now:
         yield "device", was, now
     for name, kind in (("weights", "fingerprint"), ("images", "count"), ("images", "fingerprint")):
-        if stored[name][kind] != given[name][kind]:
+        if (images or name != "images") and stored[name][kind] != given[name][kind]:
             yield f"{kind} of the {name}", stored[name][kind], given[name][kind]
     for name, now in given["settings"].items():
         if name not in WITHOUT_EFFECT and stored["settings"][name] != now:

@@ -24,6 +24,11 @@ from sinder_cli.repair.step import StepGradient, step_gradient
 DENSITY_IMAGES = 1000  # the share of clean images is taken over so many, or over two passes if those are fewer
 NOTHING = StepGradient((), {}, None, 0)
 MAX_NONFINITE = 10  # steps in a row with a NaN or infinity before the run ends
+ANEW = "start anew with a lower --lr and --force"
+
+
+class DivergedError(BadInputError):
+    """The repair has come to numbers that are not finite; what led there is not worth keeping."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Progress:
     seconds: float = 0.0
     nonfinite: int = 0
     nonfinite_in_a_row: int = 0
+    proven: int = 0  # the last step of whose deltas it is known that they give finite losses and gradients
     unreadable: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,6 +71,16 @@ class Progress:
     def finished(self, settings: RepairSettings) -> bool:
         """Whether no step is left to do."""
         return self.steps >= settings.max_steps or self.density >= settings.stop_density
+
+    def count(self, images: int, defective: int, finite: bool) -> None:
+        """One more step, on so many images."""
+        if finite:
+            self.proven = self.steps  # it is the deltas of the step before that this one has tried
+        self.steps += 1
+        self.images += images
+        self.recent.extend([False] * defective + [True] * (images - defective))
+        self.nonfinite += not finite
+        self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
 
 
 def repair_steps(
@@ -81,30 +97,26 @@ def repair_steps(
     """Repair `deltas.module` in place, yielding a record a step; goes on from `progress` until it is finished.
 
     Between two records, and after a `SinderError`, deltas and progress are those of a whole step.
-    Raises `BadInputError` when too many images cannot be decoded, or after ten steps in a row without a finite
-    gradient, and `TryAgainError` when memory runs out or a process that decodes dies.
+    Raises `BadInputError` when too many images cannot be decoded, `DivergedError` after ten steps in a row without a
+    finite gradient, and `TryAgainError` when memory runs out or a process that decodes dies.
     """
     began = time.monotonic() - progress.seconds
     batches = step_batches(source, preprocess, settings, progress.steps, progress.unreadable, emit, ranks)
     while not progress.finished(settings):
-        with told_when_it_runs_out(*_size_of_step(preprocess, settings)):
+        with told_when_it_runs_out(*size_of_step(preprocess, settings)):
             images = next(batches)
             local = NOTHING
             if len(images):  # none where no image of the batch could be decoded
                 on_device = images.to(directions.nu.device)
                 local = step_gradient(backbone, deltas.module, directions, deltas, on_device, settings)
-        step = gathered(local, len(images), progress.unreadable, deltas, ranks, emit)
-        require_readable(source, progress.unreadable, settings.strict)
-        finite = step.gradient.finite
-        if finite:
-            deltas.descend(step.gradient.gradients, settings.lr, settings.momentum)
+            step = gathered(local, len(images), progress.unreadable, deltas, ranks, emit)
+            require_readable(source, progress.unreadable, settings.strict)
+            finite = step.gradient.finite
+            if finite:
+                deltas.descend(step.gradient.gradients, settings.lr, settings.momentum)
         defective = len(step.gradient.losses)
-        progress.steps += 1
-        progress.images += step.images
-        progress.recent.extend([False] * defective + [True] * (step.images - defective))
+        progress.count(step.images, defective, finite)
         progress.seconds = time.monotonic() - began
-        progress.nonfinite += not finite
-        progress.nonfinite_in_a_row = 0 if finite else progress.nonfinite_in_a_row + 1
         if not finite:
             emit(Warned(f"step {progress.steps} skipped: its loss or gradient is not finite"))
         yield StepRecord(
@@ -120,7 +132,7 @@ def repair_steps(
         )
         if progress.nonfinite_in_a_row >= MAX_NONFINITE:
             why = f"{progress.nonfinite_in_a_row} steps in a row had no finite gradient"
-            raise BadInputError("the repair has diverged", why, "lower --lr")
+            raise DivergedError("the repair has diverged", why, ANEW)
 
 
 def density_window(images: int) -> int:
@@ -128,7 +140,7 @@ def density_window(images: int) -> int:
     return min(DENSITY_IMAGES, 2 * images)
 
 
-def _size_of_step(preprocess: Preprocessing, settings: RepairSettings) -> tuple[str, str]:
+def size_of_step(preprocess: Preprocessing, settings: RepairSettings) -> tuple[str, str]:
     """What a step's memory grows with, and what to do where it is too much."""
     size = preprocess.size
     why = f"at {size} × {size} pixels, batch size {settings.batch_size} and a window of {settings.window} blocks"

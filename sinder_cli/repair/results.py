@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,11 @@ from sinder_cli.backbone.blocks import rows_of
 from sinder_cli.backbone.describe import Backbone, ModelRequest
 from sinder_cli.backbone.storing import stored_as, write_safetensors
 from sinder_cli.backbone.weights import Weights
-from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import ImageSource
 from sinder_cli.repair.deltas import Deltas, Target
 from sinder_cli.repair.evaluation import Snapshot, cls_cosine
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repair.resuming import call_of
+from sinder_cli.repair.settings import WITHOUT_EFFECT, RepairSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,21 +45,22 @@ def run_config(
     backbone: Backbone,
     request: ModelRequest,
     settings: RepairSettings,
-    preprocess: Preprocessing,
     source: ImageSource,
+    places: Sequence[str],
     device: str,
 ) -> dict[str, Any]:
-    """`config.json`: resolved settings, versions, and the fingerprints of the weights and of the list of images."""
+    """`config.json`: how it was called, resolved settings, versions, fingerprints of weights and list of images."""
     import torch
 
     return {
         "model": backbone.name,
+        "call": call_of(request, places),
         "heads": request.heads,
         "revision": request.revision,
         "attention": "sdpa" if request.attention == "auto" else request.attention,
         "weights": {"source": backbone.weights.source.label, "fingerprint": backbone.weights.fingerprint()},
         "images": {"count": len(source), "fingerprint": source.fingerprint()},
-        "settings": settings.model_copy(update={"image_size": preprocess.size}).model_dump(),
+        "settings": settings.model_dump(),
         "device": device.partition(":")[0],  # which of several does not matter
         "threads": torch.get_num_threads(),
         "versions": {"sinder": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -67,7 +68,13 @@ def run_config(
 
 
 def run_summary(
-    backbone: Backbone, before: Snapshot, after: Snapshot, progress: Progress, deltas: Deltas, settings: RepairSettings
+    backbone: Backbone,
+    before: Snapshot,
+    after: Snapshot,
+    progress: Progress,
+    deltas: Deltas,
+    settings: RepairSettings,
+    config: dict[str, Any],
 ) -> dict[str, Any]:
     """`summary.json`, but for the seconds that the run took."""
     changed = deltas.changed
@@ -86,6 +93,8 @@ def run_summary(
         "trained_values": sum(len(target.delta) for target in changed),
         "clean_share": progress.density,
         "stopped_by": "density" if progress.density >= settings.stop_density else "max_steps",
+        "data": config["images"] | {"places": config["call"]["data"]},  # none: drawn by the model
+        "settings": {name: value for name, value in config["settings"].items() if name not in WITHOUT_EFFECT},
     }
 
 

@@ -16,7 +16,8 @@ from sinder_cli.events import Emit, Finished, Noted, Started, Warned
 from sinder_cli.files import write_json
 from sinder_cli.images.choosing import Division, divided
 from sinder_cli.images.preprocessing import Preprocessing
-from sinder_cli.images.sources import ImageSource, SomeImages
+from sinder_cli.images.sources import ImageFiles, ImageSource, SomeImages
+from sinder_cli.memory import told_when_it_runs_out
 from sinder_cli.ranks import Ranks
 from sinder_cli.repair.adapter import write_adapter
 from sinder_cli.repair.basis import SingularBasis, singular_basis
@@ -25,9 +26,18 @@ from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.evaluation import SAMPLES, Snapshot, evaluate, evaluation_images, take_snapshot
 from sinder_cli.repair.folder import RunFolder
 from sinder_cli.repair.forward import Directions
-from sinder_cli.repair.loop import Progress, density_window, repair_steps
+from sinder_cli.repair.imagelist import listed_images
+from sinder_cli.repair.loop import (
+    ANEW,
+    DivergedError,
+    Progress,
+    StepRecord,
+    density_window,
+    repair_steps,
+    size_of_step,
+)
 from sinder_cli.repair.results import RepairResult, run_summary, write_model
-from sinder_cli.repair.session import checkpointed, restored
+from sinder_cli.repair.session import checkpointed, restored, saved_if_it_fails
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.stopping import Stop
 
@@ -75,17 +85,16 @@ def run_repair(
     """Repair into a folder that this process, or rank 0, holds; rank 0 has the result."""
     began = time.monotonic()
     if resume and ranks.writes:
-        folder.require_same(start.config, emit)
-    repair = prepared(start, emit, ranks)
-    before = _original(repair) if ranks.writes else None
-    _go_on_or_begin(repair, folder, resume)
-    earlier = repair.progress.seconds
-    _take_steps(repair, folder, before, stop)
-    if before is None:
-        return None
-    after = repair.look("looking at the repaired")
-    after.require_finite("the repair has diverged", "lower --lr")
-    return _written(repair, folder, before, after, lambda: earlier + time.monotonic() - began)
+        folder.require_same(start.config, start.source, emit)
+    with told_when_it_runs_out(*size_of_step(start.preprocess, start.settings)):
+        repair = prepared(start, emit, ranks)
+        before = _original(repair) if ranks.writes else None
+        _go_on_or_begin(repair, folder, resume)
+        earlier = repair.progress.seconds
+        after = _repaired(repair, folder, before, stop)
+        if before is None or after is None:
+            return None
+        return _written(repair, folder, before, after, lambda: earlier + time.monotonic() - began)
 
 
 def prepared(
@@ -127,9 +136,26 @@ def _go_on_or_begin(repair: Repair, folder: RunFolder, resume: bool) -> None:
         emit(Noted(f"going on after step {progress.steps}"))
     if repair.ranks.writes:
         if not resume:
-            folder.begin(start.config)
+            folder.begin(
+                start.config, listed_images(start.source, emit) if isinstance(start.source, ImageFiles) else ()
+            )
         folder.write_sidecars(start.backbone.sidecars)
         folder.forget_after(progress.steps)
+
+
+def _repaired(repair: Repair, folder: RunFolder, before: Snapshot | None, stop: Stop) -> Snapshot | None:
+    """Take the steps and look at what they made, on rank 0; of a repair that diverges, the last good state stays."""
+    try:
+        _take_steps(repair, folder, before, stop)
+        if before is None:
+            return None
+        after = repair.look("looking at the repaired")
+        after.require_finite("the repair has diverged", ANEW, DivergedError)
+    except DivergedError:
+        if repair.ranks.writes:
+            folder.checkpoints.forget_after(repair.progress.proven)
+        raise
+    return after
 
 
 def _take_steps(repair: Repair, folder: RunFolder, before: Snapshot | None, stop: Stop) -> None:
@@ -144,21 +170,25 @@ def _take_steps(repair: Repair, folder: RunFolder, before: Snapshot | None, stop
             folder.flush_lines()
             checkpoints.write(repair.deltas, progress)
 
+    def tell(record: StepRecord) -> None:
+        if before is not None:
+            folder.record(record)
+        emit(record)
+        if before is not None and settings.eval_every and record.step % settings.eval_every == 0:
+            evaluation = evaluate(
+                record.step, backbone, repair.module, repair.directions, images, before, settings, start.device
+            )
+            folder.record(evaluation)
+            emit(evaluation)
+
     steps = repair_steps(
         backbone, repair.directions, repair.deltas, repair.training, start.preprocess, settings, progress, emit, ranks
     )
     emit(Started("repairing", settings.max_steps, "steps", progress.steps))
     with closing(checkpointed(steps, save, progress, settings, stop, emit, ranks)) as records:
         for record in records:
-            if before is not None:
-                folder.record(record)
-            emit(record)
-            if before is not None and settings.eval_every and record.step % settings.eval_every == 0:
-                evaluation = evaluate(
-                    record.step, backbone, repair.module, repair.directions, images, before, settings, start.device
-                )
-                folder.record(evaluation)
-                emit(evaluation)
+            with saved_if_it_fails(save):
+                tell(record)
     emit(Finished("repairing"))
 
 
@@ -167,11 +197,11 @@ def _written(
 ) -> RepairResult:
     """Write the repaired weights, the adapter, and last the summary, which says that the run has ended."""
     start, deltas = repair.start, repair.deltas
-    backbone, settings, config = start.backbone, start.settings, start.config
+    backbone, settings, config = start.backbone, start.settings, folder.read_config()  # as the run was begun
     repair.emit(Noted(f"writing {folder.model}"))
     write_model(folder.model, backbone.weights, deltas)
     write_adapter(folder.adapter, backbone.name, config["weights"]["fingerprint"], deltas, settings)
-    summary = run_summary(backbone, before, after, repair.progress, deltas, settings)
+    summary = run_summary(backbone, before, after, repair.progress, deltas, settings, config)
     summary["seconds"] = round(seconds(), 3)
     write_json(folder.summary, summary)
     return RepairResult(

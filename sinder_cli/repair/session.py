@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 
 from sinder_cli.errors import ConflictError, SinderError
 from sinder_cli.events import Emit, Noted
 from sinder_cli.ranks import ALONE, Ranks
 from sinder_cli.repair.checkpoints import Checkpoints
 from sinder_cli.repair.deltas import Deltas
-from sinder_cli.repair.loop import Progress, StepRecord
+from sinder_cli.repair.loop import DivergedError, Progress, StepRecord
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.stopping import Ended, Stop
 
@@ -28,7 +28,7 @@ def checkpointed(
     """Pass the steps on and `save` what `progress` stands for; the first signal waits for its step and for that.
 
     A signal to one rank stops all of them after the same step. Raises `Ended` then, and whatever ends the steps, with
-    what they reached saved as well.
+    what they reached saved as well, unless they have diverged.
     """
     due = Due(settings, progress)
     asked = 0
@@ -38,10 +38,10 @@ def checkpointed(
                 try:
                     asked = max(ranks.every(stop.asked or 0))
                     record = None if asked else next(steps, None)
-                except SinderError:  # between two steps: what was reached is whole
+                except SinderError as error:  # between two steps: what was reached is whole
                     if stop.asked is not None:  # a signal to the whole group ends the processes that decode, too
                         break
-                    if progress.steps:
+                    if progress.steps and not isinstance(error, DivergedError):
                         save()
                     raise
                 if record is None:
@@ -55,6 +55,17 @@ def checkpointed(
         if progress.steps:
             emit(Noted(f"wrote a checkpoint after step {progress.steps}"))
         raise Ended(asked)
+
+
+@contextmanager
+def saved_if_it_fails(save: Callable[[], None]) -> Iterator[None]:
+    """What is done between two steps, such as telling of them: where that fails, the steps are not lost."""
+    try:
+        yield
+    except Exception:
+        with suppress(SinderError):  # what went wrong first is told
+            save()
+        raise
 
 
 def restored(checkpoints: Checkpoints, deltas: Deltas, progress: Progress, emit: Emit, ranks: Ranks = ALONE) -> bool:

@@ -32,7 +32,10 @@ class RepairSettings(DetectionSettings):
     )
     checkpoint_every: str = Field("10min", description="Steps, or minutes, between two checkpoints: 200, 10min.")
     offload: bool = Field(False, description="Keep U and V on the CPU between steps: less memory on the device.")
-    strict: bool = Field(False, description="Stop at the first image that cannot be decoded; else above 1 %.")
+    strict: bool = Field(
+        False,
+        description="Stop at the first image that cannot be read; else above 1 %, or two broken from the start.",
+    )
     log: tuple[LogName, ...] = Field((), description="Log the steps to a tracker as well; repeatable.")
 
     @field_validator("checkpoint_every", mode="before")

@@ -13,11 +13,12 @@ import torch
 from sinder_cli.backbone.blocks import rows_of
 from sinder_cli.backbone.layermap import WeightRef, trained_references
 from sinder_cli.events import Emit, Noted, silent
-from sinder_cli.memory import peak_memory
+from sinder_cli.memory import peak_memory, told_when_it_runs_out
 from sinder_cli.ranks import ALONE
 from sinder_cli.repair.basis import SingularBasis, blank_basis
 from sinder_cli.repair.batches import step_batches
 from sinder_cli.repair.forward import Directions
+from sinder_cli.repair.loop import size_of_step
 from sinder_cli.repair.run import Repair, Start, prepared
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.repair.step import StepGradient, step_gradient
@@ -61,7 +62,12 @@ def trial(start: Start, emit: Emit) -> Trial:
 
     Bases are blanks of their size, since decomposing a weight takes longer than a step.
     """
-    repair = prepared(start, emit, ALONE, decompose=_nothing_decomposed)
+    with told_when_it_runs_out(*size_of_step(start.preprocess, start.settings)):
+        return _tried(prepared(start, emit, ALONE, decompose=_nothing_decomposed), emit)
+
+
+def _tried(repair: Repair, emit: Emit) -> Trial:
+    start = repair.start
     repair.deltas.emit = silent  # it would speak of decomposing
     directions, settings = repair.directions, start.settings
     judged = [block for block, gap in enumerate(directions.gaps) if gap >= settings.min_gap]

@@ -12,7 +12,7 @@ import pytest
 
 from sinder_cli.cli.logs import logged, logged_values
 from sinder_cli.errors import UnavailableError
-from sinder_cli.events import Noted
+from sinder_cli.events import Noted, Warned
 from sinder_cli.repair.evaluation import Evaluation
 from sinder_cli.repair.loop import StepRecord
 from sinder_cli.repair.settings import WITHOUT_EFFECT, RepairSettings
@@ -136,6 +136,26 @@ def test_a_log_without_its_library_is_refused_before_any_step(
         write(tmp_path, name)
     assert caught.value.exit_code == 69
     assert f"pip install 'sinder-cli[{name}]'" in str(caught.value)
+
+
+@pytest.mark.parametrize("fails", ["init", "log", "finish"])
+def test_a_log_that_fails_is_told_once_and_ends_no_repair(fails: str, tmp_path: Path, wandb: Wandb) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise ConnectionError("the server is gone")
+
+    begin = wandb.init
+
+    def init(**given: Any) -> Any:
+        run = begin(**given)
+        setattr(run, fails, failing)
+        return run
+
+    wandb.init = failing if fails == "init" else init
+    heard = write(tmp_path, "wandb", record(1), record(2), record(3))
+    warned = [event.text for event in heard if isinstance(event, Warned)]
+    said = "logging to wandb has failed and stops (ConnectionError: the server is gone)"
+    assert [text.startswith(said) for text in warned] == [True]
+    assert [event for event in heard if isinstance(event, StepRecord)] == [record(1), record(2), record(3)]
 
 
 def test_only_the_process_that_writes_logs(tmp_path: Path, wandb: Wandb) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from warm import Ended, Running, Server
 
 from sinder_cli import ModelRequest, api
 from sinder_cli.errors import BadInputError
+from sinder_cli.images.choosing import shuffled
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.settings import RepairSettings
 
@@ -140,7 +142,15 @@ def test_a_run_that_is_killed_at_twenty_random_moments_ends_with_the_same_bytes(
         assert temporaries(run) == []
 
 
-WRITTEN = ("config.json", "metrics.jsonl", "model.safetensors", "adapter.safetensors", "summary.json", "README.md")
+WRITTEN = (
+    "images.jsonl",
+    "config.json",
+    "metrics.jsonl",
+    "model.safetensors",
+    "adapter.safetensors",
+    "summary.json",
+    "README.md",
+)
 
 
 @pytest.mark.slow
@@ -177,7 +187,7 @@ OTHER = {
     "--max-steps 40": "setting max_steps was 12 and is 40",
     "--attention eager": "attention was sdpa and is eager",
     "--heads 4": "heads was None and is 4",
-    "--data {more}": "count of the images was 6 and is 7",
+    "--data {more}": "there were 6 images and are 7, {more} is new",
     "--weights {changed}": "fingerprint of the weights was ",
 }
 
@@ -196,7 +206,8 @@ def test_a_run_is_not_resumed_under_other_settings_data_or_weights(
     ended = warm.run(*repair, "--out", stopped_once, "--resume", *more, cwd=tmp_path)
     assert ended.returncode == 78, ended.stderr
     last = ended.stderr.splitlines()[-1]
-    assert last.startswith(f"sinder: error: cannot resume {stopped_once}: {OTHER[options]}")
+    why = OTHER[options].format(more=tmp_path / "more.png")
+    assert last.startswith(f"sinder: error: cannot resume {stopped_once}: {why}")
     assert {path: path.stat().st_mtime_ns for path in stopped_once.rglob("*")} == before
 
 
@@ -211,7 +222,7 @@ def test_a_run_is_not_resumed_after_an_image_has_changed(
     finally:
         changed.write_bytes(whole)
     assert ended.returncode == 78
-    assert "fingerprint of the images was" in ended.stderr
+    assert f"image {changed} had {len(whole)} bytes and has {len(whole) + 4}" in ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -269,9 +280,63 @@ def test_a_finished_run_is_not_resumed_again_and_not_under_other_settings(
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
 
 
-def test_resume_without_a_run_starts_one(warm: Server, repair: tuple[str, ...], tmp_path: Path) -> None:
+def test_resume_without_a_run_starts_one_and_says_so(warm: Server, repair: tuple[str, ...], tmp_path: Path) -> None:
     ended = warm.run(*repair, "--max-steps", "1", "--out", "run", "--resume", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
+    assert "sinder: no run in run yet: starting one\n" in ended.stderr
+
+
+def test_a_run_directory_is_enough_to_go_on_from_wherever_it_is(
+    stopped: Path, uninterrupted: Path, warm: Server, tmp_path: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for changes in (("--lr", "0.01"), ("--data", str(stopped)), ("--seed", "1")):
+        refused = warm.run("repair", "../run", "--resume", *changes, cwd=tmp_path / "elsewhere")
+        assert refused.returncode in (66, 78), refused.stderr
+    ended = warm.run("repair", "../run", "--resume", "--workers", "1", "--strict", cwd=tmp_path / "elsewhere")
+    assert ended.returncode == 0, ended.stderr
+    assert "going on after step 6" in ended.stderr
+    assert finished(stopped) == finished(uninterrupted)
+    again = warm.run("repair", "run", "--resume", "--format", "table", cwd=tmp_path)
+    assert (again.returncode, again.stdout) == (0, "run: finished already, nothing to resume\n")
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} >= {"run", "elsewhere"}
+    assert not (tmp_path / "sinder-runs").exists()
+
+
+def test_a_run_that_was_not_finished_is_no_model_yet_and_says_how_it_would_be(stopped: Path, warm: Server) -> None:
+    ended = warm.run("predict-defects", "run", cwd=stopped.parent)
+    assert ended.returncode == 66
+    assert ended.stderr.splitlines()[-1].endswith(
+        "its run did not finish; `sinder repair run --resume` goes on with it"
+    )
+
+
+def test_a_run_over_images_named_on_standard_input_goes_on_without_the_list(
+    sinder: Callable[..., Any], repair: tuple[str, ...], photos: Path, warm: Server, uninterrupted: Path, tmp_path: Path
+) -> None:
+    options = [option for option in repair if option not in ("--data", str(photos))]
+    listed = "".join(f"{path}\n" for path in sorted(photos.iterdir()))
+    short = sinder(*options, "--data", "-", "--out", tmp_path / "run", stdin=listed)
+    assert short.returncode == 0, short.stderr
+    run = tmp_path / "run"
+    for name in ("summary.json", "model.safetensors"):
+        (run / name).unlink()
+    ended = warm.run("repair", run, "--resume", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert finished(run)["model"] == finished(uninterrupted)["model"]
+    assert finished(run)["summary"]["data"] == finished(uninterrupted)["summary"]["data"] | {"places": ["-"]}
+    assert finished(uninterrupted)["summary"]["data"]["places"] == [str(photos)]
+    assert finished(uninterrupted)["summary"]["settings"]["max_steps"] == STEPS
+
+
+def test_a_finished_run_without_its_report_gets_it_again(uninterrupted: Path, warm: Server, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / "report.html").unlink()
+    ended = warm.run("repair", "run", "--resume", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert (run / "report.html").is_file()
+    assert finished(run) == finished(uninterrupted)
 
 
 def test_a_run_is_replaced_only_by_force_and_only_its_own_files_go(
@@ -334,7 +399,8 @@ def test_a_signal_finishes_the_step_saves_it_and_tells_how_to_go_on(
     ended = running.wait()
     assert ended.returncode == -number
     assert ended.stdout == ""
-    *_, wrote, how, last = ended.stderr.splitlines()
+    *_, answer, wrote, how, last = ended.stderr.splitlines()
+    assert answer == "sinder: stopping after this step, with a checkpoint; a second signal ends at once"
     (step,) = steps_of(run)
     assert wrote == f"sinder: wrote a checkpoint after step {step}"
     assert how.startswith("sinder: to go on: ")
@@ -468,6 +534,64 @@ def test_a_disk_that_fills_up_after_a_checkpoint_leaves_that_and_nothing_tempora
     assert finished(stopped) == finished(uninterrupted)
 
 
+def unshared() -> tuple[str, ...]:
+    """What starts a command where it may mount; empty where nothing does."""
+    ways = ("unshare", "--mount"), ("unshare", "--user", "--map-root-user", "--mount")
+    mounting = ("sh", "-c", 'mount -t tmpfs -o size=1m tmpfs "$0"', "/tmp")
+    for way in ways if shutil.which("unshare") else ():
+        if subprocess.run([*way, *mounting], capture_output=True, check=False).returncode == 0:
+            return way
+    return ()
+
+
+def pages(folder: Path) -> int:
+    """The bytes that the files of a folder take on a tmpfs."""
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("full_at", ["checkpoint", "model"])
+def test_a_small_disk_that_is_really_full_leaves_the_checkpoint_before_and_the_run_goes_on(
+    full_at: str, repair: tuple[str, ...], environment: dict[str, str], uninterrupted: Path, tmp_path: Path
+) -> None:
+    """A tmpfs on which a third checkpoint has no room beside two, or the model none; it is enlarged for the resume."""
+    way = unshared()
+    if not way:
+        pytest.skip("nothing may be mounted here")
+    sinder = shlex.join([sys.executable, "-m", "sinder_cli", *repair, *CHECKPOINTS, "--out", "disk/run"])
+    script = f"""
+    mount -t tmpfs -o size=$1 tmpfs disk || exit 99
+    {sinder} 2> first; echo $? > code
+    ls -A disk/run disk/run/checkpoints disk/run/checkpoints/* > left
+    mount -o remount,size=64m disk
+    {sinder} --resume 2> second || exit 98
+    cp -r disk/run copied
+    """
+    (tmp_path / "disk").mkdir()
+    (step,) = (uninterrupted / "checkpoints").glob("step-*")
+    size = pages(uninterrupted / "checkpoints" / "bases") + 2 * pages(step) + (16 << 10)  # config, images, metrics
+    size += 2 * pages(step) if full_at == "model" else 0
+    ended = subprocess.run(
+        [*way, "sh", "-c", script, "sh", str(size)],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert ended.returncode == 0, (ended.stderr, (tmp_path / "first").read_text(), (tmp_path / "second").read_text())
+    assert (tmp_path / "code").read_text() == "74\n"
+    said = (tmp_path / "first").read_text().splitlines()[-1]
+    assert "No space left on device; free space there" in said
+    assert ("model.safetensors" in said) == (full_at == "model")
+    left = (tmp_path / "left").read_text()
+    assert "step-0000" in left
+    assert "manifest.json" in left
+    assert ".part" not in left
+    assert "sinder: going on after step" in (tmp_path / "second").read_text()
+    assert finished(tmp_path / "copied") == finished(uninterrupted)
+
+
 def test_a_delta_that_is_not_finite_makes_no_model(
     small: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -494,7 +618,12 @@ def test_a_delta_that_is_not_finite_makes_no_model(
     with pytest.raises(BadInputError, match="not finite") as caught:
         api.repair(ModelRequest("dinov2_custom", small), [str(photos)], tmp_path / "run", settings)
     assert caught.value.exit_code == 65
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "checkpoints"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.json",
+        "images.jsonl",
+        "metrics.jsonl",
+        "checkpoints",
+    }
 
 
 @pytest.fixture
@@ -505,15 +634,22 @@ def own(repair: tuple[str, ...], photos: Path, tmp_path: Path) -> tuple[str, ...
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, Path.touch, lambda path: path.write_bytes(b"rotten")])
-def test_an_image_that_vanishes_changes_or_rots_during_the_run_is_skipped_and_named(
+def test_an_image_that_vanishes_changes_or_rots_during_the_run_is_skipped_and_named_if_it_is_one_in_a_hundred(
     damage: Callable[[Path], None], warm: Server, own: tuple[str, ...], tmp_path: Path
 ) -> None:
+    for number in range(94):
+        os.link(tmp_path / "photos" / "rocket.png", tmp_path / "photos" / f"z{number}.png")
+    late = next(islice(shuffled(100, 0), 30, None))
+    seen_late = sorted((tmp_path / "photos").iterdir())[late]
+    whole = seen_late.read_bytes()
+    seen_late.unlink()
+    seen_late.write_bytes(whole)
     running = warm.start(*own, cwd=tmp_path)
     until(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), running)
-    damage(tmp_path / "photos" / "coffee.png")
+    damage(seen_late)
     ended = running.wait()
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("sinder: warning: skipped photos/coffee.png: ") == 1
+    assert ended.stderr.count(f"sinder: warning: skipped photos/{seen_late.name}: the file has changed since") == 1
     assert json.loads(ended.stdout)["skipped_images"] == 1
 
 
@@ -544,7 +680,7 @@ def test_images_that_were_away_and_are_back_do_not_keep_a_run_from_going_on(
     (tmp_path / "photos").rename(tmp_path / "away")
     ended = running.wait()
     assert ended.returncode == 65, ended.stderr
-    assert "2 of 6 cannot be read" in ended.stderr.splitlines()[-1]
+    assert "1 of 6 cannot be read" in ended.stderr.splitlines()[-1]
     assert len(steps_of(tmp_path / "run")) == 1
     (tmp_path / "away").rename(tmp_path / "photos")
     resumed = warm.run(*own, "--resume", cwd=tmp_path)
@@ -681,3 +817,12 @@ def test_a_dry_run_touches_no_run_that_is_there(warm: Server, stopped: Path, rep
     assert ended.returncode == 2
     assert "--resume and --dry-run exclude each other" in ended.stderr
     assert state() == before
+
+
+def test_a_run_that_diverges_keeps_the_last_good_state(warm: Server, repair: tuple[str, ...], tmp_path: Path) -> None:
+    every = ("--checkpoint-every", "1", "--max-steps", "40", "--out", "run")
+    ended = warm.run(*repair, "--lr", "1e38", *every, cwd=tmp_path)
+    assert ended.returncode == 65, ended.stderr
+    assert ended.stderr.splitlines()[-1].endswith("; start anew with a lower --lr and --force")
+    assert not {"model.safetensors", "summary.json"} & {path.name for path in (tmp_path / "run").iterdir()}
+    assert steps_of(tmp_path / "run") == []  # nothing but the beginning was good

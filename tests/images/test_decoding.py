@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import resource
 import struct
 import zlib
 from pathlib import Path
@@ -13,6 +15,8 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from sinder_cli.errors import TryAgainError
+from sinder_cli.images import decoding
 from sinder_cli.images.decoding import UnreadableImageError, decode
 
 
@@ -132,6 +136,33 @@ def test_a_pipe_a_device_and_a_folder_are_never_opened(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe.png", Path("/dev/zero"), tmp_path):
         with pytest.raises(UnreadableImageError, match="not a regular file"):
             decode(path)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")])
+def test_memory_that_runs_out_says_nothing_about_an_image(
+    error: Exception, astronaut: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: object) -> None:
+        raise error
+
+    astronaut.save(tmp_path / "good.png")
+    monkeypatch.setattr(decoding, "to_rgb", fails)
+    with pytest.raises(type(error)):
+        decode(tmp_path / "good.png")
+
+
+def test_too_many_open_files_say_nothing_about_an_image(astronaut: Image.Image, tmp_path: Path) -> None:
+    astronaut.save(tmp_path / "good.png")
+    decode(tmp_path / "good.png")  # imports what it needs
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(TryAgainError, match="Too many open files; raise ulimit -n, or lower --workers") as caught:
+            decode(tmp_path / "good.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert caught.value.exit_code == 75
+    assert decode(tmp_path / "good.png").size == astronaut.size
 
 
 def test_a_name_that_no_file_can_have_is_unreadable() -> None:

@@ -132,6 +132,22 @@ def processes() -> list[psutil.Process]:
     return [process for process in psutil.Process().children() if process.pid not in SERVERS]
 
 
+def sockets_of(process: int) -> set[str]:
+    """The sockets that a process holds, by their numbers."""
+    links = [link for link in Path(f"/proc/{process}/fd").iterdir() if link.is_symlink()]
+    return {name for link in links if (name := str(link.readlink())).startswith("socket:")}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_process_holds_no_end_of_a_pipe_but_its_own() -> None:
+    loaded = load_in_order(Drawn(), LARGE, itertools.repeat(0), workers=3)
+    next(loaded)
+    ours, *theirs = map(sockets_of, (os.getpid(), *(process.pid for process in processes())))
+    assert len(theirs) == 3
+    assert all(not held & ours for held in theirs)
+    loaded.close()  # type: ignore[attr-defined]
+
+
 def test_closing_early_ends_the_processes() -> None:
     """At once, and not only when an image that takes long has been decoded."""
     order = itertools.chain([0], itertools.repeat(SLOW))

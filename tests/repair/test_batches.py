@@ -14,7 +14,7 @@ from runs import Pictures
 
 from sinder_cli.errors import BadInputError
 from sinder_cli.images.preprocessing import Preprocessing
-from sinder_cli.images.sources import ImageFiles
+from sinder_cli.images.sources import CHANGED, ImageFiles
 from sinder_cli.repair.batches import forget_mended, require_readable, step_batches
 from sinder_cli.repair.settings import RepairSettings
 
@@ -101,7 +101,7 @@ def test_a_batch_none_of_whose_images_can_be_read_is_empty() -> None:
 @pytest.mark.parametrize(
     ("images", "unreadable", "strict", "passes"),
     [
-        (2, 1, False, True),  # one alone never ends a run
+        (2, 1, False, True),  # one alone that was broken from the beginning ends no run
         (2, 2, False, False),
         (3, 2, False, False),
         (199, 2, False, False),
@@ -125,6 +125,35 @@ def test_one_in_a_hundred_may_be_unreadable_and_none_if_strict(
         require_readable(source, named, strict)
     assert caught.value.exit_code == 65
     assert f"{unreadable}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("images", "broken", "lost", "passes"),
+    [(12, 0, 1, False), (12, 1, 1, False), (99, 0, 1, False), (100, 0, 1, True), (100, 1, 1, False), (200, 1, 1, True)],
+)
+def test_images_that_are_lost_during_the_run_are_one_in_a_hundred_at_most_however_few_there_are(
+    images: int, broken: int, lost: int, passes: bool
+) -> None:
+    source = Pictures(*[torch.zeros(3, 4, 4)] * images)
+    named = {source.name(index): f"{CHANGED}: No such file" for index in range(lost)}
+    named |= {source.name(lost + index): "it is broken" for index in range(broken)}
+    if passes:
+        require_readable(source, named, strict=False)
+        return
+    with pytest.raises(
+        BadInputError, match=f"{broken + lost} of {images} cannot be read, among them picture {lost - 1}"
+    ):
+        require_readable(source, named, strict=False)
+
+
+def test_a_file_that_vanishes_and_one_that_never_was_there_are_told_apart(files: ImageFiles, tmp_path: Path) -> None:
+    files = ImageFiles((*files.paths, tmp_path / "never.png"))
+    files.paths[3].unlink()
+    unreadable: dict[str, str] = {}
+    list(islice(step_batches(files, PLAIN, RepairSettings(workers=0), 0, unreadable, lambda _: None), COUNT + 1))
+    lost = {name for name, problem in unreadable.items() if problem.startswith(CHANGED)}
+    assert lost == {str(files.paths[3])}
+    assert len(unreadable) == len(BROKEN) + 2
 
 
 def test_an_image_that_can_be_read_again_counts_no_longer(files: ImageFiles) -> None:

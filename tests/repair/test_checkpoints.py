@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +25,7 @@ from sinder_cli.images.choosing import shuffled
 from sinder_cli.repair import checkpoints as module_of_checkpoints
 from sinder_cli.repair.basis import SingularBasis, singular_basis
 from sinder_cli.repair.checkpoints import COUNTERS, MANIFEST, STATE, Checkpoints
+from sinder_cli.repair.deltas import Deltas
 
 BLUE = [(2, 7), (6, 3), (8, 8)]
 STEPS = 8
@@ -100,6 +104,34 @@ def test_a_checkpoint_brings_back_the_random_state_the_counters_and_the_recent_i
     assert torch.equal(torch.rand(3), drawn)
     assert second.progress == first.progress
     assert second.progress.recent.maxlen == first.progress.recent.maxlen
+
+
+def test_the_random_state_of_no_cuda_device_is_saved_for_a_module_that_is_on_none(
+    single: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: pytest.fail("it starts CUDA"))
+    run = Run(single, pictures(single), **SETTINGS)
+    run.take(1)
+    Checkpoints(tmp_path).write(run.deltas, run.progress)
+    assert "random.cuda" not in load_file(tmp_path / "step-000001" / STATE)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_random_state_that_is_saved_is_that_of_the_modules_device(
+    number: int, single: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cuda", number)
+    states = {torch.device("cuda", each): torch.tensor([each], dtype=torch.uint8) for each in range(2)}
+    monkeypatch.setattr(Deltas, "cuda", device)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    run = Run(another(single), pictures(single), **SETTINGS)
+    run.take(1)
+    Checkpoints(tmp_path).write(run.deltas, run.progress)
+    put_back: list[tuple[int, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, at: put_back.append((state.item(), at)))
+    restored(single, tmp_path)
+    assert put_back == [(number, device)]
 
 
 def test_without_a_checkpoint_there_is_nothing_to_restore(single: Any, tmp_path: Path) -> None:
@@ -235,6 +267,107 @@ def test_where_all_checkpoints_are_torn_nothing_is_resumed_and_nothing_removed(s
     assert len(list(checkpoints.folder.glob("step-*"))) == 2
 
 
+@pytest.mark.parametrize("read", ["sha256_of", "_tensors_of"])
+def test_a_disk_that_fails_for_a_while_costs_no_checkpoint(
+    single: Any, read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(another(single), pictures(single), **SETTINGS)
+    checkpoints = Checkpoints(tmp_path)
+    for _ in range(2):
+        run.take(1)
+        checkpoints.write(run.deltas, run.progress)
+    before = sorted(tmp_path.rglob("*"))
+
+    def fails(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module_of_checkpoints, read, fails)
+        with pytest.raises(StorageError, match=r"cannot read .*: Input/output error; check the disk") as caught:
+            restored(single, tmp_path)
+    assert caught.value.exit_code == 74
+    assert sorted(tmp_path.rglob("*")) == before
+    assert restored(single, tmp_path).progress.steps == 2
+
+
+def test_a_torn_checkpoint_is_put_aside_until_the_next_is_whole(single: Any, tmp_path: Path) -> None:
+    run = Run(another(single), pictures(single), **SETTINGS)
+    checkpoints = Checkpoints(tmp_path)
+    for _ in range(2):
+        run.take(1)
+        checkpoints.write(run.deltas, run.progress)
+    flip(tmp_path / "step-000002" / STATE)
+    again = restored(single, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"bases", "step-000001", "torn-step-000002"}
+    again.take(1)
+    Checkpoints(tmp_path).write(again.deltas, again.progress)
+    assert {path.name for path in tmp_path.iterdir()} == {"bases", "step-000001", "step-000002"}
+
+
+def test_a_basis_that_no_checkpoint_names_is_removed(single: Any, tmp_path: Path) -> None:
+    run = Run(another(single), pictures(single), **SETTINGS)
+    checkpoints = Checkpoints(tmp_path)
+    run.take(3)
+    checkpoints.write(run.deltas, run.progress)
+    named = sorted(checkpoints.bases.iterdir())
+    orphan = checkpoints.bases / f"{'0' * 64}.safetensors"
+    orphan.write_bytes(b"of a run that went back")
+    run.take(1)
+    checkpoints.write(run.deltas, run.progress)
+    assert set(named) <= set(checkpoints.bases.iterdir())
+    assert not orphan.exists()
+    orphan.write_bytes(b"again")
+    (tmp_path / "step-000003" / COUNTERS).write_text("torn")
+    run.take(1)
+    run.progress.proven = 3
+    checkpoints.write(run.deltas, run.progress)
+    assert orphan.exists()  # nobody knows whose it is
+
+
+def test_a_checkpoint_is_flushed_before_it_is_named_and_its_manifest_is_last(
+    single: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut leaves what was flushed, and names in folders that were: every order of both must do."""
+    run = Run(single, pictures(single), **SETTINGS)
+    run.take(1)
+    done: list[tuple[str, str]] = []
+
+    def named(path: Any) -> str:
+        place = str(Path(path).relative_to(tmp_path))
+        return re.sub(r"\.[^./]+\.part", ".part", re.sub(r"[0-9a-f]{64}", "HASH", place))
+
+    def hear(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename" and watching:
+            done.append(("rename", named(arguments[1])))
+
+    genuine = os.fsync
+
+    def fsync(handle: int) -> None:
+        done.append(("flush", named(Path(f"/proc/self/fd/{handle}").readlink())))
+        genuine(handle)
+
+    watching = [True]
+    sys.addaudithook(hear)
+    monkeypatch.setattr(os, "fsync", fsync)
+    Checkpoints(tmp_path / "checkpoints").write(run.deltas, run.progress)
+    watching.clear()
+
+    step, part = "checkpoints/step-000001", "checkpoints/.step-000001.part"
+    assert done[:2] == [("flush", "checkpoints"), ("flush", ".")]  # bases/ in it, and it in the run's folder
+    bases = [entry for entry in done if "bases" in entry[1]]
+    one = [("flush", "checkpoints/bases/.HASH.safetensors.part"), ("rename", "checkpoints/bases/HASH.safetensors")]
+    assert bases == [*one, ("flush", "checkpoints/bases")] * len(run.deltas.touched)
+    files = [entry for entry in done if entry[0] == "rename" and entry[1].startswith(part)]
+    assert files == [("rename", f"{part}/{name}") for name in (STATE, COUNTERS, MANIFEST)]
+    renamed = done.index(("rename", step))
+    for name in (STATE, COUNTERS, MANIFEST):
+        assert ("flush", f"{part}/{name}") in done[:renamed]
+        assert done.index(("flush", f"{part}/.{name}.part")) < done.index(("rename", f"{part}/{name}"))
+    assert ("flush", part) in done[:renamed]
+    assert done[-1] == ("flush", "checkpoints")
+    assert done.index(bases[-1]) < done.index(files[0])
+
+
 def test_what_a_killed_write_left_is_no_checkpoint_and_is_swept_away(single: Any, tmp_path: Path) -> None:
     run = Run(another(single), pictures(single), **SETTINGS)
     checkpoints = Checkpoints(tmp_path)
@@ -262,6 +395,27 @@ def test_a_delta_that_is_not_finite_is_never_written(single: Any, value: float, 
     with pytest.raises(BadInputError, match=f"the delta of {run.deltas.touched[1].name} is not finite"):
         checkpoints.write(run.deltas, run.progress)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_steps_that_are_not_finite_drive_out_no_state_that_is_proven(single: Any, tmp_path: Path) -> None:
+    run = Run(single, pictures(single), **SETTINGS)
+    checkpoints = Checkpoints(tmp_path)
+    for finite in (True, True, True, False, False, False):
+        run.progress.count(images=1, defective=1, finite=finite)
+        checkpoints.write(run.deltas, run.progress)
+    assert run.progress.proven == 2  # whether the third step was good no step has shown
+    assert [int(path.name[5:]) for path in sorted(tmp_path.glob("step-*"))] == [2, 5, 6]
+    checkpoints.forget_after(run.progress.proven)
+    assert restored(single, tmp_path).progress.steps == 2
+
+
+def test_after_a_finite_step_all_before_it_is_proven_and_the_newest_two_are_kept(single: Any, tmp_path: Path) -> None:
+    run = Run(single, pictures(single), **SETTINGS)
+    checkpoints = Checkpoints(tmp_path)
+    for finite in (True, False, False, False, True, True):
+        run.progress.count(images=1, defective=1, finite=finite)
+        checkpoints.write(run.deltas, run.progress)
+    assert [int(path.name[5:]) for path in sorted(tmp_path.glob("step-*"))] == [5, 6]
 
 
 @pytest.mark.parametrize("writer", ["write_safetensors", "write_json"])

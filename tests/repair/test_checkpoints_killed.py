@@ -34,12 +34,13 @@ def test_a_run_that_is_killed_at_any_write_rename_or_flush_goes_on_to_the_same_b
     tiny: Server, tmp_path: Path
 ) -> None:
     def ended(folder: str, kill_before: str = "") -> Ended:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        return tiny.run("its/run", cwd=tmp_path / folder, kill_before=kill_before)
+        place = tmp_path / folder / "one" / "place"  # of the same names each time, since changes are named by them
+        place.mkdir(parents=True, exist_ok=True)
+        return tiny.run("its/run", cwd=place, kill_before=kill_before)
 
     whole = ended("whole")
     assert whole.returncode == 0, whole.stderr
-    expected = left(tmp_path / "whole/its/run")
+    expected = left(tmp_path / "whole/one/place/its/run")
     changes = [change for change in dict.fromkeys(whole.changes) if "step-000003" not in change]  # as the second
     assert {"os.rename checkpoints/.step-000002.part", "fsync bases/.HASH.safetensors.part"} <= set(changes)
     for number, change in enumerate(changes):
@@ -48,5 +49,5 @@ def test_a_run_that_is_killed_at_any_write_rename_or_flush_goes_on_to_the_same_b
         resumed = ended(f"killed{number}")
         assert resumed.returncode == 0, (change, resumed.stderr)
         assert "torn" not in resumed.stdout
-        assert left(tmp_path / f"killed{number}/its/run") == expected, change
+        assert left(tmp_path / f"killed{number}/one/place/its/run") == expected, change
     assert len(changes) > 60

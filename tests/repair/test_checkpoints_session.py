@@ -10,8 +10,8 @@ import pytest
 
 from sinder_cli.errors import BadInputError, StorageError, TryAgainError
 from sinder_cli.repair import session
-from sinder_cli.repair.loop import Progress, StepRecord
-from sinder_cli.repair.session import checkpointed
+from sinder_cli.repair.loop import DivergedError, Progress, StepRecord
+from sinder_cli.repair.session import checkpointed, saved_if_it_fails
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.stopping import Ended, Stop
 
@@ -103,6 +103,20 @@ def test_a_signal_during_a_step_waits_for_the_end_of_it() -> None:
     assert steps.saved == [1]
 
 
+@pytest.mark.parametrize(("once", "then"), [(False, "; a second signal ends at once"), (True, "")])
+def test_the_first_signal_is_answered_before_its_step_is_done(once: bool, then: str) -> None:
+    said: list[str] = []
+    steps, stop = Steps(9), Stop(once, said.append)
+    records = steps.records(stop)
+    next(records)
+    stop.hear(signal.SIGINT)
+    assert said == [f"stopping after this step, with a checkpoint{then}"]
+    if once:
+        stop.hear(signal.SIGINT)
+    assert len(said) == 1
+    records.close()
+
+
 def test_the_second_signal_ends_at_once() -> None:
     steps, stop = Steps(9), Stop()
     records = steps.records(stop)
@@ -136,6 +150,29 @@ def test_before_and_after_the_steps_a_signal_ends_at_once() -> None:
     list(Steps(2).records(stop))
     with pytest.raises(Ended):
         stop.hear(signal.SIGTERM)
+
+
+def test_steps_that_have_diverged_are_not_saved() -> None:
+    steps = Steps(9, every="2", fails_at=4, error=DivergedError("a", "b"))
+    with pytest.raises(DivergedError):
+        list(steps.records())
+    assert steps.saved == [2]
+
+
+@pytest.mark.parametrize("second", [None, StorageError("full", "too")])
+def test_steps_are_saved_where_what_is_done_with_them_fails(second: StorageError | None) -> None:
+    saved = []
+
+    def save() -> None:
+        saved.append(1)
+        if second:
+            raise second
+
+    with pytest.raises(ZeroDivisionError), saved_if_it_fails(save):
+        raise ZeroDivisionError
+    with pytest.raises(Ended), saved_if_it_fails(save):
+        raise Ended(signal.SIGINT)  # the second signal: at once
+    assert saved == [1]
 
 
 @pytest.mark.parametrize("error", [BadInputError("a", "b"), TryAgainError("a", "b")])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sinder_cli.events import Noted
+from sinder_cli.ranks import LostRankError, Ranks
 from sinder_cli.repair.deltas import Deltas, Target
 
 N = 32
@@ -93,3 +94,53 @@ def test_a_target_keeps_its_velocity_while_it_rests(single: Any, momentum: float
     assert torch.equal(target.delta, delta)
     deltas.descend({target.name: gradient}, LR, momentum)
     torch.testing.assert_close(target.velocity, gradient * (1 + momentum))
+
+
+class Lost(Ranks):
+    """The rank that holds a basis dies after it has sent some parts of it."""
+
+    sent = 0
+
+    def same(self, tensor: Tensor, source: int = 0) -> Tensor:
+        Lost.sent += 1
+        if Lost.sent > 4:
+            raise LostRankError("lost", f"rank {source} died")
+        return tensor.fill_(7)
+
+
+@pytest.mark.parametrize("mine", [[], [3]], ids=["of another alone", "of both"])
+def test_a_rank_that_is_lost_while_its_basis_is_sent_leaves_no_part_of_it(mine: list[int], single: Any) -> None:
+    deltas = Deltas(single.backbone, single.module)
+    before = {index: [target.basis for target in deltas.of_block(index)] for index in mine}
+    bits = [basis.U.clone() for bases in before.values() for basis in bases]
+    Lost.sent = 0
+    with pytest.raises(LostRankError):
+        deltas.agree([[], [3]], Lost(0, 2))
+    assert {index: [target.basis for target in targets] for index, targets in deltas.by_block.items()} == before
+    assert all(torch.equal(basis.U, U) for basis, U in zip(sum(before.values(), []), bits, strict=True))  # noqa: RUF017
+    assert not deltas.agreed
+
+
+@pytest.mark.parametrize("fails_at", [0, 2, 4])
+def test_a_descent_that_runs_out_of_memory_moves_no_delta(
+    fails_at: int, single: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deltas = Deltas(single.backbone, single.module)
+    gradients = {target.name: torch.ones_like(target.delta) for target in deltas.of_block(2)}
+    deltas.descend(gradients, LR, MOMENTUM)
+    before = [(target.delta.clone(), target.velocity.clone()) for target in deltas.touched]
+    written: list[object] = []
+    write = Target.write
+
+    def fails(target: Target, *delta: Tensor) -> None:
+        written.append(target)
+        if len(written) > fails_at:
+            raise RuntimeError("out of memory")
+        write(target, *delta)
+
+    monkeypatch.setattr(Target, "write", fails)
+    with pytest.raises(RuntimeError):
+        deltas.descend(gradients, LR, MOMENTUM)
+    for target, (delta, velocity) in zip(deltas.touched, before, strict=True):
+        assert torch.equal(target.delta, delta)
+        assert torch.equal(target.velocity, velocity)

@@ -5,14 +5,21 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
+import socket
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sinder_cli.errors import BadInputError, CannotCreateError, ConflictError, TryAgainError
-from sinder_cli.events import Warned
+from sinder_cli.events import Warned, silent
+from sinder_cli.images.sources import ImageFiles
+from sinder_cli.repair import imagelist
 from sinder_cli.repair.folder import RunFolder
+from sinder_cli.repair.imagelist import listed_images
 from sinder_cli.repair.loop import StepRecord
 from sinder_cli.repair.settings import WITHOUT_EFFECT, RepairSettings
 
@@ -53,6 +60,25 @@ def test_a_folder_is_kept_from_a_second_process_and_free_afterwards(run: RunFold
         assert caught.value.exit_code == 75
     with run.held():
         pass
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_keep_the_folder(run: RunFolder) -> None:
+    ours, theirs = socket.socketpair()
+    with run.held():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads, of which it has none
+            child = os.fork()
+        if child == 0:
+            ours.close()
+            theirs.send(b"here")
+            theirs.recv(1)  # until the parent closes its end
+            os._exit(0)
+        theirs.close()
+        assert ours.recv(4) == b"here"
+    with run.held():  # as after the death of the first parent, whose child hangs
+        pass
+    ours.close()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_folders_that_were_made_and_stay_empty_are_removed(tmp_path: Path) -> None:
@@ -116,6 +142,12 @@ def test_a_run_that_is_there_needs_resume_or_force(run: RunFolder) -> None:
     assert run.require_free(resume=True, force=False) is True
     assert run.require_free(resume=False, force=True) is False
     run.summary.write_text("{}")
+    with pytest.raises(
+        CannotCreateError, match="a finished run without all its files; --resume goes on with it, --force"
+    ):
+        run.require_free(resume=False, force=False)
+    for path in run.written[:-1]:
+        path.write_text("{}")
     with pytest.raises(CannotCreateError, match="a finished run; --force starts anew") as caught:
         run.require_free(resume=False, force=False)
     assert caught.value.exit_code == 73
@@ -172,6 +204,82 @@ def test_another_device_of_the_same_kind_will_do(tmp_path: Path) -> None:
     folder.require_same(config(device="cuda:1"))
 
 
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Image files, whose bytes alone count here."""
+    paths = [tmp_path / f"{name}.png" for name in "abc"]
+    for path in paths:
+        path.write_bytes(path.name.encode())
+    return paths
+
+
+def begun_over(run: RunFolder, files: list[Path]) -> None:
+    run.begin(config(), listed_images(ImageFiles(tuple(files)), silent))
+
+
+CHANGES: dict[str, Callable[[list[Path]], object]] = {
+    "image {0} had 5 bytes and has 6": lambda files: files[0].write_bytes(b"longer"),
+    "image {1} has other contents of the same size": lambda files: files[1].write_bytes(b"other"),
+    "image {2} had 5 bytes and has -1": lambda files: files[2].unlink(),
+    "image {0} is now {1}, which is another": lambda files: (
+        files.reverse() or files.sort(key=lambda p: p.name != "b.png")
+    ),
+    "there were 3 images and are 2, {2} is gone": lambda files: files.pop(),
+    "there were 3 images and are 4, {3} is new": lambda files: files.append(files[0]),
+}
+
+
+@pytest.mark.parametrize("why", CHANGES)
+def test_a_run_is_not_gone_on_with_over_other_images_and_the_first_of_them_is_named(
+    why: str, run: RunFolder, files: list[Path]
+) -> None:
+    begun_over(run, files)
+    before = list(files)
+    CHANGES[why](files)
+    with pytest.raises(ConflictError) as caught:
+        run.require_same(config(), ImageFiles(tuple(files)))
+    said = why.format(*before, files[-1])
+    assert str(caught.value).startswith(f"cannot resume {run.path}: {said}; give what it was, as `sinder repair ")
+    assert caught.value.exit_code == 78
+
+
+def test_images_may_have_another_time_or_place_if_their_bytes_are_the_same(
+    run: RunFolder, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun_over(run, files)
+    os.utime(files[0], ns=(1, 1))
+    run.require_same(config(), ImageFiles(tuple(files)))
+    moved = [path.rename(tmp_path / f"moved {path.name}") for path in files]
+    run.require_same(config(), ImageFiles(tuple(moved)))
+    monkeypatch.chdir(tmp_path)
+    run.require_same(config(), ImageFiles(tuple(Path(path.name) for path in moved)))
+
+
+def test_images_that_are_what_they_were_are_not_read_again(
+    run: RunFolder, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun_over(run, files)
+    monkeypatch.setattr(imagelist, "_digest", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.chdir(files[0].parent)
+    run.require_same(config(), ImageFiles(tuple(Path(path.name) for path in files)))
+
+
+def test_an_image_that_could_not_be_read_is_listed_and_is_the_same_while_it_cannot(
+    run: RunFolder, files: list[Path]
+) -> None:
+    odd = [*files, Path("nul\0.png"), files[0].parent, files[0].parent / "odd \udcff\n.png"]
+    begun_over(run, odd)
+    run.require_same(config(), ImageFiles(tuple(odd)))
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "[1, 2]\n", "3\n"])
+def test_a_torn_list_of_images_is_bad_input(text: str, run: RunFolder, files: list[Path]) -> None:
+    run.images.write_text(text)
+    with pytest.raises(BadInputError, match="cannot read") as caught:
+        run.require_same(config(), ImageFiles(tuple(files)))
+    assert caught.value.exit_code == 65
+
+
 def test_weights_may_have_moved(run: RunFolder) -> None:
     run.require_same(config(weights={"source": "elsewhere", "fingerprint": "0123"}))
 
@@ -179,7 +287,7 @@ def test_weights_may_have_moved(run: RunFolder) -> None:
 @pytest.mark.parametrize(("name", "value"), [("threads", 2), ("versions", {"torch": "2.14.0"})])
 def test_what_may_change_the_last_bits_is_told(name: str, value: object, run: RunFolder) -> None:
     told: list[object] = []
-    run.require_same(config(**{name: value}), told.append)
+    run.require_same(config(**{name: value}), emit=told.append)
     (warned,) = told
     assert isinstance(warned, Warned)
     assert name in warned.text

@@ -162,6 +162,21 @@ def test_memory_that_runs_out_in_a_step_is_told_with_what_it_depends_on(
     assert same(run.weights, weights)
 
 
+@pytest.mark.parametrize("part", ["gathered", "Deltas.descend"])
+def test_memory_that_runs_out_in_any_part_of_a_step_leaves_the_step_before(
+    part: str, single: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    run = Run(single, Pictures(single.image(0, red=RED)))
+    run.take(1)
+    monkeypatch.setattr(f"sinder_cli.repair.loop.{part}", fails)
+    with pytest.raises(TryAgainError, match="out of memory: at 24 × 24 pixels"):
+        run.take(1)
+    assert run.progress.steps == 1
+
+
 def test_a_batch_runs_over_the_end_of_a_pass(single: Any) -> None:
     pictures = Pictures(*[single.image(i) for i in range(3)])
     records = Run(single, pictures, batch_size=2, max_steps=3, stop_density=1.0).finish()

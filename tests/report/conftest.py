@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -86,6 +86,7 @@ def make_result(tmp_path: Path) -> MakeResult:
         names: list[str] | None = None,
         model: str = "demo_vit",
         patch: int = 14,
+        data: Sequence[str] = (),
     ) -> RepairResult:
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
@@ -115,6 +116,7 @@ def make_result(tmp_path: Path) -> MakeResult:
         }
         config = {
             "model": model,
+            "call": {"model": model, "weights": None, "adapter": None, "data": data},
             "weights": {"source": "dinov2_vitg14_pretrain.pth", "fingerprint": "5e" * 32},
             "images": {"count": 64, "fingerprint": "a7" * 32},
             "settings": RepairSettings(image_size=side * patch).model_dump(),

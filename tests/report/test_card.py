@@ -33,6 +33,12 @@ def test_the_card_tells_what_was_repaired_how_and_on_what(make_result: MakeResul
         assert words in card
 
 
+def test_the_card_tells_where_the_images_come_from(make_result: MakeResult) -> None:
+    drawn, named = (" ".join(render_card(make_result(data=data)).split()) for data in ([], ["/a/photos", "-"]))
+    assert "64 images, without labels, drawn by the model itself; the list has the fingerprint `a7a7" in drawn
+    assert "64 images, without labels, from `/a/photos`, `standard input`; the list has the" in named
+
+
 def test_no_template_is_left_unrendered(make_result: MakeResult) -> None:
     card = render_card(make_result())
     assert not re.search(r"\{\{|\}\}|\{%|%\}|\{#|None|Undefined", card)

@@ -1,0 +1,86 @@
+"""What a run was called with: all that `--resume` needs to go on with it, from its directory alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sinder_cli.backbone.describe import ModelRequest
+from sinder_cli.errors import ConflictError
+from sinder_cli.images.sources import ImageFiles
+from sinder_cli.repair.folder import RunFolder
+from sinder_cli.repair.imagelist import read_list
+from sinder_cli.repair.settings import WITHOUT_EFFECT, RepairSettings
+
+
+def call_of(request: ModelRequest, places: Sequence[str]) -> dict[str, Any]:
+    """The part of `config.json` that says how the run was called, from whatever folder."""
+    is_run = RunFolder(Path(request.model)).is_run
+    return {
+        "model": str(Path(request.model).absolute()) if is_run else request.model,
+        "weights": _absolute(request.weights),
+        "adapter": _absolute(request.adapter),
+        "data": [place if place == "-" else str(Path(place).absolute()) for place in places],
+    }
+
+
+def as_called(folder: RunFolder, given: ModelRequest, settings: RepairSettings) -> tuple[ModelRequest, RepairSettings]:
+    """Model and settings of a run, and over them what is given now.
+
+    Raises `ConflictError` for the run of another version, and `BadInputError` for a `config.json` that is torn.
+    """
+    config = folder.read_config()
+    try:
+        call = config["call"]
+        request = replace(
+            given,
+            model=call["model"],
+            weights=given.weights or _path(call["weights"]),
+            adapter=given.adapter or _path(call["adapter"]),
+            heads=given.heads or config["heads"],
+            revision=given.revision or config["revision"],
+            attention=config["attention"] if given.attention == "auto" else given.attention,
+        )
+        stored = RepairSettings.model_validate(config["settings"])
+    except (KeyError, TypeError, ValidationError) as error:
+        why = "its config.json is of another version of sinder"
+        raise ConflictError(
+            f"cannot resume {folder.path}", why, "use that version, or start anew with --force"
+        ) from error
+    return request, stored.model_copy(update=settings.model_dump(exclude_unset=True))
+
+
+def images_of(folder: RunFolder) -> ImageFiles | None:
+    """The images that a run has listed, wherever they were named; None for one whose backbone draws them."""
+    if not folder.images.is_file():
+        return None
+    return ImageFiles(tuple(Path(image.path) for image in read_list(folder.images)))
+
+
+def other_options(folder: RunFolder, settings: RepairSettings) -> list[str]:
+    """The options that a run goes on with now and did not begin with; all of them are without effect on its result."""
+    stored = folder.read_config()["settings"]
+    now = settings.model_dump(mode="json")
+    words: list[str] = []
+    for name in sorted(WITHOUT_EFFECT):
+        if now[name] != stored[name]:
+            values = now[name] if isinstance(now[name], list) else [now[name]]
+            flag = f"--{name.replace('_', '-')}"
+            for value in values:
+                if value is True:
+                    words.append(flag)
+                elif value is not False and value is not None:  # the default
+                    words += [flag, str(value)]
+    return words
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())
+
+
+def _path(stored: str | None) -> Path | None:
+    return None if stored is None else Path(stored)
