@@ -18,7 +18,7 @@ from sinder_cli.backbone.opening import describe, load_module, open_backbone
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
 from sinder_cli.defects.settings import DetectionSettings
 from sinder_cli.errors import NoInputError, UsageError
-from sinder_cli.events import Emit, Warned, silent
+from sinder_cli.events import Emit, Noted, Warned, silent
 from sinder_cli.images.choosing import sampled
 from sinder_cli.images.finding import find_images
 from sinder_cli.images.loading import require_some

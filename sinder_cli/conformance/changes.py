@@ -38,7 +38,8 @@ def repair_keeps_to_the_map(subject: Subject) -> str:
         raise NonconformityError("a step on noise has no finite gradient")
     for target in deltas.touched:
         gradient = found.gradients[target.name]
-        target.descend(gradient, STEP * float(target.basis.S[0]) / float(gradient.abs().max().clamp_min(1e-30)), 0.0)
+        lr = STEP * float(target.basis.S[0]) / float(gradient.abs().max().clamp_min(1e-30))
+        target.write(target.moved(gradient, lr, momentum=0.0).delta)
     refs = [ref for block in backbone.layers.blocks[-WINDOW:] for ref in trained_references(block).values()]
     changed = _require_changed(subject, refs)
     return f"{changed} weights of the last {min(WINDOW, backbone.depth)} blocks, and nothing else"
