@@ -18,6 +18,8 @@ from .config import Config
 
 Shape = tuple[int, ...]
 
+STEERED = {"rotary", "relative", "relative of two"}  # embeddings that go on to steer the mixing in every block
+
 
 def layer_map(config: Config, fused: bool) -> LayerMap:
     """The layer map of the whole encoder; `fused` tells that gate and up are stored as one tensor."""
@@ -59,6 +61,7 @@ def _attention(config: Config, block: str) -> AttentionMap:
         output_bias=_ref(f"{block}.{names.output}.bias", parts.output_bias),
         scale=_ref(f"{block}.{names.scales[0]}", parts.scales),
         heads=config.heads,
+        mixing="other" if config.family.embedding in STEERED else "plain",
     )
 
 

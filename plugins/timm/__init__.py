@@ -64,6 +64,7 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
     fused = _fused(request)
     from .architecture import architecture, attention_switch, block_runner, create, embed
     from .checkpoints import backbone_weights
+    from .configuration import hub_config
 
     described = architecture(name)
     module, cfg = described.module, described.module.pretrained_cfg
@@ -86,6 +87,7 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
         finish=lambda module, tokens: module.norm(tokens),
         mean=tuple(cfg["mean"]),
         std=tuple(cfg["std"]),
+        sidecars={"config.json": hub_config(name, module)},
         license=None if request.weights else cfg.get("license"),
     )
 

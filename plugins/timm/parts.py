@@ -128,6 +128,7 @@ def attention_fields(part: Part) -> dict[str, Any]:
         "output_bias": part["proj"].optional("bias"),
         "inner_norm": optional_norm(part, "norm"),
         "heads": attention.num_heads,
+        "mixing": "plain" if type(attention) is layers.Attention and not part.has("q_norm") else "other",
     }
 
 

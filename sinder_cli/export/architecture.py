@@ -69,6 +69,8 @@ def architecture_of(backbone: Backbone, target: str) -> Architecture:
         refuse(f"{layers.position.prefix} rows of its position embedding are no patches")
     if math.isqrt(patches) ** 2 != patches:
         refuse(f"its {patches} positions make no square")
+    if bool(registers) != (stem.registers is not None):
+        refuse(f"{registers} of its tokens are neither cls nor registers nor patches")
     hidden = _rows(backbone, block, "mlp.up")
     if _rows(backbone, block, "attention.value") != layers.width:
         refuse("its values are not as wide as its tokens")

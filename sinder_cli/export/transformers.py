@@ -156,7 +156,8 @@ def _refuse(backbone: Backbone, why: str) -> NoReturn:
 def own(backbone: Backbone) -> Converted | None:
     """What transformers has made itself, as it is; None for any other backbone."""
     text = backbone.sidecars.get(CONFIG)
-    config = json.loads(text) if text else {}
+    whole = json.loads(text) if text else {}
+    config = whole.get("vision_config", whole)  # of a vision tower that was stored with its text
     return Converted(config, backbone.weights) if "model_type" in config else None
 
 
