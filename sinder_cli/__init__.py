@@ -1,8 +1,8 @@
 """sinder: predict, show and repair the singular defects of pre-trained Vision Transformers.
 
 This module is what the author of a backbone plugin imports, and nothing else. A plugin is a module that an entry point
-of the group `sinder.backbones` names. It says `SINDER_API = 1`, the version of this contract that it is written for, and
-has up to three functions, each marked with `hookimpl`:
+of the group `sinder.backbones` names. It says `SINDER_API = 1`, the version of this contract that it is written for,
+and has up to three functions, each marked with `hookimpl`:
 
     sinder_listing() -> Sequence[Listing]                   the models it offers; must not import torch
     sinder_weights(request) -> Path | TensorSource | None   their weights, where the user names no file; may be left out
