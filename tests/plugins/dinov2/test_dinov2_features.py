@@ -15,7 +15,7 @@ from sinder_plugins.dinov2.module import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
 
-from sinder_cli import Backbone, BlockMap, GatedMlpMap, WeightRef, attention_kernel
+from sinder_cli import Backbone, BlockMap, GatedMlpMap, UnavailableError, WeightRef, attention_kernel
 from sinder_cli.backbone.attention import AttentionName
 from sinder_cli.backbone.opening import load_module
 
@@ -194,7 +194,7 @@ def test_an_image_that_breaks_a_patch_is_refused_naming_its_size(
     tensors: dict[str, Tensor], describe: Describe
 ) -> None:
     backbone = describe(tensors)
-    with pytest.raises(ValueError, match="70 × 71 px"):
+    with pytest.raises(UnavailableError, match="70 × 71 px"):
         backbone.embed(load_module(backbone), torch.zeros(1, 3, 70, 71))
 
 
