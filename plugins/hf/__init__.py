@@ -72,6 +72,7 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
         embed=lambda module, images: _module().embed(config, module, images),
         run_block=lambda module, index, tokens, context: _module().run_block(config, module, index, tokens, context),
         finish=lambda module, tokens: _module().finish(config, module, tokens),
+        forward=lambda module, images: _module().forward(config, module, images),
         mean=preprocessor.mean,
         std=preprocessor.std,
         sidecars=sidecars,

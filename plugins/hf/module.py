@@ -74,6 +74,13 @@ def finish(config: Config, module: nn.Module, tokens: Tensor) -> Tensor:
     return module.get_submodule(config.family.norm)(tokens) if config.family.finishes else tokens
 
 
+def forward(config: Config, module: Any, images: Tensor) -> Tensor:
+    """The library's own way from `[B, 3, h·P, w·P]` to its last hidden state."""
+    arguments = INPUTS.get(config.family.embedding, _as_they_are)
+    last: Tensor = module(**arguments(module, images)).last_hidden_state
+    return last
+
+
 def _plain(module: Any, images: Tensor) -> tuple[Tensor, Context]:
     return module.embeddings(images), {"attention_mask": None}
 
@@ -84,10 +91,13 @@ def _resized(module: Any, images: Tensor) -> tuple[Tensor, Context]:
 
 def _unmasked(module: Any, images: Tensor) -> tuple[Tensor, Context]:
     """The patches in order and none masked: the configuration's ratio is 0, and the noise that sorts them ascends."""
-    patches = module.embeddings.patch_embeddings(images[:1]).shape[1]
-    noise = torch.arange(patches, device=images.device, dtype=torch.float32).expand(len(images), -1)
-    tokens, _, _ = module.embeddings(images, noise=noise, interpolate_pos_encoding=True)
+    tokens, _, _ = module.embeddings(images, noise=_ascending(module, images), interpolate_pos_encoding=True)
     return tokens, {"attention_mask": None}
+
+
+def _ascending(module: Any, images: Tensor) -> Tensor:
+    patches = module.embeddings.patch_embeddings(images[:1]).shape[1]
+    return torch.arange(patches, device=images.device, dtype=torch.float32).expand(len(images), -1)
 
 
 def _rotary(module: Any, images: Tensor) -> tuple[Tensor, Context]:
@@ -101,12 +111,17 @@ def _normed(module: Any, images: Tensor) -> tuple[Tensor, Context]:
 
 def _flattened(module: Any, images: Tensor) -> tuple[Tensor, Context]:
     """Patches are flattened channels last, as the library's preprocessor does it, and then projected."""
+    return module.embeddings(*_patches(module, images)), {"attention_mask": None}
+
+
+def _patches(module: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Flattened patches `[B, h·w, P·P·3]`, and h and w of each image."""
     P = module.config.patch_size
     patches = images.unfold(2, P, P).unfold(3, P, P)  # [B, 3, h, w, P, P]
     h, w = patches.shape[2:4]
     flat = patches.permute(0, 2, 3, 4, 5, 1).reshape(len(images), h * w, -1)  # [B, h·w, P·P·3]
     shapes = torch.tensor([[h, w]] * len(images), device=images.device)
-    return module.embeddings(flat, shapes), {"attention_mask": None}
+    return flat, shapes
 
 
 def _relative(module: Any, images: Tensor) -> tuple[Tensor, Context]:
@@ -135,4 +150,31 @@ EMBEDDINGS: Mapping[str, Callable[[Any, Tensor], tuple[Tensor, Context]]] = {
     "flattened": _flattened,
     "relative": _relative,
     "relative of two": _relative_of_two,
+}
+
+
+def _as_they_are(_: Any, images: Tensor) -> dict[str, Any]:
+    return {"pixel_values": images}
+
+
+def _to_be_resized(_: Any, images: Tensor) -> dict[str, Any]:
+    return {"pixel_values": images, "interpolate_pos_encoding": True}
+
+
+def _to_be_unmasked(module: Any, images: Tensor) -> dict[str, Any]:
+    return {**_to_be_resized(module, images), "noise": _ascending(module, images)}
+
+
+def _to_be_flattened(module: Any, images: Tensor) -> dict[str, Any]:
+    flat, shapes = _patches(module, images)
+    mask = torch.ones(flat.shape[:2], dtype=torch.long, device=images.device)
+    return {"pixel_values": flat, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+
+# What the library's own forward takes, where it is more than images.
+INPUTS: Mapping[str, Callable[[Any, Tensor], dict[str, Any]]] = {
+    "resized": _to_be_resized,
+    "unmasked": _to_be_unmasked,
+    "normed": _to_be_resized,
+    "flattened": _to_be_flattened,
 }

@@ -85,6 +85,7 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
         embed=embed,
         run_block=block_runner(module),
         finish=lambda module, tokens: module.norm(tokens),
+        forward=lambda module, images: module.forward_features(images),
         mean=tuple(cfg["mean"]),
         std=tuple(cfg["std"]),
         sidecars={"config.json": hub_config(name, module)},
