@@ -184,9 +184,9 @@ class RunFolder:
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise output_error(self.path, error) from error
-        if images:
-            write_list(self.images, images)
         write_json(self.config, config)
+        if images:
+            write_list(self.images, images)  # last: without a configuration, it is nobody's
 
     def _sweep(self) -> None:
         """Remove what a killed process has left under temporary names."""
