@@ -188,9 +188,9 @@ class RunFolder:
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise output_error(self.path, error) from error
-        if images:
-            write_list(self.images, images)
         write_json(self.config, config)
+        if images:
+            write_list(self.images, images)  # last: without a configuration, it is nobody's
 
     def write_sidecars(self, sidecars: Mapping[str, str]) -> None:
         """Keep the text files that describing the backbone again takes, and none of an earlier run."""

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from sinder_cli.backbone.describe import ModelRequest
 from sinder_cli.errors import ConflictError
+from sinder_cli.images.finding import find_images
 from sinder_cli.images.sources import ImageFiles
 from sinder_cli.repair.folder import RunFolder
 from sinder_cli.repair.imagelist import read_list
@@ -55,9 +56,13 @@ def as_called(folder: RunFolder, given: ModelRequest, settings: RepairSettings) 
 
 
 def images_of(folder: RunFolder) -> ImageFiles | None:
-    """The images that a run has listed, wherever they were named; None for one whose backbone draws them."""
+    """The images that a run has listed, wherever they were named; None for one whose backbone draws them.
+
+    One that was killed before it had listed them has their places.
+    """
     if not folder.images.is_file():
-        return None
+        places = folder.read_config().get("call", {}).get("data", [])
+        return find_images(places) if places else None
     return ImageFiles(tuple(Path(image.path) for image in read_list(folder.images)))
 
 

@@ -131,14 +131,15 @@ def _original(repair: Repair) -> Snapshot:
 def _go_on_or_begin(repair: Repair, folder: RunFolder, resume: bool) -> None:
     """Restore the newest checkpoint of the run in the folder, or put a new run there."""
     start, progress, emit = repair.start, repair.progress, repair.emit
-    if resume and restored(folder.checkpoints, repair.deltas, progress, emit, repair.ranks):
+    goes_on = resume and restored(folder.checkpoints, repair.deltas, progress, emit, repair.ranks)
+    if goes_on:
         forget_mended(start.source, start.preprocess, progress.unreadable)
         emit(Noted(f"going on after step {progress.steps}"))
     if repair.ranks.writes:
-        if not resume:
-            folder.begin(
-                start.config, listed_images(start.source, emit) if isinstance(start.source, ImageFiles) else ()
-            )
+        if not goes_on:
+            files = start.source if isinstance(start.source, ImageFiles) else None
+            config = folder.read_config() if resume else start.config  # as it was begun, without a checkpoint yet
+            folder.begin(config, listed_images(files, emit) if files else ())
         folder.write_sidecars(start.backbone.sidecars)
         folder.forget_after(progress.steps)
 

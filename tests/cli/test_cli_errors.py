@@ -231,7 +231,7 @@ def test_a_disk_that_fills_up_during_a_repair_leaves_no_half_of_a_model(
     run = limited([*arguments, "--max-steps", "1", "--eval-images", "1"], environment, 1 << 20)
     require_one_line(run, 74, "cannot write")
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "checkpoints"}  # no model, and nothing temporary
+    assert names == {"config.json", "images.jsonl", "metrics.jsonl", "checkpoints"}  # no model, and nothing temporary
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")

@@ -153,9 +153,10 @@ def test_a_repair_that_diverges_says_so_and_writes_no_model(
     run = sinder("repair", CUSTOM, photographs, *options)
     assert run.returncode == 65
     assert run.stderr.splitlines()[-1].startswith("sinder: error: the repair has diverged: ")
-    assert "lower --lr" in run.stderr
+    assert "start anew with a lower --lr and --force" in run.stderr
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert {"config.json", "metrics.jsonl"} <= left <= {"config.json", "metrics.jsonl", "checkpoints"}
+    assert {"config.json", "images.jsonl", "metrics.jsonl"} <= left
+    assert left <= {"config.json", "images.jsonl", "metrics.jsonl", "checkpoints"}
 
 
 def test_two_runs_of_one_seed_give_the_same_weights_and_another_seed_another_order(

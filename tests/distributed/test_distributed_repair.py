@@ -227,7 +227,8 @@ def test_a_run_loses_a_rank_then_is_stopped_and_ends_with_one_process_as_if_noth
     assert time.monotonic() - began < 30
     assert run.returncode != 0
     assert shown == ""
-    assert sum("sinder: error: a process of this run was lost" in line for line in errors.splitlines()) == 1
+    told = ("sinder: error: a process of this run was lost", "sinder: terminated")  # by whether torchrun was faster
+    assert sum(line.startswith(told) for line in errors.splitlines()) == 1, errors
     assert list((out / "checkpoints").glob("step-*"))
 
     run = torchrun("repair", *arguments, "--resume")
