@@ -214,7 +214,7 @@ def _difference(case: Case, run: Path, repaired: Backbone) -> str:
     ours = normalized_tokens(repaired, load_module(repaired), images)
     try:
         return f"{relative_difference(case.theirs(run, repaired.name, images), ours):.0e}"
-    except (SinderError, TypeError, ValueError, RuntimeError) as error:
+    except (SinderError, TypeError, ValueError, RuntimeError, SystemExit) as error:
         return f"not comparable: {str(error).splitlines()[0][:60]}"
 
 
@@ -256,8 +256,8 @@ def matrix_table() -> str:
         "# The export matrix",
         "",
         "Made by `python tests/families.py matrix`: a small random model of each library, repaired for three steps and",
-        "exported to every format with `--verify`. A cell is the largest relative difference between a token of ours and",
-        "of the library that loaded the export in another process (0: none), or why the format cannot hold the model.",
+        "exported to every format with `--verify`. A cell is the largest relative difference between a token of ours",
+        "and of the library that loaded the export in another process (0: none), or why the format cannot hold it.",
         f"{used}, CPU.",
         "",
         "| from | " + " | ".join(TARGETS) + " |",

@@ -26,6 +26,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
         "model": "demo_vit",
         "call": call_of(request, ["photos", "-"]),
         "heads": 4,
+        "revision": "v1",
         "attention": "eager",
         "weights": {},
         "images": {},
@@ -50,7 +51,7 @@ def test_places_are_told_whole(run: RunFolder, tmp_path: Path) -> None:
 def test_a_run_goes_on_as_it_was_called(run: RunFolder, tmp_path: Path) -> None:
     request, settings = as_called(run, ModelRequest("run"), RepairSettings())
     assert (request.model, request.weights) == ("demo_vit", tmp_path / "there" / "w.pth")
-    assert (request.heads, request.attention) == (4, "eager")
+    assert (request.heads, request.attention, request.revision) == (4, "eager", "v1")
     assert settings == STORED
 
 

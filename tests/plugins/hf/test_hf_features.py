@@ -13,7 +13,7 @@ from hf_samples import PATCH, SAMPLES, Sample
 from torch import Tensor, nn
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
-from sinder_cli import Backbone
+from sinder_cli import Backbone, UnavailableError
 from sinder_cli.backbone.opening import load_module
 
 TOLERANCE = 1e-5
@@ -98,5 +98,5 @@ def test_attention_written_out_gives_the_same(name: str, saved: Saved, opened: O
 
 def test_an_image_of_broken_patches_is_refused(saved: Saved, opened: Opened) -> None:
     backbone = opened(saved("DINOv2"))
-    with pytest.raises(ValueError, match="40 × 44 px is not made of patches of 8 px"):
+    with pytest.raises(UnavailableError, match="40 × 44 px is not made of patches of 8 px"):
         backbone.embed(load_module(backbone), torch.zeros(1, 3, 40, 44))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from timm_samples import made
 from torch import Tensor, nn
 
-from sinder_cli import AttentionMap, Backbone, BlockMap, GatedMlpMap, NormMap, UsageError, WeightRef
+from sinder_cli import AttentionMap, Backbone, BlockMap, GatedMlpMap, NormMap, UnavailableError, UsageError, WeightRef
 from sinder_cli.backbone.attention import AttentionName
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.defects.gaussian import ACTIVATIONS
@@ -90,7 +90,7 @@ def test_the_last_tokens_are_those_of_timms_own_intermediates(describe: Describe
 
 def test_an_image_that_breaks_a_patch_is_refused_naming_its_size(describe: Describe) -> None:
     backbone = describe("plain")
-    with pytest.raises(ValueError, match="80 × 81 px"):
+    with pytest.raises(UnavailableError, match="80 × 81 px"):
         backbone.embed(load_module(backbone), torch.zeros(1, 3, 80, 81))
 
 
