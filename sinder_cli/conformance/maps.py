@@ -22,7 +22,7 @@ def map_fits_weights(backbone: Backbone) -> str:
 def roles_are_apart(backbone: Backbone) -> str:
     """No two roles share a row of a tensor: a repair would write it twice.
 
-    The sub-layers of a parallel block may share their norm, which nobody writes.
+    The sub-layers of a parallel block may share their norm and their LayerScale, which nobody writes.
     """
     claims: dict[str, list[tuple[int, int, str]]] = {}
     for index, block in enumerate(backbone.layers.blocks):
@@ -38,9 +38,10 @@ def roles_are_apart(backbone: Backbone) -> str:
 
 
 def _claims(block: BlockMap) -> list[tuple[str, WeightRef]]:
-    """The references of a block by role; of norms that a parallel block names more than once, the first."""
+    """The references of a block by role; of norms and scales that a parallel block names more than once, the first."""
     found: list[tuple[str, WeightRef]] = []
     for role, ref in references(block):
-        shared = block.parallel and ".norm." in role and any(ref == other for _, other in found)
+        untrained = ".norm." in role or role.endswith(".scale")
+        shared = block.parallel and untrained and any(ref == other for _, other in found)
         found += [] if shared else [(role, ref)]
     return found

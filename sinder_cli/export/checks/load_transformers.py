@@ -34,13 +34,25 @@ def loaded(folder: str) -> Any:
 
 def features(model: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """All hidden states, and the tokens after the final norm."""
-    given = {}
-    if "noise" in inspect.signature(model.forward).parameters:  # an MAE sorts its patches by it
-        patches = (images.shape[-1] // model.config.patch_size) * (images.shape[-2] // model.config.patch_size)
-        given["noise"] = torch.arange(patches).expand(len(images), -1).float()
-    output = model(images, output_hidden_states=True, **given)
+    output = model(**arguments(model, images), output_hidden_states=True)
     states = {f"hidden_states.{index}": state for index, state in enumerate(output.hidden_states)}
     return states | {"last_hidden_state": output.last_hidden_state}
+
+
+def arguments(model: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the model's forward takes for images `[B, 3, H, W]`."""
+    names = inspect.signature(model.forward).parameters
+    if "noise" in names:  # an MAE sorts its patches by it
+        patches = (images.shape[-1] // model.config.patch_size) * (images.shape[-2] // model.config.patch_size)
+        return {"pixel_values": images, "noise": torch.arange(patches).expand(len(images), -1).float()}
+    if "spatial_shapes" in names:  # SigLIP 2 takes flattened patches, channels last
+        P = model.config.patch_size
+        grid = images.unfold(2, P, P).unfold(3, P, P).permute(0, 2, 3, 4, 5, 1)  # [B, h, w, P, P, 3]
+        shapes = torch.tensor([grid.shape[1:3]] * len(images))
+        flat = grid.flatten(3).flatten(1, 2)
+        mask = torch.ones(flat.shape[:2], dtype=torch.long)
+        return {"pixel_values": flat, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    return {"pixel_values": images}
 
 
 @torch.inference_mode()
