@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinder_cli.errors import BadInputError, CannotCreateError, ConflictError, NoInputError, TryAgainError
+from sinder_cli.errors import BadInputError, CannotCreateError, ConflictError, NoInputError
 from sinder_cli.events import Emit, Warned, silent
 from sinder_cli.files import flush, output_error, remove_leftovers, require_writable_folder, write_json, write_text
 from sinder_cli.images.sources import ImageFiles, ImageSource
+from sinder_cli.repair.holding import held
 from sinder_cli.repair.imagelist import ListedImage, first_difference, read_list, write_list
-from sinder_cli.repair.settings import WITHOUT_EFFECT
+from sinder_cli.repair.sameness import differences, is_of_a_run, names_in
 
 if TYPE_CHECKING:
     from sinder_cli.repair.checkpoints import Checkpoints
@@ -92,7 +91,7 @@ class RunFolder:
     @property
     def is_run(self) -> bool:
         """Whether a run has begun here. Raises `BadInputError` for a `config.json` that cannot be read."""
-        return self.config.is_file() and _is_of_a_run(self.read_config())
+        return self.config.is_file() and is_of_a_run(self.read_config())
 
     @property
     def finished(self) -> bool:
@@ -148,18 +147,7 @@ class RunFolder:
 
         Raises `TryAgainError` while another process holds it.
         """
-        made = [place for place in (self.path, *self.path.parents) if not place.exists()]
-        with ExitStack() as undone:  # a signal may come between any two of these
-            undone.callback(_remove_empty, made)
-            require_writable_folder(self.path)
-            handle = _opened_here_alone(self.path)
-            undone.callback(_close_all, handle)  # and with it the lock
-            undone.callback(_remove_empty, made)  # before that, or it might be another's by then
-            try:
-                _lock(handle[0], self.path, emit)
-            except TryAgainError:
-                made.clear()  # it is the other's
-                raise
+        with held(self.path, emit):
             self._sweep()
             yield
 
@@ -226,7 +214,7 @@ class RunFolder:
         """
         stored = self.read_config()
         what, remedy = f"cannot resume {self.path}", self._remedy()
-        if _shape(stored) != _shape(config):
+        if names_in(stored) != names_in(config):
             why = "its config.json is of another version of sinder"
             raise ConflictError(what, why, "use that version, or start anew with --force")
         listed = source if isinstance(source, ImageFiles) and self.images.is_file() else None
@@ -294,61 +282,3 @@ def _step_of(line: str) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders, the innermost first, up to one that is not empty."""
-    with suppress(OSError):
-        while folders:
-            folders.pop(0).rmdir()
-
-
-def _opened_here_alone(folder: Path) -> list[int]:
-    """The descriptor of a folder, which no process that is forked later keeps: it would keep the lock as well."""
-    handle = [os.open(folder, os.O_RDONLY)]
-    os.register_at_fork(after_in_child=lambda: _close_all(handle))  # nothing is left to close once it is closed here
-    return handle
-
-
-def _close_all(handles: list[int]) -> None:
-    while handles:
-        os.close(handles.pop())
-
-
-def _lock(handle: int, path: Path, emit: Emit) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        why, remedy = "another process is repairing into it", "wait for its end, or choose another --out"
-        raise TryAgainError(f"run directory {path} is in use", why, remedy) from error
-    except OSError as error:  # a file system, such as some of NFS, that locks no folders
-        emit(Warned(f"cannot keep other processes out of {path}: {error.strerror}"))
-
-
-def differences(stored: dict[str, Any], given: dict[str, Any], images: bool = True) -> Iterator[tuple[str, Any, Any]]:
-    """What of two `config.json` of one shape would change the result: name, stored value, given value.
-
-    `images`: by their count and fingerprint, where there is no list of them.
-    """
-    for name in ("model", "heads", "revision", "attention"):
-        if stored[name] != given[name]:
-            yield name, stored[name], given[name]
-    was, now = (str(config["device"]).partition(":")[0] for config in (stored, given))
-    if was != now:
-        yield "device", was, now
-    for name, kind in (("weights", "fingerprint"), ("images", "count"), ("images", "fingerprint")):
-        if (images or name != "images") and stored[name][kind] != given[name][kind]:
-            yield f"{kind} of the {name}", stored[name][kind], given[name][kind]
-    for name, now in given["settings"].items():
-        if name not in WITHOUT_EFFECT and stored["settings"][name] != now:
-            yield f"setting {name}", stored["settings"][name], now
-
-
-def _is_of_a_run(config: dict[str, Any]) -> bool:
-    """Whether a `config.json` is ours: the folders of Hugging Face models have one too."""
-    return {"model", "weights", "images", "settings", "versions"} <= config.keys()
-
-
-def _shape(document: Any) -> Any:
-    """The names in a JSON document, without the values."""
-    return {name: _shape(part) for name, part in document.items()} if isinstance(document, dict) else None
