@@ -9,7 +9,17 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from sinder_cli import Backbone, Listing, ModelRequest, NoInputError, UnavailableError, UsageError, Weights, hookimpl
+from sinder_cli import (
+    Backbone,
+    Listing,
+    ModelRequest,
+    NoInputError,
+    UnavailableError,
+    UsageError,
+    Weights,
+    define_torchvision_operators,
+    hookimpl,
+)
 
 from .checkpoint import as_stored, encoder, is_fused, require_whole
 from .config import Config, read_config
@@ -108,6 +118,7 @@ def _attention(request: ModelRequest) -> str:
 
 
 def _module() -> ModuleType:
+    define_torchvision_operators()  # which transformers would miss in a torchvision for another torch
     try:
         from . import module
     except ImportError as error:

@@ -109,3 +109,19 @@ def test_a_run_with_other_sidecars_replaces_those_of_the_last(saved: Saved, phot
     (folder / "preprocessor_config.json").unlink()
     api.repair(ModelRequest(f"hf/{folder}"), [str(photos)], run, EAGER_TO_FIND, force=True)
     assert [path.name for path in (run / "sidecars").iterdir()] == ["config.json"]
+
+
+def test_the_command_line_repairs_and_checks_a_folder_in_a_process_of_its_own(
+    saved: Saved, photos: Path, sinder: Callable[..., Any], tmp_path: Path
+) -> None:
+    eager = ("--max-steps", "2", "--min-gap", "0", "--mask-threshold", "0.3", "--min-tokens", "1", "--workers", "0")
+    named = f"hf/{saved('DINOv2')}"
+    run = sinder("repair", named, "--data", photos, *eager, "--out", tmp_path / "run")
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["steps"] == 2
+    exported = sinder("export", tmp_path / "run", "--to", "transformers", "--out", tmp_path / "out")
+    assert exported.returncode == 0, exported.stderr
+    assert json.loads(exported.stdout)["verified"]
+    checked = sinder("check-backbone", named)
+    assert checked.returncode == 0, checked.stderr
+    assert json.loads(checked.stdout)["conforms"]
