@@ -22,8 +22,9 @@ def command(
         TargetName,
         typer.Option(
             "--to",
-            help="native: .safetensors, .pth or .pt with the backbone's own keys; torchhub: a folder for torch.hub; "
-            "onnx: one file; adapter: the deltas; delta: the changed tensors.",
+            help="native: .safetensors, .pth or .pt with the backbone's own keys; dinov2: DINOv2's official keys; "
+            "transformers, timm, torchhub: a folder that the library loads; onnx: one file; adapter: the deltas; "
+            "delta: the changed tensors.",
         ),
     ],
     weights: WeightsFile = None,

@@ -34,7 +34,9 @@ Revision = Annotated[
 AdapterFile = Annotated[
     Path | None,
     typer.Option(
-        "--adapter", metavar="FILE", help="adapter.safetensors of a repair of these weights, applied to them."
+        "--adapter",
+        metavar="FILE",
+        help="adapter.safetensors of a repair of these weights, or a delta, applied to them.",
     ),
 ]
 Heads = Annotated[

@@ -101,8 +101,13 @@ def _put(draft: Path, out: Path) -> None:
     if not out.is_dir() or not any(out.iterdir()):
         draft.replace(out)
     elif not _exchange(draft, out):
-        out.rename(draft.with_name(REPLACED))
-        draft.rename(out)
+        aside = out.rename(draft.with_name(REPLACED))
+        try:
+            draft.rename(out)
+        except BaseException:  # a signal as well
+            if not out.exists():
+                aside.rename(out)
+            raise
 
 
 @contextlib.contextmanager

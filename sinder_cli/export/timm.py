@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.storing import write_safetensors
 from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError
+from sinder_cli.events import Warned
 from sinder_cli.export.architecture import Architecture, architecture_of
 from sinder_cli.export.conversion import ConvertedTensors
 from sinder_cli.export.layouts import Layout, recipes
-from sinder_cli.export.settings import SHARD_BYTES
-from sinder_cli.export.shards import write_sharded
+from sinder_cli.export.shards import METADATA
 from sinder_cli.export.targets import Check, Plan, Target
 from sinder_cli.export.verifying import normalized_tokens, verify_features
 from sinder_cli.files import write_json
@@ -28,7 +29,7 @@ from sinder_cli.files import write_json
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-CONFIG = "config.json"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 EPS = 1e-6  # of timm's ViT; a smaller one of another library shows in the check, and hardly ever matters
 PLAIN, GATED = "vit_base_patch14_dinov2", "vit_giant_patch14_dinov2"  # GELU, and SiLU gates
 KNOWN = {384: "vit_small_patch14_dinov2", 768: PLAIN, 1024: "vit_large_patch14_dinov2", 1536: GATED}
@@ -150,6 +151,11 @@ def own(backbone: Backbone) -> Converted | None:
 def _require(plan: Plan) -> None:
     if own(plan.backbone) is None:
         converted(plan.backbone)
+        eps = architecture_of(plan.backbone, "timm").eps
+        if eps != EPS:
+            plan.emit(
+                Warned(f"timm adds {EPS} to variances and this model {eps}: features differ in their last digits")
+            )
 
 
 def _write(plan: Plan, path: Path) -> None:
@@ -157,7 +163,7 @@ def _write(plan: Plan, path: Path) -> None:
     path.mkdir(exist_ok=True)
     write_json(path / CONFIG, made.config)
     tensors = (tensor for _, tensor in made.weights.stream(made.weights.names))
-    write_sharded(path, made.weights.output_infos(), tensors, plan.settings.max_shard_size or SHARD_BYTES)
+    write_safetensors(path / WEIGHTS, made.weights.output_infos(), tensors, METADATA)  # timm looks for one file
 
 
 def _verify(plan: Plan, path: Path) -> Check:

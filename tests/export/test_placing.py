@@ -226,3 +226,31 @@ def test_linux_exchanges_two_folders_in_one_step(tmp_path: Path) -> None:
     assert (contents(one)["a"], contents(other)["a"]) == ("2", "1")
     with pytest.raises(FileNotFoundError):
         placing._exchange(one, tmp_path / "none")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "it broke"), KeyboardInterrupt()])
+def test_what_breaks_between_two_renames_brings_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    monkeypatch.setattr(placing, "_exchange", lambda one, other: False)  # noqa: ARG005
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    really = Path.rename
+
+    def breaking(self: Path, target: Path) -> Path:
+        if target == out and self.name == "out":  # the draft's, not that of what comes back
+            raise error
+        return really(self, target)
+
+    monkeypatch.setattr(Path, "rename", breaking)
+
+    def write() -> None:
+        with placed(out) as draft:
+            draft.mkdir()
+            (draft / "new").write_text("new")
+
+    with pytest.raises((StorageError, KeyboardInterrupt)):
+        write()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "old").read_text() == "old"
