@@ -1,6 +1,6 @@
 """Operators that libraries of models expect of torchvision, where a torchvision is installed that has none.
 
-timm and transformers import torchvision. One that was compiled for another torch, as the one on PyPI is for a torch
+timm and transformers import torchvision. One that was compiled for another torch, as the usual wheel is for a torch
 without CUDA, fails to be imported for want of the schemas of its operators, although nobody here calls them.
 """
 
