@@ -20,10 +20,11 @@ from sinder_cli.defects.settings import DetectionSettings
 from sinder_cli.errors import NoInputError, UsageError
 from sinder_cli.events import Emit, Noted, Warned, silent
 from sinder_cli.images.choosing import sampled
+from sinder_cli.images.drawn import DrawnPictures
 from sinder_cli.images.finding import find_images
 from sinder_cli.images.loading import require_some
 from sinder_cli.images.preprocessing import MIN_PATCHES, Preprocessing, Resize
-from sinder_cli.images.sources import DrawnImages, ImageSource
+from sinder_cli.images.sources import DrawnImages, ImageSource, JoinedImages
 from sinder_cli.memory import told_when_it_runs_out
 from sinder_cli.ranks import ALONE, Ranks, require_alike
 from sinder_cli.repair.settings import RepairSettings
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from sinder_cli.repair.trial import Trial
 
 DRAWN_IMAGES = 64  # how many a backbone draws that brings its own
+FEW_IMAGES = 16  # under which drawn pictures are added to those that a repair is given
+TO_TRAIN_ON = 32  # images, with those that are drawn
 
 
 def backbones(emit: Emit = silent) -> list[InstalledBackbone]:
@@ -113,21 +116,29 @@ def analyze(
     other: ModelRequest | None = None,
     draw: bool = False,
     ranks: Ranks = ALONE,
+    features: Path | None = None,
 ) -> AnalysisResult | None:
     """What the tokens do, block by block, and whether the weights predict it; of two backbones if `other` is given.
 
-    Either may be a run directory. `settings.clamp` makes a second one out of the first. `draw` asks for portraits,
-    which are made as they are gone through. Each of several `ranks` looks at its share of the images, and rank 0 has
-    the result, the others None. Raises `UsageError` for two backbones that do not compare.
+    Either may be a run directory. `settings.clamp` and `settings.method` make a second one out of the first. `draw`
+    asks for portraits, which are made as they are gone through. `features` is a folder that gets a file an image: the
+    last block's tokens after the final norm, of the inpainted side where there is one, else of the first. Each of
+    several `ranks` looks at its share of the images, and rank 0 has the result, the others None.
+    Raises `UsageError` for two backbones that do not compare.
     """
-    if other is not None and settings.clamp is not None:
-        raise UsageError("cannot compare with two models", "one is named, one is clamped", "leave one of them out")
+    made = "clamped" if settings.clamp is not None else "inpainted" if settings.method == "inpaint" else None
+    if other is not None and made is not None:
+        raise UsageError("cannot compare with two models", f"one is named, one is {made}", "leave one of them out")
     named = _named_images(places, stdin, emit, ranks)  # before a checkpoint is read, or even downloaded
     from sinder_cli.analysis.batches import ImageBatches
+    from sinder_cli.analysis.features import FeatureFiles, require_new_features
     from sinder_cli.analysis.portraits import portraits, shown_blocks
     from sinder_cli.analysis.results import AnalysisResult, analysis_of
     from sinder_cli.analysis.survey import survey
+    from sinder_cli.analysis.tokens import featured
 
+    if features is not None and ranks.writes:
+        require_new_features(features)
     device = exact_device(_device(settings, ranks, emit))
     require_attention(request.attention, device)
     backbones = _compared(open_model(request), other, settings.clamp, emit)
@@ -139,11 +150,17 @@ def analyze(
     chosen = sampled(len(source), settings.limit, settings.seed)
     images = ImageBatches(source, preprocess, chosen, settings, emit, ranks)
     subjects = [_subject(backbone, device, emit, ranks) for backbone in backbones]
+    if settings.method == "inpaint":
+        subjects.append(subjects[0].inpainted(settings))
+    written = subjects[featured(subjects)].backbone
+    files = None if features is None else FeatureFiles.made(features, images.names, written)
 
     grid = (preprocess.size // first.patch_size,) * 2
     sizes = f"at image size {preprocess.size}, resize {settings.resize} and batch size {settings.batch_size}"
     with told_when_it_runs_out(sizes, "lower --image-size or --batch-size, or use --resize square"):
-        surveys = survey(subjects, images.share(), grid, settings, device, draw and settings.figures != 0, ranks)
+        drawing = draw and settings.figures != 0
+        kept = files.write if files is not None else None
+        surveys = survey(subjects, images.share(), grid, settings, device, drawing, ranks, kept)
     images.gather_skipped()
     if surveys is None:
         return None
@@ -309,10 +326,11 @@ def _start(
     backbone = ranks.machine_first(lambda: open_model(request))
     preprocess = preprocessing(backbone, settings.image_size)
     settings = settings.model_copy(update={"image_size": preprocess.size})
-    source = named or drawn_images(backbone, settings.seed)
-    config = run_config(backbone, request, settings, source, places, device)
+    source = repaired_on(backbone, named, preprocess.size, settings.seed, request.emit)
+    given = len(named) if named else 0
+    config = run_config(backbone, request, settings, source, places, device, given)
     require_alike(config, ranks)
-    return Start(backbone, preprocess, source, settings, device, config)
+    return Start(backbone, preprocess, source, settings, device, config, given)
 
 
 def _require_elsewhere(out: Path, request: ModelRequest) -> None:
@@ -404,6 +422,26 @@ def _device(settings: DetectionSettings, ranks: Ranks, emit: Emit) -> str:
     if settings.tf32 and not device.startswith("cuda"):
         emit(Warned(f"--tf32 has no effect on device {device!r}"))
     return device
+
+
+def repaired_on(backbone: Backbone, named: ImageSource | None, size: int, seed: int, emit: Emit) -> ImageSource:
+    """The images of a repair: those that the user named, first; where they are few or none, drawn ones after them.
+
+    A backbone that draws images itself gets its own.
+    """
+    if named is None and backbone.sample_images is not None:
+        return drawn_images(backbone, seed)
+    count = len(named) if named else 0
+    if named is not None and count >= FEW_IMAGES:
+        return named
+    drawn = DrawnPictures(TO_TRAIN_ON - count, size, seed)
+    emit(Noted(f"{counted_images(count)} given: drawing {len(drawn)} pictures of {size} × {size} pixels to train on"))
+    return JoinedImages((named, drawn)) if named else drawn
+
+
+def counted_images(count: int) -> str:
+    """How many images, in words."""
+    return {0: "no image was", 1: "1 image was"}.get(count, f"{count} images were")
 
 
 def drawn_images(backbone: Backbone, seed: int) -> ImageSource:

@@ -37,11 +37,16 @@ class ImageBatches:
     ranks: Ranks = ALONE
     skipped: dict[str, str] = field(default_factory=dict)
 
-    def share(self) -> Iterator[Tensor]:
-        """Batches `[B, 3, H, W]` of the images that are this rank's, with progress."""
+    def share(self) -> Iterator[tuple[list[str], Tensor]]:
+        """Named batches `[B, 3, H, W]` of the images that are this rank's, with progress."""
         mine = self.ranks.share(self.indices)
         loaded = tracked(self._loaded(mine), self.emit, "analyzing", len(mine), "images")
-        return (pixels for _, pixels in self._batched(loaded))
+        return self._batched(loaded)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all images of all ranks."""
+        return [self.source.name(index) for index in self.indices]
 
     def gather_skipped(self) -> None:
         """Let rank 0 know, and tell, what the others could not decode."""

@@ -10,6 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 from sinder_cli.analysis.components import Moments
 from sinder_cli.analysis.directions import ObservedDirection
+from sinder_cli.analysis.gain import InpaintingCollector
 from sinder_cli.analysis.histogram import ANGLE_SCALE, COSINE_SCALE, NORM_SCALE, Curve, Histogram
 from sinder_cli.analysis.records import BlockRecord, PairRecord, Rule
 from sinder_cli.analysis.rules import RULES, RuleCounts, added, merge_overlaps, ratio
@@ -154,6 +155,7 @@ class Collected:
     sides: list[list[BlockCollector]]  # by backbone and block
     pairs: list[PairCollector]  # by block, of two backbones
     moments: Moments | None  # of the last block's patch tokens of all sides
+    inpainted: list[InpaintingCollector | None]  # by backbone
 
     def at_first(self, ranks: Ranks) -> Collected:
         """What all ranks have collected, on rank 0; elsewhere this rank's own. One block at a time is in memory."""
@@ -164,6 +166,7 @@ class Collected:
             sides=[[_merged(block, ranks) for block in blocks] for blocks in self.sides],
             pairs=[_merged(pair, ranks) for pair in self.pairs],
             moments=None if self.moments is None else _merged(self.moments, ranks),
+            inpainted=[None if each is None else _merged(each, ranks) for each in self.inpainted],
         )
 
 

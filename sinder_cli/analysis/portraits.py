@@ -11,11 +11,11 @@ from torch.nn.functional import cosine_similarity
 
 from sinder_cli.analysis.attention import ClsAttention
 from sinder_cli.analysis.components import Basis
+from sinder_cli.analysis.gain import Outliers, inpainted_cosines
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.analysis.tokens import BlockTokens, Subject, block_tokens, in_basis
+from sinder_cli.analysis.tokens import BlockTokens, Subject, block_by_block, in_basis
 from sinder_cli.defects.rules import STAGES
 from sinder_cli.defects.targets import learning_targets
-from sinder_cli.defects.tokens import in_precision, residual_stream
 from sinder_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,17 +37,27 @@ class TargetMaps:
 
 
 @dataclass(frozen=True)
+class InpaintedMaps:
+    """One image against its inpainted original, last block."""
+
+    cosine: Tensor  # [h, w]
+    marked: Tensor  # bool [h, w]: outlying in some block
+    cls_cosine: float | None
+
+
+@dataclass(frozen=True)
 class PortraitSide:
     """One backbone's tokens of one image."""
 
     components: Tensor  # [h, w, 3]: last block, in the shared basis
     norms: Tensor  # [h, w]: last block
     in_basis: Tensor  # bool [h, w]: the tokens that the basis was taken from
-    outlying: Tensor  # bool [h, w]: last block, above 3 × the median
+    outlying: Tensor  # bool [h, w]: last block
     angles: dict[int, Tensor]  # block → [h, w] degrees to ν of the cumulative stage
     masks: dict[int, Tensor]  # block → bool [h, w], equation (5); blocks whose direction is determined
     attention: Tensor | None  # [h, w]: of cls in the last block, mean over heads; None without cls
     targets: TargetMaps | None  # None where no block of this image is defective
+    inpainted: InpaintedMaps | None = None  # None without a token that is outlying in some block, or not asked for
 
 
 @dataclass(frozen=True)
@@ -98,14 +108,14 @@ def _run(
 ) -> tuple[Tensor, list[PortraitSide]]:
     """One backbone's pass over a batch: the last block's patches `[B, h, w, N]`, and the maps of each image."""
     nu = subject.directions(images.device)
-    running = in_precision(subject.backbone, settings.dtype)
     shown = shown_blocks(subject.backbone.depth, settings.blocks)
     angles: dict[int, Tensor] = {}
     masks: dict[int, Tensor] = {}
     targets: list[TargetMaps | None] = [None] * len(images)
+    outliers = Outliers()
     with ClsAttention() as watched:
-        for block, tokens in enumerate(residual_stream(running, subject.module, images)):
-            side = block_tokens(subject, tokens, images, block, nu[block], settings)
+        for block, side in enumerate(block_by_block(subject, images, nu, settings)):
+            outliers.add(block, side)
             found = side.masks.get("equation_5")
             if block in shown:
                 angles[block] = side.degrees[..., CUMULATIVE].cpu()
@@ -115,6 +125,7 @@ def _run(
                 targets = [old or _targets(block, side, at, settings) for at, old in enumerate(targets)]
     attention = _cls_map(watched.weights, subject, side)
     components, norms = basis.project(side.patches), side.norms.cpu()
+    inpainted = _inpainted(subject, images, outliers, side, settings)
     outlying, used = side.masks["outlying"].cpu(), in_basis(side, settings).cpu()
     return side.patches, [
         PortraitSide(
@@ -126,9 +137,24 @@ def _run(
             masks={block: part[at] for block, part in masks.items()},
             attention=None if attention is None else attention[at],
             targets=targets[at],
+            inpainted=inpainted.get(at),
         )
         for at in range(len(images))
     ]
+
+
+def _inpainted(
+    subject: Subject, images: Tensor, outliers: Outliers, last: BlockTokens, settings: AnalyzeSettings
+) -> dict[int, InpaintedMaps]:
+    """The maps of those images of the batch that have outlying tokens."""
+    if not (settings.inpaint and subject.original):
+        return {}
+    found = inpainted_cosines(subject, images, outliers, last, settings)
+    marked = outliers.marked.cpu()
+    return {
+        at: InpaintedMaps(found.patches[row], marked[at], None if found.cls is None else found.cls[row].item())
+        for row, at in enumerate(found.images)
+    }
 
 
 def _targets(block: int, side: BlockTokens, at: int, settings: AnalyzeSettings) -> TargetMaps | None:

@@ -12,6 +12,7 @@ TAPPED = "residual stream after each block, before the final norm"
 
 Rule = Literal["equation_5", "outlying", "above_threshold"]
 VerdictKind = Literal["broken", "defects", "unpredicted", "aligned", "none"]
+Gain = Literal["healthy", "none", "marked", "features"]
 
 
 class Record(BaseModel):
@@ -21,7 +22,8 @@ class Record(BaseModel):
 
 
 class Distribution(Record):
-    """A set of numbers, summed up; quantiles come from fine bins: norms to 0.2 %, angles 0.05°, cosines 0.0005."""
+    """A set of numbers, summed up; quantiles come from fine bins: norms to 0.2 %, angles 0.05°, cosines 0.0005, and
+    those to the inpainted original 0.00005."""
 
     count: int = Field(description="How many there were.")
     mean: float = Field(description="Mean.")
@@ -79,7 +81,8 @@ class BlockRecord(Record):
     )
     marked: dict[Rule, Marked | None] = Field(
         description="Tokens by rule: equation (5) with the cumulative direction (null where it is not determined), "
-        "norm above 3 × the image's median, norm above `norm_threshold` (null without one)."
+        "outlying ones (norm above `norm_factor`, 3 where that is 0, × the image's median, and 1.5 × what that ratio "
+        "was at the embedding), norm above `norm_threshold` (null without one)."
     )
     agreement: dict[str, float | None] = Field(
         description="Intersection over union of two rules' tokens, as `equation_5/outlying`; null where neither marks "
@@ -94,7 +97,8 @@ class Verdict(Record):
     kind: VerdictKind = Field(
         description="`broken`: tokens that are not finite; "
         "`defects`: outlying tokens that the weights predict; `unpredicted`: outlying tokens that they do "
-        "not; `aligned`: equation (5) marks tokens, none of outlying norm; `none`."
+        "not; `aligned`: equation (5) marks tokens, none of outlying norm; `none`: nothing of the kind, the sentence "
+        "then begins with `healthy` where no token is outlying in any block."
     )
     first_block: int | None = Field(description="The first block that shows them.")
     sentence: str = Field(description="The verdict in words.")
@@ -109,6 +113,46 @@ class Verdict(Record):
         return self.kind in ("broken", "defects", "unpredicted")
 
 
+class ImageInpainting(Record):
+    """One image that has outlying tokens: what they do to it. Cosines are those of the last block."""
+
+    image: str = Field(description="Its name.")
+    tokens: int = Field(description="Patch tokens that are outlying in some block.")
+    max_ratio: float = Field(description="The largest norm of a patch token ÷ the median of the image, in any block.")
+    block: int = Field(description="The block of that token.")
+    cls_cosine: float | None = Field(description="Cosine of cls to that of the inpainted original; null without.")
+    good_cosine: float | None = Field(description="The median of the same over tokens that are never outlying.")
+    marked_cosine: float | None = Field(description="The mean of the same over the others.")
+
+
+class Inpainting(Record):
+    """The last block's tokens, before the final norm, against the inpainted original: what a repair could change.
+
+    The inpainted original is the forward pass in which each outlying patch token is replaced, at the block where it
+    appears, by the average of its unmarked neighbours. Outliers may carry information, on CLIP-like models above all: a
+    cls that moves far is a question for a task, not a success.
+    """
+
+    gain: Gain | None = Field(
+        description="`healthy`: no token is outlying in any block, a repair would train nothing; `none`: there are "
+        "outlying tokens, and they cost little: the 1st percentiles of `cls_cosine` and `good_cosine` and the median "
+        "of `marked_cosine` reach 0.999; `marked`: only the last does not, so that a repair could change outlying "
+        "tokens alone; `features`: it could change cls or good tokens; null where tokens are not finite."
+    )
+    sentence: str = Field(description="The same in words.")
+    tokens: int = Field(description="Patch tokens that are outlying in some block, over all images.")
+    images: int = Field(
+        description="Images that have such tokens; only these are run again, all others stay as they are."
+    )
+    replaced: int = Field(description="Patch tokens that the inpainted pass replaces in some block.")
+    cls_cosine: Distribution | None = Field(description="Cosine of cls, all images; null without cls.")
+    good_cosine: Distribution | None = Field(description="Of patch tokens that are never outlying, all images.")
+    marked_cosine: Distribution | None = Field(description="Of patch tokens that are outlying in some block.")
+    by_image: tuple[ImageInpainting, ...] = Field(
+        description="Images that have outlying tokens, by name; of more than 1000, those whose cls moves furthest."
+    )
+
+
 class Side(Record):
     """One backbone over the images."""
 
@@ -117,6 +161,9 @@ class Side(Record):
     fingerprint: str = Field(description="SHA-256 of its weights.")
     verdict: Verdict
     blocks: tuple[BlockRecord, ...]
+    inpainting: Inpainting | None = Field(
+        None, description="What a repair could change; null with --no-inpaint, and for a side that is inpainted itself."
+    )
 
 
 class PairRecord(Record):
@@ -140,7 +187,7 @@ class FigureFile(Record):
 class Analysis(Side):
     """The whole document; the fields of the first backbone are its own."""
 
-    schema_version: Literal[1] = Field(1, description="Version of this schema.")
+    schema_version: Literal[2] = Field(2, description="Version of this schema.")
     sinder: str = Field(description="Version of the program.")
     tapped: str = Field(TAPPED, description="Where tokens are taken from.")
     images: int = Field(description="Images that were run.")

@@ -13,6 +13,7 @@ from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.survey import Survey, Surveys
 from sinder_cli.analysis.tokens import Subject
 from sinder_cli.analysis.verdict import judge
+from sinder_cli.defects.inpainting import outlying_factor
 from sinder_cli.files import printable
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def side_of(subject: Subject, survey: Survey, settings: AnalyzeSettings) -> Side
         model=subject.backbone.name,
         weights=printable(subject.backbone.weights.source.label),
         fingerprint=subject.backbone.weights.fingerprint(),
-        verdict=judge(survey.blocks, settings.min_tokens),
+        verdict=judge(survey.blocks, settings.min_tokens, outlying_factor(settings.norm_factor)),
         blocks=survey.blocks,
+        inpainting=survey.inpainting,
     )

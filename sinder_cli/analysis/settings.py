@@ -50,9 +50,20 @@ class AnalyzeSettings(DetectionSettings):
     clamp: int | None = Field(
         None, ge=1, description="Compare with the weights whose singular values are clamped to their K-th."
     )
+    inpaint: bool = Field(
+        True,
+        description="Compare with the inpainted original: what a repair could change; a second pass of images with"
+        " outlying tokens.",
+    )
+    method: Literal["none", "inpaint"] = Field(
+        "none",
+        description="inpaint: compare with, and take --features from, the pass in which outlying tokens are replaced.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> AnalyzeSettings:
         if self.resize == "none" and self.image_size is not None:
             raise ValueError("resize none leaves every image its size: give no image_size")
+        if self.method != "none" and self.clamp is not None:
+            raise ValueError(f"one comparison at a time: give method {self.method} or clamp")
         return self

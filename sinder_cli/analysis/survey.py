@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,13 +10,13 @@ import torch
 
 from sinder_cli.analysis.collectors import BlockCollector, BlockCurves, Collected, PairCollector
 from sinder_cli.analysis.components import Basis, Moments
-from sinder_cli.analysis.records import BlockRecord, PairRecord, Rule
+from sinder_cli.analysis.gain import InpaintingCollector, Outliers
+from sinder_cli.analysis.records import BlockRecord, Inpainting, PairRecord, Rule
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.analysis.tokens import Subject, block_tokens, in_basis
+from sinder_cli.analysis.tokens import BlockTokens, Subject, block_by_block, featured, in_basis
 from sinder_cli.backbone.describe import Backbone
 from sinder_cli.defects.detection import DetectionRule
 from sinder_cli.defects.rules import STAGES
-from sinder_cli.defects.tokens import in_precision, residual_stream
 from sinder_cli.errors import UsageError
 from sinder_cli.ranks import ALONE, Ranks
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_GAP = 1e12  # σ₁/σ₂ is told no larger: JSON knows no infinity
+
+Keep = Callable[[Sequence[str], Subject, BlockTokens], None]  # names of a batch, and its tokens after the last block
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Survey:
     curves: tuple[BlockCurves, ...]
     observed: Tensor  # [blocks, N] float32, rows of unit norm, or of zeros where there was no outlying token
     shares: tuple[dict[Rule, Tensor], ...]  # by block: how often each cell of the grid is marked, [H, W]
+    inpainting: Inpainting | None = None  # against the inpainted original
 
 
 @dataclass(frozen=True)
@@ -65,24 +68,27 @@ def require_comparable(backbones: Sequence[Backbone]) -> None:
 @torch.no_grad()
 def survey(
     subjects: Sequence[Subject],
-    batches: Iterable[Tensor],
+    batches: Iterable[tuple[Sequence[str], Tensor]],
     grid: tuple[int, int],
     settings: AnalyzeSettings,
     device: str,
     components: bool = False,
     ranks: Ranks = ALONE,
+    keep: Keep | None = None,
 ) -> Surveys | None:
-    """Run batches `[B, 3, H, W]` of normalized images through one or two backbones of one width and depth.
+    """Run named batches `[B, 3, H, W]` of normalized images through one or two backbones of one width and depth.
 
     `grid` is the one that positions are counted on; `components` asks for the principal components of the last
-    block's patch tokens. Memory does not grow with the number of images. Each rank has batches of its own; rank 0 sums
-    up for all, and the others get None.
+    block's patch tokens; `keep` gets those tokens, of the inpainted side where there is one, else of the first.
+    Memory does not grow with the number of images. Each rank has batches of its own; rank 0 sums up for all, and the
+    others get None.
     """
-    collected = _collected(subjects, batches, grid, settings, device, components).at_first(ranks)
+    collected = _collected(subjects, batches, grid, settings, device, components, keep).at_first(ranks)
     if not ranks.writes:
         return None
+    parts = zip(subjects, collected.sides, collected.inpainted, strict=True)
     return Surveys(
-        tuple(_summed(*each) for each in zip(subjects, collected.sides, strict=True)) if collected.images else (),
+        tuple(_summed(*each) for each in parts) if collected.images else (),
         tuple(pair.record(block) for block, pair in enumerate(collected.pairs)),
         collected.images,
         collected.moments.basis() if collected.moments is not None else None,
@@ -91,40 +97,45 @@ def survey(
 
 def _collected(
     subjects: Sequence[Subject],
-    batches: Iterable[Tensor],
+    batches: Iterable[tuple[Sequence[str], Tensor]],
     grid: tuple[int, int],
     settings: AnalyzeSettings,
     device: str,
     components: bool,
+    keep: Keep | None,
 ) -> Collected:
     depth, width = subjects[0].backbone.depth, subjects[0].backbone.width
     rule = DetectionRule.of(settings)
-    running = [in_precision(subject.backbone, settings.dtype) for subject in subjects]
     directions = [subject.directions(device) for subject in subjects]
     collectors = [[BlockCollector(device, grid, rule) for _ in range(depth)] for _ in subjects]
     pairs = [PairCollector(device) for _ in range(depth if len(subjects) == 2 else 0)]
     moments = Moments(width, device) if components else None
+    inpainted = [InpaintingCollector(device) if settings.inpaint and each.original else None for each in subjects]
+    kept = featured(subjects)
     count = 0
-    for batch in batches:
+    for names, batch in batches:
         images = batch.to(device)
         count += len(images)
-        streams = [residual_stream(each, s.module, images) for each, s in zip(running, subjects, strict=True)]
-        for block, step in enumerate(zip(*streams, strict=True)):
-            sides = [
-                block_tokens(subject, tokens, images, block, nu[block], settings)
-                for subject, tokens, nu in zip(subjects, step, directions, strict=True)
-            ]
-            for side, blocks in zip(sides, collectors, strict=True):
+        outliers = [Outliers() for _ in subjects]
+        streams = [block_by_block(each, images, nu, settings) for each, nu in zip(subjects, directions, strict=True)]
+        for block, sides in enumerate(zip(*streams, strict=True)):
+            for side, blocks, seen in zip(sides, collectors, outliers, strict=True):
                 blocks[block].add(side)
+                seen.add(block, side)
             if pairs:
                 pairs[block].add(sides)
             if moments is not None and block == depth - 1:
                 for side in sides:
                     moments.add(side.patches[in_basis(side, settings)])
-    return Collected(count, collectors, pairs, moments)
+        if keep is not None:
+            keep(names, subjects[kept], sides[kept])
+        for subject, collector, seen, side in zip(subjects, inpainted, outliers, sides, strict=True):
+            if collector is not None:
+                collector.add(names, subject, images, seen, side, settings)
+    return Collected(count, collectors, pairs, moments, inpainted)
 
 
-def _summed(subject: Subject, collectors: list[BlockCollector]) -> Survey:
+def _summed(subject: Subject, collectors: list[BlockCollector], inpainted: InpaintingCollector | None) -> Survey:
     nu = subject.directions("cpu")
     gaps = {stage: [min(gap, MOST_GAP) for gap in subject.prediction.gaps(stage)] for stage in STAGES}
     records = tuple(
@@ -140,4 +151,5 @@ def _summed(subject: Subject, collectors: list[BlockCollector]) -> Survey:
         shares=tuple(
             {rule: places.shares() for rule, places in collector.counts.places.items()} for collector in collectors
         ),
+        inpainting=inpainted.record(finite=not any(block.nonfinite for block in records)) if inpainted else None,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +11,11 @@ import torch
 from sinder_cli.analysis.records import Rule
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.describe import Backbone
-from sinder_cli.defects.detection import DetectionRule, alignments, defect_mask
+from sinder_cli.defects.detection import DetectionRule, alignments, defect_mask, norm_ratios, outlying
+from sinder_cli.defects.inpainting import inpainted, outlying_factor
 from sinder_cli.defects.prediction import Prediction
 from sinder_cli.defects.rules import STAGES
-from sinder_cli.defects.tokens import outlier_mask, patch_grid
+from sinder_cli.defects.tokens import in_precision, patch_grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,15 +23,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """A backbone ready to be run, with what its weights predict."""
+    """A backbone ready to be run, with what its weights predict; `original` unless it is an inpainted one."""
 
     backbone: Backbone
     module: Any
     prediction: Prediction
+    original: bool = True
 
     def directions(self, device: str | torch.device) -> Tensor:
         """The predicted directions of all stages, `[blocks, 4, N]`."""
         return torch.stack([self.prediction.directions(stage) for stage in STAGES], dim=1).to(device)
+
+    def running(self, settings: AnalyzeSettings) -> Backbone:
+        """The backbone in the precision of the settings."""
+        return in_precision(self.backbone, settings.dtype, settings.tf32)
+
+    def inpainted(self, settings: AnalyzeSettings) -> Subject:
+        """The same module with its outlying tokens replaced as they appear."""
+        backbone = inpainted(self.backbone, settings.norm_factor)
+        return replace(self, backbone=replace(backbone, name=f"{backbone.name}, inpainted"), original=False)
+
+
+def featured(subjects: Sequence[Subject]) -> int:
+    """Which of the subjects features are written of: the inpainted one, or else the first."""
+    return next((at for at, subject in enumerate(subjects) if not subject.original), 0)
 
 
 @dataclass(frozen=True)
@@ -48,17 +65,43 @@ class BlockTokens:
         """The angles `[B, h, w, 4]` of `cosines`."""
         return torch.rad2deg(torch.acos(self.cosines.clamp_max(1.0)))
 
+    @property
+    def stream(self) -> Tensor:
+        """All tokens again, in the order of the residual stream: `[B, prefix + h·w, N]`."""
+        cls = [] if self.cls is None else [self.cls[:, None]]
+        return torch.cat([*cls, self.registers, self.patches.flatten(1, 2)], dim=1)
+
+
+def block_by_block(subject: Subject, images: Tensor, nu: Tensor, settings: AnalyzeSettings) -> Iterator[BlockTokens]:
+    """Run normalized images `[B, 3, H, W]` and take apart the tokens after each block; `nu` `[blocks, 4, N]`."""
+    running = subject.running(settings)
+    tokens, context = running.embed(subject.module, images)
+    start = norm_ratios(patch_grid(running, tokens, images).float().norm(dim=-1))
+    for block in range(running.depth):
+        tokens = running.run_block(subject.module, block, tokens, context)
+        yield block_tokens(subject, tokens, images, block, nu[block], start, settings)
+
 
 def block_tokens(
-    subject: Subject, tokens: Tensor, images: Tensor, block: int, nu: Tensor, settings: AnalyzeSettings
+    subject: Subject,
+    tokens: Tensor,
+    images: Tensor,
+    block: int,
+    nu: Tensor,
+    start: Tensor,
+    settings: AnalyzeSettings,
 ) -> BlockTokens:
-    """Take apart the tokens after one block `[B, T, N]`; `nu` `[4, N]` holds its predicted directions."""
+    """Take apart the tokens after one block `[B, T, N]`.
+
+    `nu` `[4, N]` holds the block's predicted directions, `start` `[B, h, w]` the ratios of norms at the embedding.
+    """
     backbone, rule = subject.backbone, DetectionRule.of(settings)
     tokens = tokens.float()
     patches = patch_grid(backbone, tokens, images)
     cosines = alignments(patches, nu)
     norms = patches.norm(dim=-1)
-    masks: dict[Rule, Tensor] = {"outlying": outlier_mask(norms)}
+    factor = outlying_factor(settings.norm_factor)
+    masks: dict[Rule, Tensor] = {"outlying": outlying(norm_ratios(norms), start, factor)}
     if rule.trusts(subject.prediction.gaps()[block]):
         masks["equation_5"] = defect_mask(-cosines[..., STAGES.index("cumulative")], rule)
     if settings.norm_threshold is not None:

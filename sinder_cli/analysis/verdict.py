@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sinder_cli.analysis.records import BlockRecord, Marked, Rule, Verdict
+from sinder_cli.defects.rules import NORM_FACTOR
 
 PREDICTED_DEGREES = 30.0  # an observed direction this near to a determined predicted one counts as predicted
 STRAY_SHARE = 1e-4  # of all tokens: fewer are strays, however many images are run
 CLEAR_GAP, CLEAR_TOKENS = 2.0, 30  # at which a direction, and what was seen of it, leave little doubt
 
-RULE_WORDS: dict[Rule, str] = {
-    "outlying": "a norm above 3 × their image's median",
-    "above_threshold": "a norm above the threshold",
-    "equation_5": "equation (5)",
-}
+
+@dataclass(frozen=True)
+class Norms:
+    """The rule that tells tokens that stand out by norm, and its words."""
+
+    rule: Rule
+    factor: float  # × the image's median, of outlying ones
+
+    @property
+    def words(self) -> str:
+        if self.rule == "above_threshold":
+            return "a norm above the threshold"
+        return f"a norm above {self.factor:g} × their image's median"
 
 
-def judge(blocks: Sequence[BlockRecord], min_tokens: int) -> Verdict:
+def judge(blocks: Sequence[BlockRecord], min_tokens: int, norm_factor: float = NORM_FACTOR) -> Verdict:
     """The verdict on one backbone.
 
-    A block shows outlying tokens when at least `min_tokens` of them over all images, and one in 10,000, stand out by
-    norm (above `norm_threshold` if one was given, else above 3 × the median). They are defects where the weights
-    predict them: the observed direction of some such block lies within 30° of a determined predicted one. They begin
-    where the unbroken run of such blocks begins. Tokens that are not finite come before all else.
+    A block, whichever it is, shows outlying tokens when at least `min_tokens` of them over all images, and one in
+    10,000, stand out by norm (above `norm_threshold` if one was given, else outlying by `norm_factor`). They are
+    defects where the weights predict them: the observed direction of some such block lies within 30° of a determined
+    predicted one. They begin where the unbroken run of such blocks begins. Tokens that are not finite come before all
+    else.
     """
-    rule: Rule = "above_threshold" if any(block.marked["above_threshold"] for block in blocks) else "outlying"
+    above = any(block.marked["above_threshold"] for block in blocks)
+    rule = Norms("above_threshold" if above else "outlying", norm_factor)
     broken = [block for block in blocks if block.nonfinite]
     if broken:
         return _broken(broken)
-    showing = _showing(blocks, rule, min_tokens)
+    showing = _showing(blocks, rule.rule, min_tokens)
     near = [block for block in showing if _is_near(block)]
     if near:
         return _defects(showing, near, rule)
@@ -52,17 +64,17 @@ def _broken(broken: Sequence[BlockRecord]) -> Verdict:
     )
 
 
-def _defects(showing: Sequence[BlockRecord], near: Sequence[BlockRecord], rule: Rule) -> Verdict:
+def _defects(showing: Sequence[BlockRecord], near: Sequence[BlockRecord], rule: Norms) -> Verdict:
     best = min(near, key=_angle)
-    first, most = _start_of_run(showing, best), _strongest(showing, rule)
+    first, most = _start_of_run(showing, best), _strongest(showing, rule.rule)
     return Verdict(
         kind="defects",
         first_block=first,
-        sentence=f"defects from block {first}: {_counted(most, rule)}. Their direction is the one that the"
-        f" weights predict, {_angle(best):.1f}° off at block {best.block}.",
-        confidence=_confidence(showing, near, best, rule),
+        sentence=f"defects from block {first}: {_counted(most, rule.rule)} have {rule.words}."
+        f" Their direction is the one that the weights predict, {_angle(best):.1f}° off at block {best.block}.",
+        confidence=_confidence(showing, near, best, rule.rule),
         gap=best.gap["cumulative"],
-        tokens=_marked(most, rule).tokens,
+        tokens=_marked(most, rule.rule).tokens,
         angle_to_predicted_deg=_angle(best),
     )
 
@@ -82,8 +94,8 @@ def _confidence(showing: Sequence[BlockRecord], near: Sequence[BlockRecord], bes
     return f"Some doubt, since {' and '.join(doubts)}: {evidence}." if doubts else f"Little doubt: {evidence}."
 
 
-def _unpredicted(showing: Sequence[BlockRecord], rule: Rule) -> Verdict:
-    most = _strongest(showing, rule)
+def _unpredicted(showing: Sequence[BlockRecord], rule: Norms) -> Verdict:
+    most = _strongest(showing, rule.rule)
     first = _start_of_run(showing, most)
     determined = [block for block in showing if block.determined]
     nearest = min(determined or showing, key=_angle)
@@ -96,10 +108,11 @@ def _unpredicted(showing: Sequence[BlockRecord], rule: Rule) -> Verdict:
     return Verdict(
         kind="unpredicted",
         first_block=first,
-        sentence=f"outlying tokens from block {first}, not predicted by the weights: {_counted(most, rule)}.",
+        sentence=f"outlying tokens from block {first}, not predicted by the weights:"
+        f" {_counted(most, rule.rule)} have {rule.words}.",
         confidence=f"Their direction is no singular defect: {why}.",
         gap=nearest.gap["cumulative"],
-        tokens=_marked(most, rule).tokens,
+        tokens=_marked(most, rule.rule).tokens,
         angle_to_predicted_deg=_angle(nearest),
     )
 
@@ -110,7 +123,7 @@ def _aligned(aligned: Sequence[BlockRecord]) -> Verdict:
         kind="aligned",
         first_block=aligned[0].block,
         sentence=f"no outlying norms, but tokens along the predicted direction from block {aligned[0].block}:"
-        f" {_counted(most, 'equation_5')}.",
+        f" {_counted(most, 'equation_5')} are marked by equation (5).",
         confidence=f"σ₁/σ₂ is {most.gap['cumulative']:.3g} at block {most.block}; tokens of ordinary norm seldom harm.",
         gap=most.gap["cumulative"],
         tokens=_marked(most, "equation_5").tokens,
@@ -118,7 +131,7 @@ def _aligned(aligned: Sequence[BlockRecord]) -> Verdict:
     )
 
 
-def _none(blocks: Sequence[BlockRecord], rule: Rule, min_tokens: int) -> Verdict:
+def _none(blocks: Sequence[BlockRecord], rule: Norms, min_tokens: int) -> Verdict:
     seen = max((block.patch_norm.count for block in blocks if block.patch_norm), default=0)
     gap = max(block.gap["cumulative"] for block in blocks)
     determined = any(block.determined for block in blocks)
@@ -126,12 +139,23 @@ def _none(blocks: Sequence[BlockRecord], rule: Rule, min_tokens: int) -> Verdict
     return Verdict(
         kind="none",
         first_block=None,
-        sentence=f"no defects: in no block do {min_tokens} tokens or more have {RULE_WORDS[rule]}.",
+        sentence=_nothing(blocks, rule, min_tokens),
         confidence=f"{seen:,} patch tokens a block were looked at; the predicted direction {word} (σ₁/σ₂ ≤ {gap:.3g}).",
         gap=gap,
         tokens=0,
         angle_to_predicted_deg=None,
     )
+
+
+def _nothing(blocks: Sequence[BlockRecord], rule: Norms, min_tokens: int) -> str:
+    """That not one token is outlying, or that those that stand out are too few to count."""
+    if not any(_marked(block, each).tokens for block in blocks for each in ("outlying", rule.rule)):
+        words = Norms("outlying", rule.factor).words.replace("their", "its")
+        return f"healthy: no token is outlying in any block, none has {words}."
+    most = _strongest(blocks, rule.rule)
+    if _marked(most, rule.rule).tokens >= min_tokens:
+        return f"no defects: tokens that have {rule.words} are strays, at most {_counted(most, rule.rule)}."
+    return f"no defects: in no block do {min_tokens} tokens or more have {rule.words}."
 
 
 def _showing(blocks: Sequence[BlockRecord], rule: Rule, min_tokens: int) -> list[BlockRecord]:
@@ -160,8 +184,7 @@ def _strongest(blocks: Sequence[BlockRecord], rule: Rule) -> BlockRecord:
 def _counted(block: BlockRecord, rule: Rule) -> str:
     """How many tokens, at the block that has most."""
     marked = _marked(block, rule)
-    rule_of = "are marked by" if rule == "equation_5" else "have"
-    return f"{marked.tokens:,} tokens ({100 * marked.share:.2g} %) at block {block.block} {rule_of} {RULE_WORDS[rule]}"
+    return f"{marked.tokens:,} tokens ({100 * marked.share:.2g} %) at block {block.block}"
 
 
 def _marked(block: BlockRecord, rule: Rule) -> Marked:

@@ -66,6 +66,15 @@ def command(
     compare_heads: Annotated[
         int | None, typer.Option("--compare-heads", min=1, help="Attention heads of the second model.")
     ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            "--features",
+            metavar="DIR",
+            help="Write a safetensors file an image into a new folder: patches and cls of the last block after the"
+            " final norm; with --method inpaint, of the inpainted pass.",
+        ),
+    ] = None,
     fail_on_defects: Annotated[
         bool,
         typer.Option("--fail-on-defects", help="Exit with 1 if tokens stand out, predicted or not, or are not finite."),
@@ -88,7 +97,7 @@ def command(
         second = (compare_weights, compare_adapter, compare_heads)
         other = model_request(compare, *second, emit, attention) if compare else None
         places = [*(data or []), *(more_data or [])]
-        result = api.analyze(request, places, settings, emit, sys.stdin, other, folder is not None, ranks)
+        result = api.analyze(request, places, settings, emit, sys.stdin, other, folder is not None, ranks, features)
         if result is None:  # rank 0 has it
             return
         analysis, problem = _written(folder, result, emit) if folder else (result.analysis, None)
@@ -97,7 +106,7 @@ def command(
 
     chosen = "json" if out == "-" else format
     shown = None if problem else folder
-    show(chosen, lambda: analysis_table(analysis, shown), lambda: analysis_document(analysis))
+    show(chosen, lambda: analysis_table(analysis, shown, features), lambda: analysis_document(analysis))
     if problem:
         raise problem
     if fail_on_defects and analysis.verdict.fails:

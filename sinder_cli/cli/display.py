@@ -114,17 +114,20 @@ def say(text: str) -> None:
 
 
 def message(event: Event) -> str:
-    """The line for a note, a warning or a look at held-out images; empty for other events."""
+    """The line for a note, a warning or a look at the guard's images; empty for other events."""
     if isinstance(event, Noted):
         return f"sinder: {event.text}"
     if isinstance(event, Warned):
         return f"sinder: warning: {event.text}"
-    from sinder_cli.repair.evaluation import Evaluation
+    from sinder_cli.repair.guard import Evaluation
 
     if isinstance(event, Evaluation):
-        cosine = "" if event.cls_cosine is None else f", cls cosine {event.cls_cosine:.4f}"
-        held_out = f"{event.masked_share:.3%} of tokens masked, {event.defective_share:.0%} of images defective"
-        return f"sinder: held out, after step {event.step}: {held_out}{cosine}"
+        cls = "" if event.cls is None else f"cls {event.cls:.4f}, "
+        state = "kept as the best" if event.best else "not better" if event.holds else "good tokens are spoilt"
+        return (
+            f"sinder: guard, after step {event.step}: {event.outlying:,} outlying tokens;"
+            f" to the inpainted original: {cls}good tokens {event.good:.4f}; {state}"
+        )
     return ""
 
 
@@ -135,6 +138,7 @@ def _step(event: Event) -> tuple[int, str] | None:
     if not isinstance(event, StepRecord):
         return None
     found = f"block {event.block}, loss {event.loss:.3g}" if event.loss is not None else "no defect"
+    found += f", shrinks {event.moved}" if event.moved else ""
     return event.step, f"{found}, {event.density:.0%} clean, {_memory()}"
 
 

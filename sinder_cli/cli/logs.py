@@ -15,11 +15,11 @@ from sinder_cli.files import write_text
 from sinder_cli.repair.settings import LogName, RepairSettings
 
 if TYPE_CHECKING:
-    from sinder_cli.repair.evaluation import Evaluation
+    from sinder_cli.repair.guard import Evaluation
     from sinder_cli.repair.loop import StepRecord
 
-STEP = ("loss", "density", "masked_tokens", "block")  # what is logged of a step, as far as it has it
-HELD_OUT = ("masked_share", "defective_share", "cls_cosine")  # and of a look at held-out images
+STEP = ("loss", "density", "masked_tokens", "block", "length", "gain")  # what is logged of a step, as far as it has it
+GUARD = ("outlying", "defective_share", "cls", "good", "good_p01", "marked")  # and of a look at the guard
 FLUSH_SECONDS = 10
 
 
@@ -61,7 +61,7 @@ class _Steps:
     logs: dict[LogName, Log] = field(default_factory=dict)
 
     def hear(self, event: Event) -> None:
-        from sinder_cli.repair.evaluation import Evaluation
+        from sinder_cli.repair.guard import Evaluation
         from sinder_cli.repair.loop import StepRecord
 
         if not isinstance(event, StepRecord | Evaluation):
@@ -89,10 +89,10 @@ class _Steps:
 
 
 def logged_values(event: StepRecord | Evaluation) -> dict[str, float]:
-    """What a log holds of a step, or of a look at held-out images; a clean step has no loss and no block."""
+    """What a log holds of a step, or of a look at the guard; a clean step has no loss and no block."""
     from sinder_cli.repair.loop import StepRecord
 
-    group, names = ("repair", STEP) if isinstance(event, StepRecord) else ("held_out", HELD_OUT)
+    group, names = ("repair", STEP) if isinstance(event, StepRecord) else ("guard", GUARD)
     values = {f"{group}/{name}": getattr(event, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 

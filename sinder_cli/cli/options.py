@@ -94,7 +94,8 @@ def with_settings(kind: type[DetectionSettings]) -> Callable[[Callable[..., None
 
 def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     default = "" if field.default in (None, ()) or field.default is False else f" (default: {field.default})"
-    flag = f"--{name.replace('_', '-')}"
+    dashed = name.replace("_", "-")
+    flag = f"--{dashed}/--no-{dashed}" if field.default is True else f"--{dashed}"
     repeatable = typing.get_origin(field.annotation) is tuple
     kind = typing.get_args(field.annotation)[0] if repeatable else field.annotation
     parsed: Any = list[_parsed_type(kind)] if repeatable else _parsed_type(kind)  # type: ignore[misc]

@@ -101,6 +101,7 @@ def command(
                 if ranks.writes:
                     summary = api.finished_repair(request, places, folder, settings, emit, sys.stdin)
                     _show_finished(summary, folder, format)
+                    _end(summary)
                 return
             result = api.repair(request, places, folder, settings, emit, sys.stdin, resume, force, stop, ranks, publish)
             if result is None:  # rank 0 has it
@@ -111,6 +112,13 @@ def command(
                 emit(Noted(f"to go on{how}: {resuming_command(run, settings)}"))
             raise
     show(format, lambda: repair_table(result), lambda: repair_document(result.summary, folder))
+    _end(result.summary)
+
+
+def _end(summary: dict[str, Any]) -> None:
+    """Exit with 1 where the repair did not improve the model: the answer is no."""
+    if summary["verdict"] == "not improved":
+        raise typer.Exit(1)
 
 
 def _show_finished(summary: dict[str, Any], folder: Path, format: Format) -> None:

@@ -6,5 +6,8 @@ from typing import Literal
 
 MIN_GAP = 1.1  # σ₁/σ₂ under which a direction counts as not determined (ours; see DetectionRule)
 
+NORM_FACTOR = 3.0  # × the median patch norm of the image: the rule of thumb for "high-norm"
+
+Mark = Literal["auto", "weights", "norm"]
 Stage = Literal["attention", "mlp", "block", "cumulative"]
 STAGES: tuple[Stage, ...] = ("attention", "mlp", "block", "cumulative")

@@ -8,16 +8,27 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sinder_cli.defects.rules import MIN_GAP
+from sinder_cli.defects.rules import MIN_GAP, NORM_FACTOR, Mark
 from sinder_cli.errors import NoInputError, UsageError
 
 
 class DetectionSettings(BaseModel):
-    """How images are run and when a token counts as defective; defaults are the paper's (SINDER, sections 4 and 5)."""
+    """How images are run and when a token counts as defective (SINDER, sections 4 and 5; the norms are ours)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    mask_threshold: float = Field(4.0, gt=0, description="Standard deviations beyond which a token is marked.")
+    mark: Mark = Field(
+        "auto",
+        description="weights: tokens along the predicted direction; norm: by norm alone; auto: either, if certain.",
+    )
+    norm_factor: float = Field(
+        NORM_FACTOR,
+        ge=0,
+        description="A token is outlying above so many median norms; 0: the paper's rule, angle alone.",
+    )
+    mask_threshold: float = Field(
+        4.0, gt=0, description="Standard deviations of equation (5) beyond which a token is marked."
+    )
     min_tokens: int = Field(3, ge=1, description="Marked tokens that make a block defective.")
     min_gap: float = Field(
         MIN_GAP, ge=0, description="σ₁/σ₂ that a direction needs to be trusted; 0: the paper's rule."

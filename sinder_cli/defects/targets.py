@@ -1,4 +1,4 @@
-"""Where a defective token should go: the weighted average of its neighbourhood (SINDER, section 4)."""
+"""Where a defective token should go: its neighbourhood's average, weighted (SINDER, section 4) or of what is whole."""
 
 from __future__ import annotations
 
@@ -33,3 +33,56 @@ def learning_targets(patches: Tensor, logits: Tensor, mask: Tensor, kernel: int,
     weights = torch.exp(near / temperature) * gaussian
     weights = weights / weights.sum(dim=(1, 2), keepdim=True)
     return torch.einsum("mij,mijn->mn", weights, patches[r, c].float())
+
+
+def neighbour_averages(patches: Tensor, marked: Tensor) -> Tensor:
+    """The average of each token's unmarked neighbours: `[h, w, N]`, marked bool `[h, w]` → `[h, w, N]` float32.
+
+    The eight neighbours weigh as in the binomial 3 × 3. A marked token without an unmarked neighbour takes from marked
+    ones that have been averaged already: they are filled inwards. Where every token is marked, each is its own average.
+    """
+    tokens = patches.float()
+    filled, known = tokens, ~marked
+    if not bool(known.any()):
+        return tokens
+    while not bool(known.all()):
+        sums, weights = _binomial_sums(filled, known)
+        reached = ~known & (weights > 0)
+        filled = torch.where(reached[..., None], sums / weights.clamp_min(1)[..., None], filled)
+        known = known | reached
+    sums, weights = _binomial_sums(tokens, ~marked)  # an unmarked token takes from unmarked ones alone
+    whole = ~marked & (weights > 0)
+    return torch.where(whole[..., None], sums / weights.clamp_min(1)[..., None], filled)
+
+
+def _binomial_sums(tokens: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted sum over the known neighbours of each token `[h, w, N]`, and of their weights `[h, w]`."""
+    h, w, _ = tokens.shape
+    sums, weights = torch.zeros_like(tokens), torch.zeros(h, w, device=tokens.device)
+    padded = torch.nn.functional.pad(tokens * known[..., None], (0, 0, 1, 1, 1, 1))
+    present = torch.nn.functional.pad(known.float(), (1, 1, 1, 1))
+    for i in range(3):
+        for j in range(3):
+            weight = GAUSSIANS[3][i][j] * ((i, j) != (1, 1))
+            if weight:
+                sums += weight * padded[i : i + h, j : j + w]
+                weights += weight * present[i : i + h, j : j + w]
+    return sums, weights
+
+
+def neighbour_distances(patches: Tensor, marked: Tensor) -> Tensor:
+    """How far each token is from its unmarked neighbours' average: `[h, w, N]`, bool `[h, w]` → `[h, w]`."""
+    return (patches.float() - neighbour_averages(patches, marked)).norm(dim=-1)
+
+
+SETTLED_QUANTILE = 0.9  # of the distances of unmarked tokens: a marked one that is as near as most of them has settled
+
+
+def unsettled(patches: Tensor, marked: Tensor) -> Tensor:
+    """Which marked tokens are further from their neighbours than nine in ten unmarked ones: bool `[h, w]`."""
+    if bool(marked.all()):
+        return marked
+    distances = neighbour_distances(patches, marked)
+    usual = distances[~marked]
+    kth = max(1, round(SETTLED_QUANTILE * len(usual)))
+    return marked & (distances > usual.kthvalue(kth).values)

@@ -11,11 +11,10 @@ import torch
 
 from sinder_cli.backbone.describe import Backbone
 from sinder_cli.backbone.device import float32_products
+from sinder_cli.defects.rules import NORM_FACTOR
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-OUTLIER_FACTOR = 3.0  # × the median patch norm of the image: the rule of thumb for "high-norm"
 
 
 def residual_stream(backbone: Backbone, module: nn.Module, images: Tensor) -> Iterator[Tensor]:
@@ -63,4 +62,4 @@ def patch_grid(backbone: Backbone, tokens: Tensor, images: Tensor) -> Tensor:
 def outlier_mask(norms: Tensor) -> Tensor:
     """Tokens with a norm above 3 × the median of their image: `[B, …]` → bool of that shape."""
     median = norms.flatten(1).nanmedian(dim=1).values  # a token that is not finite hides no other
-    return norms > OUTLIER_FACTOR * median.reshape(-1, *[1] * (norms.dim() - 1))
+    return norms > NORM_FACTOR * median.reshape(-1, *[1] * (norms.dim() - 1))

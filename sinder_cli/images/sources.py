@@ -128,6 +128,38 @@ class SomeImages:
         return hashlib.sha256(f"{self.source.fingerprint()} {list(self.indices)}".encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class JoinedImages:
+    """The images of several sources, one after another."""
+
+    parts: tuple[ImageSource, ...]
+
+    @property
+    def in_memory(self) -> bool:
+        return all(part.in_memory for part in self.parts)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def name(self, index: int) -> str:
+        part, at = self._place(index)
+        return part.name(at)
+
+    def load(self, index: int) -> Image:
+        part, at = self._place(index)
+        return part.load(at)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(" ".join(part.fingerprint() for part in self.parts).encode()).hexdigest()
+
+    def _place(self, index: int) -> tuple[ImageSource, int]:
+        for part in self.parts:
+            if index < len(part):
+                return part, index
+            index -= len(part)
+        raise IndexError(index)
+
+
 def _state(path: Path) -> FileState:
     """Size and time; −1 for a file that cannot be looked at, which is told when it is decoded."""
     try:
@@ -135,3 +167,10 @@ def _state(path: Path) -> FileState:
     except (OSError, ValueError):  # ValueError: a NUL in the name
         return -1, -1
     return found.st_size, found.st_mtime_ns
+
+
+def files_of(source: ImageSource) -> ImageFiles | None:
+    """The image files of a source, if it has any: those of its first part, where others are drawn."""
+    if isinstance(source, JoinedImages):
+        return files_of(source.parts[0])
+    return source if isinstance(source, ImageFiles) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import torch
 
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit
-from sinder_cli.images.choosing import shuffled
+from sinder_cli.images.choosing import cycled, shuffled
 from sinder_cli.images.loading import load_in_order, readable, require_some
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.processes import worker_count
@@ -20,6 +21,15 @@ from sinder_cli.repair.settings import RepairSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images of one step on one rank."""
+
+    pixels: Tensor  # [b, 3, H, W]
+    names: tuple[str, ...]
+
 
 MOST_UNREADABLE = 0.01  # of all images
 
@@ -32,21 +42,24 @@ def step_batches(
     unreadable: dict[str, str],
     emit: Emit,
     ranks: Ranks = ALONE,
-) -> Iterator[Tensor]:
-    """Endless batches `[b, 3, H, W]`, that of step `steps_done` + 1 first.
+) -> Iterator[Batch]:
+    """Endless batches, that of step `steps_done` + 1 first.
 
-    Step s takes the images `(s − 1)·B … s·B − 1` of endless shuffled passes, of which a rank has every `ranks.size`-th;
+    Step s takes the images `(s − 1)·B … s·B − 1` of endless passes, of which a rank has every `ranks.size`-th; passes
+    over all images are shuffled, those over defective ones keep their order.
     those that cannot be decoded are named once, added to `unreadable`, and missing from their batch (b < B, even 0).
     """
     B = settings.batch_size
-    order = shuffled(len(source), settings.seed, steps_done * B)
+    done = steps_done * B
+    order = shuffled(len(source), settings.seed, done) if settings.visit == "all" else cycled(len(source), done)
     mine = (index for at, index in zip(count(), order, strict=False) if at % B % ranks.size == ranks.rank)
     loaded = load_in_order(source, preprocess, mine, worker_count(settings.workers, ranks.local_size))
     empty = torch.zeros(0, 3, preprocess.size, preprocess.size)
     while True:
         share = islice(loaded, len(range(ranks.rank, B, ranks.size)))
-        pixels = [image for _, image in readable(share, unreadable, emit)]
-        yield torch.stack(pixels) if pixels else empty
+        images = list(readable(share, unreadable, emit))
+        pixels = torch.stack([image for _, image in images]) if images else empty
+        yield Batch(pixels, tuple(name for name, _ in images))
 
 
 def forget_mended(source: ImageSource, preprocess: Preprocessing, unreadable: dict[str, str]) -> None:

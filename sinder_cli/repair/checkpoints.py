@@ -1,7 +1,8 @@
 """Checkpoints: all that a run goes on from, bit for bit; safetensors and JSON only, whole or not at all.
 
 checkpoints/bases/HASH.safetensors     U, S, Vt of one target, written once: they never change
-checkpoints/step-000200/state.safetensors   ε and momentum of every touched target, recent images, random state
+checkpoints/step-000200/state.safetensors   ε and momentum of every touched target, what greedy steps have observed,
+                                            the ε of the guard's best state, recent images, random state
                         state.json          counters, names of unreadable images, the hash of each target's basis
                         manifest.json       SHA-256 of the two, written last
 checkpoints/torn-step-000300           one that was not whole, until the next is written
@@ -28,15 +29,21 @@ from sinder_cli.files import replacing_folder, require_writable_folder, sha256_o
 from sinder_cli.memory import is_out_of_memory
 from sinder_cli.repair.basis import SingularBasis
 from sinder_cli.repair.deltas import Deltas, Target, TargetState
-from sinder_cli.repair.loop import ANEW, DivergedError, Progress
+from sinder_cli.repair.greedy import Observed
+from sinder_cli.repair.loop import ANEW, Best, DivergedError, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KEPT = 2  # the newest; one may be torn
-COUNTED = ("steps", "images", "seconds", "nonfinite", "nonfinite_in_a_row", "proven")  # of the progress
+COUNTED = (  # of the progress
+    *("steps", "images", "seconds", "nonfinite", "nonfinite_in_a_row", "proven", "last_move", "last_look"),
+    *("clean_looks", "spoilt_looks", "idle_looks", "stopped"),
+)
+JUDGED = ("step", "outlying", "cls", "good", "marked")  # numbers of the guard's best state
 # what reading a checkpoint raises that is not what was written, whatever has become of it
 TORN = (BadInputError, NoInputError, FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError)
+OBSERVED = ("shares", "squares", "responses")  # tensors of what greedy steps have observed at a block
 STATE, COUNTERS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
 
@@ -184,6 +191,20 @@ class Checkpoints:
         for name in COUNTED:
             setattr(progress, name, stored.counters[name])
         progress.unreadable.update(stored.counters["unreadable"])
+        device = next(deltas.module.parameters()).device
+        progress.observed.by_block = {
+            int(block): Observed(
+                shares=stored.tensors[f"observed.{block}.shares"].to(device),
+                squares=stored.tensors[f"observed.{block}.squares"].to(device),
+                weight=numbers["weight"],
+                responses=stored.tensors[f"observed.{block}.responses"].to(device),
+                probes=numbers["probes"],
+            )
+            for block, numbers in stored.counters["observed"].items()
+        }
+        best = stored.counters["best"]
+        values = {name[5:]: tensor for name, tensor in stored.tensors.items() if name.startswith("best.")}
+        progress.best = None if best is None else Best(**best, deltas=values)
         progress.recent.clear()
         progress.recent.extend(stored.tensors["recent"].bool().tolist())
         torch.set_rng_state(stored.tensors["random.cpu"])
@@ -238,6 +259,10 @@ def _state_tensors(targets: list[Target], progress: Progress, cuda: torch.device
             raise DivergedError("the repair has diverged", f"the delta of {target.name} is not finite", ANEW)
         found[f"delta.{target.name}"] = target.delta.cpu()
         found[f"velocity.{target.name}"] = target.velocity.cpu()
+    for block, observed in progress.observed.by_block.items():
+        found |= {f"observed.{block}.{name}": getattr(observed, name).cpu() for name in OBSERVED}
+    if progress.best is not None:
+        found |= {f"best.{name}": delta.cpu() for name, delta in progress.best.deltas.items()}
     found["recent"] = torch.tensor(list(progress.recent), dtype=torch.uint8)
     found["random.cpu"] = torch.get_rng_state()
     if cuda is not None:
@@ -246,9 +271,15 @@ def _state_tensors(targets: list[Target], progress: Progress, cuda: torch.device
 
 
 def _counters(targets: list[Target], progress: Progress, hashes: dict[str, str]) -> dict[str, Any]:
+    best = progress.best
     return {
         **{name: getattr(progress, name) for name in COUNTED},
         "unreadable": progress.unreadable,
+        "observed": {
+            block: {"weight": observed.weight, "probes": observed.probes}
+            for block, observed in progress.observed.by_block.items()
+        },
+        "best": None if best is None else {name: getattr(best, name) for name in JUDGED},
         "blocks": sorted({target.block for target in targets}),
         "bases": {target.name: hashes[target.name] for target in targets},
     }

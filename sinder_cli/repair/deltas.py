@@ -117,6 +117,33 @@ class Deltas:
         for step in steps:
             step.target.delta, step.target.velocity = step.delta, step.velocity
 
+    @torch.no_grad()
+    def put(self, deltas: Mapping[str, Tensor]) -> None:
+        """Give targets, by name, another ε; where that fails, all ε are those of before, as in `descend`."""
+        chosen = [(target, deltas[target.name]) for target in self.touched if target.name in deltas]
+        for target, delta in chosen:
+            target.write(delta)
+        for target, delta in chosen:
+            target.delta = delta
+
+    def values(self) -> dict[str, Tensor]:
+        """A copy of every ε that is not zero, by target."""
+        return {target.name: target.delta.clone() for target in self.changed}
+
+    def put_back(self, values: Mapping[str, Tensor]) -> None:
+        """Give every target the ε that it has in `values`, or zero: the original bits where that is all."""
+        for target in self.touched:
+            target.delta = values.get(target.name, torch.zeros_like(target.delta)).to(target.delta)
+            target.velocity = torch.zeros_like(target.velocity)
+            if bool(target.delta.any()):
+                target.write()
+            else:
+                target.weight.copy_(target.original.to(target.weight.device))
+
+    def of_window(self, last: int, window: int) -> list[Target]:
+        """The targets of the window that ends at a block, in the order of their blocks; all are touched."""
+        return [target for block in range(max(0, last - window + 1), last + 1) for target in self.by_block[block]]
+
     def agree(self, touched: Sequence[Collection[int]], ranks: Ranks) -> None:
         """Touch all blocks that any rank has touched, as `touched` lists them by rank.
 

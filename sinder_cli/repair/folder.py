@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from sinder_cli.errors import BadInputError, CannotCreateError, ConflictError, NoInputError
 from sinder_cli.events import Emit, Warned, silent
 from sinder_cli.files import flush, output_error, remove_leftovers, require_writable_folder, write_json, write_text
-from sinder_cli.images.sources import ImageFiles, ImageSource
+from sinder_cli.images.sources import ImageSource, files_of
 from sinder_cli.repair.holding import held
 from sinder_cli.repair.imagelist import ListedImage, first_difference, read_list, write_list
 from sinder_cli.repair.sameness import differences, is_of_a_run, names_in
 
 if TYPE_CHECKING:
     from sinder_cli.repair.checkpoints import Checkpoints
-    from sinder_cli.repair.evaluation import Evaluation
+    from sinder_cli.repair.guard import Evaluation
     from sinder_cli.repair.loop import StepRecord
 
 
@@ -47,6 +47,10 @@ class RunFolder:
     @property
     def images(self) -> Path:
         return self.path / "images.jsonl"
+
+    @property
+    def outliers(self) -> Path:
+        return self.path / "outliers.json"
 
     @property
     def model(self) -> Path:
@@ -118,7 +122,7 @@ class RunFolder:
 
     def record(self, line: StepRecord | Evaluation) -> None:
         """Append one line to the metrics, or the evaluations. Raises `StorageError` where the disk is full."""
-        from sinder_cli.repair.evaluation import Evaluation
+        from sinder_cli.repair.guard import Evaluation
 
         path = self.evaluations if isinstance(line, Evaluation) else self.metrics
         try:
@@ -172,7 +176,7 @@ class RunFolder:
         try:
             if self.checkpoints.folder.exists():
                 shutil.rmtree(self.checkpoints.folder)  # first: what is half removed must not look like the new run
-            for path in (self.evaluations, self.images, *self.written[:-1]):
+            for path in (self.evaluations, self.images, self.outliers, *self.written[:-1]):
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise output_error(self.path, error) from error
@@ -202,7 +206,7 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Remove what a killed process has left under temporary names."""
-        for path in (self.evaluations, self.images, *self.written):
+        for path in (self.evaluations, self.images, self.outliers, *self.written):
             remove_leftovers(path)
         self.checkpoints.sweep()
 
@@ -217,7 +221,7 @@ class RunFolder:
         if names_in(stored) != names_in(config):
             why = "its config.json is of another version of sinder"
             raise ConflictError(what, why, "use that version, or start anew with --force")
-        listed = source if isinstance(source, ImageFiles) and self.images.is_file() else None
+        listed = files_of(source) if source is not None and self.images.is_file() else None
         for name, was, now in differences(stored, config, images=listed is None):
             raise ConflictError(what, f"{name} was {was} and is {now}", remedy)
         if listed and (difference := first_difference(read_list(self.images), listed, emit)):

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sinder_cli.backbone.describe import Backbone
-from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask
+from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask, defective_now, norm_ratios
+from sinder_cli.defects.targets import unsettled
 from sinder_cli.defects.tokens import patch_grid
 
 if TYPE_CHECKING:
@@ -88,17 +89,27 @@ def recorded(backbone: Backbone, module: nn.Module, block: int, tokens: Tensor, 
 
 @torch.no_grad()
 def first_defects(
-    backbone: Backbone, module: nn.Module, directions: Directions, images: Tensor, rule: DetectionRule, window: int
+    backbone: Backbone,
+    module: nn.Module,
+    directions: Directions,
+    images: Tensor,
+    rule: DetectionRule,
+    window: int,
+    known: Tensor | None = None,
 ) -> Iterator[BlockDefects]:
     """Run a batch `[B, 3, H, W]` block by block; an image leaves it at its first defective block.
 
-    An image whose tokens are not finite leaves it too, with nothing masked: its loss is NaN, and it is not clean.
-    The pass goes on when the next defects are asked for; whoever is done with a block of a window takes it out.
+    `known`, bool `[B, blocks, h, w]`, are tokens that the original marks: they stay defective until they have settled
+    among their neighbours. An image whose tokens are not finite leaves the batch too, with nothing masked: its loss is
+    NaN, and it is not clean. The pass goes on when the next defects are asked for; whoever is done with a block of a
+    window takes it out.
     """
     last = backbone.depth - 1
-    judged = {block for block in range(last) if rule.trusts(directions.gaps[block])} | {last}
+    by_norm = rule.norm_factor > 0 and rule.mark != "weights"
+    judged = {block for block in range(last) if by_norm or rule.trusts(directions.gaps[block])} | {last}
     earliest = min(judged) - window + 1  # of all windows
     tokens, context = backbone.embed(module, images)
+    start = norm_ratios(patch_grid(backbone, tokens, images).float().norm(dim=-1))
     behind: deque[Passed] = deque()
     for block in range(backbone.depth):
         if len(behind) == window:
@@ -112,17 +123,30 @@ def first_defects(
             del leaving  # so that its graph ends with `behind`
         if block not in judged:  # what is not finite stays so: the last block tells
             continue
-        logits = alignment_logits(patch_grid(backbone, tokens, images), directions.nu[block])
-        masks = defect_mask(logits, rule) & rule.trusts(directions.gaps[block])
+        patches = patch_grid(backbone, tokens, images)
+        logits = alignment_logits(patches, directions.nu[block])
+        predicted = defect_mask(logits, rule) & rule.trusts(directions.gaps[block])
+        masks = defective_now(norm_ratios(patches.float().norm(dim=-1)), start, predicted, rule)
+        if known is not None:
+            masks |= _still_defective(patches, masks, known[:, block])
         broken = ~logits.isfinite().flatten(1).all(dim=1)
         defective = (masks.flatten(1).sum(dim=1) >= rule.min_tokens) | broken  # [B]
         if not defective.any():
             continue
         found = BlockDefects(block, list(behind), tokens, logits, masks, defective, context)
         behind = deque(passed.of(~defective) for passed in behind)
-        tokens = tokens[~defective]
+        tokens, start = tokens[~defective], start[~defective]
+        known = None if known is None else known[~defective]
         if defective.float().mean() < RECORDED_SHARE:
             found = found.alone()
         yield found
         if not len(tokens):
             return
+
+
+def _still_defective(patches: Tensor, masks: Tensor, known: Tensor) -> Tensor:
+    """The known tokens that have not settled: patches `[B, h, w, N]`, masks and known bool `[B, h, w]` → the same."""
+    found = torch.zeros_like(known)
+    for image in known.flatten(1).any(dim=1).nonzero()[:, 0].tolist():
+        found[image] = unsettled(patches[image], masks[image] | known[image]) & known[image]
+    return found

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sinder_cli import __version__
 from sinder_cli.backbone.blocks import rows_of
@@ -15,8 +15,9 @@ from sinder_cli.backbone.storing import stored_as, write_safetensors
 from sinder_cli.backbone.weights import Weights
 from sinder_cli.images.sources import ImageSource
 from sinder_cli.repair.deltas import Deltas, Target
-from sinder_cli.repair.evaluation import Snapshot, cls_cosine
+from sinder_cli.repair.guard import Snapshot
 from sinder_cli.repair.resuming import call_of
+from sinder_cli.repair.scan import Scan
 from sinder_cli.repair.settings import WITHOUT_EFFECT, RepairSettings
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def run_config(
     source: ImageSource,
     places: Sequence[str],
     device: str,
+    given: int,
 ) -> dict[str, Any]:
     """`config.json`: how it was called, resolved settings, versions, fingerprints of weights and list of images."""
     import torch
@@ -59,7 +61,7 @@ def run_config(
         "revision": request.revision,
         "attention": "sdpa" if request.attention == "auto" else request.attention,
         "weights": {"source": backbone.weights.source.label, "fingerprint": backbone.weights.fingerprint()},
-        "images": {"count": len(source), "fingerprint": source.fingerprint()},
+        "images": {"count": len(source), "given": given, "fingerprint": source.fingerprint()},
         "settings": settings.model_dump(),
         "device": device.partition(":")[0],  # which of several does not matter
         "threads": torch.get_num_threads(),
@@ -67,10 +69,38 @@ def run_config(
     }
 
 
+VerdictWord = Literal["healthy", "repaired", "improved", "not improved"]
+
+
+def verdict_of(scan: Scan, before: Snapshot, after: Snapshot, changed: bool) -> VerdictWord:
+    """What came of a repair, by the outlying tokens of the guard's images at any block.
+
+    A state in which cls or good tokens are spoilt is never kept (`Fidelity.holds`).
+    """
+    if scan.healthy:
+        return "healthy"
+    if not changed or after.left >= before.left:
+        return "not improved"
+    return "improved" if after.left else "repaired"
+
+
+def stop_reason(scan: Scan, after: Snapshot, progress: Progress, settings: RepairSettings) -> str:
+    """Why no further step was taken, as `summary.json` has it."""
+    if scan.healthy:
+        return "healthy"
+    if progress.stopped:
+        return progress.stopped
+    if progress.density < settings.stop_density:
+        return "max_steps"
+    return "no_gain" if after.left else "clean"
+
+
 def run_summary(
     backbone: Backbone,
     before: Snapshot,
     after: Snapshot,
+    scan: Scan,
+    also_trained: int,
     progress: Progress,
     deltas: Deltas,
     settings: RepairSettings,
@@ -78,22 +108,37 @@ def run_summary(
 ) -> dict[str, Any]:
     """`summary.json`, but for the seconds that the run took."""
     changed = deltas.changed
+    to_original = after.fidelity("original")
     return {
         "model": backbone.name,
+        "verdict": verdict_of(scan, before, after, bool(changed)),
+        "recipe": settings.recipe,
         "defects": {"before": before.defects(), "after": after.defects()},
-        "cls_cosine": cls_cosine(before, after),
-        "tapped": "residual stream after the last block, before the final norm",
-        "evaluation_images": len(before.norms),
-        "held_out": settings.eval_every > 0,
+        "fidelity": {
+            "to_inpainted": {"before": before.fidelity().as_dict(), "after": after.fidelity().as_dict()},
+            "to_original": to_original.as_dict(),
+            "floor": settings.min_fidelity,
+        },
+        "cls_cosine": to_original.cls,
+        "tapped": "residual stream after each block, before the final norm; cosines: after the last block",
+        "evaluation_images": before.norms.shape[1],
+        "also_trained": also_trained,
+        "scan": {
+            "images": len(scan.images),
+            "defective_images": sum(bool(image.blocks) for image in scan.images),
+            "tokens": scan.tokens,
+            "blocks": [asdict(block) for block in scan.blocks],
+        },
         "steps": progress.steps,
+        "best_step": progress.best.step if progress.best else None,
         "images": progress.images,
         "skipped_images": len(progress.unreadable),
         "skipped_steps": progress.nonfinite,
         "changed_weights": len(changed),
-        "trained_values": sum(len(target.delta) for target in changed),
+        "trained_values": sum(int(target.delta.count_nonzero()) for target in changed),
         "clean_share": progress.density,
-        "stopped_by": "density" if progress.density >= settings.stop_density else "max_steps",
-        "data": config["images"] | {"places": config["call"]["data"]},  # none: drawn by the model
+        "stopped_by": stop_reason(scan, after, progress, settings),
+        "data": config["images"] | {"places": config["call"]["data"]},  # none: drawn
         "settings": {name: value for name, value in config["settings"].items() if name not in WITHOUT_EFFECT},
     }
 

@@ -1,9 +1,9 @@
-"""A repair from what it starts from to its run directory: prepared, stepped, looked at, and written, in that order."""
+"""A repair from what it starts from to its run directory: looked at, stepped, judged, and written, in that order."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,25 +11,29 @@ from typing import TYPE_CHECKING, Any
 from sinder_cli.backbone.describe import Backbone
 from sinder_cli.backbone.device import exact_device
 from sinder_cli.backbone.opening import load_module
+from sinder_cli.defects.detection import DetectionRule
 from sinder_cli.defects.prediction import predict
+from sinder_cli.defects.tokens import in_precision
 from sinder_cli.events import Emit, Finished, Noted, Started, Warned
 from sinder_cli.files import write_json
-from sinder_cli.images.choosing import Division, divided
+from sinder_cli.images.choosing import sampled
+from sinder_cli.images.loading import load_in_order, readable, require_some
 from sinder_cli.images.preprocessing import Preprocessing
-from sinder_cli.images.sources import ImageFiles, ImageSource, SomeImages
+from sinder_cli.images.sources import ImageSource, SomeImages, files_of
 from sinder_cli.memory import told_when_it_runs_out
 from sinder_cli.ranks import Ranks
 from sinder_cli.repair.adapter import write_adapter
 from sinder_cli.repair.basis import SingularBasis, singular_basis
 from sinder_cli.repair.batches import forget_mended, require_readable
 from sinder_cli.repair.deltas import Deltas
-from sinder_cli.repair.evaluation import SAMPLES, Snapshot, evaluate, evaluation_images, take_snapshot
 from sinder_cli.repair.folder import RunFolder
 from sinder_cli.repair.forward import Directions
+from sinder_cli.repair.guard import SAMPLES, Evaluation, Guard, Snapshot, guard_size, guarded
 from sinder_cli.repair.imagelist import listed_images
 from sinder_cli.repair.loop import (
     ANEW,
     DivergedError,
+    Known,
     Progress,
     StepRecord,
     density_window,
@@ -37,6 +41,7 @@ from sinder_cli.repair.loop import (
     size_of_step,
 )
 from sinder_cli.repair.results import RepairResult, run_summary, write_model
+from sinder_cli.repair.scan import ImageOutliers, Scan, rarest_first, scan
 from sinder_cli.repair.session import checkpointed, restored, saved_if_it_fails
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.stopping import Stop
@@ -55,28 +60,40 @@ class Start:
     settings: RepairSettings
     device: str
     config: dict[str, Any]
+    given: int  # images of the source that the user named, which come first; the others are drawn
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A backbone ready to be looked at and stepped: directions from the weights, the module, no deltas yet."""
+
+    start: Start
+    directions: Directions
+    module: nn.Module
+    deltas: Deltas
+    emit: Emit
+    ranks: Ranks
 
 
 @dataclass(frozen=True)
 class Repair:
     """A repair in memory, ready for its next step."""
 
-    start: Start
-    training: ImageSource
-    samples: dict[str, Tensor]  # evaluation images `[3, H, W]` by name; those of rank 0 alone
-    directions: Directions
-    module: nn.Module
-    deltas: Deltas
+    prepared: Prepared
+    scan: Scan
+    training: ImageSource  # what steps are taken on; without an image where there is nothing to repair
+    guard: Guard | None  # on rank 0
+    also_trained: int  # images of the guard that are trained on, since no other shows a defect
     progress: Progress
-    emit: Emit
-    ranks: Ranks
 
-    def look(self, phase: str) -> Snapshot:
-        """The evaluation images as the module shows them now."""
-        start, images = self.start, list(self.samples.values())
-        return take_snapshot(
-            start.backbone, self.module, images, start.settings.batch_size, start.device, self.emit, phase
-        )
+    @property
+    def known(self) -> Known | None:
+        """The tokens that the original marks in an image, by its name; None for a rule that knows no norms."""
+        settings, depth = self.prepared.start.settings, self.prepared.start.backbone.depth
+        if settings.norm_factor == 0 or settings.visit == "all":
+            return None
+        images = self.scan.by_name
+        return lambda name: images[name].marks(depth)
 
 
 def run_repair(
@@ -87,103 +104,201 @@ def run_repair(
     if resume and ranks.writes:
         folder.require_same(start.config, start.source, emit)
     with told_when_it_runs_out(*size_of_step(start.preprocess, start.settings)):
-        repair = prepared(start, emit, ranks)
-        before = _original(repair) if ranks.writes else None
+        repair = ready(prepared(start, emit, ranks), folder, resume)
         _go_on_or_begin(repair, folder, resume)
         earlier = repair.progress.seconds
-        after = _repaired(repair, folder, before, stop)
-        if before is None or after is None:
+        after = _repaired(repair, folder, stop)
+        if after is None or repair.guard is None:
             return None
-        return _written(repair, folder, before, after, lambda: earlier + time.monotonic() - began)
+        return _written(repair, folder, repair.guard, after, lambda: earlier + time.monotonic() - began)
 
 
 def prepared(
     start: Start, emit: Emit, ranks: Ranks, decompose: Callable[[Tensor], SingularBasis] = singular_basis
-) -> Repair:
-    """Everything up to the first step: images to look at, directions from the weights, the module, no deltas yet."""
+) -> Prepared:
+    """Everything that needs no image: directions from the weights, the module, no deltas yet."""
     settings, backbone = start.settings, start.backbone
-    division = divided(len(start.source), settings.eval_images, held_out=settings.eval_every > 0)
-    training = SomeImages(start.source, division.training)
-    progress = Progress(density_window(len(training)))
-    samples = _samples(start, division, progress, emit) if ranks.writes else {}
     device = exact_device(start.device)
     prediction = ranks.once(lambda: predict(backbone, ("cumulative",), emit, device))
     directions = Directions(prediction.directions().to(start.device), prediction.gaps())
-    if not any(gap >= settings.min_gap for gap in directions.gaps):
+    by_weights = settings.mark == "weights" or settings.norm_factor == 0
+    if by_weights and not any(gap >= settings.min_gap for gap in directions.gaps):
         emit(Warned(f"no direction is determined (σ₁/σ₂ < {settings.min_gap} in every block): none can be defective"))
     module = load_module(backbone, start.device)
     deltas = Deltas(backbone, module, emit, settings.offload, decompose=decompose)
-    return Repair(start, training, samples, directions, module, deltas, progress, emit, ranks)
+    return Prepared(start, directions, module, deltas, emit, ranks)
 
 
-def _samples(start: Start, division: Division, progress: Progress, emit: Emit) -> dict[str, Tensor]:
-    images = evaluation_images(start.source, start.preprocess, division.evaluation, progress.unreadable, emit)
-    require_readable(start.source, progress.unreadable, start.settings.strict)
-    return images
+def ready(prepared: Prepared, folder: RunFolder, resume: bool) -> Repair:
+    """Look at the original, or read what an earlier process saw, and choose images to train on and to be judged on."""
+    start, ranks = prepared.start, prepared.ranks
+    settings, source = start.settings, start.source
+    unreadable: dict[str, str] = {}
+    chosen = sampled(len(source), settings.scan_images, settings.seed)
+    if len(chosen) < len(source):
+        prepared.emit(Noted(f"looking at {len(chosen):,} of {len(source):,} images (--scan-images)"))
+    if ranks.once(lambda: resume and folder.outliers.is_file()):
+        found = ranks.once(lambda: Scan.read(folder.outliers))
+    else:
+        found = _scanned(prepared, chosen, unreadable)
+    index_of = {source.name(index): index for index in chosen}
+    images = [image for image in found.images if image.name in index_of]
+    indices = [index_of[image.name] for image in images]
+    guard_indices, also = _guard_indices(start, found, images, indices)
+    held = set(guard_indices) - set(also)
+    if found.healthy:
+        training: Sequence[int] = ()
+    elif settings.visit == "all":
+        training = [index for index in range(len(source)) if index not in held]
+    else:
+        pairs = [(image, at) for image, at in zip(images, indices, strict=True) if image.blocks and at not in held]
+        training = rarest_first([image for image, _ in pairs], [at for _, at in pairs])
+    progress = Progress(density_window(len(training), settings), unreadable=unreadable)
+    guard = _guard(prepared, guard_indices, progress) if ranks.writes else None
+    if also:
+        prepared.emit(Noted("the one image with a defect is trained on and judged on: more images would tell more"))
+    return Repair(prepared, found, SomeImages(source, training), guard, len(also), progress)
 
 
-def _original(repair: Repair) -> Snapshot:
-    before = repair.look("looking at the original")
-    before.require_finite("the backbone is broken", "give other weights")
-    return before
+def _scanned(prepared: Prepared, chosen: Sequence[int], unreadable: dict[str, str]) -> Scan:
+    start = prepared.start
+    found = scan(
+        start.backbone,
+        prepared.module,
+        prepared.directions,
+        start.source,
+        start.preprocess,
+        chosen,
+        start.settings,
+        unreadable,
+        prepared.emit,
+        prepared.ranks,
+    )
+    require_some(len(found.images), len(unreadable))
+    require_readable(start.source, unreadable, start.settings.strict)
+    return found
+
+
+def _guard_indices(
+    start: Start, found: Scan, images: Sequence[ImageOutliers], indices: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """The images of the guard, by index in the source; and those of them that are trained on too, for want of others.
+
+    They are images that the user gave, if there are two or more of them.
+    """
+    offered = [(image, at) for image, at in zip(images, indices, strict=True) if at < start.given]
+    if guard_size(len(offered), start.settings.eval_images) == 0:
+        offered = list(zip(images, indices, strict=True))
+    size = guard_size(len(offered), start.settings.eval_images)
+    places = guarded([image.kind for image, _ in offered], size)
+    chosen = [offered[place][1] for place in places]
+    if found.healthy:
+        return chosen or list(indices[:1]), []
+    shown = {at for image, at in zip(images, indices, strict=True) if image.blocks}
+    if shown & set(chosen):
+        return chosen, []
+    also = sorted(shown)[:1]
+    return [*chosen, *also], also
+
+
+def _guard(prepared: Prepared, indices: Sequence[int], progress: Progress) -> Guard:
+    """The guard, and what the original makes of its images. Raises `BadInputError` where one is not finite."""
+    start = prepared.start
+    settings = start.settings
+    loaded = load_in_order(start.source, start.preprocess, indices)
+    images = dict(readable(loaded, progress.unreadable, prepared.emit))
+    require_some(len(images), len(progress.unreadable))
+    guard = Guard(
+        backbone=in_precision(start.backbone, settings.dtype, settings.tf32),
+        module=prepared.module,
+        directions=prepared.directions,
+        rule=DetectionRule.of(settings),
+        images=images,
+        batch_size=settings.batch_size,
+        device=start.device,
+        emit=prepared.emit,
+    )
+    guard.remember()
+    guard.before.require_finite("the backbone is broken", "give other weights")
+    return guard
 
 
 def _go_on_or_begin(repair: Repair, folder: RunFolder, resume: bool) -> None:
     """Restore the newest checkpoint of the run in the folder, or put a new run there."""
-    start, progress, emit = repair.start, repair.progress, repair.emit
-    goes_on = resume and restored(folder.checkpoints, repair.deltas, progress, emit, repair.ranks)
+    start, progress, emit, ranks = repair.prepared.start, repair.progress, repair.prepared.emit, repair.prepared.ranks
+    goes_on = resume and restored(folder.checkpoints, repair.prepared.deltas, progress, emit, ranks)
     if goes_on:
         forget_mended(start.source, start.preprocess, progress.unreadable)
         emit(Noted(f"going on after step {progress.steps}"))
-    if repair.ranks.writes:
+    if ranks.writes:
         if not goes_on:
-            files = start.source if isinstance(start.source, ImageFiles) else None
+            files = files_of(start.source)
             config = folder.read_config() if resume else start.config  # as it was begun, without a checkpoint yet
             folder.begin(config, listed_images(files, emit) if files else ())
+            repair.scan.write(folder.outliers)
         folder.write_sidecars(start.backbone.sidecars)
         folder.forget_after(progress.steps)
 
 
-def _repaired(repair: Repair, folder: RunFolder, before: Snapshot | None, stop: Stop) -> Snapshot | None:
-    """Take the steps and look at what they made, on rank 0; of a repair that diverges, the last good state stays."""
+def _repaired(repair: Repair, folder: RunFolder, stop: Stop) -> Snapshot | None:
+    """Take the steps, put the best state back, and look at it, on rank 0; of a repair that diverges, it stays too."""
+    deltas, progress = repair.prepared.deltas, repair.progress
     try:
-        _take_steps(repair, folder, before, stop)
-        if before is None:
-            return None
-        after = repair.look("looking at the repaired")
-        after.require_finite("the repair has diverged", ANEW, DivergedError)
+        if len(repair.training):
+            _take_steps(repair, folder, stop)
     except DivergedError:
-        if repair.ranks.writes:
-            folder.checkpoints.forget_after(repair.progress.proven)
+        if repair.prepared.ranks.writes:
+            folder.checkpoints.forget_after(progress.proven)
         raise
+    deltas.put_back(progress.best.deltas if progress.best else {})
+    if repair.guard is None:
+        return None
+    after = repair.guard.look()
+    after.require_finite("the repair has diverged", ANEW, DivergedError)
     return after
 
 
-def _take_steps(repair: Repair, folder: RunFolder, before: Snapshot | None, stop: Stop) -> None:
-    """Step until the images are clean or the steps used up, recording each, and looking where that is due."""
-    start, progress, emit, ranks = repair.start, repair.progress, repair.emit, repair.ranks
-    backbone, settings = start.backbone, start.settings
-    images = list(repair.samples.values())
-    checkpoints = folder.checkpoints
+def _take_steps(repair: Repair, folder: RunFolder, stop: Stop) -> None:
+    """Step until the images are clean, the guard says stop, or the steps are used up, recording each."""
+    ready, progress = repair.prepared, repair.progress
+    start, emit, ranks = ready.start, ready.emit, ready.ranks
+    settings, checkpoints = start.settings, folder.checkpoints
 
     def save() -> None:
         if ranks.writes:
             folder.flush_lines()
-            checkpoints.write(repair.deltas, progress)
+            checkpoints.write(ready.deltas, progress)
+
+    def look() -> None:
+        """Have the guard judge a state that it has not seen, and keep the best."""
+        if progress.last_look >= progress.last_move:
+            return
+        evaluation = ranks.once(lambda: _evaluation(repair))
+        progress.judge(evaluation, ready.deltas.values())
+        if ranks.writes:
+            folder.record(evaluation)
+        emit(evaluation)
 
     def tell(record: StepRecord) -> None:
-        if before is not None:
+        if ranks.writes:
             folder.record(record)
         emit(record)
-        if before is not None and settings.eval_every and record.step % settings.eval_every == 0:
-            evaluation = evaluate(
-                record.step, backbone, repair.module, repair.directions, images, before, settings, start.device
-            )
-            folder.record(evaluation)
-            emit(evaluation)
+        if settings.eval_every and record.step % settings.eval_every == 0:
+            look()
 
+    if settings.eval_every and progress.steps and progress.steps % settings.eval_every == 0:
+        look()  # what an earlier process has not come to
     steps = repair_steps(
-        backbone, repair.directions, repair.deltas, repair.training, start.preprocess, settings, progress, emit, ranks
+        start.backbone,
+        ready.directions,
+        ready.deltas,
+        repair.training,
+        start.preprocess,
+        settings,
+        progress,
+        emit,
+        ranks,
+        repair.known,
     )
     emit(Started("repairing", settings.max_steps, "steps", progress.steps))
     with closing(checkpointed(steps, save, progress, settings, stop, emit, ranks)) as records:
@@ -191,18 +306,28 @@ def _take_steps(repair: Repair, folder: RunFolder, before: Snapshot | None, stop
             with saved_if_it_fails(save):
                 tell(record)
     emit(Finished("repairing"))
+    look()
+
+
+def _evaluation(repair: Repair) -> Evaluation:
+    """The guard's word on the state after the latest step."""
+    assert repair.guard is not None  # rank 0 has it
+    settings, progress = repair.prepared.start.settings, repair.progress
+    return repair.guard.evaluation(progress.steps, repair.guard.look(), settings.min_fidelity, progress.best)
 
 
 def _written(
-    repair: Repair, folder: RunFolder, before: Snapshot, after: Snapshot, seconds: Callable[[], float]
+    repair: Repair, folder: RunFolder, guard: Guard, after: Snapshot, seconds: Callable[[], float]
 ) -> RepairResult:
     """Write the repaired weights, the adapter, and last the summary, which says that the run has ended."""
-    start, deltas = repair.start, repair.deltas
+    start, deltas = repair.prepared.start, repair.prepared.deltas
     backbone, settings, config = start.backbone, start.settings, folder.read_config()  # as the run was begun
-    repair.emit(Noted(f"writing {folder.model}"))
+    repair.prepared.emit(Noted(f"writing {folder.model}"))
     write_model(folder.model, backbone.weights, deltas)
     write_adapter(folder.adapter, backbone.name, config["weights"]["fingerprint"], deltas, settings)
-    summary = run_summary(backbone, before, after, repair.progress, deltas, settings, config)
+    summary = run_summary(
+        backbone, guard.before, after, repair.scan, repair.also_trained, repair.progress, deltas, settings, config
+    )
     summary["seconds"] = round(seconds(), 3)
     write_json(folder.summary, summary)
     return RepairResult(
@@ -210,10 +335,10 @@ def _written(
         model=backbone.name,
         summary=summary,
         config=config,
-        before=before,
+        before=guard.before,
         after=after,
-        pictures=list(repair.samples.values())[:SAMPLES],
-        names=list(repair.samples)[:SAMPLES],
+        pictures=list(guard.images.values())[:SAMPLES],
+        names=list(guard.images)[:SAMPLES],
         mean=start.preprocess.mean,
         std=start.preprocess.std,
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from sinder_cli.defects.settings import DetectionSettings
+from sinder_cli.repair.recipes import RECIPES, Recipe
 
 LogName = Literal["tensorboard", "wandb"]
 
@@ -16,19 +17,53 @@ WITHOUT_EFFECT = frozenset({"workers", "checkpoint_every", "strict", "offload", 
 
 
 class RepairSettings(DetectionSettings):
-    """Defaults are the paper's (SINDER, section 5, and the authors' code) where it has the setting."""
+    """Defaults are those of the recipe `sinder`; another recipe changes the defaults of what is not given."""
 
-    max_steps: int = Field(30_000, ge=1, description="Steps at most; images are gone through again in a new order.")
-    lr: float = Field(0.005, gt=0, description="Learning rate of the singular values' deltas.")
-    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of the SGD.")
-    window: int = Field(10, ge=1, description="Blocks, ending at the first defective one, that a step may change.")
-    temperature: float = Field(0.1, gt=0, description="τ of the weights of a learning target.")
-    stop_density: float = Field(
-        0.75, gt=0, le=1, description="Stop when this share of the last 1000 images (or two passes) had no defect."
+    recipe: Recipe = Field("sinder", description="A named set of all values below: sinder, polyak, or paper.")
+    min_tokens: int = Field(1, ge=1, description="Defective tokens that make a block of an image defective.")
+    step: Literal["greedy", "polyak", "sgd"] = Field(
+        "greedy",
+        description="greedy: the one singular value that moves defective tokens most for what it moves the others; "
+        "polyak: all of the window, by Polyak's length; sgd: all, by lr and momentum.",
     )
-    eval_images: int = Field(32, ge=1, description="Images on which before and after are compared.")
-    eval_every: int = Field(
-        0, ge=0, description="Steps between two looks at the evaluation images, then held out of training; 0: none."
+    trust: float = Field(0.5, gt=0, le=1, description="Largest relative change of the singular values in a step.")
+    max_drift: float = Field(
+        0.05, gt=0, description="Largest movement of ordinary tokens in a greedy step, over their mean norm."
+    )
+    min_gain: float = Field(
+        3.0,
+        ge=0,
+        description="Movement of defective tokens over that of ordinary ones that makes a greedy step worth it.",
+    )
+    lr: float = Field(0.005, gt=0, le=1, description="Learning rate of the singular values' deltas, of sgd.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd.")
+    target: Literal["unmarked", "weighted"] = Field(
+        "unmarked", description="What defective tokens are drawn to: their unmarked neighbours, or the paper's average."
+    )
+    temperature: float = Field(0.1, gt=0, description="τ of the weights of the paper's average.")
+    window: int = Field(10, ge=1, description="Blocks, ending at the first defective one, that a step may change.")
+    visit: Literal["defective", "all"] = Field(
+        "defective", description="Images that steps are taken on: those that showed a defect before, or all."
+    )
+    scan_images: int = Field(
+        1000, ge=1, description="Images that are looked at before the first step, drawn by the seed."
+    )
+    max_steps: int = Field(1000, ge=1, description="Steps at most; images are gone through again in a new order.")
+    stop_density: float = Field(
+        1.0, gt=0, le=1, description="Stop when this share of the latest images had no defect that a step can help."
+    )
+    stop_images: int = Field(
+        64, ge=1, description="The latest images that this share is of; at most one pass (paper: two)."
+    )
+    eval_images: int | None = Field(
+        None, ge=1, description="Images of the guard, never trained on; default: a tenth, at least 4, at most 64."
+    )
+    eval_every: int = Field(5, ge=0, description="Steps between two looks at the guard; 0: only at the end.")
+    min_fidelity: float = Field(
+        0.95,
+        ge=0,
+        le=1,
+        description="Cosine to the inpainted original that cls and good tokens of the guard must keep.",
     )
     checkpoint_every: str = Field("10min", description="Steps, or minutes, between two checkpoints: 200, 10min.")
     offload: bool = Field(False, description="Keep U and V on the CPU between steps: less memory on the device.")
@@ -37,6 +72,20 @@ class RepairSettings(DetectionSettings):
         description="Stop at the first image that cannot be read; else above 1 %, or two broken from the start.",
     )
     log: tuple[LogName, ...] = Field((), description="Log the steps to a tracker as well; repeatable.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_recipe(cls, given: Any) -> Any:
+        """Under what is given lie the values of the recipe that is named."""
+        if not isinstance(given, dict) or given.get("recipe") not in RECIPES:
+            return given
+        return {**RECIPES[given["recipe"]], **given}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RepairSettings:
+        if self.norm_factor == 0 and self.mark == "norm":
+            raise ValueError("mark norm needs a norm_factor above 0")
+        return self
 
     @field_validator("checkpoint_every", mode="before")
     @classmethod

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,11 +11,9 @@ import torch
 from sinder_cli.events import Emit
 from sinder_cli.images.loading import skip_all
 from sinder_cli.ranks import Ranks
-from sinder_cli.repair.step import StepGradient
+from sinder_cli.repair.step import BlockGradient, StepGradient
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sinder_cli.repair.deltas import Deltas
 
 
@@ -22,8 +21,17 @@ if TYPE_CHECKING:
 class SharedStep:
     """One step of all ranks together."""
 
-    gradient: StepGradient  # of the mean loss of all defective images
+    gradient: StepGradient  # of all defective images
     images: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one rank tells the others of its images with one first defective block."""
+
+    losses: tuple[float, ...]
+    excess: float
+    probes: int
 
 
 @dataclass(frozen=True)
@@ -31,15 +39,21 @@ class _Told:
     """What one rank tells the others of its part of a batch."""
 
     images: int
-    losses: tuple[float, ...]
-    first_block: int | None
+    parts: dict[int, _Part]  # by first defective block
     masked_tokens: int
-    blocks: frozenset[int]
+    idle: tuple[float, ...]
+    blocks: frozenset[int]  # that it has touched
     unreadable: dict[str, str]
 
 
 def gathered(
-    local: StepGradient, images: int, unreadable: dict[str, str], deltas: Deltas, ranks: Ranks, emit: Emit
+    local: StepGradient,
+    images: int,
+    unreadable: dict[str, str],
+    deltas: Deltas,
+    window: int,
+    ranks: Ranks,
+    emit: Emit,
 ) -> SharedStep:
     """The step of the whole batch, from this rank's part.
 
@@ -48,32 +62,50 @@ def gathered(
     if ranks.size == 1:
         return SharedStep(local, images)
     touched = frozenset(target.block for target in deltas.touched)
-    told = ranks.every(_Told(images, local.losses, local.first_block, local.masked_tokens, touched, unreadable))
+    parts = {part.block: _Part(part.losses, part.excess, part.probes) for part in local.parts}
+    told = ranks.every(_Told(images, parts, local.masked_tokens, local.idle, touched, unreadable))
     skip_all([each.unreadable for each in told], unreadable, emit)
     deltas.agree([each.blocks for each in told], ranks)
-    losses = tuple(loss for each in told for loss in each.losses)
-    whole = replace(
-        local,
-        losses=losses,
-        gradients=_reduced(local, len(losses), deltas, ranks),
-        first_block=min((each.first_block for each in told if each.first_block is not None), default=None),
-        masked_tokens=sum(each.masked_tokens for each in told),
+    whole = StepGradient(
+        _reduced(local, told, deltas, window, ranks),
+        sum(each.masked_tokens for each in told),
+        tuple(loss for each in told for loss in each.idle),
     )
     return SharedStep(whole, sum(each.images for each in told))
 
 
-def _reduced(local: StepGradient, count: int, deltas: Deltas, ranks: Ranks) -> dict[str, Tensor]:
-    """∂L/∂ε of the mean over `count` images of all ranks, in one all-reduce; of the targets that any rank has."""
-    targets = deltas.touched
-    if not targets:
-        return {}
-    mean_to_sum = len(local.losses)
-    sums = [local.gradients.get(target.name, torch.zeros_like(target.delta)) * mean_to_sum for target in targets]
-    present = sums[0].new_tensor([target.name in local.gradients for target in targets])
-    flat = ranks.total(torch.cat([*sums, present]))
-    *parts, present = flat.split([len(part) for part in sums] + [len(targets)])
-    return {
-        target.name: part / max(count, 1)
-        for target, part, held in zip(targets, parts, present.tolist(), strict=True)
-        if held
-    }
+def _reduced(
+    local: StepGradient, told: Sequence[_Told], deltas: Deltas, window: int, ranks: Ranks
+) -> tuple[BlockGradient, ...]:
+    """The sums over all ranks, in one all-reduce; of the blocks that any rank found defective."""
+    mine = {part.block: part for part in local.parts}
+    blocks = sorted({block for each in told for block in each.parts})
+    targets_of = {block: deltas.of_window(block, window) for block in blocks}
+    rows = [
+        getattr(mine[block], kind).get(target.name, torch.zeros_like(target.delta))
+        if block in mine
+        else torch.zeros_like(target.delta)
+        for block in blocks
+        for kind in ("gradients", "responses")
+        for target in targets_of[block]
+    ]
+    if not rows:
+        return ()
+    sums = iter(ranks.total(torch.cat(rows)).split([len(row) for row in rows]))
+    parts = []
+    for block in blocks:
+        names = [target.name for target in targets_of[block]]
+        gradients, responses = ({name: next(sums) for name in names} for _ in range(2))
+        each = [one.parts[block] for one in told if block in one.parts]
+        probes = sum(one.probes for one in each)
+        parts.append(
+            BlockGradient(
+                block,
+                tuple(loss for one in each for loss in one.losses),
+                sum(one.excess for one in each),
+                gradients,
+                responses if probes else {},
+                probes,
+            )
+        )
+    return tuple(parts)

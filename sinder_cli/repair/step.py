@@ -10,7 +10,7 @@ No module is swapped and none is parametrized: any attention kernel, autocast an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,7 +25,7 @@ from sinder_cli.defects.detection import DetectionRule
 from sinder_cli.defects.tokens import in_precision, patch_grid
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.forward import BlockDefects, Directions, first_defects, recorded
-from sinder_cli.repair.objective import neighbour_loss
+from sinder_cli.repair.objective import average_loss, neighbour_loss, ordinary_loss, ordinary_scale
 from sinder_cli.repair.settings import RepairSettings
 
 if TYPE_CHECKING:
@@ -36,20 +36,58 @@ if TYPE_CHECKING:
 LOSS_SCALES = {"float16": 2.0**12}
 
 
-@dataclass(frozen=True)
-class StepGradient:
-    """What one batch says: the loss of each defective image, ∂L/∂ε by target, and where the defects were."""
+PROBES = 4  # random directions by which the first step at a block measures what moves ordinary tokens; one later
 
-    losses: tuple[float, ...]
-    gradients: dict[str, Tensor]  # of the mean loss of the defective images
-    first_block: int | None
-    masked_tokens: int
+
+@dataclass(frozen=True)
+class BlockGradient:
+    """What the images of a batch say whose first defective block is `block`; by target, in ε."""
+
+    block: int
+    losses: tuple[float, ...]  # of each image
+    excess: float  # the sum of the losses, less what ordinary tokens have
+    gradients: dict[str, Tensor]  # ∂(sum of losses)/∂ε, `[r]` each
+    responses: dict[str, Tensor]  # sum over the probes of (∂(ordinary tokens · probe)/∂ε)², `[r]` each
+    probes: int
 
     @property
     def finite(self) -> bool:
         """Whether neither loss nor gradient has a NaN or an infinity."""
-        sums = [gradient.sum() for gradient in self.gradients.values()]  # one look at the device, not one a target
+        sums = [part.sum() for each in (self.gradients, self.responses) for part in each.values()]
         return all(map(math.isfinite, self.losses)) and (not sums or math.isfinite(torch.stack(sums).sum().item()))
+
+
+@dataclass(frozen=True)
+class StepGradient:
+    """What one batch says, by first defective block."""
+
+    parts: tuple[BlockGradient, ...] = ()
+    masked_tokens: int = 0
+    idle: tuple[float, ...] = ()  # losses of defective images whose gradient is not worth its cost
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """The loss of each defective image that has a gradient."""
+        return tuple(loss for part in self.parts for loss in part.losses)
+
+    @property
+    def first_block(self) -> int | None:
+        """The first defective block of these images."""
+        return min((part.block for part in self.parts), default=None)
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """∂/∂ε of the mean loss of the defective images, by target."""
+        sums: dict[str, Tensor] = {}
+        for part in self.parts:
+            for name, gradient in part.gradients.items():
+                sums[name] = sums[name] + gradient if name in sums else gradient
+        return {name: total / len(self.losses) for name, total in sums.items()}
+
+    @property
+    def finite(self) -> bool:
+        """Whether neither loss nor gradient has a NaN or an infinity."""
+        return all(part.finite for part in self.parts)
 
 
 @torch.no_grad()
@@ -60,25 +98,68 @@ def step_gradient(
     deltas: Deltas,
     images: Tensor,
     settings: RepairSettings,
+    known: Tensor | None = None,
+    probes: Probes | None = None,
+    worth: Callable[[int, float], bool] = lambda _block, _excess: True,
 ) -> StepGradient:
-    """The projected gradient of a batch `[B, 3, H, W]`: the mean over its defective images, each in its own window."""
+    """The projected gradient of a batch `[B, 3, H, W]`, each image in its own window.
+
+    `known` are the tokens that the original marks, bool `[B, blocks, h, w]`. `probes` draws the random directions of
+    ordinary tokens whose responses a greedy step needs. `worth` says of a block and the mean excess of its losses
+    whether a gradient is needed.
+    """
     running = in_precision(backbone, settings.dtype, settings.tf32)
     rule = DetectionRule.of(settings)
     scale = LOSS_SCALES.get(settings.dtype, 1.0)
-    losses: list[float] = []
-    sums: dict[str, Tensor] = {}
-    blocks: list[int] = []
+    parts: list[BlockGradient] = []
+    idle: list[float] = []
     masked = 0
     with _trained(backbone, module):
-        for found in first_defects(running, module, directions, images, rule, settings.window):
-            blocks.append(found.block)
+        for found in first_defects(running, module, directions, images, rule, settings.window, known):
             masked += int(found.masks[found.defective].sum())
-            values, gradient = _loss_gradient(running, found, images, settings, scale)
-            losses += values
-            for name, projected in _window_gradients(running, module, found, gradient, deltas, settings.tf32):
-                sums[name] = sums[name] + projected if name in sums else projected
-    gradients = {name: total / (len(losses) * scale) for name, total in sums.items()}
-    return StepGradient(tuple(losses), gradients, blocks[0] if blocks else None, masked)
+            losses, excess, seed = _loss_gradient(running, found, images, settings, scale)
+            if not worth(found.block, excess / len(losses)):
+                idle += losses
+                continue
+            seeds = [seed, *(probes.drawn(running, found, images) if probes else [])]
+            gradients: dict[str, Tensor] = {}
+            responses: dict[str, Tensor] = {}
+            for name, (gradient, *answers) in _window_gradients(running, module, found, seeds, deltas, settings.tf32):
+                gradients[name] = gradient / scale
+                if answers:
+                    responses[name] = torch.stack(answers).square().sum(dim=0)
+            parts.append(BlockGradient(found.block, tuple(losses), excess, gradients, responses, len(seeds) - 1))
+    return StepGradient(tuple(parts), masked, tuple(idle))
+
+
+@dataclass
+class Probes:
+    """Random signs for ordinary tokens, by Hutchinson's trick: E[(∂(x·r)/∂ε)²] = ‖∂x/∂ε‖² for r of independent signs.
+
+    What is drawn depends on the seed, the step and the rank alone.
+    """
+
+    generator: torch.Generator
+    measured: Collection[int]  # blocks that have been measured before
+
+    def drawn(self, backbone: Backbone, found: BlockDefects, images: Tensor) -> list[Tensor]:
+        """Seeds `[B, T, N]` of a backward pass: signs on unmarked patches and cls of the defective images.
+
+        Divided by the image's mean ordinary norm and by √(number of those tokens): a response is a mean square of
+        relative movements.
+        """
+        B, T, N = found.tokens.shape
+        ordinary = torch.ones(B, T, device=found.tokens.device)
+        ordinary[:, backbone.prefix_tokens :] = (~found.masks).flatten(1).float()
+        ordinary *= found.defective[:, None]
+        grids = patch_grid(backbone, found.tokens, images)
+        scales = torch.stack([ordinary_scale(grid, mask) for grid, mask in zip(grids, found.masks, strict=True)])
+        weights = ordinary / scales[:, None] / ordinary.sum().clamp_min(1).sqrt()  # [B, T]
+        count = 1 if found.block in self.measured else PROBES
+        return [
+            (torch.randint(0, 2, (B, T, N), generator=self.generator) * 2 - 1).to(found.tokens) * weights[..., None]
+            for _ in range(count)
+        ]
 
 
 @contextmanager
@@ -97,25 +178,31 @@ def _trained(backbone: Backbone, module: nn.Module) -> Iterator[None]:
 
 def _loss_gradient(
     backbone: Backbone, found: BlockDefects, images: Tensor, settings: RepairSettings, scale: float
-) -> tuple[list[float], Tensor]:
-    """The loss of each defective image, and scale · ∂(sum of losses)/∂tokens `[B, T, N]`, zero for other images."""
+) -> tuple[list[float], float, Tensor]:
+    """The loss of each defective image, their excess, and scale · ∂(sum of losses)/∂tokens `[B, T, N]`.
+
+    The gradient is zero for other images. The excess is what the losses have above those of ordinary tokens.
+    """
     tokens = found.tokens.detach().requires_grad_()
+    defective = found.defective.nonzero()[:, 0].tolist()
     with torch.enable_grad():
         grids = patch_grid(backbone, tokens, images)
-        losses = torch.stack(
-            [
-                neighbour_loss(grids[i], found.logits[i], found.masks[i], settings.kernel, settings.temperature)
-                for i in found.defective.nonzero()[:, 0].tolist()
-            ]
-        )
+        losses = torch.stack([_loss(grids[i], found.logits[i], found.masks[i], settings) for i in defective])
         (gradient,) = torch.autograd.grad(losses.sum() * scale, tokens)
-    return losses.tolist(), gradient
+    usual = sum(float(ordinary_loss(grids[i].detach(), found.masks[i])) for i in defective)
+    return losses.tolist(), float(losses.sum()) - usual, gradient
+
+
+def _loss(patches: Tensor, logits: Tensor, mask: Tensor, settings: RepairSettings) -> Tensor:
+    if settings.target == "weighted":
+        return neighbour_loss(patches, logits, mask, settings.kernel, settings.temperature)
+    return average_loss(patches, mask)
 
 
 def _window_gradients(
-    backbone: Backbone, module: nn.Module, found: BlockDefects, gradient: Tensor, deltas: Deltas, tf32: bool
-) -> Iterator[tuple[str, Tensor]]:
-    """∂/∂ε of each target of the window by name, given that of the window's output `[B, T, N]`.
+    backbone: Backbone, module: nn.Module, found: BlockDefects, seeds: list[Tensor], deltas: Deltas, tf32: bool
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """∂/∂ε of each target of the window by name, one for each gradient `[B, T, N]` of the window's output.
 
     Takes the window apart, so that the graph of a block is gone before the next one's is needed.
     """
@@ -131,9 +218,13 @@ def _window_gradients(
         targets = targets_of[passed.block]
         names = list(dict.fromkeys(target.ref.name for target in targets))
         sources = [module.get_parameter(name) for name in names]
-        with float32_products(tf32):
-            gradients = torch.autograd.grad(leaving, [*sources, *([entering] if found.window else [])], gradient)
-        gradient = gradients[-1]
-        by_name = dict(zip(names, gradients, strict=False))
-        for target in targets:
-            yield target.name, target.basis.project(rows_of(by_name[target.ref.name], target.ref))
+        projected: dict[str, list[Tensor]] = {target.name: [] for target in targets}
+        for at, seed in enumerate(seeds):
+            with float32_products(tf32):
+                inputs = [*sources, *([entering] if found.window else [])]
+                gradients = torch.autograd.grad(leaving, inputs, seed, retain_graph=at + 1 < len(seeds))
+            seeds[at] = gradients[-1]
+            by_name = dict(zip(names, gradients, strict=False))
+            for target in targets:
+                projected[target.name].append(target.basis.project(rows_of(by_name[target.ref.name], target.ref)))
+        yield from projected.items()

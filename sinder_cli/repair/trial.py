@@ -18,10 +18,11 @@ from sinder_cli.ranks import ALONE
 from sinder_cli.repair.basis import SingularBasis, blank_basis
 from sinder_cli.repair.batches import step_batches
 from sinder_cli.repair.forward import Directions
+from sinder_cli.repair.guard import guard_size
 from sinder_cli.repair.loop import size_of_step
-from sinder_cli.repair.run import Repair, Start, prepared
+from sinder_cli.repair.run import Prepared, Start, prepared
 from sinder_cli.repair.settings import RepairSettings
-from sinder_cli.repair.step import StepGradient, step_gradient
+from sinder_cli.repair.step import Probes, StepGradient, step_gradient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,11 +67,12 @@ def trial(start: Start, emit: Emit) -> Trial:
         return _tried(prepared(start, emit, ALONE, decompose=_nothing_decomposed), emit)
 
 
-def _tried(repair: Repair, emit: Emit) -> Trial:
+def _tried(repair: Prepared, emit: Emit) -> Trial:
     start = repair.start
     repair.deltas.emit = silent  # it would speak of decomposing
     directions, settings = repair.directions, start.settings
-    judged = [block for block, gap in enumerate(directions.gaps) if gap >= settings.min_gap]
+    by_norm = settings.norm_factor > 0 and settings.mark != "weights"
+    judged = [block for block, gap in enumerate(directions.gaps) if by_norm or gap >= settings.min_gap]
     blocks = _reachable(judged, settings.window)
     images = _first_images(repair, emit)
     emit(Noted("taking two steps that change nothing"))
@@ -82,11 +84,12 @@ def _tried(repair: Repair, emit: Emit) -> Trial:
     untouched = [ref for block, refs in references.items() if block not in repair.deltas.by_block for ref in refs]
     shapes = _shapes(repair, [ref for refs in references.values() for ref in refs])
     later = 0 if _waits_elsewhere(repair) else sum(map(_held_floats, _shapes(repair, untouched))) * FLOAT_BYTES
+    held = guard_size(min(len(start.source), settings.scan_images), settings.eval_images)
     return Trial(
         model=start.backbone.name,
         device=start.device,
-        training_images=len(repair.training),
-        evaluation_images=len(repair.samples),
+        training_images=len(start.source) - held,
+        evaluation_images=held,
         blocks=blocks,
         weights=len(shapes),
         values=sum(map(min, shapes)),
@@ -108,11 +111,11 @@ def _reachable(judged: Sequence[int], window: int) -> tuple[int, ...]:
     return tuple(sorted({block for last in judged for block in range(max(0, last - window + 1), last + 1)}))
 
 
-def _first_images(repair: Repair, emit: Emit) -> Tensor:
+def _first_images(repair: Prepared, emit: Emit) -> Tensor:
     """The first batch `[B, 3, H, W]` of which an image can be decoded, on the device."""
     start = repair.start
-    batches = step_batches(repair.training, start.preprocess, start.settings, 0, repair.progress.unreadable, emit)
-    return next(batch for batch in batches if len(batch)).to(start.device)
+    batches = step_batches(start.source, start.preprocess, start.settings, 0, {}, emit)
+    return next(batch.pixels for batch in batches if len(batch.pixels)).to(start.device)
 
 
 def _marked_late(
@@ -121,14 +124,17 @@ def _marked_late(
     """A rule under which the last block that can be defective is, and none before."""
     last = max(judged, default=-1)
     gaps = [math.inf if block == last else -math.inf for block in range(len(directions.gaps))]
-    marking = settings.model_copy(update={"mask_threshold": MARKING, "min_tokens": 1})
+    update = {"mask_threshold": MARKING, "min_tokens": 1, "norm_factor": 0.0, "mark": "weights"}
+    marking = settings.model_copy(update=update)
     return replace(directions, gaps=gaps), marking
 
 
-def _step(repair: Repair, images: Tensor, directions: Directions, settings: RepairSettings) -> TrialStep:
+def _step(repair: Prepared, images: Tensor, directions: Directions, settings: RepairSettings) -> TrialStep:
     backbone, module = repair.start.backbone, repair.module
+    probes = Probes(torch.Generator(), range(backbone.depth)) if settings.step == "greedy" else None
     seconds, gradient = _timed(
-        repair.start.device, lambda: step_gradient(backbone, module, directions, repair.deltas, images, settings)
+        repair.start.device,
+        lambda: step_gradient(backbone, module, directions, repair.deltas, images, settings, None, probes),
     )
     return TrialStep(round(seconds, 3), len(gradient.losses), gradient.first_block)
 
@@ -141,12 +147,12 @@ def _timed(device: str, step: Callable[[], StepGradient]) -> tuple[float, StepGr
     return time.monotonic() - began, gradient
 
 
-def _waits_elsewhere(repair: Repair) -> bool:
+def _waits_elsewhere(repair: Prepared) -> bool:
     """Whether bases wait in another memory than the one that is counted."""
     return repair.start.settings.offload and repair.start.device.startswith("cuda")
 
 
-def _shapes(repair: Repair, refs: Sequence[WeightRef]) -> list[tuple[int, int]]:
+def _shapes(repair: Prepared, refs: Sequence[WeightRef]) -> list[tuple[int, int]]:
     weights = (rows_of(repair.module.get_parameter(ref.name), ref) for ref in refs)
     return [(weight.shape[0], weight.shape[1]) for weight in weights]
 

@@ -14,12 +14,13 @@ from rich.text import Text
 
 from sinder_cli.backbone.registry import InstalledBackbone
 from sinder_cli.defects.rules import MIN_GAP
+from sinder_cli.report.analysis.facts import norm_factor
 from sinder_cli.report.repair import facts
 from sinder_cli.report.repair.trial import trial_facts
 from sinder_cli.report.wording import counted, degrees
 
 if TYPE_CHECKING:
-    from sinder_cli.analysis.records import Analysis, Distribution, Marked, Side, Verdict
+    from sinder_cli.analysis.records import Analysis, Distribution, Marked, Side
     from sinder_cli.conformance.records import Conformance
     from sinder_cli.defects.positions import PositionCheck
     from sinder_cli.defects.prediction import BlockSpectrum, Prediction
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 BARS = "▁▂▃▄▅▆▇█"
 FLAT = 0.05  # a logarithmic range under which all bars are of one height: 5 %
 OUTCOMES = {"passed": "green", "failed": "red", "not given": "yellow", "not run": "dim"}  # of a check, as a style
+VERDICTS = {"good": "green", "open": "yellow", "bad": "red", "none": ""}  # of a repair, as a style
 HEADINGS = {"attention": "attn", "mlp": "mlp", "block": "block", "cumulative": "cumul"}  # 80 columns hold no more
 
 
@@ -84,18 +86,21 @@ def _position_words(check: PositionCheck) -> str:
     )
 
 
-def analysis_table(analysis: Analysis, folder: Path | None = None) -> RenderableType:
-    """The verdict, the norm over blocks at a glance, what was found block by block, and where the files are."""
-    parts: list[RenderableType] = [_analysis_title(analysis), _side_table(analysis)]
+def analysis_table(analysis: Analysis, folder: Path | None = None, features: Path | None = None) -> RenderableType:
+    """The verdict, what a repair could change, the blocks in numbers and at a glance, and where the files are."""
+    factor = norm_factor(analysis)
+    parts: list[RenderableType] = [_analysis_title(analysis), _side_table(analysis, factor)]
     parts.append(_sparkline_words(analysis))
     if analysis.other and analysis.comparison:
         parts += ["", f"Against {analysis.other.model} ({analysis.other.weights}):"]
-        parts += [_comparison_table(analysis, analysis.other), _sparkline_words(analysis.other)]
-    parts += ["", *_verdict_words(analysis.model, analysis.verdict)]
+        parts += [_comparison_table(analysis, analysis.other, factor), _sparkline_words(analysis.other)]
+    parts += ["", *_verdict_words(analysis.model, analysis)]
     if analysis.other:
-        parts += _verdict_words(f"{analysis.other.model}, the second", analysis.other.verdict)
+        parts += _verdict_words(f"{analysis.other.model}, the second", analysis.other)
     if folder:
         parts.append(f"report: {folder / 'report.html'}, {counted(len(analysis.figures), 'figure')} beside it")
+    if features:
+        parts.append(f"features: {features}, {counted(analysis.images, 'file')}")
     return Group(*parts)
 
 
@@ -104,11 +109,12 @@ def _analysis_title(analysis: Analysis) -> str:
     return f"{analysis.model}, {counted(analysis.images, 'image')}{skipped}; norms before the final norm"
 
 
-def _verdict_words(model: str, verdict: Verdict) -> list[str]:
-    return [f"{model}: {verdict.sentence}", verdict.confidence]
+def _verdict_words(model: str, side: Side) -> list[str]:
+    words = [f"{model}: {side.verdict.sentence}", side.verdict.confidence]
+    return [*words, side.inpainting.sentence] if side.inpainting else words
 
 
-def _side_table(side: Side) -> Table:
+def _side_table(side: Side, factor: str) -> Table:
     """One row a block: norms of patch tokens, marked tokens, and the observed against the predicted direction."""
     table = _table("")
     table.padding = (0, 1, 0, 0)
@@ -116,7 +122,7 @@ def _side_table(side: Side) -> Table:
     registers = any(block.register_norm for block in side.blocks)
     threshold = any(block.marked["above_threshold"] for block in side.blocks)
     columns += ["register\nnorm"] if registers else []
-    columns += ["masked\n(eq. 5)", "> 3 ×\nmedian"] + (["above\nlimit"] if threshold else [])
+    columns += ["masked\n(eq. 5)", f"> {factor} ×\nmedian"] + (["above\nlimit"] if threshold else [])
     columns += ["σ₁/σ₂", "angle", "spread"]
     for name in columns:
         table.add_column(name, justify="right")
@@ -134,10 +140,10 @@ def _side_table(side: Side) -> Table:
     return table
 
 
-def _comparison_table(analysis: Analysis, other: Side) -> Table:
+def _comparison_table(analysis: Analysis, other: Side, factor: str) -> Table:
     """One row a block: both sides' largest norm and marked tokens, and how far their tokens agree."""
     table = _table("")
-    for name in ("block", "largest\nfirst", "norm\nsecond", "> 3 ×\nfirst", "median\nsecond", "masked\nfirst"):
+    for name in ("block", "largest\nfirst", "norm\nsecond", f"> {factor} ×\nfirst", "median\nsecond", "masked\nfirst"):
         table.add_column(name, justify="right")
     for name in ("(eq. 5)\nsecond", "cosine\npatch", "\ncls"):
         table.add_column(name, justify="right")
@@ -181,7 +187,7 @@ def _tokens(marked: Marked | None) -> str:
 
 
 def repair_table(result: RepairResult) -> RenderableType:
-    """Before and after, and where the run directory is."""
+    """The verdict, before and after, the blocks with outlying tokens, and where the run directory is."""
     verdict = facts.verdict(result)
     table = _table("")
     table.add_column("")
@@ -189,14 +195,34 @@ def repair_table(result: RepairResult) -> RenderableType:
     table.add_column("after", justify="right")
     for row in facts.comparison(result):
         table.add_row(row.name, row.before, row.after)
+    rows = [row for row in facts.block_rows(result) if row.stands_out]
     defects = result.summary["defects"]
     return Group(
-        f"{verdict.word}: {verdict.sentence}",
+        Text(f"{verdict.word}: {verdict.sentence}", VERDICTS[verdict.kind]),
+        *([verdict.advice] if verdict.advice else []),
         table,
+        Text("Good tokens are marked by the original at no block, marked ones at some block.", "dim"),
+        Text("Nearness to the original is no goal: outliers spoil its cls.", "dim"),
+        *([_repaired_blocks(rows)] if rows else []),
         f"run directory: {result.folder}",
-        f"defective tokens {defects['before']['tokens']} → {defects['after']['tokens']},"
+        f"outlying tokens {defects['before']['tokens']:,} → {defects['after']['tokens']:,},"
         f" report: {result.folder / 'report.html'}",
     )
+
+
+def _repaired_blocks(rows: Sequence[facts.BlockRow]) -> RenderableType:
+    """One row a block: its outlying tokens, its largest norm over the median, and what the weights say of them."""
+    table = _table("")
+    table.padding = (0, 1, 0, 0)
+    for name in ("block", "outlying\nbefore", "\nafter", "÷ median\nbefore", "\nafter", "seen\n"):
+        table.add_column(name, justify="right")
+    for name in ("along\nν", "angle\nto ν", "σ₁/σ₂\n", "predicted\n"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = [f"{row.before:,}", f"{row.after:,}", row.ratio_before, row.ratio_after, f"{row.seen:,}"]
+        table.add_row(str(row.block), *cells, row.along, row.angle, row.gap, row.predicted)
+    words = "seen: in all images of the first look; along ν: of these, marked by the predicted direction ν."
+    return Group("", table, Text(words, "dim"))
 
 
 def export_table(result: ExportResult) -> RenderableType:

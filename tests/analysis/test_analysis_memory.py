@@ -19,13 +19,13 @@ from sinder_cli.analysis.tokens import Subject
 SIDE = 70
 
 
-def drawn(count: int, seen: list[weakref.ref[Tensor]]) -> Iterator[Tensor]:
-    """Batches `[2, 3, H, W]` of changing shapes, made as they are asked for."""
+def drawn(count: int, seen: list[weakref.ref[Tensor]]) -> Iterator[tuple[list[str], Tensor]]:
+    """Named batches `[2, 3, H, W]` of changing shapes, made as they are asked for."""
     generator = torch.Generator().manual_seed(0)
     for at in range(count):
         batch = torch.randn(2, 3, SIDE, SIDE + 14 * (at % 3), generator=generator)
         seen.append(weakref.ref(batch))
-        yield batch
+        yield [f"{at} a", f"{at} b"], batch
 
 
 def held(root: Any, known: set[int] | None = None) -> tuple[int, int]:
@@ -44,7 +44,9 @@ def held(root: Any, known: set[int] | None = None) -> tuple[int, int]:
     return sum(size for size, _ in sizes), entries + sum(count for _, count in sizes)
 
 
-def collectors(monkeypatch: pytest.MonkeyPatch, subject: Subject, batches: Iterator[Tensor]) -> list[Any]:
+def collectors(
+    monkeypatch: pytest.MonkeyPatch, subject: Subject, batches: Iterator[tuple[list[str], Tensor]]
+) -> list[Any]:
     """Everything that a survey of two sides collects in."""
     made: list[Any] = []
     for name in ("BlockCollector", "PairCollector", "Moments"):
@@ -75,7 +77,7 @@ def test_what_is_collected_has_the_same_size_after_5_and_after_50_batches(
 def test_no_batch_is_kept_and_none_is_made_ahead(small: Subject) -> None:
     seen: list[weakref.ref[Tensor]] = []
 
-    def counted() -> Iterator[Tensor]:
+    def counted() -> Iterator[tuple[list[str], Tensor]]:
         for batch in drawn(12, seen):
             alive = sum(each() is not None for each in seen)
             assert alive <= 2  # this one, and the one that the survey lets go of when it takes this one

@@ -45,7 +45,7 @@ def surveyed(
     subjects: Sequence[Subject], images: Iterable[Tensor], batch_size: int = 2, components: bool = False, **given: Any
 ) -> Surveys:
     settings = AnalyzeSettings.model_validate({"device": "cpu", **given})
-    batches = (batch for _, batch in equal_shapes(enumerate(images), batch_size))
+    batches = equal_shapes(((f"{at}.png", image) for at, image in enumerate(images)), batch_size)
     return survey(subjects, batches, GRID, settings, "cpu", components)
 
 

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sinder_cli.repair.evaluation import Evaluation
 
 from sinder_cli.cli.logs import logged, logged_values
 from sinder_cli.errors import UnavailableError
 from sinder_cli.events import Noted, Warned
-from sinder_cli.repair.evaluation import Evaluation
 from sinder_cli.repair.loop import StepRecord
 from sinder_cli.repair.settings import WITHOUT_EFFECT, RepairSettings
 

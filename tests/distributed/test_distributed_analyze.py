@@ -76,7 +76,7 @@ def test_two_ranks_find_what_one_finds(
     settings = AnalyzeSettings(device="cpu", min_gap=0.0, norm_threshold=200.0)
 
     def surveyed(ranks: Ranks) -> Surveys | None:
-        images = (picture[None] for picture in ranks.share(pictures))
+        images = (([str(at)], pictures[at][None]) for at in ranks.share(range(len(pictures))))
         return survey(subjects[:sides], images, GRID, settings, "cpu", components=True, ranks=ranks)
 
     alone = surveyed(ALONE)
@@ -87,6 +87,7 @@ def test_two_ranks_find_what_one_finds(
     for mine, theirs in zip(alone.sides, first.sides, strict=True):
         assert_same([block.model_dump() for block in theirs.blocks], [block.model_dump() for block in mine.blocks])
         assert theirs.curves == mine.curves
+        assert_same(theirs.inpainting.model_dump(), mine.inpainting.model_dump() if mine.inpainting else None)
         seen = [block for block in range(len(mine.blocks)) if mine.blocks[block].observed]
         assert all(angle_between(theirs.observed[block], mine.observed[block]) < 1e-3 for block in seen)
         for shares, others in zip(mine.shares, theirs.shares, strict=True):
@@ -99,7 +100,7 @@ def test_two_ranks_find_what_one_finds(
 
 def test_a_rank_without_an_image_adds_nothing(subjects: list[Subject], pictures: list[Tensor], forked: Any) -> None:
     def surveyed(ranks: Ranks) -> Surveys | None:
-        images = (picture[None] for picture in ranks.share(pictures[:1]))
+        images = (([str(at)], pictures[at][None]) for at in ranks.share(range(1)))
         return survey(subjects[:1], images, GRID, AnalyzeSettings(device="cpu"), "cpu", ranks=ranks)
 
     first, _ = forked(surveyed).answers()

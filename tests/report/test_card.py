@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -20,13 +21,16 @@ def test_the_card_tells_what_was_repaired_how_and_on_what(make_result: MakeResul
     card = render_card(make_result())
     for words in (
         "# `demo_vit`, repaired",
-        "**Repaired:** tokens above 3 × the median norm 8 → 0 of 128 on 2 images.",
+        "**Repaired:** outlying tokens at any block 8 → 0 of 128 on 2 images never trained on; largest norm",
         "SINDER: Repairing the Singular Defects of DINOv2",
         "https://arxiv.org/abs/2407.16826",
         "5e" * 32,
         "a7" * 32,
-        "| Outlying tokens | 8 | 0 |",
-        "| `max_steps` | `30000` |",
+        "| Outlying tokens at any block | 8 | 0 |",
+        "| Recipe | sinder |",
+        "| State that is kept | after step 12 |",
+        "| `max_steps` | `1000` |",
+        "70.4 → 55.6 %",
         "sinder export run --to native --out model.pth",
         "title     = {SINDER: Repairing",
     ):
@@ -34,13 +38,15 @@ def test_the_card_tells_what_was_repaired_how_and_on_what(make_result: MakeResul
 
 
 def test_the_card_tells_where_the_images_come_from(make_result: MakeResult) -> None:
-    drawn, named = (" ".join(render_card(make_result(data=data)).split()) for data in ([], ["/a/photos", "-"]))
-    assert "64 images, without labels, drawn by the model itself; the list has the fingerprint `a7a7" in drawn
-    assert "64 images, without labels, from `/a/photos`, `standard input`; the list has the" in named
+    ways: list[dict[str, Any]] = [{}, {"data": ["/a/photos", "-"], "given": 64}, {"data": ["/a"], "given": 10}]
+    drawn, named, mixed = (" ".join(render_card(make_result(**how)).split()) for how in ways)
+    assert "64 images, all drawn by the program; labels are not used. The list has the fingerprint `a7a7" in drawn
+    assert "64 images; labels are not used. Given: `/a/photos`, `standard input`. The list has" in named
+    assert "64 images: 10 given, 54 drawn by the program; labels are not used. Given: `/a`. The list" in mixed
 
 
-def test_no_template_is_left_unrendered(make_result: MakeResult) -> None:
-    card = render_card(make_result())
+def test_no_template_is_left_unrendered(outcome: RepairResult) -> None:
+    card = render_card(outcome)
     assert not re.search(r"\{\{|\}\}|\{%|%\}|\{#|None|Undefined", card)
     assert "\n\n\n" not in card
 
@@ -65,7 +71,7 @@ def test_only_files_that_are_there_are_listed(make_result: MakeResult) -> None:
 
 def test_every_file_of_a_run_has_its_line(make_result: MakeResult) -> None:
     folder = RunFolder(make_result().folder)
-    places = (folder.config, folder.metrics, folder.model, folder.adapter, folder.summary, folder.report, folder.card)
+    places = (*folder.written, *folder.lines, folder.images, folder.outliers)
     assert {place.name for place in places} <= set(FILES)
 
 

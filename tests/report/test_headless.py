@@ -59,7 +59,7 @@ def test_a_browser_shows_all_of_an_analysis_and_loads_nothing(name: str, tmp_pat
 def test_a_browser_shows_all_of_a_repair_and_loads_nothing(make_result: MakeResult, seen: Look) -> None:
     page = render_repair_page(make_result(names=[LONG, "b.png"]))
     for width in WIDTHS:
-        require_faultless(seen(page, width), width, figures=13)
+        require_faultless(seen(page, width), width, figures=2 * 9 + 2 + 5)
 
 
 @pytest.mark.parametrize(

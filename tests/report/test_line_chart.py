@@ -27,10 +27,11 @@ def test_steps_are_counted_in_whole_numbers(largest: int) -> None:
 
 
 def test_points_lie_where_the_axes_say() -> None:
-    chart = line_chart([(0, 0), (50, 2), (100, 4)], "n", "x", "y", goal=4)
+    chart = line_chart([(0, 0), (50, 2), (100, 4)], "n", "x", "y", goal=4, kept=50)
     assert chart is not None
     assert chart.line == [(LEFT, BOTTOM), ((LEFT + RIGHT) / 2, (BOTTOM + TOP) / 2), (RIGHT, TOP)]
     assert chart.goal == TOP
+    assert chart.kept == (LEFT + RIGHT) / 2
     assert [tick.label for tick in chart.y_ticks] == ["0", "1", "2", "3", "4"]
 
 

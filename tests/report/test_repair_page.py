@@ -2,40 +2,176 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import math
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
+from conftest import DEPTH, OUTCOMES, WORST
 from html_page import Page
+from matplotlib import colormaps
+from PIL import Image
+from rich.console import Console
 
 from sinder_cli.repair.results import RepairResult
-from sinder_cli.report.repair.page import charts, render_repair_page
+from sinder_cli.report.repair import facts
+from sinder_cli.report.repair.card import render_card
+from sinder_cli.report.repair.line_chart import LEFT
+from sinder_cli.report.repair.page import charts, guard_charts, read_lines, render_repair_page
+from sinder_cli.report.repair.samples import samples_of
+from sinder_cli.report.tables import repair_table
 
 MakeResult = Callable[..., RepairResult]
 
 
+def text_of(result: RepairResult) -> str:
+    return Page(render_repair_page(result)).text
+
+
+def colour_of(result: RepairResult) -> str | None:
+    """The class of the verdict's word."""
+    return next(attributes["class"] for attributes in Page(render_repair_page(result)).all("b"))
+
+
 def test_the_page_opens_with_a_verdict_in_words(make_result: MakeResult) -> None:
-    text = Page(render_repair_page(make_result())).text
-    assert "Repaired: tokens above 3 × the median norm 8 → 0 of 128 on 2 images." in text
+    text = text_of(make_result())
+    assert "Repaired: outlying tokens at any block 8 → 0 of 128 on 2 images never trained on; largest norm" in text
     assert text.index("Repaired:") < text.index("Before and after")
 
 
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ({"before": 0, "changed": 0}, "Nothing to repair: no step changed a weight; no token stands out among 128"),
-        ({"before": 4, "after": 4, "changed": 0}, "no step changed a weight; 8 of 128 on 2 images have a norm above"),
-        ({"before": 4, "after": 2, "stopped_by": "max_steps"}, "Not finished: 4 tokens left ("),
-        ({"before": 4, "after": 2}, "Repaired for the most part: 4 tokens left ("),
-        ({"before": 2, "after": 4}, "Not repaired: 8 tokens left ("),
-        ({"before": 0}, "Repaired: no token stood out before or after, among 128 on 2 images."),
+        (OUTCOMES["healthy"], "Healthy: nothing was trained, and the weights are equal to the original's to the bit:"),
+        (OUTCOMES["improved"], "Improved: outlying tokens at any block 8 → 4 of 128 on 2 images never trained on;"),
+        (OUTCOMES["improved"], "Try a higher --max-steps (now 1,000), more images, or --mark norm."),
+        (OUTCOMES["not improved"], "Not improved: the steps spoilt cls or good tokens, so none of them is kept, and"),
+        (
+            OUTCOMES["not improved"],
+            "the weights are equal to the original's to the bit: outlying tokens at any block 8 of 128",
+        ),
+        (
+            {"changed": 0, "stopped_by": "no_gain"},
+            "no step led to fewer outlying tokens with cls and good tokens unspoilt",
+        ),
+        ({"changed": 0, "stopped_by": "no_gain"}, "Try a lower --min-gain (now 3), more images, or --mark norm."),
+        ({"changed": 0, "stopped_by": "fidelity"}, "Try smaller steps (lower --max-drift, now 0.05), more images,"),
+        ({"also_trained": 1}, "on 1 image never trained on and 1 also trained on, since no other shows a defect"),
+        ({"images": 1, "also_trained": 1}, "on 1 image, also trained on since no other shows a defect"),
+        (
+            {"changed": 0, "stopped_by": "max_steps", "recipe": "paper", "mark": "norm", "norm_factor": 3.0},
+            "Try a higher --max-steps (now 30,000), --recipe sinder, or more images.",
+        ),
     ],
 )
 def test_the_verdict_does_not_claim_more_than_happened(
-    make_result: MakeResult, how: dict[str, object], words: str
+    make_result: MakeResult, how: dict[str, Any], words: str
 ) -> None:
-    assert words in Page(render_repair_page(make_result(**how))).text
+    assert words in text_of(make_result(**how))
+
+
+def test_the_verdict_is_the_same_on_the_page_in_the_card_and_on_a_terminal(outcome: RepairResult) -> None:
+    verdict = facts.verdict(outcome)
+    said = f"{verdict.word}: {verdict.sentence}"
+    assert verdict.word.lower() == outcome.summary["verdict"]
+    page, card, terminal = text_of(outcome), " ".join(render_card(outcome).split()), printed(outcome)
+    assert said in page
+    assert said in card.replace("**", "")
+    assert said in terminal
+    for place in (page, card, terminal):
+        assert verdict.advice in place
+    assert bool(verdict.advice) == (outcome.summary["verdict"] in ("improved", "not improved"))
+
+
+def test_what_is_not_repaired_is_never_green(outcome: RepairResult) -> None:
+    kinds = {"healthy": "good", "repaired": "good", "improved": "open", "not improved": "bad"}
+    kind = kinds[outcome.summary["verdict"]]
+    assert facts.verdict(outcome).kind == colour_of(outcome) == kind
+    codes = {"good": "32", "open": "33", "bad": "31"}  # ANSI: green, yellow, red
+    assert f"\x1b[{codes[kind]}m{outcome.summary['verdict'].capitalize()}:" in printed(outcome, colours=True)
+    assert all(f"\x1b[{code}m" not in printed(outcome, colours=True) for code in {"31", "32", "33"} - {codes[kind]})
+
+
+def test_a_model_whose_high_norms_the_rule_does_not_count_is_called_healthy_without_green(
+    make_result: MakeResult,
+) -> None:
+    result = make_result(before=0, changed=0, steps=0, stopped_by="healthy", mark="weights")
+    result.summary["scan"]["blocks"][2]["max_ratio"] = 41.3
+    verdict = facts.verdict(result)
+    assert (verdict.kind, verdict.word) == ("none", "Healthy")
+    assert "largest norm 41.3 × the median (block 2)" in verdict.sentence
+    assert "Try --mark norm" in verdict.advice
+    assert verdict.advice in text_of(result)
+
+
+def test_a_healthy_model_is_said_to_be_untouched(make_result: MakeResult) -> None:
+    result = make_result(**OUTCOMES["healthy"])
+    page, card = text_of(result), render_card(result)
+    assert "No step was taken: nothing was trained." in page
+    assert "The original marks no token of these images at any block." in page
+    assert "register neurons" not in page
+    assert "# `demo_vit`, unchanged" in card
+    assert "Nothing was trained: there was nothing to repair." in card
+
+
+def test_the_tables_say_what_the_summary_says(make_result: MakeResult) -> None:
+    result = make_result(after=2, stopped_by="max_steps")
+    rows = {row.name: row for row in facts.comparison(result)}
+    before, after = (result.summary["defects"][side] for side in ("before", "after"))
+    assert rows["Outlying tokens at any block"][1:3] == (str(before["tokens"]), str(after["tokens"])) == ("8", "4")
+    assert rows["Images with an outlying token"][1:3] == ("2 of 2", "2 of 2")
+    assert rows["Largest norm ÷ median of its image"].before.endswith(f"(block {WORST})")
+    one, two = (result.summary["fidelity"]["to_inpainted"][side] for side in ("before", "after"))
+    for name, key in (
+        ("cls to the inpainted original, cosine", "cls"),
+        ("Good tokens to it, median cosine", "good"),
+        ("Good tokens to it, 1st percentile", "good_p01"),
+        ("Marked tokens to it, mean cosine", "marked"),
+    ):
+        assert rows[name][1:3] == (f"{one[key]:.4f}", f"{two[key]:.4f}")
+    original = rows["cls to the original, cosine (no goal)"]
+    assert original.after == f"{result.summary['cls_cosine']:.4f}"
+    assert "outliers spoil its cls" in original.note
+
+
+def test_each_block_has_a_row_with_what_the_weights_say_of_it(make_result: MakeResult) -> None:
+    rows = facts.block_rows(make_result(after=1, stopped_by="max_steps"))
+    assert [row.block for row in rows] == list(range(DEPTH))
+    assert [(row.before, row.after) for row in rows] == [(0, 0), (8, 2), (8, 2), (8, 2)]
+    assert [row.predicted for row in rows] == ["–", "yes", "no", "no"]
+    assert [row.along for row in rows] == ["–", "8 of 8", "0 of 8", "0 of 8"]
+    assert [row.angle for row in rows] == ["–", "12°", "72°", "72°"]
+    assert [row.gap for row in rows] == ["1.02*", "2.50", "2.50", "∞"]
+    assert [row.stands_out for row in rows] == [False, True, True, True]
+
+
+def test_marked_tokens_are_followed_and_new_outliers_are_not_hidden(make_result: MakeResult) -> None:
+    result = make_result(after=1, stopped_by="max_steps")
+    rows = {row.name: row for row in facts.marked_tokens(result)}
+    assert rows["Still outlying at some block"][1:3] == ("8 of 8", "2 of 8")
+    assert rows["With a cosine of 0.9 or more"].after == "6 of 8"
+    assert rows["Other tokens that are outlying"][1:3] == ("0 of 120", "0 of 120")
+    good = (~result.before.ever[0]).nonzero()[0].tolist()
+    result.after.outlying[0, 0, good[0], good[1]] = True
+    assert facts.marked_tokens(result)[-1].after == "1 of 120"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "or its norm is above 6 × the median, or it stays that high over two blocks"),
+        ({"mark": "norm", "norm_factor": 4.5}, "its norm is above 4.5 × the median of its image, and its share of the"),
+        ({"mark": "weights"}, "and equation (5) marks it with a direction that is determined."),
+        ({"recipe": "paper"}, "where equation (5) marks it, whatever its norm"),
+    ],
+)
+def test_the_page_states_the_rule_in_force(make_result: MakeResult, settings: dict[str, Any], words: str) -> None:
+    assert words in text_of(make_result(stopped_by="max_steps", after=2, **settings))
 
 
 def test_nothing_on_the_page_loads_anything(make_result: MakeResult) -> None:
@@ -52,19 +188,64 @@ def test_nothing_on_the_page_loads_anything(make_result: MakeResult) -> None:
 
 def test_every_picture_is_inside_the_page_and_told_in_words(make_result: MakeResult) -> None:
     pictures = Page(render_repair_page(make_result())).all("img")
-    assert len(pictures) == 2 * 5 + 1
+    assert len(pictures) == 2 * (1 + 2 * 4) + 2  # the image, four maps before and after, and two scales
     for picture in pictures:
         assert (picture["src"] or "").startswith("data:image/")
         assert len(picture["alt"] or "") > 10
 
 
+def test_each_image_has_maps_of_two_blocks_of_components_and_of_fidelity(make_result: MakeResult) -> None:
+    shown = [picture["alt"] or "" for picture in Page(render_repair_page(make_result(images=1))).all("img")][2:]
+    assert [words.partition(":")[0] for words in shown] == [
+        "image-0.jpg, as the model saw it",
+        f"Norms ÷ median of image-0.jpg after block {WORST}, before",
+        f"Norms ÷ median of image-0.jpg after block {WORST}, after",
+        f"Norms ÷ median of image-0.jpg after block {DEPTH - 1}, before",
+        f"Norms ÷ median of image-0.jpg after block {DEPTH - 1}, after",
+        "Principal components of the tokens of image-0.jpg, before, as colours",
+        "Principal components of the tokens of image-0.jpg, after, as colours",
+        "Cosine of each token of image-0.jpg to the inpainted original, before",
+        "Cosine of each token of image-0.jpg to the inpainted original, after",
+    ]
+
+
+def test_the_worst_block_being_the_last_is_shown_once(make_result: MakeResult) -> None:
+    result = make_result()
+    result.summary["defects"]["before"]["worst_block"] = DEPTH - 1
+    assert samples_of(result).blocks == [DEPTH - 1]
+    assert len(samples_of(result).images[0].maps) == 3
+    assert f"after the last block, {DEPTH - 1}, where the largest one of all is" in text_of(result)
+
+
+def test_a_map_of_fidelity_has_the_colours_of_the_scale(make_result: MakeResult) -> None:
+    result = make_result()
+    fidelity = samples_of(result).images[1].maps[-1]
+    for panel, side in zip(fidelity, (result.before, result.after), strict=True):
+        drawn = Image.open(io.BytesIO(base64.b64decode(panel.uri.partition(",")[2])))
+        small = drawn.resize((8, 8), Image.Resampling.NEAREST)
+        for y, x in np.ndindex(8, 8):
+            at = min(max((side.to_inpainted[1, y, x].item() - 0.5) / 0.5, 0.0), 1.0)
+            expected = np.array(colormaps["cividis_r"](at)[:3]) * 255
+            assert np.abs(np.array(small)[y, x] - expected).max() <= 2
+
+
+def test_weights_that_did_not_change_are_shown_once(make_result: MakeResult) -> None:
+    html = render_repair_page(make_result(**OUTCOMES["not improved"]))
+    assert len(Page(html).all("img")) == 2 * (1 + 4) + 2
+    assert "there is one picture of each kind" in " ".join(Page(html).text.split())
+
+
 def test_captions_say_how_the_figures_were_made(make_result: MakeResult) -> None:
-    text = Page(render_repair_page(make_result())).text
+    text = text_of(make_result())
     for words in (
-        "residual stream after the last block, before the final norm",
+        "residual stream after each block, cosines are taken after the last block, all before the final norm",
         "one logarithmic scale for every map",
         "before and after together",
         "clipped to its 1st to 99th percentile over both sides",
+        "replaced, where it appears, by the average of its neighbours",
+        "1 where the model says what it would say without outliers. One scale for every map, 0.5 to 1",
+        "70.4 → 55.6 %",
+        "step 0 is the original",
     ):
         assert words in text
 
@@ -83,10 +264,32 @@ def test_folders_of_the_images_are_not_told(make_result: MakeResult) -> None:
 
 
 def test_the_page_copes_with_no_steps_no_cls_and_one_image(make_result: MakeResult) -> None:
-    page = Page(render_repair_page(make_result(images=1, steps=0, before=0, changed=0, has_cls=False)))
+    result = make_result(images=1, steps=0, before=4, changed=0, has_cls=False, stopped_by="max_steps")
+    page = Page(render_repair_page(result))
     assert "No step was recorded." in page.text
     assert "no cls token" in page.text
+    assert "cls to the original" not in page.text
+    assert "cls 0" not in facts.verdict(result).sentence
+    assert "no cls token" in printed(result)
     assert not page.all("svg")
+
+
+def test_images_without_a_marked_token_are_no_fault(make_result: MakeResult) -> None:
+    result = make_result(before=0, after=0, changed=3, stopped_by="max_steps", elsewhere=2)
+    assert result.summary["verdict"] == "not improved"
+    assert "none marked" in text_of(result)
+    assert "none marked" in printed(result)
+    assert facts.verdict(result).sentence.startswith("outlying tokens at any block 0 → 0 on 2 images never trained on;")
+    assert facts.marked_tokens(result) == []
+
+
+def test_numbers_that_are_not_finite_are_said_to_be_so(make_result: MakeResult) -> None:
+    result = make_result()
+    result.before.ratios[1, 0, 0, 0] = math.inf
+    result.before.to_inpainted[0, 1, 1] = math.nan
+    result.summary["defects"]["before"] |= {"max_ratio": math.inf}
+    assert "largest norm not finite × the median" in text_of(result)
+    assert "not finite" in printed(result)
 
 
 def test_a_missing_metrics_file_leaves_the_charts_out(make_result: MakeResult) -> None:
@@ -98,6 +301,42 @@ def test_a_missing_metrics_file_leaves_the_charts_out(make_result: MakeResult) -
 def test_a_run_of_clean_steps_has_a_curve_of_clean_images_only() -> None:
     drawn = charts([{"step": 1, "loss": None, "density": 0.5}], 0.75)
     assert [chart.name for chart in drawn] == ["Clean images"]
+
+
+def test_what_the_guard_saw_is_drawn_from_the_original_on(make_result: MakeResult) -> None:
+    result = make_result()
+    drawn = guard_charts(read_lines(result.folder / "evaluations.jsonl"), result)
+    assert [chart.name for chart in drawn] == ["Outlying tokens, guard", "cls, guard", "Good tokens, guard"]
+    for chart in drawn:
+        assert len(chart.line) == 1 + 3  # the original, and three looks
+        assert chart.line[0][0] == LEFT
+        assert chart.kept == chart.line[-1][0]  # the state after the last step
+    assert guard_charts([], result) == []
+    blind = make_result(has_cls=False)
+    assert len(guard_charts(read_lines(blind.folder / "evaluations.jsonl"), blind)) == 2
+
+
+def test_the_table_fits_a_terminal_and_ends_with_the_report(make_result: MakeResult) -> None:
+    result = make_result(before=6, after=3, stopped_by="max_steps", images=12)
+    lines = rendered(result).splitlines()
+    assert max(len(line) for line in lines if str(result.folder) not in line) <= 80
+    end = " ".join(printed(result).split()).rpartition("run directory: ")[2]
+    assert end == f"{result.folder} outlying tokens 72 → 36, report: {result.folder / 'report.html'}"
+
+
+def rendered(result: RepairResult, colours: bool = False, width: int = 80) -> str:
+    file = io.StringIO()
+    system: Any = "standard" if colours else None
+    console = Console(
+        file=file, width=width, force_terminal=colours, color_system=system, highlight=False, markup=False
+    )
+    console.print(repair_table(result))
+    return file.getvalue()
+
+
+def printed(result: RepairResult, colours: bool = False) -> str:
+    """The table on one endless line."""
+    return " ".join(rendered(result, colours, width=2000).split())
 
 
 def test_importing_the_pages_is_cheap() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -55,8 +56,39 @@ def test_skipped_steps_and_images_are_told(make_result: Callable[..., RepairResu
     result.summary.update(skipped_steps=1, skipped_images=3)
     values = {fact.name: fact.value for fact in run_facts(result)}
     assert values["Steps"] == "12 (1 step skipped)"
-    assert values["Images seen"] == "12 (3 images skipped)"
+    assert values["Images seen in steps"] == "12 (3 images skipped)"
 
 
-def test_a_run_that_used_up_its_steps_says_so(make_result: Callable[..., RepairResult]) -> None:
-    assert stop_reason(make_result(stopped_by="max_steps")).startswith("the step limit, with 80")
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (
+            {"before": 0, "changed": 0, "steps": 0, "stopped_by": "healthy"},
+            "nothing to repair: no image has an outlying",
+        ),
+        ({}, "no outlying token is left on the images that it is judged on"),
+        ({"changed": 0, "stopped_by": "fidelity"}, "cls or good tokens were spoilt, at several looks in a row"),
+        ({"after": 2, "stopped_by": "no_improvement"}, "no better state at many looks in a row"),
+        (
+            {"after": 2, "stopped_by": "no_gain"},
+            "no step left has a gain of 3: 100\N{NO-BREAK SPACE}% of the latest images",
+        ),
+        (
+            {"after": 2, "stopped_by": "no_gain", "recipe": "paper"},
+            "100\N{NO-BREAK SPACE}% of the latest images without a defect (goal: 75\N{NO-BREAK SPACE}%)",
+        ),
+        ({"after": 2, "stopped_by": "max_steps"}, "the step limit of 1,000, with 70"),
+    ],
+)
+def test_a_run_says_why_it_ended(make_result: Callable[..., RepairResult], how: dict[str, Any], words: str) -> None:
+    result = make_result(**how)
+    assert result.summary["stopped_by"] == how.get("stopped_by", "clean")
+    assert stop_reason(result).startswith(words)
+
+
+def test_the_state_that_is_kept_is_named(make_result: Callable[..., RepairResult]) -> None:
+    kept = [
+        {fact.name: fact.value for fact in run_facts(make_result(changed=changed))}["State that is kept"]
+        for changed in (3, 0)
+    ]
+    assert kept == ["after step 12", "the original"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
-from sinder_cli.report.analysis.facts import has_broken_tokens
+from sinder_cli.report.analysis.facts import has_broken_tokens, norm_factor
 from sinder_cli.report.analysis.image_maps import ImageMaps, Scales, SideMaps
 from sinder_cli.report.drawing.pictures import LabelledPicture, encoded
 from sinder_cli.report.drawing.rows import Row, draw_rows
@@ -56,6 +56,11 @@ def image_figures(image: ImageMaps, scales: Scales, labels: Sequence[str], analy
             yield ImageFigure(
                 f"targets{number}", captions.targets(side.block, scale, label), [Row(label, side.targets)], scale
             )
+    for side, label, number in zip(image.sides, labels, ("", "-other"), strict=False):
+        if side.inpainted is not None and side.somewhere is not None and scales.inpainted is not None:
+            maps = [image.photograph, side.inpainted, side.somewhere]
+            caption = captions.inpainted(last, scales.inpainted, label, side.inpainted_words)
+            yield ImageFigure(f"inpainted{number}", caption, [Row(label, maps)], scales.inpainted)
     if image.cosine:
         yield ImageFigure(
             "cosine", captions.cosine(last, scales.cosine), [Row("", [image.photograph, image.cosine])], scales.cosine
@@ -134,6 +139,16 @@ class Captions(NamedTuple):
             f" {BEFORE_NORM}, as they are, and with each marked token at its learning target: the average of its"
             f" {kernel} × {kernel} neighbours, weighted by a Gaussian and exp(−|cos|/τ). Scale of block {block}:"
             f" {scale.words}.{self.grey}"
+        )
+
+    def inpainted(self, block: int, scale: ColourScale, label: str, words: str) -> str:
+        """Of the cosines to the inpainted original."""
+        factor = norm_factor(self.analysis)
+        return (
+            f"{self.image}{f', {label}' if label else ''}: cosine between each patch token after block {block},"
+            f" {BEFORE_NORM}, and the same token of the inpainted original, whose outlying tokens are replaced where"
+            f" they appear by the average of their unmarked neighbours, {scale.words}; bright where they differ; and"
+            f" the patches (amber) whose norm is above {factor} × the median in some block. {words}.{self.grey}"
         )
 
     def cosine(self, block: int, scale: ColourScale) -> str:

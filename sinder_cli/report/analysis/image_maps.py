@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,12 +17,13 @@ from sinder_cli.report.wording import counted, number
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sinder_cli.analysis.portraits import Portrait, PortraitSide, TargetMaps
+    from sinder_cli.analysis.portraits import InpaintedMaps, Portrait, PortraitSide, TargetMaps
     from sinder_cli.analysis.records import Analysis
     from sinder_cli.report.drawing.pictures import Picture, Span
 
 MARK = (255, 176, 0)  # a marked patch: amber, which the colour-blind tell from grey
 DIMMED = 0.45  # the photograph under it
+INPAINTED = "cosine to the inpainted original, no unit"
 
 
 class DrawnImage(NamedTuple):
@@ -48,6 +49,9 @@ class SideMaps:
     outlying: int
     largest: float  # norm; of the tokens that are finite
     broken: int  # tokens that are not finite
+    inpainted: LabelledPicture | None = None  # cosine to the inpainted original
+    somewhere: LabelledPicture | None = None  # tokens that are outlying in some block
+    inpainted_words: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Scales:
     pca: Span
     norms: tuple[ColourScale, ...]  # by block
     cosine: ColourScale
+    inpainted: ColourScale | None = None  # cosines to the inpainted original
 
 
 def drawn_image(portrait: Portrait, mean: tuple[float, float, float], std: tuple[float, float, float]) -> DrawnImage:
@@ -85,7 +90,17 @@ def shared_scales(analysis: Analysis, first: Iterable[DrawnImage]) -> Scales:
             for blocks in zip(*(side.blocks for side in sides_of(analysis)), strict=True)
         ),
         cosine=cosine_scale(pairs[-1].patch_cosine if pairs else None),
+        inpainted=_inpainted_scale(analysis),
     )
+
+
+def _inpainted_scale(analysis: Analysis) -> ColourScale | None:
+    """One for both sides, down to the 1st percentile of good tokens or of marked ones, whichever is lower."""
+    found = [side.inpainting for side in sides_of(analysis) if side.inpainting]
+    known = [each for one in found for each in (one.good_cosine, one.marked_cosine) if each is not None]
+    if not known:
+        return None
+    return replace(cosine_scale(min(known, key=lambda each: each.p01)), label=INPAINTED)
 
 
 def paint_image(image: DrawnImage, scales: Scales, labels: Sequence[str]) -> ImageMaps:
@@ -107,7 +122,7 @@ def _side_maps(image: DrawnImage, side: PortraitSide, scales: Scales, name: str)
     outlying, finite = int(side.outlying.sum()), side.norms[side.norms.isfinite()]
     largest = finite.max().item() if len(finite) else math.nan
     told = f"Token norms of {name}: largest {number(largest)}, outlying {outlying:,}"
-    attention = side.attention
+    attention, inpainted = side.attention, side.inpainted
     return SideMaps(
         pca=LabelledPicture(
             "PCA",
@@ -130,7 +145,30 @@ def _side_maps(image: DrawnImage, side: PortraitSide, scales: Scales, name: str)
         outlying=outlying,
         largest=largest,
         broken=side.norms.numel() - len(finite),
+        inpainted=None
+        if inpainted is None or scales.inpainted is None
+        else LabelledPicture(
+            "Cosine", f"Cosines to the inpainted original, {name}", scales.inpainted.paint(inpainted.cosine)
+        ),
+        somewhere=None if inpainted is None else _somewhere(image, inpainted, name),
+        inpainted_words="" if inpainted is None else _inpainted_words(inpainted),
     )
+
+
+def _somewhere(image: DrawnImage, inpainted: InpaintedMaps, name: str) -> LabelledPicture:
+    told = f"{counted(int(inpainted.marked.sum()), 'patch')} outlying in some block, {name}"
+    return LabelledPicture("outlying in some block", told, mask_map(image.photograph, inpainted.marked))
+
+
+def _inpainted_words(inpainted: InpaintedMaps) -> str:
+    """Cosines of this image, in words."""
+    good, marked = inpainted.cosine[~inpainted.marked], inpainted.cosine[inpainted.marked]
+    parts = [
+        *([f"cls {inpainted.cls_cosine:.4f}"] if inpainted.cls_cosine is not None else []),
+        *([f"good patches {good.median().item():.4f} (median)"] if len(good) else []),
+        f"marked {marked.mean().item():.4f} (mean of {len(marked):,})",
+    ]
+    return f"Cosines: {', '.join(parts)}"
 
 
 def _mask_picture(image: DrawnImage, block: int, mask: Tensor | None, name: str) -> LabelledPicture:

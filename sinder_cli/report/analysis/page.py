@@ -24,6 +24,7 @@ ATTENTION = (
     " every map from its own smallest to its own largest weight."
 )
 UNSEEN = "the kernel that computes it does not show its weights, as --attention sdpa or eager would"
+INPAINTED = "inpainted"  # the kind of a group
 EMBEDDED_IMAGES = 24  # more would make a page that a phone cannot hold
 
 
@@ -79,6 +80,11 @@ def render_analysis_page(
         analysis=analysis,
         images_told=facts.images_told(analysis),
         measures=facts.key_measures(analysis),
+        norm_factor=facts.norm_factor(analysis),
+        gains=facts.gain_sentences(analysis),
+        gain_measures=facts.gain_measures(analysis),
+        gain_images=facts.gain_images(analysis),
+        caution=facts.CAUTION,
         blocks=facts.block_rows(analysis),
         pairs=facts.pair_rows(analysis),
         groups=[(group, [chart.svg() for chart in group.charts]) for group in groups],
@@ -86,7 +92,7 @@ def render_analysis_page(
         drawn=drawn,
         attention=_attention_words(analysis, images),
         broken=facts.has_broken_tokens(analysis),
-        bars=_bars(scales, len(labels) > 1) if scales else [],
+        bars=_bars(scales, len(labels) > 1, _is_inpainted(images)) if scales else [],
         excluded=bool(analysis.settings.get("exclude_masked")),
         settings=facts.setting_rows(analysis),
         origin=facts.origin_rows(analysis),
@@ -132,6 +138,14 @@ def _groups(image: ImageMaps, scales: Scales, labels: Sequence[str]) -> Iterator
             yield PanelGroup(kind, _headed(heading, label), [_panel(each) for each in getattr(side, kind)])
     for side, label in zip(image.sides, labels, strict=True):
         yield _target_group(side, label, scales)
+    for side, label in zip(image.sides, labels, strict=True):
+        if side.inpainted is not None:
+            panels = [_panel(side.inpainted), _panel(side.somewhere)] if side.somewhere else [_panel(side.inpainted)]
+            yield PanelGroup(INPAINTED, _headed("Against the inpainted original", label), panels, side.inpainted_words)
+
+
+def _is_inpainted(images: Sequence[PageImage]) -> bool:
+    return any(group.kind == INPAINTED for image in images for group in image.groups)
 
 
 def _target_group(side: SideMaps, label: str, scales: Scales) -> PanelGroup:
@@ -152,10 +166,11 @@ def _panel(shown: LabelledPicture, sharp: bool = True) -> Panel:
     return Panel(shown.label, shown.alt, data_uri(shown.picture, "png" if sharp else "jpeg"), sharp)
 
 
-def _bars(scales: Scales, compared: bool) -> list[Bar]:
+def _bars(scales: Scales, compared: bool, inpainted: bool) -> list[Bar]:
     shown = [
         ("Norm", scales.norms[-1], "on every map of the last block; learning targets have the scale that they name"),
         ("Angle", ANGLES, "on every map"),
         *([("Cosine", scales.cosine, "on every map")] if compared else []),
+        *([("Inpainted", scales.inpainted, "on every map")] if inpainted and scales.inpainted else []),
     ]
     return [Bar(name, scale, where, data_uri(scale.bar())) for name, scale, where in shown]

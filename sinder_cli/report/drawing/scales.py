@@ -39,8 +39,11 @@ class NormSpread(NamedTuple):
 
     @classmethod
     def of(cls, norms: Tensor) -> NormSpread:
-        """Of norms of any shape."""
-        return cls(norms.min().item(), norms.median().item(), norms.max().item())
+        """Of the finite ones among norms of any shape."""
+        finite = norms[norms.isfinite()]
+        if not len(finite):
+            return cls(0.0, 0.0, 0.0)
+        return cls(finite.min().item(), finite.median().item(), finite.max().item())
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class ColourScale:
 
 
 ANGLES = ColourScale("angle to ν, degrees", 0.0, 90.0, "viridis_r", suffix="°", step=30.0)
+FIDELITY = ColourScale("cosine to the inpainted original, no unit", 0.5, 1.0, "cividis_r", step=0.1)
 
 
 def norm_scale(spreads: Iterable[Spread | None]) -> ColourScale:
@@ -113,14 +117,14 @@ def norm_scale(spreads: Iterable[Spread | None]) -> ColourScale:
 
     With 3 × the median on the scale, harmless variation stays dark.
     """
-    from sinder_cli.defects.tokens import OUTLIER_FACTOR
+    from sinder_cli.defects.rules import NORM_FACTOR
 
     known = [each for each in spreads if each is not None and each.max > 0]
     if not known:
         return ColourScale("L2 norm, no unit", 1.0, 1.0, BRIGHT, logarithmic=True)
     median = max(each.median for each in known)
     low = max(min(each.min for each in known), median / 1000)  # zero has no place on a logarithmic scale
-    high = max(OUTLIER_FACTOR * median, *(each.max for each in known), low)
+    high = max(NORM_FACTOR * median, *(each.max for each in known), low)
     return ColourScale("L2 norm, no unit", low, high, BRIGHT, logarithmic=True)
 
 

@@ -49,7 +49,13 @@ def render_export_card(
         facts=_facts(plan),
         check=check,
         usage=target.usage(plan, folder) if target.usage else "",
+        verdict=facts.verdict(run) if run else None,
         comparison=facts.comparison(run) if run else [],
+        rule=facts.rule_words(run) if run else "",
+        judged_on=facts.guard_images(run.summary) if run else "",
+        image_words=facts.image_words(run) if run else "",
+        caution=wording.CAUTION,
+        unchanged=run is not None and not run.summary["changed_weights"],
         run=run,
         run_facts=facts.run_facts(run) if run else [],
         settings=facts.setting_facts(run) if run else [],
@@ -95,5 +101,7 @@ def _folder_of(plan: Plan) -> RunFolder | None:
 
 
 def _run_of(plan: Plan) -> _Run | None:
+    """What the run tells of itself; nothing where an earlier version of sinder wrote it, without a verdict."""
     run = _folder_of(plan)
-    return _Run(run.read_summary(), run.read_config()) if run else None
+    summary = run.read_summary() if run else {}
+    return _Run(summary, run.read_config()) if run and "verdict" in summary else None

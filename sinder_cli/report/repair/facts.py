@@ -1,26 +1,40 @@
-"""The words and numbers that page, model card and table of a repair share: a verdict, and rows of tables."""
+"""The words and numbers that page, model card and table of a repair share: a verdict, and rows of tables.
+
+All but `marked_tokens` is made of `summary.json` and `config.json` alone, so that it can be said of a run that ended
+long ago.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from sinder_cli.defects.rules import NORM_FACTOR
 from sinder_cli.repair.settings import RepairSettings
-from sinder_cli.report.wording import Named, counted, duration, number, percent, setting_rows
+from sinder_cli.report.wording import NOTHING, Named, counted, degrees, duration, number, percent, setting_rows
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sinder_cli.repair.results import RepairResult
+
+KINDS = {"healthy": "good", "repaired": "good", "improved": "open", "not improved": "bad"}
+AS_IT_WAS = "the weights are equal to the original's to the bit"
+NO_CLS, NONE_MARKED = "no cls token", "none marked"
+NEAR = 0.9  # a cosine at which a marked token counts as having become what the inpainted original says
+UNBOUNDED = 1e12  # σ₁/σ₂ where σ₂ vanishes, as `outliers.json` has it
 
 
 class RepairVerdict(NamedTuple):
-    """How a repair went: `kind` is `good`, `none` or `open`, for colour; `word` opens the sentence."""
+    """How a repair went: `kind` is `good`, `open`, `bad` or `none`, for colour; `word` opens the sentence."""
 
     kind: str
     word: str
     sentence: str
+    advice: str  # what to try next; empty where there is nothing left to do
 
 
 class Recorded(Protocol):
-    """A repair that has ended, as `summary.json` and `config.json` tell it."""
+    """A repair that has ended, as `summary.json` and `config.json` describe it."""
 
     @property
     def summary(self) -> dict[str, Any]: ...
@@ -35,78 +49,333 @@ class Compared(NamedTuple):
     name: str
     before: str
     after: str
+    note: str = ""  # what its name does not say
 
 
-def verdict(result: RepairResult) -> RepairVerdict:
-    """What came of a repair, judged by the outlying tokens of the evaluation images."""
-    summary = result.summary
-    before, after = (int(summary["defects"][side]["tokens"]) for side in ("before", "after"))
-    of_all = f"{result.before.norms.numel():,} on {counted(summary['evaluation_images'], 'image')}"
-    change = f"tokens above 3 × the median norm {before:,} → {after:,} of {of_all}"
-    if not summary["changed_weights"]:
-        found = (
-            f"{before:,} of {of_all} have a norm above 3 × the median"
-            if before
-            else f"no token stands out among {of_all}"
+class BlockRow(NamedTuple):
+    """One block: its outlying tokens on the guard's images, and what the first look at the original found there."""
+
+    block: int
+    before: int  # outlying tokens
+    after: int
+    ratio_before: str  # largest norm ÷ median
+    ratio_after: str
+    seen: int  # outlying tokens of all images that were looked at, in the original
+    along: str  # how many of them the weights mark: those along the predicted direction
+    angle: str  # from the direction that they share to the predicted one
+    gap: str  # σ₁/σ₂ of the predicted direction
+    predicted: str  # whether the weights predict these outliers: yes or no
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether the guard's images have an outlying token here, before or after."""
+        return bool(self.before or self.after)
+
+
+def verdict(result: Recorded) -> RepairVerdict:
+    """What came of a repair, in a sentence made of numbers; terminal, page and card all say this one."""
+    summary, settings = result.summary, result.config["settings"]
+    word = str(summary["verdict"])
+    if word == "healthy":
+        return _healthy(summary, settings)
+    before, after = (summary["defects"][side] for side in ("before", "after"))
+    advice = "" if word == "repaired" else _advice(summary, settings)
+    if word == "not improved" and not summary["changed_weights"]:
+        why = (
+            "the steps spoilt cls or good tokens, so none of them is kept"
+            if summary["stopped_by"] == "fidelity"
+            else "no step led to fewer outlying tokens with cls and good tokens unspoilt"
         )
-        return RepairVerdict("none", "Nothing to repair", f"no step changed a weight; {found}.")
-    if after == 0 < before:
-        return RepairVerdict("good", "Repaired", f"{change}.")
-    if after == 0:
-        return RepairVerdict("none", "Repaired", f"no token stood out before or after, among {of_all}.")
-    left = f"{counted(after, 'token')} left ({change})"
-    if after >= before:
-        return RepairVerdict("open", "Not repaired", f"{left}.")
-    if summary["stopped_by"] == "density":
-        return RepairVerdict("good", "Repaired for the most part", f"{left}.")
-    return RepairVerdict("open", "Not finished", f"{left}.")
+        found = (
+            f"outlying tokens at any block {before['tokens']:,}{_of_all(summary)};"
+            f" largest norm {_ratio(before)}; {_fidelity(summary, False)}"
+        )
+        return RepairVerdict(KINDS[word], _title(word), f"{why}, and {AS_IT_WAS}: {found}.", advice)
+    change = (
+        f"outlying tokens at any block {before['tokens']:,} → {after['tokens']:,}{_of_all(summary)};"
+        f" largest norm {_ratio(before)} → {_ratio(after)}; {_fidelity(summary, True)}."
+    )
+    return RepairVerdict(KINDS[word], _title(word), change, advice)
+
+
+def _healthy(summary: dict[str, Any], settings: dict[str, Any]) -> RepairVerdict:
+    """Of a model without a defect; plain, not green, where norms stand out that the rule in force does not mark."""
+    scan = summary["scan"]
+    worst = max(scan["blocks"], key=lambda each: each["max_ratio"])
+    sentence = (
+        f"nothing was trained, and {AS_IT_WAS}: none of {scan['tokens']:,} patch tokens of"
+        f" {counted(scan['images'], 'image')} is outlying at any block; largest norm {_ratio(worst)}."
+    )
+    if worst["max_ratio"] <= NORM_FACTOR:
+        return RepairVerdict(KINDS["healthy"], "Healthy", sentence, "")
+    rule = f"--mark {settings['mark']}, --norm-factor {number(settings['norm_factor'])}"
+    advice = (
+        f"Norms above {number(NORM_FACTOR)} × the median were seen, which the rule in force ({rule}) does not count as"
+        f" defects. Try --mark norm --norm-factor {number(NORM_FACTOR)}; Run sinder analyze to see where they are."
+    )
+    return RepairVerdict("none", "Healthy", sentence, advice)
+
+
+def _advice(summary: dict[str, Any], settings: dict[str, Any]) -> str:
+    """What to try next, what the run was stopped by first."""
+    greedy = settings["step"] == "greedy"
+    smaller = {
+        "greedy": f"smaller steps (lower --max-drift, now {number(settings['max_drift'])})",
+        "polyak": f"smaller steps (lower --trust, now {number(settings['trust'])})",
+        "sgd": f"smaller steps (lower --lr, now {number(settings['lr'])})",
+    }
+    first = {
+        "fidelity": smaller[settings["step"]],
+        "max_steps": f"a higher --max-steps (now {settings['max_steps']:,})",
+        "no_gain": f"a lower --min-gain (now {number(settings['min_gain'])})"
+        if greedy
+        else f"a higher --stop-density (now {number(settings['stop_density'])})",
+    }
+    stopped = summary["stopped_by"]
+    ways = [
+        *([first[stopped]] if stopped in first else []),
+        *([] if settings["recipe"] == "sinder" else ["--recipe sinder"]),
+        "more images",
+        *([] if settings["mark"] == "norm" else ["--mark norm"]),
+    ]
+    return f"Try {_listed(ways)}. Run sinder analyze to see which tokens stand out, and at which blocks."
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])}, or {parts[-1]}"
+
+
+def _title(word: str) -> str:
+    return word[:1].upper() + word[1:]
+
+
+def _of_all(summary: dict[str, Any]) -> str:
+    """Of how many tokens, and on which images."""
+    total = _patch_tokens(summary)
+    of = "" if total is None else f" of {total:,}"
+    return f"{of} on {guard_images(summary)}"
+
+
+def _patch_tokens(summary: dict[str, Any]) -> int | None:
+    """The patch tokens of the guard's images; None where no share of them is above 0."""
+    for side in ("before", "after"):
+        defects = summary["defects"][side]
+        if defects["tokens"]:
+            return round(defects["tokens"] / defects["fraction"])
+    return None
+
+
+def guard_images(summary: dict[str, Any]) -> str:
+    """The images that a repair is judged on, and whether it has seen any of them."""
+    count, also = summary["evaluation_images"], summary["also_trained"]
+    if also >= count:
+        return f"{counted(count, 'image')}, also trained on since no other shows a defect"
+    words = f"{counted(count - also, 'image')} never trained on"
+    return words + (f" and {also:,} also trained on, since no other shows a defect" if also else "")
+
+
+def _ratio(defects: dict[str, Any]) -> str:
+    """The largest norm over the median of its image, and its block."""
+    block = defects["worst_block"] if "worst_block" in defects else defects["block"]
+    return f"{_times(defects['max_ratio'])} × the median (block {block})"
+
+
+def _times(ratio: float) -> str:
+    return number(ratio, 3)
+
+
+def _fidelity(summary: dict[str, Any], both: bool) -> str:
+    """Cosines to the inpainted original, before and after, or before alone."""
+    before, after = (summary["fidelity"]["to_inpainted"][side] for side in ("before", "after"))
+    parts = [
+        f"{name} {_cosine(before[key])}" + (f" → {_cosine(after[key])}" if both else "")
+        for key, name in (("cls", "cls"), ("good", "good tokens"), ("marked", "marked tokens"))
+        if before[key] is not None
+    ]
+    return f"cosine to the inpainted original: {', '.join(parts)}"
+
+
+def _cosine(value: float | None, missing: str = NOTHING) -> str:
+    return missing if value is None else f"{value:.4f}"
 
 
 def comparison(result: Recorded) -> list[Compared]:
-    """Before and after, measure by measure, over all evaluation images."""
-    before, after = (result.summary["defects"][side] for side in ("before", "after"))
-    cosine = result.summary["cls_cosine"]
+    """Before and after, measure by measure, over all images of the guard."""
+    summary = result.summary
+    before, after = (summary["defects"][side] for side in ("before", "after"))
+    one, two = (summary["fidelity"]["to_inpainted"][side] for side in ("before", "after"))
+    images = f"of {summary['evaluation_images']:,}"
+
+    def ratio(side: dict[str, Any]) -> str:
+        return f"{_times(side['max_ratio'])} (block {side['worst_block']})"
+
+    def cosines(name: str, key: str, note: str, missing: str = NOTHING) -> Compared:
+        return Compared(name, _cosine(one[key], missing), _cosine(two[key], missing), note)
+
     rows = [
-        Compared("Outlying tokens", f"{before['tokens']:,}", f"{after['tokens']:,}"),
+        Compared("Outlying tokens at any block", f"{before['tokens']:,}", f"{after['tokens']:,}"),
         Compared("Share of all patch tokens", percent(before["fraction"]), percent(after["fraction"])),
-        Compared("Largest norm", number(before["max_norm"]), number(after["max_norm"])),
-        Compared("Median norm", number(before["median_norm"]), number(after["median_norm"])),
-        Compared("Largest ÷ median, worst image", number(before["max_ratio"]), number(after["max_ratio"])),
+        Compared("Images with an outlying token", f"{before['images']:,} {images}", f"{after['images']:,} {images}"),
+        Compared("Largest norm ÷ median of its image", ratio(before), ratio(after)),
+        cosines("cls to the inpainted original, cosine", "cls", "mean over the images", NO_CLS),
+        cosines("Good tokens to it, median cosine", "good", "tokens that the original marks at no block"),
+        cosines("Good tokens to it, 1st percentile", "good_p01", "one in a hundred is lower"),
+        cosines("Marked tokens to it, mean cosine", "marked", "tokens that it marks at some block", NONE_MARKED),
     ]
-    if cosine is None:
-        return [*rows, Compared("cls cosine to the original", "no cls token", "no cls token")]
-    return [*rows, Compared("cls cosine to the original, mean", "1", f"{cosine:.4f}")]
+    to_original = summary["fidelity"]["to_original"]["cls"]
+    if to_original is None:
+        return rows
+    note = "nearness to the original is no goal: outliers spoil its cls, and a repair may move it far"
+    return [*rows, Compared("cls to the original, cosine (no goal)", "1", _cosine(to_original), note)]
+
+
+def block_rows(result: Recorded) -> list[BlockRow]:
+    """Every block: outlying tokens and norms of the guard before and after, and what the weights say of them."""
+    summary, min_gap = result.summary, result.config["settings"]["min_gap"]
+    sides = (summary["defects"][side]["blocks"] for side in ("before", "after"))
+    return [
+        BlockRow(
+            block=before["block"],
+            before=before["tokens"],
+            after=after["tokens"],
+            ratio_before=_times(before["max_ratio"]),
+            ratio_after=_times(after["max_ratio"]),
+            seen=seen["tokens"],
+            along=f"{seen['marked_by_weights']:,} of {seen['tokens']:,}" if seen["tokens"] else NOTHING,
+            angle=degrees(seen["angle_deg"]),
+            gap=_gap(seen["gap"]) + ("" if seen["gap"] >= min_gap else "*"),
+            predicted=NOTHING if seen["angle_deg"] is None else "yes" if seen["predicted"] else "no",
+        )
+        for before, after, seen in zip(*sides, summary["scan"]["blocks"], strict=True)
+    ]
+
+
+def _gap(gap: float) -> str:
+    return "∞" if gap >= UNBOUNDED else f"{gap:.2f}" if gap < 100 else number(gap)
+
+
+def block_words(result: Recorded) -> str:
+    """What the columns of `block_rows` that are not of the guard mean."""
+    images, settings = counted(result.summary["scan"]["images"], "image"), result.config["settings"]
+    return (
+        f"The first look was at {images}. Along ν: marked by equation (5) with the direction ν that the weights"
+        " predict; the others are marked by their norm alone. Angle: from the direction that the tokens share to ν."
+        " Predicted: that angle is at most 30°, and ν is determined. *: it is not, since σ₁/σ₂ is under"
+        f" {number(settings['min_gap'])}."
+    )
+
+
+def rule_words(result: Recorded) -> str:
+    """When a token counts as outlying, by the rule in force."""
+    settings = result.config["settings"]
+    factor = settings["norm_factor"]
+    if factor == 0:
+        return "A token counts as outlying at a block where equation (5) marks it, whatever its norm."
+    high = (
+        f"its norm is above {number(factor)} × the median of its image, and its share of the median has grown by half"
+        " since the embedding"
+    )
+    more = {
+        "norm": "",
+        "weights": ", and equation (5) marks it with a direction that is determined",
+        "auto": ", and it is certain: equation (5) marks it with a direction that is determined, or its norm is above"
+        f" {number(2 * factor)} × the median, or it stays that high over two blocks",
+    }
+    return f"A token is outlying at a block where {high}{more[settings['mark']]}."
+
+
+def marked_tokens(result: RepairResult) -> list[Compared]:
+    """What became of the tokens that the original marks at some block; nothing where it marks none."""
+    ever = result.before.ever
+    if not bool(ever.any()):
+        return []
+    sides = (result.before, result.after)
+    standing = [side.outlying.any(dim=0) for side in sides]
+    cosines = [side.to_inpainted[ever].nan_to_num(0.0).double() for side in sides]
+    ratios = [side.ratios.amax(dim=0)[ever] for side in sides]
+    count = int(ever.sum())
+
+    def row(name: str, values: list[str], note: str = "") -> Compared:
+        return Compared(name, values[0], values[1], note)
+
+    def quantiles(share: float) -> list[str]:
+        return [_cosine(each.quantile(share).item()) for each in cosines]
+
+    return [
+        row("Still outlying at some block", [f"{int((each & ever).sum()):,} of {count:,}" for each in standing]),
+        row("Largest norm ÷ median over the blocks", [_times(_median(each)) for each in ratios], "their median"),
+        row("Cosine to the inpainted original, median", quantiles(0.5)),
+        row("Cosine to the inpainted original, lowest tenth", quantiles(0.1), "a tenth of them is lower"),
+        row(f"With a cosine of {NEAR} or more", [f"{int((each >= NEAR).sum()):,} of {count:,}" for each in cosines]),
+        row(
+            "Other tokens that are outlying",
+            [f"{int((each & ~ever).sum()):,} of {ever.numel() - count:,}" for each in standing],
+            "above 0 after a repair: outliers have moved to tokens that were good",
+        ),
+    ]
+
+
+def _median(values: Tensor) -> float:
+    return float(values.median().item())
 
 
 def run_facts(result: Recorded) -> list[Named]:
-    """How long the repair took, why it stopped and what it changed."""
+    """How long the repair took, why it stopped, what it was judged on and what it changed."""
     summary = result.summary
     skipped = [
         f" ({counted(summary[key], noun)} skipped)" if summary[key] else ""
         for key, noun in (("skipped_steps", "step"), ("skipped_images", "image"))
     ]
+    scan = summary["scan"]
+    kept = summary["best_step"]
     return [
+        Named("Recipe", str(summary["recipe"])),
         Named("Steps", f"{summary['steps']:,}{skipped[0]}"),
-        Named("Images seen", f"{summary['images']:,}{skipped[1]}"),
+        Named("State that is kept", "the original" if kept is None else f"after step {kept:,}"),
         Named("Stopped by", stop_reason(result)),
+        Named("Images looked at before", f"{scan['images']:,}, {scan['defective_images']:,} with an outlying token"),
+        Named("Images seen in steps", f"{summary['images']:,}{skipped[1]}"),
+        Named("Judged on", guard_images(summary)),
         Named("Time", duration(summary["seconds"])),
         Named("Weights changed", f"{summary['changed_weights']:,}"),
-        Named("Singular values trained", f"{summary['trained_values']:,}"),
+        Named("Singular values changed", f"{summary['trained_values']:,}"),
     ]
 
 
 def stop_reason(result: Recorded) -> str:
-    """Why the loop ended, in words."""
-    share = f"{percent(result.summary['clean_share'])} of recent images clean"
-    goal = percent(result.config["settings"]["stop_density"])
-    if result.summary["stopped_by"] == "density":
-        return f"{share} (goal: {goal})"
-    return f"the step limit, with {share} (goal: {goal})"
+    """Why no further step was taken, in words."""
+    summary, settings = result.summary, result.config["settings"]
+    greedy = settings["step"] == "greedy"
+    share = f"{percent(summary['clean_share'])} of the latest images without a defect"
+    share += " that a step can help" if greedy else ""
+    goal = percent(settings["stop_density"])
+    stopped = str(summary["stopped_by"])
+    words = {
+        "healthy": "nothing to repair: no image has an outlying token",
+        "clean": "no outlying token is left on the images that it is judged on",
+        "fidelity": "cls or good tokens were spoilt, at several looks in a row",
+        "no_improvement": "no better state at many looks in a row",
+        "no_gain": (f"no step left has a gain of {number(settings['min_gain'])}: " if greedy else "")
+        + f"{share} (goal: {goal})",
+        "max_steps": f"the step limit of {settings['max_steps']:,}, with {share} (goal: {goal})",
+    }
+    return words.get(stopped, stopped)
 
 
 def setting_facts(result: Recorded) -> list[Named]:
     """The settings that were in force, each with its help text."""
     return setting_rows(RepairSettings, result.config["settings"])
+
+
+def image_words(result: Recorded) -> str:
+    """How many images were given, and how many were drawn."""
+    images = result.config["images"]
+    count, given = images["count"], images["given"]
+    if given == count:
+        return counted(count, "image")
+    if not given:
+        return f"{counted(count, 'image')}, all drawn by the program"
+    return f"{counted(count, 'image')}: {given:,} given, {count - given:,} drawn by the program"
 
 
 def origin_facts(result: RepairResult) -> list[Named]:
@@ -116,7 +385,7 @@ def origin_facts(result: RepairResult) -> list[Named]:
         Named("Model", result.model),
         Named("Weights", str(config["weights"]["source"])),
         Named("Fingerprint of the weights", str(config["weights"]["fingerprint"])),
-        Named("Images", f"{config['images']['count']:,}"),
+        Named("Images", image_words(result)),
         Named("Fingerprint of the images", str(config["images"]["fingerprint"])),
         Named("Device", str(config["device"])),
         *(Named(f"{name} version", str(version)) for name, version in config["versions"].items()),

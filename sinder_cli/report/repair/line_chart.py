@@ -27,6 +27,7 @@ class LineChart(NamedTuple):
     line: list[Point]
     goal: float | None  # height of a horizontal mark
     averaged: int  # points of the data in one point of the line
+    kept: float | None = None  # place of a vertical mark
 
     @property
     def path(self) -> str:
@@ -35,9 +36,18 @@ class LineChart(NamedTuple):
 
 
 def line_chart(
-    points: Sequence[Point], name: str, x_label: str, y_label: str, top: float | None = None, goal: float | None = None
+    points: Sequence[Point],
+    name: str,
+    x_label: str,
+    y_label: str,
+    top: float | None = None,
+    goal: float | None = None,
+    kept: float | None = None,
 ) -> LineChart | None:
-    """Lay out (x, y ≥ 0) points, from 0 on both axes up to the data's maximum or `top`; None without finite points."""
+    """Lay out (x, y ≥ 0) points, from 0 on both axes up to the data's maximum or `top`; None without finite points.
+
+    `goal` is a y that is marked, `kept` an x.
+    """
     finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     if not finite:
         return None
@@ -61,6 +71,7 @@ def line_chart(
         [(across(x), up(y)) for x, y in thinned],
         None if goal is None else up(goal),
         averaged,
+        None if kept is None else across(min(kept, x_steps[-1])),
     )
 
 

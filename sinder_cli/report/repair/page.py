@@ -4,49 +4,46 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sinder_cli.report import wording
-from sinder_cli.report.drawing.pictures import data_uri, enlarged, pca_maps, picture
-from sinder_cli.report.drawing.scales import NormSpread, norm_scale
-from sinder_cli.report.pages.panels import Panel
+from sinder_cli.report.drawing.pictures import data_uri
 from sinder_cli.report.pages.templates import html_template
 from sinder_cli.report.repair import facts
 from sinder_cli.report.repair.line_chart import LineChart, line_chart
+from sinder_cli.report.repair.samples import samples_of
 
 if TYPE_CHECKING:
     from sinder_cli.repair.results import RepairResult
-    from sinder_cli.report.drawing.scales import ColourScale
-
-SIDES = ("before", "after")
-
-
-class Sample(NamedTuple):
-    """One image's row of panels, with its own numbers."""
-
-    name: str
-    outliers: list[str]  # before, after
-    largest: list[str]
-    panels: list[Panel]
+    from sinder_cli.report.repair.facts import Recorded
 
 
 def render_repair_page(result: RepairResult) -> str:
     """The whole page as one string of HTML that loads nothing: styles, drawings and pictures are inside."""
-    norms = _norm_scale(result)
+    samples = samples_of(result)
     return html_template("repair/page.html.jinja").render(
         model=result.model,
         verdict=facts.verdict(result),
+        changed=bool(result.summary["changed_weights"]),
         comparison=facts.comparison(result),
+        rule=facts.rule_words(result),
         run=facts.run_facts(result),
-        samples=_samples(result, norms),
-        norms=norms,
-        norms_uri=data_uri(norms.bar()),
+        blocks=facts.block_rows(result),
+        block_words=facts.block_words(result),
+        marked=facts.marked_tokens(result),
+        marked_count=int(result.before.ever.sum()),
+        samples=samples,
+        ratios_uri=data_uri(samples.ratios.bar()),
+        fidelity_uri=data_uri(samples.fidelity.bar()),
         charts=charts(read_lines(result.folder / "metrics.jsonl"), result.config["settings"]["stop_density"]),
-        held_out=held_out_charts(read_lines(result.folder / "evaluations.jsonl")),
+        guard=guard_charts(read_lines(result.folder / "evaluations.jsonl"), result),
+        kept=result.summary["best_step"],
+        caution=wording.CAUTION,
         settings=facts.setting_facts(result),
         origin=facts.origin_facts(result),
         patches=tuple(result.before.samples.shape[1:3]),
-        evaluation_images=wording.counted(result.summary["evaluation_images"], "image"),
+        guard_images=wording.counted(result.summary["evaluation_images"], "image"),
+        judged_on=facts.guard_images(result.summary),
         paper=wording,
     )
 
@@ -64,46 +61,22 @@ def charts(metrics: list[dict[str, Any]], goal: float) -> list[LineChart]:
     clean = [(line["step"], 100 * line["density"]) for line in metrics]
     drawn = [
         line_chart(losses, "Loss", "step", "distance to target ÷ mean token norm"),
-        line_chart(clean, "Clean images", "step", "share of recent images, %", top=100, goal=100 * goal),
+        line_chart(clean, "Clean images", "step", "share of the latest images, %", top=100, goal=100 * goal),
     ]
     return [chart for chart in drawn if chart is not None]
 
 
-def held_out_charts(evaluations: list[dict[str, Any]]) -> list[LineChart]:
-    """What was seen on held-out images during the run; none where nobody looked."""
-    masked = [(line["step"], 100 * line["masked_share"]) for line in evaluations]
-    seen = [(line["step"], line["cls_cosine"]) for line in evaluations if line["cls_cosine"] is not None]
-    turned = [(step, max(0.0, 1 - cosine)) for step, cosine in seen]
-    drawn = [
-        line_chart(masked, "Masked tokens, held-out images", "step", "share of patch tokens, %"),
-        line_chart(turned, "cls, held-out images", "step", "1 − cosine to the original, mean"),
-    ]
+def guard_charts(evaluations: list[dict[str, Any]], result: Recorded) -> list[LineChart]:
+    """What was seen on the guard's images during the run, from the original on; none where nobody looked."""
+    if not evaluations:
+        return []
+    summary = result.summary
+    start = {"step": 0, "outlying": summary["defects"]["before"]["tokens"]}
+    lines = [start | summary["fidelity"]["to_inpainted"]["before"], *evaluations]
+    kept = summary["best_step"] or 0
+    outlying = [(line["step"], line["outlying"]) for line in lines]
+    drawn = [line_chart(outlying, "Outlying tokens, guard", "step", "tokens outlying at some block", kept=kept)]
+    for name, key in (("cls, guard", "cls"), ("Good tokens, guard", "good")):
+        seen = [(line["step"], max(0.0, 1 - line[key])) for line in lines if line[key] is not None]
+        drawn.append(line_chart(seen, name, "step", "1 − cosine to the inpainted original", kept=kept))
     return [chart for chart in drawn if chart is not None]
-
-
-def _norm_scale(result: RepairResult) -> ColourScale:
-    """One scale of norms for every map on the page."""
-    shown = len(result.pictures)
-    return norm_scale(NormSpread.of(side.norms[:shown]) for side in (result.before, result.after))
-
-
-def _samples(result: RepairResult, scale: ColourScale) -> list[Sample]:
-    from sinder_cli.defects.tokens import outlier_mask
-
-    pca = pca_maps(result.before.samples, result.after.samples)  # two of [K, h, w, 3]
-    samples = []
-    for index, (pixels, path) in enumerate(zip(result.pictures, result.names, strict=True)):
-        name = Path(path).name
-        norms = [side.norms[index] for side in (result.before, result.after)]  # [h, w] each
-        outliers = [f"{int(outlier_mask(side[None]).sum()):,}" for side in norms]
-        largest = [wording.number(side.max().item()) for side in norms]
-        image = data_uri(picture(pixels, result.mean, result.std), "jpeg")
-        panels = [Panel("Image", f"{name}, as the model saw it", image)]
-        for at, side in enumerate(SIDES):
-            told = f"Token norms of {name}, {side}: largest {largest[at]}, outlying {outliers[at]}"
-            panels.append(Panel(f"Norm, {side}", told, data_uri(enlarged(scale.paint(norms[at])))))
-        for at, side in enumerate(SIDES):
-            told = f"Principal components of the tokens of {name}, {side}, as colours"
-            panels.append(Panel(f"PCA, {side}", told, data_uri(enlarged(pca[at][index]))))
-        samples.append(Sample(name, outliers, largest, panels))
-    return samples

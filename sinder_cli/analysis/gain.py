@@ -1,0 +1,234 @@
+"""What a repair could change: the last block's tokens against those of the inpainted original, image by image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import cosine_similarity
+
+from sinder_cli.analysis.histogram import Histogram, LinearScale
+from sinder_cli.analysis.records import Distribution, Gain, ImageInpainting, Inpainting
+from sinder_cli.analysis.settings import AnalyzeSettings
+from sinder_cli.analysis.tokens import BlockTokens, Subject
+from sinder_cli.defects.detection import norm_ratios
+from sinder_cli.defects.inpainting import inpainted
+from sinder_cli.defects.tokens import last_tokens, patch_grid
+from sinder_cli.files import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCALE = LinearScale(-1.0, 1.0, 40_000)  # bins of 0.00005: what matters here lies near 1
+SAME = 0.999  # a cosine from which on tokens count as unmoved; 2.6°
+STAY = f"99 of 100 cosines ≥ {SAME}"
+FAR = 0.9  # a mean cosine of cls under which the report asks for a task
+MOST_IMAGES = 1000  # with a record of their own: memory does not grow with the number of images
+
+
+class Outliers:
+    """Which patch tokens of one batch are outlying in any block, and how far out, as the blocks go by."""
+
+    def __init__(self) -> None:
+        self.marked: Tensor = torch.empty(0)  # bool [B, h, w]
+        self.largest: Tensor = torch.empty(0)  # [B]: norm ÷ median of the image
+        self.block: Tensor = torch.empty(0)  # [B]: where
+
+    def add(self, block: int, side: BlockTokens) -> None:
+        """Take in the next block."""
+        now = side.masks["outlying"]
+        most = norm_ratios(side.norms).nan_to_num(0.0, posinf=math.inf).flatten(1).amax(dim=1)
+        if block == 0:
+            self.marked, self.largest, self.block = now, most, torch.zeros_like(most, dtype=torch.int64)
+            return
+        self.marked = self.marked | now
+        self.block = torch.where(most > self.largest, block, self.block)
+        self.largest = torch.maximum(self.largest, most)
+
+
+@dataclass(frozen=True)
+class InpaintedCosines:
+    """The last block of the b images of a batch with outlying tokens, against their inpainted originals; on the CPU."""
+
+    images: list[int]  # which of the batch
+    patches: Tensor  # [b, h, w]
+    cls: Tensor | None  # [b]
+    replaced: Tensor  # bool [b, h, w]: by the inpainted pass, in some block
+
+
+@torch.no_grad()
+def inpainted_cosines(
+    subject: Subject, images: Tensor, outliers: Outliers, last: BlockTokens, settings: AnalyzeSettings
+) -> InpaintedCosines:
+    """Run those of the images `[B, 3, H, W]` again that have outlying tokens; `last` are all images' last tokens."""
+    found = outliers.marked.flatten(1).any(dim=1).nonzero()[:, 0]  # [b]
+    replaced = outliers.marked[found].clone().zero_()
+    if not len(found):
+        return InpaintedCosines([], replaced.float().cpu(), None, replaced.cpu())
+
+    def seen(_: int, marked: Tensor) -> None:
+        replaced.logical_or_(marked)
+
+    backbone = inpainted(subject.running(settings), settings.norm_factor, seen)
+    tokens = last_tokens(backbone, subject.module, images[found])
+    patches = cosine_similarity(last.patches[found], patch_grid(backbone, tokens, images), dim=-1)
+    cls = None if last.cls is None else cosine_similarity(last.cls[found], tokens[:, 0], dim=-1).cpu()
+    return InpaintedCosines(found.tolist(), patches.cpu(), cls, replaced.cpu())
+
+
+@dataclass
+class InpaintingCollector:
+    """Streamed cosines to the inpainted original, over all images."""
+
+    device: str
+    tokens: int = 0
+    replaced: int = 0
+    images: int = 0  # with outlying tokens
+    seen: int = 0  # all images
+    by_image: list[ImageInpainting] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.cls, self.good, self.marked = (Histogram(SCALE, self.device) for _ in range(3))
+
+    def add(
+        self,
+        names: Sequence[str],
+        subject: Subject,
+        images: Tensor,
+        outliers: Outliers,
+        last: BlockTokens,
+        settings: AnalyzeSettings,
+    ) -> None:
+        """One batch, its outlying tokens, and its tokens after the last block."""
+        found = inpainted_cosines(subject, images, outliers, last, settings)
+        self._add_unmoved(last, ~outliers.marked.flatten(1).any(dim=1))
+        self.seen += len(images)
+        self.images += len(found.images)
+        self.replaced += int(found.replaced.sum())
+        if not found.images:
+            return
+        marked, largest, block = outliers.marked.cpu(), outliers.largest.tolist(), outliers.block.tolist()
+        for row, at in enumerate(found.images):
+            cosines, out = found.patches[row], marked[at]
+            cls = None if found.cls is None else found.cls[row]
+            self.tokens += int(out.sum())
+            self.good.add(cosines[~out].to(self.device))
+            self.marked.add(cosines[out].to(self.device))
+            if cls is not None:
+                self.cls.add(cls.to(self.device))
+            self.by_image.append(
+                ImageInpainting(
+                    image=printable(names[at]),
+                    tokens=int(out.sum()),
+                    max_ratio=largest[at],
+                    block=block[at],
+                    cls_cosine=_known(cls),
+                    good_cosine=_known(cosines[~out].median() if not bool(out.all()) else None),
+                    marked_cosine=_known(cosines[out].mean()),
+                )
+            )
+        if len(self.by_image) > 2 * MOST_IMAGES:
+            self.by_image = _furthest(self.by_image)
+
+    def _add_unmoved(self, last: BlockTokens, chosen: Tensor) -> None:
+        """Images of a batch, bool `[B]`, without outlying tokens: the inpainted pass is the original's."""
+        for histogram, tokens in ((self.good, last.patches), (self.cls, last.cls)):
+            if tokens is not None:
+                whole = tokens[chosen].isfinite().all(dim=-1)
+                histogram.add(torch.where(whole, 1.0, math.nan))
+
+    def merge(self, other: InpaintingCollector) -> None:
+        """Take in the cosines of other images."""
+        for mine, theirs in ((self.cls, other.cls), (self.good, other.good), (self.marked, other.marked)):
+            mine.merge(theirs)
+        self.tokens += other.tokens
+        self.replaced += other.replaced
+        self.images += other.images
+        self.seen += other.seen
+        self.by_image = _furthest([*self.by_image, *other.by_image])
+
+    def to_cpu(self) -> InpaintingCollector:
+        """The same on the CPU, as it can be sent to another process."""
+        moved = InpaintingCollector("cpu")
+        moved.merge(self)
+        return moved
+
+    def record(self, finite: bool) -> Inpainting:
+        """Sum up; `finite`: whether all tokens are."""
+        cls, good, marked = (each.distribution() for each in (self.cls, self.good, self.marked))
+        gain = gain_of(self.images, cls, good, marked) if finite else None
+        return Inpainting(
+            gain=gain,
+            sentence=gain_sentence(gain, self._counted(), cls, good, marked),
+            tokens=self.tokens,
+            images=self.images,
+            replaced=self.replaced,
+            cls_cosine=cls,
+            good_cosine=good,
+            marked_cosine=marked,
+            by_image=tuple(sorted(_furthest(self.by_image), key=lambda each: each.image)),
+        )
+
+    def _counted(self) -> str:
+        return f"{self.tokens:,} in {self.images:,} of {self.seen:,} images"
+
+
+def gain_of(images: int, cls: Distribution | None, good: Distribution | None, marked: Distribution | None) -> Gain:
+    """What there is to gain, from how many images have outlying tokens, and the cosines over all images."""
+    if not images:
+        return "healthy"
+    if any(each is not None and each.p01 < SAME for each in (cls, good)):
+        return "features"
+    return "marked" if marked is not None and marked.median < SAME else "none"
+
+
+def gain_sentence(
+    gain: Gain | None,
+    counted: str,
+    cls: Distribution | None,
+    good: Distribution | None,
+    marked: Distribution | None,
+) -> str:
+    """The same in words; `counted` says how many tokens are outlying, in how many images."""
+    if gain is None:
+        return "Tokens are not finite: what a repair could change cannot be said."
+    if gain == "healthy":
+        return "healthy: no token is outlying in any block; a repair would train nothing."
+    whose = f"Without its outlying tokens ({counted})"
+    if gain == "none":
+        return f"{whose} tokens would stay as they are ({STAY}): outliers cost little here, no gain is to be had."
+    changed = f"marked ones by {_moved(marked.mean)}" if marked is not None else ""
+    if gain == "marked":
+        which = "cls and good patches" if cls is not None else "good patches"
+        return f"{whose} {which} would stay as they are ({STAY}), only {changed}: this much a repair could change."
+    parts = [
+        *([f"cls would move by {_moved(cls.mean)}"] if cls is not None else []),
+        *([f"good patches by {_moved(good.median, f', 1 % below {good.p01:.4f}')}"] if good is not None else []),
+        changed,
+    ]
+    far = cls is not None and cls.mean < FAR
+    task = " cls moves far: outliers may carry information, ask a task whether the change is one for the better."
+    return f"{whose} {', '.join(filter(None, parts))}: this much a repair could change.{task if far else ''}"
+
+
+def _moved(cosine: float, more: str = "") -> str:
+    """29° (cosine 0.8746)."""
+    return f"{math.degrees(math.acos(max(-1.0, min(1.0, cosine)))):.2g}° (cosine {cosine:.4f}{more})"
+
+
+def _furthest(images: Sequence[ImageInpainting]) -> list[ImageInpainting]:
+    """At most so many of the images as have a record: those whose cls, or good tokens, are furthest moved."""
+    return sorted(images, key=lambda each: (_moved_least(each), each.image))[:MOST_IMAGES]
+
+
+def _moved_least(image: ImageInpainting) -> float:
+    known = (each for each in (image.cls_cosine, image.good_cosine, image.marked_cosine) if each is not None)
+    return next(known, 1.0)
+
+
+def _known(cosine: Tensor | None) -> float | None:
+    """A number that is finite, or None."""
+    return cosine.item() if cosine is not None and bool(cosine.isfinite()) else None

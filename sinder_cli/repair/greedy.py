@@ -1,0 +1,168 @@
+"""The greedy step: shrink the one singular value that moves defective tokens most for what it moves the others.
+
+A singular defect is written by few singular values, which ordinary tokens hardly use. With δ = ε/σ, a singular value
+answers for the share `s = (∂L/∂δ)/L` of the loss: 1 where it writes all that makes the tokens stand out, since its part
+of the loss falls in proportion to it. A slope of more than the whole loss comes from the steepness of what triggers the
+defect, holds for no larger step, and differs from token to token: it counts as 1/s. That share is averaged over the
+latest steps and lowered by its standard error, so that what helps one image by chance counts for little. What a unit of
+δ moves ordinary tokens is measured by random probes (`step.Probes`). The gain of a singular value is the ratio of the
+two; it only ever shrinks, to 0 at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from sinder_cli.repair.deltas import Target
+from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repair.step import BlockGradient
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEPT = 0.9  # of the weight of the steps before, at each step
+TO_GATHER = 8  # steps at a block before the first move there, or one pass where there are fewer images
+FLOOR = 0.1  # of the mean response: a singular value that seems to move nothing is not known that well
+NEARLY_SETTLED = 0.5  # of the mean ordinary norm: an excess that tokens of three median norms are far above
+LEAST_EXCESS = 0.05  # of the loss, so that a share of nothing is not a number
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What steps at one block have shown of the singular values of its window, in one row: `[R]` each."""
+
+    shares: Tensor  # weighted sum of the shares of the loss
+    squares: Tensor  # and of their squares
+    weight: float
+    responses: Tensor  # sum over the probes, for δ
+    probes: int
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """One move: a run of near-equal singular values of one target, shrunk by a share of themselves."""
+
+    target: Target
+    start: int
+    stop: int
+    share: float
+
+    def delta(self) -> Tensor:
+        """The new ε `[r]` of the target: no singular value falls under 0."""
+        delta = self.target.delta.clone()
+        sigma = scale_of(self.target)[self.start : self.stop]
+        delta[self.start : self.stop] = (delta[self.start : self.stop] - self.share * sigma).maximum(-sigma)
+        return delta
+
+
+@dataclass
+class Observations:
+    """The state of greedy steps, by first defective block."""
+
+    by_block: dict[int, Observed] = field(default_factory=dict)
+
+    def step(
+        self, part: BlockGradient, targets: Sequence[Target], images: int, settings: RepairSettings
+    ) -> tuple[Observed, Shrinkage | None, float]:
+        """What is observed with one more step, the move, if there is one, and the gain; nothing is changed yet.
+
+        No move is made at a gain below `min_gain`, nor before enough steps have been observed. `targets` are those of
+        the window that ends at the part's block; `images` is how many there are to visit.
+        """
+        seen = self._with(part, targets)
+        at, gain = _best(seen, targets, part.excess / len(part.losses))
+        if gain < settings.min_gain or seen.weight < _weight_after(min(TO_GATHER, images)) - 1e-6:
+            return seen, None, gain
+        target, index = _place(targets, at)
+        start, stop = next((run for run in target.basis.groups if run[0] <= index < run[1]), (index, index + 1))
+        mean = (seen.shares[at] / seen.weight).item()
+        moved = _responses(seen)[at].sqrt().item()
+        share = min(1 / max(mean, 1e-6), settings.max_drift / moved, settings.trust)
+        return seen, Shrinkage(target, start, stop, share), gain
+
+    def is_worth(self, block: int, excess: float, targets: Sequence[Target] | None, settings: RepairSettings) -> bool:
+        """Whether a gradient may lead to a move, given the mean excess of the losses at a block.
+
+        Not where the tokens are nearly as near to their neighbours as ordinary ones, and what was observed at the block
+        promises no gain from them. `targets` are those of the window, None while some are not decomposed yet.
+        """
+        seen = self.by_block.get(block)
+        if seen is None or targets is None or excess > NEARLY_SETTLED or seen.weight < _weight_after(2):
+            return True
+        return _best(seen, targets, excess)[1] >= settings.min_gain
+
+    def _with(self, part: BlockGradient, targets: Sequence[Target]) -> Observed:
+        loss = max(part.excess, LEAST_EXCESS * len(part.losses))
+        slopes = _flat(part.gradients, targets) / loss
+        shares = torch.where(slopes > 1, 1 / slopes, slopes.clamp_min(-1))
+        responses = _flat(part.responses, targets, power=2)
+        before = self.by_block.get(part.block)
+        if before is None:
+            return Observed(shares, shares.square(), 1.0, responses, part.probes)
+        return Observed(
+            before.shares * KEPT + shares,
+            before.squares * KEPT + shares.square(),
+            before.weight * KEPT + 1.0,
+            before.responses + responses,
+            before.probes + part.probes,
+        )
+
+
+def scale_of(target: Target) -> Tensor:
+    """σ of each singular value, `[r]`, as the target's ε has it; 0 where it vanishes, so that it never moves."""
+    sigma = target.basis.S.to(target.delta)
+    sigma[target.basis.rank :] = 0
+    for start, stop in target.basis.groups:
+        sigma[start:stop] = sigma[start:stop].mean()
+    return sigma
+
+
+def polyak_deltas(
+    targets: Sequence[Target], gradients: Mapping[str, Tensor], loss: float, trust: float
+) -> dict[str, Tensor]:
+    """ε of each target after `δ ← δ − min(L/‖g‖, trust) · g/‖g‖`, g = ∂L/∂δ over all of them together."""
+    scales = {target.name: scale_of(target) for target in targets}
+    length = torch.cat([gradients[name] * sigma for name, sigma in scales.items()]).norm().item()
+    step = min(loss / length, trust) / length if length > 0 else 0.0
+    return {
+        target.name: target.delta - step * scales[target.name].square() * gradients[target.name] for target in targets
+    }
+
+
+def _weight_after(steps: int) -> float:
+    return sum(KEPT**step for step in range(steps))
+
+
+def _flat(parts: Mapping[str, Tensor], targets: Sequence[Target], power: int = 1) -> Tensor:
+    """What is by ε in each target, by δ in one row `[R]`."""
+    return torch.cat([parts[target.name] * scale_of(target) ** power for target in targets])
+
+
+def _responses(seen: Observed) -> Tensor:
+    """The mean square movement of ordinary tokens for a unit of each δ, `[R]`, over their mean norm."""
+    measured = seen.responses / max(seen.probes, 1)
+    return (measured + FLOOR * measured.mean()).clamp_min(1e-12)
+
+
+def _best(seen: Observed, targets: Sequence[Target], excess: float) -> tuple[int, float]:
+    """The place in the row of the singular value of the largest gain, and that gain, for a mean excess."""
+    mean = seen.shares / seen.weight
+    spread = (seen.squares / seen.weight - mean.square()).clamp_min(0)
+    error = (spread / max(seen.weight - 1, 0.5)).sqrt() if seen.weight > 1.5 else torch.zeros_like(mean)
+    left = torch.cat([target.delta > -0.999 * scale_of(target) for target in targets])  # not shrunk to 0 already
+    gain = (mean - error).clamp_min(0) * left * max(excess, 0.0) / _responses(seen).sqrt()
+    at = int(gain.argmax())
+    return at, gain[at].item()
+
+
+def _place(targets: Sequence[Target], at: int) -> tuple[Target, int]:
+    """The target, and the index in it, of a place in the row."""
+    for target in targets:
+        if at < len(target.delta):
+            return target, at
+        at -= len(target.delta)
+    raise IndexError(at)

@@ -1,0 +1,255 @@
+"""The guard: images that a repair never trains on, and what it is judged by on them while it runs.
+
+The yardstick is the inpainted original (`defects.inpainting`): its cls and its never-marked tokens say what the network
+would say without outliers. Nearness to the original is no yardstick, since outliers spoil cls and good tokens by
+attention; the number of outliers alone is none either, since a ruined model has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cosine_similarity
+
+from sinder_cli.backbone.describe import Backbone
+from sinder_cli.defects.detection import DetectionRule
+from sinder_cli.defects.inpainting import inpainted
+from sinder_cli.defects.tokens import last_tokens, patch_grid
+from sinder_cli.errors import BadInputError
+from sinder_cli.events import Emit, silent, tracked
+from sinder_cli.repair.forward import Directions
+from sinder_cli.repair.scan import Seen, see
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sinder_cli.repair.loop import Best
+
+SAMPLES = 6  # images whose patch tokens are kept for pictures
+SLACK = 0.005  # of a cosine: what a state may lie further from the inpainted original than the original itself
+NEARER = 0.75  # of the original's distance to the inpainted original: what lies nearer need not reach the floor
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Cosines to a yardstick on the guard, last block, before the final norm; None where there is nothing."""
+
+    cls: float | None  # mean
+    good: float  # patches that the original never marks: median
+    good_p01: float  # and 1st percentile
+    marked: float | None  # patches that the original marks at some block: mean
+
+    def as_dict(self) -> dict[str, float | None]:
+        """By name, as `summary.json` has it."""
+        return {"cls": self.cls, "good": self.good, "good_p01": self.good_p01, "marked": self.marked}
+
+    def holds(self, original: Fidelity, floor: float) -> bool:
+        """Whether a state of this fidelity spoils neither cls nor good tokens, given the original's own.
+
+        Neither may lie further from the yardstick than the original does; and each reaches the floor, or is nearer by
+        a quarter of the way: where outliers are many, the yardstick itself is off by more than the floor allows.
+        """
+        pairs = [(self.good, original.good), *([(self.cls, original.cls)] if self.cls is not None else [])]
+        return all(
+            now >= was - SLACK and (now >= floor or 1 - now <= NEARER * (1 - was))
+            for now, was in pairs
+            if was is not None
+        )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A model on the guard's images: K of them, h × w patches, N width."""
+
+    norms: Tensor  # [blocks, K, h, w]
+    ratios: Tensor  # [blocks, K, h, w]: over the median norm of the image
+    outlying: Tensor  # bool [blocks, K, h, w]
+    cls: Tensor | None  # [K, N]: last block
+    samples: Tensor  # [≤ SAMPLES, h, w, N]: last block's patch tokens of the first images
+    to_inpainted: Tensor  # [K, h, w]: cosine of the last block's patches to the inpainted original's
+    to_original: Tensor
+    cls_to_inpainted: Tensor | None  # [K]
+    cls_to_original: Tensor | None
+    ever: Tensor  # bool [K, h, w]: what the original marks at some block
+
+    @property
+    def left(self) -> int:
+        """Tokens that are outlying at some block."""
+        return int(self.outlying.any(dim=0).sum())
+
+    @property
+    def finite(self) -> bool:
+        """Whether all tokens of the last block are."""
+        return bool(self.norms[-1].isfinite().all())
+
+    def require_finite(self, what: str, remedy: str, error: type[BadInputError] = BadInputError) -> None:
+        """Raises an `error` where a token is NaN or infinite: nothing of such a model is worth keeping."""
+        broken = int((~self.norms[-1].flatten(1).isfinite().all(dim=1)).sum())
+        if broken:
+            raise error(what, f"its tokens are not finite on {broken} of {self.norms.shape[1]} images", remedy)
+
+    def fidelity(self, to: str = "inpainted") -> Fidelity:
+        """Cosines to the `inpainted` or the plain `original`."""
+        patches = self.to_inpainted if to == "inpainted" else self.to_original
+        cls = self.cls_to_inpainted if to == "inpainted" else self.cls_to_original
+        good = patches[~self.ever] if not bool(self.ever.all()) else patches.flatten()
+        marked = patches[self.ever]
+        return Fidelity(
+            cls=None if cls is None else cls.mean().item(),
+            good=good.median().item(),
+            good_p01=good.kthvalue(max(1, round(0.01 * len(good)))).values.item(),
+            marked=marked.mean().item() if len(marked) else None,
+        )
+
+    def defects(self) -> dict[str, Any]:
+        """What `summary.json` says: tokens outlying at some block, and block by block."""
+        by_block = [
+            {
+                "block": block,
+                "tokens": int(marked.sum()),
+                "fraction": marked.float().mean().item(),
+                "max_norm": norms.max().item(),
+                "median_norm": norms.median().item(),
+                "max_ratio": ratios.max().item(),
+            }
+            for block, (norms, ratios, marked) in enumerate(zip(self.norms, self.ratios, self.outlying, strict=True))
+        ]
+        worst = max(by_block, key=lambda each: each["max_ratio"])
+        return {
+            "tokens": self.left,
+            "fraction": self.left / self.outlying[0].numel(),
+            "images": int(self.outlying.any(dim=0).flatten(1).any(dim=1).sum()),
+            "max_ratio": worst["max_ratio"],
+            "max_norm": worst["max_norm"],
+            "median_norm": worst["median_norm"],
+            "worst_block": worst["block"],
+            "blocks": by_block,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One line of `evaluations.jsonl`: the guard's images after a step."""
+
+    step: int
+    outlying: int  # tokens that stand out at some block
+    defective_share: float  # of the images
+    cls: float | None  # cosines to the inpainted original, as in `Fidelity`
+    good: float
+    good_p01: float
+    marked: float | None
+    holds: bool  # whether neither cls nor good tokens are spoilt
+    best: bool  # whether this is the best state so far
+
+
+@dataclass
+class Guard:
+    """The guard's images, and what the original and the inpainted original make of them."""
+
+    backbone: Backbone
+    module: nn.Module
+    directions: Directions
+    rule: DetectionRule
+    images: dict[str, Tensor]  # [3, H, W] by name
+    batch_size: int
+    device: str
+    emit: Emit = silent
+    before: Snapshot = field(init=False)
+    _references: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)  # inpainted, original [B, T, N]
+    _marked: list[Tensor] = field(init=False, default_factory=list)  # bool [B, h, w]
+
+    def remember(self) -> None:
+        """Run the original and the inpainted original; the module must hold the original weights."""
+        marks: list[Tensor] = []
+        yardstick = inpainted(self.backbone, self.rule.norm_factor, lambda _, mask: marks.append(mask))
+        for pixels in tracked(self._batches(), self.emit, "looking at the guard", None, "batches"):
+            marks.clear()
+            reference = last_tokens(yardstick, self.module, pixels).cpu()
+            seen = self._see(pixels)
+            ever = (torch.stack(marks) | seen.defective).any(dim=0)
+            self._references.append((reference, seen.last.cpu()))
+            self._marked.append(ever.cpu())
+        self.before = self.look()
+
+    def look(self) -> Snapshot:
+        """The guard's images as the module shows them now."""
+        seen = [self._see(pixels) for pixels in self._batches()]
+        last = [each.last.cpu() for each in seen]
+        pixels = next(iter(self.images.values()))
+        grids = [patch_grid(self.backbone, tokens, pixels[None]) for tokens in last]
+        cosines = [
+            [cosine_similarity(tokens.double(), reference.double(), dim=-1).float() for reference in references]
+            for tokens, references in zip(last, self._references, strict=True)
+        ]
+        shape = grids[0].shape[1:3]
+        patches = [
+            torch.cat([pair[at][:, self.backbone.prefix_tokens :].unflatten(1, shape) for pair in cosines])
+            for at in (0, 1)
+        ]
+        heads = [torch.cat([pair[at][:, 0] for pair in cosines]) if self.backbone.has_cls else None for at in (0, 1)]
+        return Snapshot(
+            norms=torch.cat([each.norms.cpu() for each in seen], dim=1),
+            ratios=torch.cat([each.ratios.cpu() for each in seen], dim=1),
+            outlying=torch.cat([each.defective.cpu() for each in seen], dim=1),
+            cls=torch.cat([tokens[:, 0] for tokens in last]) if self.backbone.has_cls else None,
+            samples=torch.cat(grids)[:SAMPLES].clone(),
+            to_inpainted=patches[0],
+            to_original=patches[1],
+            cls_to_inpainted=heads[0],
+            cls_to_original=heads[1],
+            ever=torch.cat(self._marked),
+        )
+
+    def evaluation(self, step: int, now: Snapshot, floor: float, best: Best | None) -> Evaluation:
+        """One look as a line, against the best state so far; without one, against the original."""
+        fidelity, was = now.fidelity(), self.before.fidelity()
+        holds = now.finite and fidelity.holds(was, floor)
+        look = Evaluation(
+            step=step,
+            outlying=now.left,
+            defective_share=float(now.outlying.any(dim=0).flatten(1).any(dim=1).float().mean()),
+            cls=fidelity.cls,
+            good=fidelity.good,
+            good_p01=fidelity.good_p01,
+            marked=fidelity.marked,
+            holds=holds,
+            best=False,
+        )
+        beaten = now.left < self.before.left if best is None else best.is_beaten_by(look)
+        return replace(look, best=holds and beaten)
+
+    def _see(self, pixels: Tensor) -> Seen:
+        return see(self.backbone, self.module, self.directions, pixels, self.rule)
+
+    def _batches(self) -> list[Tensor]:
+        images = list(self.images.values())
+        parts = [images[start : start + self.batch_size] for start in range(0, len(images), self.batch_size)]
+        return [torch.stack(part).to(self.device) for part in parts]
+
+
+def guard_size(count: int, asked: int | None) -> int:
+    """How many of so many images the guard takes: a tenth, at least 4 and at most 64; never more than half."""
+    wanted = asked if asked is not None else min(max(4, round(0.1 * count)), 64)
+    return min(wanted, count // 2)
+
+
+def guarded(kinds: Sequence[int], size: int) -> list[int]:
+    """Which images the guard takes, by index, in their order: every kind, and half of them with a defect if there are.
+
+    `kinds` are the first defective blocks, −1 without one. At least half of the images of a kind are left for training,
+    so that one of which there is a single image is not on the guard.
+    """
+    by_kind: dict[int, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        by_kind.setdefault(kind, []).append(index)
+    clean = by_kind.pop(-1, [])
+    offered = [indices[: len(indices) // 2] for _, indices in sorted(by_kind.items(), key=lambda each: len(each[1]))]
+    defective = [group[at] for at in range(max(map(len, offered), default=0)) for group in offered if at < len(group)]
+    share = sum(map(len, by_kind.values())) / max(1, len(kinds))
+    wanted = min(len(defective), max(round(size * share), (size + 1) // 2))
+    taken = defective[:wanted]
+    rest = [*clean[: len(clean) if not by_kind else max(1, len(clean) // 2)], *defective[wanted:]]
+    return sorted([*taken, *rest[: size - len(taken)]])

@@ -1,0 +1,292 @@
+"""What the original does before a repair: which images have defective tokens, where, and whether weights predict them.
+
+One pass over the images, made once for a run and kept in its directory as `outliers.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sinder_cli.backbone.describe import Backbone
+from sinder_cli.defects.detection import (
+    DetectionRule,
+    alignment_logits,
+    defect_mask,
+    defective_somewhere,
+    norm_ratios,
+)
+from sinder_cli.defects.spectrum import angle_between, leading_left
+from sinder_cli.defects.tokens import in_precision, patch_grid
+from sinder_cli.errors import BadInputError
+from sinder_cli.events import Emit, tracked
+from sinder_cli.files import write_text
+from sinder_cli.images.loading import load_in_order, readable
+from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.images.processes import worker_count
+from sinder_cli.images.sources import ImageSource, SomeImages
+from sinder_cli.ranks import Ranks
+from sinder_cli.repair.forward import Directions
+from sinder_cli.repair.settings import RepairSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PREDICTED_DEGREES = 30.0  # an observed direction this near to a determined predicted one is the predicted one
+
+
+@dataclass(frozen=True)
+class ImageOutliers:
+    """The defective tokens of one image in the original: row-major indices of patches, by block that has some."""
+
+    name: str
+    grid: tuple[int, int]
+    finite: bool
+    blocks: dict[int, tuple[int, ...]]
+
+    @property
+    def kind(self) -> int:
+        """The first defective block; −1 without one."""
+        return min(self.blocks, default=-1)
+
+    def marks(self, depth: int) -> Tensor:
+        """The same as masks, bool `[blocks, h, w]`."""
+        masks = torch.zeros(depth, self.grid[0] * self.grid[1], dtype=torch.bool)
+        for block, places in self.blocks.items():
+            masks[block, list(places)] = True
+        return masks.unflatten(1, self.grid)
+
+
+@dataclass(frozen=True)
+class BlockOutliers:
+    """The defective tokens of one block over all images, and whether the weights predict them."""
+
+    block: int
+    tokens: int
+    images: int
+    marked_by_weights: int  # of these tokens, by equation (5) with a direction that is determined
+    max_ratio: float  # the largest norm over the median of its image, of all patch tokens
+    gap: float  # σ₁/σ₂ of the predicted direction
+    angle_deg: float | None  # from the direction that the tokens share to the predicted one; None without tokens
+    predicted: bool  # whether that angle is at most 30° and the direction determined
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The original over the images that were looked at."""
+
+    images: tuple[ImageOutliers, ...]
+    blocks: tuple[BlockOutliers, ...]
+    tokens: int  # patch tokens that were looked at, in each block
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no image has a defective token in any block."""
+        return not any(image.blocks for image in self.images)
+
+    @property
+    def by_name(self) -> dict[str, ImageOutliers]:
+        """The images by name."""
+        return {image.name: image for image in self.images}
+
+    def write(self, path: Path) -> None:
+        """Write `outliers.json`."""
+        write_text(path, json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Scan:
+        """Read `outliers.json`. Raises `BadInputError` for one that is torn."""
+        try:
+            stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            images = tuple(
+                ImageOutliers(
+                    each["name"],
+                    (each["grid"][0], each["grid"][1]),
+                    each["finite"],
+                    {int(block): tuple(places) for block, places in each["blocks"].items()},
+                )
+                for each in stored["images"]
+            )
+            return cls(images, tuple(BlockOutliers(**each) for each in stored["blocks"]), stored["tokens"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInputError(f"cannot read {path}", str(error), "start anew with --force") from error
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One batch block by block: what a scan and a look at the guard are made of."""
+
+    ratios: Tensor  # [blocks, B, h, w]: norm over the median norm of the image
+    norms: Tensor  # [blocks, B, h, w]
+    predicted: Tensor  # bool [blocks, B, h, w]: equation (5), with a direction that is determined
+    defective: Tensor  # bool [blocks, B, h, w]
+    last: Tensor  # [B, T, N]: the last block's tokens, float32
+
+
+@torch.no_grad()
+def see(
+    backbone: Backbone,
+    module: nn.Module,
+    directions: Directions,
+    images: Tensor,
+    rule: DetectionRule,
+    shared: Shared | None = None,
+) -> Seen:
+    """Run a batch `[B, 3, H, W]` and mark its tokens in every block; `shared` takes in the direction that they share.
+
+    Tokens that are far out but not certainly so until the next block is known are not in `shared`.
+    """
+    tokens, context = backbone.embed(module, images)
+    start = norm_ratios(patch_grid(backbone, tokens, images).float().norm(dim=-1))
+    norms, predicted = [], []
+    for block in range(backbone.depth):
+        tokens = backbone.run_block(module, block, tokens, context)
+        patches = patch_grid(backbone, tokens, images).float()
+        norms.append(patches.norm(dim=-1))
+        marked = defect_mask(alignment_logits(patches, directions.nu[block]), rule)
+        predicted.append(marked & rule.trusts(directions.gaps[block]))
+        if shared is not None:
+            shared.add(block, patches, norm_ratios(norms[-1]), rule)
+    ratios = torch.stack([norm_ratios(each) for each in norms])
+    marks = torch.stack(predicted)
+    return Seen(ratios, torch.stack(norms), marks, defective_somewhere(ratios, start, marks, rule), tokens.float())
+
+
+@dataclass
+class Shared:
+    """The second moments of far-out tokens' unit vectors, by block: the leading direction is what they share."""
+
+    moments: dict[int, Tensor] = field(default_factory=dict)  # [N, N]
+
+    def add(self, block: int, patches: Tensor, ratios: Tensor, rule: DetectionRule) -> None:
+        """Take in the tokens of a batch `[B, h, w, N]` that are above the norm factor."""
+        far = patches[ratios > (rule.norm_factor or DetectionRule().norm_factor)]  # [M, N]
+        if len(far):
+            units = torch.nn.functional.normalize(far, dim=-1)
+            moment = (units.T @ units).cpu()
+            self.moments[block] = self.moments[block] + moment if block in self.moments else moment
+
+    def merge(self, other: Shared) -> None:
+        """Take in the tokens of other images."""
+        for block, moment in other.moments.items():
+            self.moments[block] = self.moments[block] + moment if block in self.moments else moment
+
+    def angle(self, block: int, nu: Tensor) -> float | None:
+        """Degrees from the shared direction of a block to the predicted one."""
+        if block not in self.moments:
+            return None
+        return angle_between(leading_left(self.moments[block]).direction, nu.cpu())
+
+
+def scan(
+    backbone: Backbone,
+    module: nn.Module,
+    directions: Directions,
+    source: ImageSource,
+    preprocess: Preprocessing,
+    chosen: Sequence[int],
+    settings: RepairSettings,
+    unreadable: dict[str, str],
+    emit: Emit,
+    ranks: Ranks,
+) -> Scan:
+    """Look at the chosen images of a source; each rank at its share, and all have the result.
+
+    Those that cannot be decoded are named and added to `unreadable`. Raises `BadInputError` for a backbone whose tokens
+    are not finite in the original.
+    """
+    running, rule = in_precision(backbone, settings.dtype, settings.tf32), DetectionRule.of(settings)
+    mine = SomeImages(source, ranks.share(chosen))
+    loaded = load_in_order(mine, preprocess, range(len(mine)), worker_count(settings.workers, ranks.local_size))
+    shared = Shared()
+    found: list[ImageOutliers] = []
+    by_weights: Counter[int] = Counter()
+    largest = [0.0] * backbone.depth
+    B = max(1, settings.batch_size // ranks.size)
+    batch: list[tuple[str, Tensor]] = []
+
+    def take() -> None:
+        seen = see(
+            running, module, directions, torch.stack([each for _, each in batch]).to(directions.nu.device), rule, shared
+        )
+        by_block = (seen.defective & seen.predicted).flatten(1).sum(dim=1).tolist()
+        by_weights.update(dict(enumerate(by_block)))
+        for block, ratio in enumerate(seen.ratios.nan_to_num(0.0).flatten(1).max(dim=1).values.tolist()):
+            largest[block] = max(largest[block], ratio)
+        finite = seen.last.flatten(1).isfinite().all(dim=1).tolist()
+        for image, (name, _) in enumerate(batch):
+            found.append(_outliers(name, seen.defective[:, image], finite[image]))
+        batch.clear()
+
+    for name, pixels in tracked(
+        readable(loaded, unreadable, emit), emit, "looking at the original", len(mine), "images"
+    ):
+        batch.append((name, pixels))
+        if len(batch) == B:
+            take()
+    if batch:
+        take()
+    parts = ranks.every((found, shared if ranks.size > 1 else None, dict(by_weights), largest, dict(unreadable)))
+    for rank, (_, other, counts, most, broken) in enumerate(parts):
+        if rank == ranks.rank:
+            continue
+        if other is not None:
+            shared.merge(other)
+        by_weights.update(counts)
+        largest = [max(pair) for pair in zip(largest, most, strict=True)]
+        unreadable.update(broken)
+    images = tuple(sorted((each for part in parts for each in part[0]), key=lambda image: image.name))
+    blocks = tuple(
+        _block(block, images, by_weights[block], largest[block], directions, shared, rule)
+        for block in range(backbone.depth)
+    )
+    tokens = sum(image.grid[0] * image.grid[1] for image in images)
+    return Scan(images, blocks, tokens)
+
+
+def _outliers(name: str, masks: Tensor, finite: bool) -> ImageOutliers:
+    """One image, from its masks bool `[blocks, h, w]`."""
+    found = {block: tuple(mask.flatten().nonzero()[:, 0].tolist()) for block, mask in enumerate(masks.cpu())}
+    return ImageOutliers(
+        name, (masks.shape[1], masks.shape[2]), finite, {block: places for block, places in found.items() if places}
+    )
+
+
+def _block(
+    block: int,
+    images: Sequence[ImageOutliers],
+    by_weights: int,
+    largest: float,
+    directions: Directions,
+    shared: Shared,
+    rule: DetectionRule,
+) -> BlockOutliers:
+    having = [image for image in images if block in image.blocks]
+    angle = shared.angle(block, directions.nu[block]) if having else None
+    gap = directions.gaps[block]
+    return BlockOutliers(
+        block=block,
+        tokens=sum(len(image.blocks[block]) for image in having),
+        images=len(having),
+        marked_by_weights=by_weights,
+        max_ratio=largest,
+        gap=min(gap, 1e12) if math.isfinite(gap) else 1e12,
+        angle_deg=angle,
+        predicted=angle is not None and angle <= PREDICTED_DEGREES and rule.trusts(gap),
+    )
+
+
+def rarest_first(images: Sequence[ImageOutliers], indices: Sequence[int]) -> list[int]:
+    """The indices of the images, one of each kind in turn, the rarest kind first; a kind is a first defective block."""
+    kinds: dict[int, list[int]] = {}
+    for image, index in zip(images, indices, strict=True):
+        kinds.setdefault(image.kind, []).append(index)
+    queues = sorted(kinds.values(), key=len)
+    return [queue[at] for at in range(max(map(len, queues), default=0)) for queue in queues if at < len(queue)]
