@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_RUN := sinder-runs/demo
 
-.PHONY: demo test lint man bench clean
+.PHONY: demo test lint man bench evidence clean
 
 # torch is installed by its pinned version first: a looser range may fetch gigabytes of CUDA packages.
 $(BIN)/sinder: pyproject.toml constraints.txt
@@ -23,7 +23,7 @@ demo: $(BIN)/sinder  ## predict, repair and export the demo backbone
 	$(BIN)/sinder repair demo_vit --out $(DEMO_RUN) --format table
 	$(BIN)/sinder export $(DEMO_RUN) --to native --out $(DEMO_RUN)/exported.pth --format table
 	@$(BIN)/python -c "import json; d = json.load(open('$(DEMO_RUN)/summary.json'))['defects']; \
-	print('defective tokens', d['before']['tokens'], '→', d['after']['tokens'], '· report: $(DEMO_RUN)/report.html')"
+	print('outlying tokens', d['before']['tokens'], '→', d['after']['tokens'], '· report: $(DEMO_RUN)/report.html')"
 
 test: $(VENV)/.tested  ## the whole suite
 	$(BIN)/python -m pytest
@@ -41,6 +41,9 @@ bench: $(VENV)/.tested  ## ratios against the reference's way, side by side in o
 	$(BIN)/python tests/benchmarks/repair_step.py
 	$(BIN)/python tests/benchmarks/predict.py
 	$(BIN)/python tests/benchmarks/analyze.py
+
+evidence: $(VENV)/.tested  ## repairs of a real model, into tests/real/EVIDENCE.md; fetches 200 MB once
+	$(BIN)/python tests/real/evidence.py --anew
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache sinder-runs

@@ -326,7 +326,8 @@ def _start(
     backbone = ranks.machine_first(lambda: open_model(request))
     preprocess = preprocessing(backbone, settings.image_size)
     settings = settings.model_copy(update={"image_size": preprocess.size})
-    source = repaired_on(backbone, named, preprocess.size, settings.seed, request.emit)
+    enough = 0 if settings.visit == "all" else FEW_IMAGES
+    source = repaired_on(backbone, named, enough, preprocess.size, settings.seed, request.emit)
     given = len(named) if named else 0
     config = run_config(backbone, request, settings, source, places, device, given)
     require_alike(config, ranks)
@@ -424,15 +425,18 @@ def _device(settings: DetectionSettings, ranks: Ranks, emit: Emit) -> str:
     return device
 
 
-def repaired_on(backbone: Backbone, named: ImageSource | None, size: int, seed: int, emit: Emit) -> ImageSource:
-    """The images of a repair: those that the user named, first; where they are few or none, drawn ones after them.
+def repaired_on(
+    backbone: Backbone, named: ImageSource | None, enough: int, size: int, seed: int, emit: Emit
+) -> ImageSource:
+    """The images of a repair: those that the user named, first; where they are none, or not enough, drawn ones
+    after them.
 
     A backbone that draws images itself gets its own.
     """
     if named is None and backbone.sample_images is not None:
         return drawn_images(backbone, seed)
     count = len(named) if named else 0
-    if named is not None and count >= FEW_IMAGES:
+    if named is not None and count >= enough:
         return named
     drawn = DrawnPictures(TO_TRAIN_ON - count, size, seed)
     emit(Noted(f"{counted_images(count)} given: drawing {len(drawn)} pictures of {size} × {size} pixels to train on"))

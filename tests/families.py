@@ -32,7 +32,16 @@ TESTS = Path(__file__).parent
 README, MATRIX = TESTS.parent / "README.md", TESTS / "export" / "MATRIX.md"
 BEGIN, END = "<!-- families: made by tests/families.py -->", "<!-- end of families -->"
 EAGER = RepairSettings(
-    max_steps=3, mask_threshold=0.3, min_tokens=1, min_gap=0, eval_images=2, stop_density=1, lr=0.05, workers=0
+    recipe="paper",
+    keep="last",
+    max_steps=3,
+    mask_threshold=0.3,
+    min_tokens=1,
+    min_gap=0,
+    eval_images=2,
+    stop_density=1,
+    lr=0.05,
+    workers=0,
 )
 IMAGES = 2
 TARGETS: dict[TargetName, str] = {

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SCALE = LinearScale(-1.0, 1.0, 40_000)  # bins of 0.00005: what matters here lies near 1
 SAME = 0.999  # a cosine from which on tokens count as unmoved; 2.6°
 STAY = f"99 of 100 cosines ≥ {SAME}"
+AS_GOOD_AS_ONE = 0.99995  # in four digits
 FAR = 0.9  # a mean cosine of cls under which the report asks for a task
 MOST_IMAGES = 1000  # with a record of their own: memory does not grow with the number of images
 
@@ -206,7 +207,7 @@ def gain_sentence(
         return f"{whose} {which} would stay as they are ({STAY}), only {changed}: this much a repair could change."
     parts = [
         *([f"cls would move by {_moved(cls.mean)}"] if cls is not None else []),
-        *([f"good patches by {_moved(good.median, f', 1 % below {good.p01:.4f}')}"] if good is not None else []),
+        *([f"good patches by {_moved(good.median, good.p01)}"] if good is not None else []),
         changed,
     ]
     far = cls is not None and cls.mean < FAR
@@ -214,9 +215,11 @@ def gain_sentence(
     return f"{whose} {', '.join(filter(None, parts))}: this much a repair could change.{task if far else ''}"
 
 
-def _moved(cosine: float, more: str = "") -> str:
-    """29° (cosine 0.8746)."""
-    return f"{math.degrees(math.acos(max(-1.0, min(1.0, cosine)))):.2g}° (cosine {cosine:.4f}{more})"
+def _moved(cosine: float, lowest: float = 1.0) -> str:
+    """29° (cosine 0.8746, 1 % below 0.5), without a lowest cosine that is as good as 1."""
+    degrees = math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+    below = f", 1 % below {lowest:.4f}" if lowest < AS_GOOD_AS_ONE else ""
+    return f"{degrees:.2g}° (cosine {f'{cosine:.4f}' if cosine < AS_GOOD_AS_ONE else '> 0.9999'}{below})"
 
 
 def _furthest(images: Sequence[ImageInpainting]) -> list[ImageInpainting]:

@@ -22,8 +22,7 @@ class Record(BaseModel):
 
 
 class Distribution(Record):
-    """A set of numbers, summed up; quantiles come from fine bins: norms to 0.2 %, angles 0.05°, cosines 0.0005, and
-    those to the inpainted original 0.00005."""
+    """A set of numbers, summed up; quantiles from fine bins: norms 0.2 %, angles 0.05°, cosines 0.0005 (inpainted 5e-5)."""
 
     count: int = Field(description="How many there were.")
     mean: float = Field(description="Mean.")
@@ -126,12 +125,7 @@ class ImageInpainting(Record):
 
 
 class Inpainting(Record):
-    """The last block's tokens, before the final norm, against the inpainted original: what a repair could change.
-
-    The inpainted original is the forward pass in which each outlying patch token is replaced, at the block where it
-    appears, by the average of its unmarked neighbours. Outliers may carry information, on CLIP-like models above all: a
-    cls that moves far is a question for a task, not a success.
-    """
+    """The last block's tokens, before the final norm, against the inpainted original: what a repair could change."""
 
     gain: Gain | None = Field(
         description="`healthy`: no token is outlying in any block, a repair would train nothing; `none`: there are "
@@ -145,7 +139,10 @@ class Inpainting(Record):
         description="Images that have such tokens; only these are run again, all others stay as they are."
     )
     replaced: int = Field(description="Patch tokens that the inpainted pass replaces in some block.")
-    cls_cosine: Distribution | None = Field(description="Cosine of cls, all images; null without cls.")
+    cls_cosine: Distribution | None = Field(
+        description="Cosine of cls, all images; null without cls. Outlying tokens may carry information, on CLIP-like "
+        "models above all: a cls that moves far is a question for a task, not a success."
+    )
     good_cosine: Distribution | None = Field(description="Of patch tokens that are never outlying, all images.")
     marked_cosine: Distribution | None = Field(description="Of patch tokens that are outlying in some block.")
     by_image: tuple[ImageInpainting, ...] = Field(
@@ -162,7 +159,10 @@ class Side(Record):
     verdict: Verdict
     blocks: tuple[BlockRecord, ...]
     inpainting: Inpainting | None = Field(
-        None, description="What a repair could change; null with --no-inpaint, and for a side that is inpainted itself."
+        None,
+        description="What a repair could change, by the inpainted original: the pass in which each outlying patch token "
+        "is replaced, at the block where it appears, by the average of its unmarked neighbours. Null with --no-inpaint, "
+        "and for a side that is inpainted itself.",
     )
 
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WINDOW = 2  # blocks, the last ones: as many as can be decomposed in no time
-MARKING = RepairSettings.model_validate({"mask_threshold": 0.5, "min_tokens": 1, "window": WINDOW})  # noise trips it
+MARKING = RepairSettings.model_validate(  # noise trips it, in blocks whose direction counts as determined
+    {"recipe": "paper", "min_gap": 1.1, "mask_threshold": 0.5, "min_tokens": 1, "window": WINDOW}
+)
 STEP = 0.1  # learning rate relative to σ₁ over the largest gradient: far above rounding
 
 

@@ -131,12 +131,15 @@ class RunFolder:
         except OSError as error:
             raise output_error(path, error) from error
 
-    def forget_after(self, step: int) -> None:
-        """Drop the lines that come after a step: a resumed run writes them again."""
-        for path in self.lines:
+    def forget_after(self, step: int, look: int | None = None) -> None:
+        """Drop the lines that come after a step, and those of the guard after its latest look (default: the step).
+
+        A resumed run writes them again.
+        """
+        for path, last in ((self.metrics, step), (self.evaluations, step if look is None else look)):
             if path.is_file():
                 lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-                kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+                kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= last]
                 write_text(path, "".join(kept))
 
     def flush_lines(self) -> None:

@@ -11,6 +11,7 @@ two; it only ever shrinks, to 0 at most.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -88,8 +89,11 @@ class Observations:
         """Whether a gradient may lead to a move, given the mean excess of the losses at a block.
 
         Not where the tokens are nearly as near to their neighbours as ordinary ones, and what was observed at the block
-        promises no gain from them. `targets` are those of the window, None while some are not decomposed yet.
+        promises no gain from them. `targets` are those of the window, None while some are not decomposed yet. What is
+        not finite is always worth it: the gradient tells, and the step is skipped.
         """
+        if not math.isfinite(excess):
+            return True
         seen = self.by_block.get(block)
         if seen is None or targets is None or excess > NEARLY_SETTLED or seen.weight < _weight_after(2):
             return True
@@ -114,7 +118,7 @@ class Observations:
 
 def scale_of(target: Target) -> Tensor:
     """σ of each singular value, `[r]`, as the target's ε has it; 0 where it vanishes, so that it never moves."""
-    sigma = target.basis.S.to(target.delta)
+    sigma = target.basis.S.to(target.delta, copy=True)  # S is float64 on the CPU, as ε of such weights is
     sigma[target.basis.rank :] = 0
     for start, stop in target.basis.groups:
         sigma[start:stop] = sigma[start:stop].mean()

@@ -115,14 +115,16 @@ class Progress:
         """Whether no step is left to do."""
         return bool(self.stopped) or self.steps >= settings.max_steps or self.density >= settings.stop_density
 
-    def judge(self, look: Evaluation, values: dict[str, Tensor]) -> None:
-        """Take in a look at the guard: keep the state (`values`: its ε) if it is the best; stop if it is time to."""
+    def judge(self, look: Evaluation, values: dict[str, Tensor], stops: bool = True) -> None:
+        """Take in a look at the guard: keep the state (`values`: its ε) if it is the best; it may stop the repair."""
         self.last_look = look.step
         self.clean_looks = self.clean_looks + 1 if look.outlying == 0 else 0
         self.spoilt_looks = 0 if look.holds else self.spoilt_looks + 1
         self.idle_looks = 0 if look.best else self.idle_looks + 1
         if look.best:
             self.best = Best(look.step, look.outlying, look.cls, look.good, look.marked, values)
+        if not stops:
+            return
         if self.spoilt_looks >= SPOILT_LOOKS:
             self.stopped = "fidelity"
         elif self.clean_looks >= CLEAN_LOOKS:

@@ -72,14 +72,14 @@ def run_config(
 VerdictWord = Literal["healthy", "repaired", "improved", "not improved"]
 
 
-def verdict_of(scan: Scan, before: Snapshot, after: Snapshot, changed: bool) -> VerdictWord:
+def verdict_of(scan: Scan, before: Snapshot, after: Snapshot, changed: bool, floor: float) -> VerdictWord:
     """What came of a repair, by the outlying tokens of the guard's images at any block.
 
-    A state in which cls or good tokens are spoilt is never kept (`Fidelity.holds`).
+    A state in which cls or good tokens are spoilt (`Fidelity.holds`) is no improvement, whatever has become of those.
     """
     if scan.healthy:
         return "healthy"
-    if not changed or after.left >= before.left:
+    if not changed or after.left >= before.left or not after.fidelity().holds(before.fidelity(), floor):
         return "not improved"
     return "improved" if after.left else "repaired"
 
@@ -111,7 +111,7 @@ def run_summary(
     to_original = after.fidelity("original")
     return {
         "model": backbone.name,
-        "verdict": verdict_of(scan, before, after, bool(changed)),
+        "verdict": verdict_of(scan, before, after, bool(changed), settings.min_fidelity),
         "recipe": settings.recipe,
         "defects": {"before": before.defects(), "after": after.defects()},
         "fidelity": {

@@ -174,7 +174,9 @@ def _scanned(prepared: Prepared, chosen: Sequence[int], unreadable: dict[str, st
         prepared.emit,
         prepared.ranks,
     )
-    require_some(len(found.images), len(unreadable))
+    given = {start.source.name(index) for index in chosen if index < start.given}
+    read = sum(image.name in given for image in found.images)
+    require_some(read, len(given) - read)  # drawn pictures do not stand in for a user's, none of which can be read
     require_readable(start.source, unreadable, start.settings.strict)
     return found
 
@@ -237,7 +239,7 @@ def _go_on_or_begin(repair: Repair, folder: RunFolder, resume: bool) -> None:
             folder.begin(config, listed_images(files, emit) if files else ())
             repair.scan.write(folder.outliers)
         folder.write_sidecars(start.backbone.sidecars)
-        folder.forget_after(progress.steps)
+        folder.forget_after(progress.steps, progress.last_look)
 
 
 def _repaired(repair: Repair, folder: RunFolder, stop: Stop) -> Snapshot | None:
@@ -250,7 +252,8 @@ def _repaired(repair: Repair, folder: RunFolder, stop: Stop) -> Snapshot | None:
         if repair.prepared.ranks.writes:
             folder.checkpoints.forget_after(progress.proven)
         raise
-    deltas.put_back(progress.best.deltas if progress.best else {})
+    if repair.prepared.start.settings.keep == "best":
+        deltas.put_back(progress.best.deltas if progress.best else {})
     if repair.guard is None:
         return None
     after = repair.guard.look()
@@ -274,7 +277,7 @@ def _take_steps(repair: Repair, folder: RunFolder, stop: Stop) -> None:
         if progress.last_look >= progress.last_move:
             return
         evaluation = ranks.once(lambda: _evaluation(repair))
-        progress.judge(evaluation, ready.deltas.values())
+        progress.judge(evaluation, ready.deltas.values(), stops=settings.keep == "best")
         if ranks.writes:
             folder.record(evaluation)
         emit(evaluation)

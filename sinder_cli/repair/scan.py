@@ -115,7 +115,7 @@ class Scan:
                 for each in stored["images"]
             )
             return cls(images, tuple(BlockOutliers(**each) for each in stored["blocks"]), stored["tokens"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise BadInputError(f"cannot read {path}", str(error), "start anew with --force") from error
 
 

@@ -65,6 +65,10 @@ class RepairSettings(DetectionSettings):
         le=1,
         description="Cosine to the inpainted original that cls and good tokens of the guard must keep.",
     )
+    keep: Literal["best", "last"] = Field(
+        "best",
+        description="best: the state that the guard likes best, or the original; last: what the last step made.",
+    )
     checkpoint_every: str = Field("10min", description="Steps, or minutes, between two checkpoints: 200, 10min.")
     offload: bool = Field(False, description="Keep U and V on the CPU between steps: less memory on the device.")
     strict: bool = Field(

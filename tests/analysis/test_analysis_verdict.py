@@ -176,6 +176,33 @@ def test_nothing_is_no_defect() -> None:
     assert "is determined in some block" in judge([block(0, gap=1.7)], 3).confidence
 
 
+def test_without_an_outlying_token_in_any_block_the_model_is_healthy() -> None:
+    verdict = judge([block(0), block(1), block(2, gap=1.5)], 3)
+    assert verdict.kind == "none"
+    assert verdict.sentence == (
+        "healthy: no token is outlying in any block, none has a norm above 3 × its image's median."
+    )
+    for at in range(3):  # not even in the middle
+        assert "healthy" not in judge([block(number, int(number == at)) for number in range(3)], 3).sentence
+
+
+def test_strays_are_no_defects_and_not_called_healthy() -> None:
+    few = Marked(tokens=5, share=5 / 13_700_000, images=0, positions=())
+    stray = block(1)
+    verdict = judge([block(0), stray.model_copy(update={"marked": stray.marked | {"outlying": few}})], 3)
+    assert verdict.sentence.startswith("no defects: tokens that have a norm above 3 × their image's median are strays")
+
+
+def test_outliers_of_a_block_in_the_middle_are_seen_though_the_last_is_clean() -> None:
+    verdict = judge([block(0), block(1, 90, 1.0, 70.0), block(2), block(3)], 3)
+    assert (verdict.kind, verdict.first_block, verdict.tokens) == ("unpredicted", 1, 90)
+
+
+def test_the_words_name_the_factor_in_force() -> None:
+    assert "a norm above 4.5 × their image's median" in judge([block(0, 50, 2.0, 5.0)], 3, 4.5).sentence
+    assert judge([block(0)], 3, 4.5).sentence.endswith("above 4.5 × its image's median.")
+
+
 @pytest.mark.parametrize("min_tokens", [1, 3, 10])
 def test_so_many_tokens_show_and_one_less_does_not(min_tokens: int) -> None:
     assert judge([block(0, min_tokens, 2.0, 5.0)], min_tokens).kind == "defects"

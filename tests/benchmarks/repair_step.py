@@ -76,7 +76,9 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     module = load_module(backbone, options.device)
     backbone = replace(backbone, weights=Weights.of(MemoryTensors("dropped", {})))  # so that they are held once
     threshold = 2.0  # 2σ marks some tokens of any image
-    settings = RepairSettings(mask_threshold=threshold, dtype=options.dtype, tf32=options.tf32)
+    settings = RepairSettings(
+        recipe="paper", min_gap=1.1, mask_threshold=threshold, dtype=options.dtype, tf32=options.tf32
+    )
     nu = nn.functional.normalize(torch.randn(backbone.depth, backbone.width), dim=1).to(options.device)
     directions = Directions(nu, [1.0] * (backbone.depth - 1) + [2.0])  # only the last block can be defective
     images = torch.randn(options.steps + 1, options.batch_size, 3, options.size, options.size)

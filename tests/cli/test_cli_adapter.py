@@ -15,7 +15,8 @@ from sinder_cli import ModelRequest, api
 
 Sinder = Callable[..., subprocess.CompletedProcess[str]]
 CUSTOM = "dinov2_custom"
-FEW = ("--max-steps", "4", "--eval-images", "2", "--lr", "0.05")
+NOT_IMPROVED = 1  # four steps move weights, which these tests are about, and are too few to mend anything
+FEW = ("--recipe", "paper", "--keep", "last", "--max-steps", "4", "--eval-images", "2", "--lr", "0.05")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def run(sinder: Sinder, small: Path, photographs: Path, tmp_path_factory: pytest
     folder = tmp_path_factory.mktemp("adapter") / "run"
     options = ("--data", photographs, "--out", folder, "--offload", *FEW)
     done = sinder("repair", CUSTOM, "--weights", small, *options)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == NOT_IMPROVED, done.stderr
     return folder
 
 
@@ -70,7 +71,7 @@ def test_a_repair_goes_on_from_the_adapted_weights(
 ) -> None:
     options = ("--data", photographs, "--out", tmp_path / "further", *FEW)
     done = sinder("repair", CUSTOM, "--weights", small, "--adapter", adapter, *options)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == NOT_IMPROVED, done.stderr
     weights = json.loads((tmp_path / "further" / "config.json").read_text())["weights"]
     repaired = api.open_model(ModelRequest(str(run))).weights
     assert weights["fingerprint"] == repaired.fingerprint()
@@ -84,7 +85,7 @@ def test_offloading_changes_no_result(
 ) -> None:
     options = ("--data", photographs, "--out", tmp_path / "run", *FEW)
     done = sinder("repair", CUSTOM, "--weights", small, *options)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == NOT_IMPROVED, done.stderr
     for name in ("model.safetensors", "adapter.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes()
 
@@ -132,7 +133,7 @@ def test_an_adapter_of_a_further_repair_fits_the_run_that_was_repaired_further(
 ) -> None:
     further = tmp_path / "further"
     done = sinder("repair", run, "--data", photographs, "--out", further, *FEW)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == NOT_IMPROVED, done.stderr
     out = tmp_path / "twice.safetensors"
     done = sinder("export", run, "--adapter", further / "adapter.safetensors", "--to", "native", "--out", out)
     assert done.returncode == 0, done.stderr

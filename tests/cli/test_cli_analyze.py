@@ -158,6 +158,11 @@ def test_the_verdict_on_the_demo_and_on_its_twin(sinder: Sinder) -> None:
     clean = sinder("analyze", "demo_vit_clean", "--limit", "4", "--fail-on-defects")
     assert clean.returncode == 0, clean.stderr
     assert analysed(clean)["verdict"]["kind"] == "none"
+    assert analysed(clean)["verdict"]["sentence"].startswith("healthy: no token is outlying in any block")
+    assert analysed(clean)["inpainting"]["gain"] == "healthy"
+    assert analysed(clean)["inpainting"]["by_image"] == []
+    assert found["inpainting"]["gain"] == "features"
+    assert found["inpainting"]["images"] == len(found["inpainting"]["by_image"]) == 4
 
 
 def test_the_table_has_a_verdict_a_sparkline_and_says_where_the_files_are(sinder: Sinder, tmp_path: Path) -> None:
@@ -167,6 +172,7 @@ def test_the_table_has_a_verdict_a_sparkline_and_says_where_the_files_are(sinder
     assert run.returncode == 0, run.stderr
     assert "▁▁▁▁▁███████" in run.stdout
     assert "demo_vit: defects from block 5" in run.stdout
+    assert "Without its outlying tokens (18 in 2 of 2 images) cls" in run.stdout
     assert f"report: {tmp_path / 'look' / 'report.html'}" in run.stdout
 
 
@@ -176,7 +182,8 @@ def test_the_folder_holds_what_standard_output_says_and_more(sinder: Sinder, tmp
     assert run.returncode == 0, run.stderr
     document = analysed(run)
     assert run.stdout == (folder / "report.json").read_text("utf-8")
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == 2
+    assert len(list(folder.glob("figures/*-inpainted.png"))) == 2
     listed = {figure["file"] for figure in document["figures"]}
     assert listed == {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")}
     assert all(figure["caption"] for figure in document["figures"])
@@ -185,7 +192,10 @@ def test_the_folder_holds_what_standard_output_says_and_more(sinder: Sinder, tmp
     assert directions["observed"].norm(dim=1).tolist() == pytest.approx([0.0] * 5 + [1.0] * 7, abs=1e-5)
     cosines = (directions["observed"] * directions["predicted.cumulative"]).sum(dim=1)[5:]
     assert cosines.abs().min() > np.cos(np.radians(4))
-    assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    for words in ("What a repair could change", "Caution.", "70.4", "is a question", "Against the inpainted original"):
+        assert words in page, words
     assert sorted(path.name for path in tmp_path.iterdir()) == ["look"]
 
 
@@ -213,6 +223,44 @@ def test_an_original_is_compared_with_its_twin_and_with_its_clamped_self(sinder:
         "analyze", "demo_vit", "--compare", "demo_vit_clean", "--limit", "1", "--format", "table", COLUMNS="80"
     )
     assert "Against demo_vit_clean" in table.stdout
+
+
+def test_the_inpainted_pass_is_a_second_model_and_gives_features(sinder: Sinder, tmp_path: Path) -> None:
+    options = ("--method", "inpaint", "--limit", "2", "--features", tmp_path / "features", "--format", "table")
+    run = sinder("analyze", "demo_vit", *options)
+    assert run.returncode == 0, run.stderr
+    assert "Against demo_vit, inpainted" in run.stdout
+    assert f"features: {tmp_path / 'features'}, 2 files" in run.stdout
+    files = sorted((tmp_path / "features").iterdir())
+    assert [path.suffix for path in files] == [".safetensors"] * 2
+    found = load_file(files[0])
+    assert (found["patches"].shape, found["cls"].shape) == ((20, 20, 192), (192,))
+    again = sinder("analyze", "demo_vit", *options)
+    assert again.returncode == 73
+    assert "it is not empty; choose another --features" in again.stderr
+
+
+def test_an_inpainted_model_is_compared_with_no_other(sinder: Sinder) -> None:
+    run = sinder("analyze", "demo_vit", "--method", "inpaint", "--compare", "demo_vit_clean")
+    assert run.returncode == 2
+    assert "one is named, one is inpainted" in run.stderr
+    run = sinder("analyze", "demo_vit", "--method", "inpaint", "--clamp", "3")
+    assert run.returncode == 2
+    assert "one comparison at a time" in run.stderr
+
+
+def test_the_second_pass_can_be_left_out(sinder: Sinder) -> None:
+    run = sinder("analyze", "demo_vit", "--limit", "1", "--no-inpaint")
+    assert run.returncode == 0, run.stderr
+    assert analysed(run)["inpainting"] is None
+    assert analysed(run)["verdict"]["kind"] == "defects"
+
+
+def test_the_norm_factor_says_which_tokens_are_outlying(sinder: Sinder) -> None:
+    run = sinder("analyze", "demo_vit", "--limit", "1", "--norm-factor", "1000", "--format", "table", COLUMNS="200")
+    assert run.returncode == 0, run.stderr
+    assert "> 1000 ×" in run.stdout
+    assert "healthy: no token is outlying in any block; a repair would train nothing." in run.stdout
 
 
 @pytest.mark.parametrize("resize", ["short", "square", "none"])

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sinder_cli.repair.evaluation import Evaluation
 
 from sinder_cli.cli.logs import logged, logged_values
 from sinder_cli.errors import UnavailableError
 from sinder_cli.events import Noted, Warned
+from sinder_cli.repair.guard import Evaluation
 from sinder_cli.repair.loop import StepRecord
 from sinder_cli.repair.settings import WITHOUT_EFFECT, RepairSettings
 
@@ -21,7 +22,17 @@ from sinder_cli.repair.settings import WITHOUT_EFFECT, RepairSettings
 def record(step: int, loss: float | None = 0.5) -> StepRecord:
     block = None if loss is None else 4
     return StepRecord(
-        step=step, images=step, defective=1, block=block, masked_tokens=3, loss=loss, density=0.25, seconds=1.0
+        step=step,
+        images=step,
+        defective=1,
+        block=block,
+        masked_tokens=3,
+        loss=loss,
+        moved=None,
+        length=None,
+        gain=None,
+        density=0.25,
+        seconds=1.0,
     )
 
 
@@ -70,12 +81,13 @@ def test_a_clean_step_has_no_loss_and_no_block() -> None:
     assert logged_values(record(3, loss=None)) == density
 
 
-def test_a_look_at_held_out_images_is_logged_in_a_group_of_its_own(tmp_path: Path) -> None:
-    write(tmp_path, "tensorboard", record(1), record(2), Evaluation(2, 0.125, 0.5, 0.75))
+def test_a_look_at_the_guard_is_logged_in_a_group_of_its_own(tmp_path: Path) -> None:
+    look = Evaluation(2, 12, 0.5, cls=0.75, good=0.875, good_p01=0.5, marked=0.25, holds=True, best=True)
+    write(tmp_path, "tensorboard", record(1), record(2), look)
     shown = scalars(tmp_path / "tensorboard")
-    assert shown["held_out/masked_share"] == [(2, 0.125)]
-    assert shown["held_out/cls_cosine"] == [(2, 0.75)]
-    assert "held_out/cls_cosine" not in logged_values(Evaluation(2, 0.125, 0.5, None))
+    assert shown["guard/outlying"] == [(2, 12)]
+    assert shown["guard/cls"] == [(2, 0.75)]
+    assert "guard/cls" not in logged_values(replace(look, cls=None))
 
 
 def test_without_a_log_events_pass_and_nothing_is_written(tmp_path: Path) -> None:
@@ -172,7 +184,7 @@ def test_a_log_is_without_effect_on_results() -> None:
 def test_a_repair_logs_to_tensorboard_in_its_run_directory(sinder: Any, tmp_path: Path) -> None:
     options = ("--max-steps", "2", "--eval-images", "1", "--log", "tensorboard", "--out", tmp_path / "run")
     run = sinder("repair", "demo_vit", *options)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 1, run.stderr  # after two steps: not improved
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     shown = scalars(tmp_path / "run" / "tensorboard")["repair/loss"]
     assert [value for _, value in shown] == pytest.approx(losses)

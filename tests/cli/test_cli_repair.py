@@ -20,7 +20,8 @@ from sinder_cli.backbone.opening import load_module
 
 Sinder = Callable[..., subprocess.CompletedProcess[str]]
 CUSTOM = "dinov2_custom"
-FEW = ("--eval-images", "3", "--lr", "0.05")
+PAPER = ("--recipe", "paper", "--keep", "last")
+FEW = (*PAPER, "--eval-images", "3", "--lr", "0.05")
 
 
 def names_in_order(path: Path) -> list[str]:
@@ -38,7 +39,7 @@ def run_folder(sinder: Sinder, vits14: Path, photographs: Path, tmp_path_factory
     """A short repair of the ViT-S/14 with the planted defect; the settings come from a file and the command line."""
     root = tmp_path_factory.mktemp("repair")
     (root / "settings.toml").write_text("lr = 0.05\nmax_steps = 9\nimage_size = 170\neval_images = 4\n")
-    options = ("--config", root / "settings.toml", "--max-steps", "15", "--out", root / "run")
+    options = ("--config", root / "settings.toml", "--max-steps", "15", *PAPER, "--out", root / "run")
     run = sinder("repair", "dinov2_vits14", "--weights", vits14, "--data", photographs, *options)
     assert run.returncode == 0, run.stderr
     document = json.loads(run.stdout)
@@ -153,7 +154,7 @@ def test_a_repair_that_diverges_says_so_and_writes_no_model(
     run = sinder("repair", CUSTOM, photographs, *options)
     assert run.returncode == 65
     assert run.stderr.splitlines()[-1].startswith("sinder: error: the repair has diverged: ")
-    assert "start anew with a lower --lr and --force" in run.stderr
+    assert "start anew with a lower --trust, or --lr, and --force" in run.stderr
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"config.json", "images.jsonl", "metrics.jsonl"} <= left
     assert left <= {"config.json", "images.jsonl", "metrics.jsonl", "checkpoints"}
@@ -172,3 +173,46 @@ def test_two_runs_of_one_seed_give_the_same_weights_and_another_seed_another_ord
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b
     assert a != c
+
+
+def test_a_healthy_model_is_left_as_it_is(sinder: Sinder, tmp_path: Path) -> None:
+    """Exit code 0, no step, and every weight bit for bit that of the original."""
+    out = tmp_path / "run"
+    run = sinder("repair", "demo_vit_clean", "--image-size", "112", "--workers", "0", "--out", out)
+    assert run.returncode == 0, run.stderr
+    document = json.loads(run.stdout)
+    assert (document["verdict"], document["stopped_by"]) == ("healthy", "healthy")
+    assert (document["steps"], document["changed_weights"]) == (0, 0)
+    original = load_module(api.open_model(ModelRequest("demo_vit_clean"))).state_dict()
+    left = load_module(api.open_model(ModelRequest(str(out)))).state_dict()
+    assert left.keys() == original.keys()
+    assert all(torch.equal(left[name], tensor) for name, tensor in original.items())
+
+
+def test_a_model_that_did_not_improve_is_told_keeps_its_weights_and_is_exit_code_1(
+    sinder: Sinder, small: Path, photographs: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    options = ("--weights", small, "--recipe", "paper", "--max-steps", "1", "--lr", "0.05", "--format", "table")
+    run = sinder("repair", CUSTOM, photographs, *options, "--out", out)
+    assert run.returncode == 1, run.stderr
+    assert "not improved" in run.stdout
+    assert json.loads((out / "summary.json").read_text())["verdict"] == "not improved"
+    original, left = load_file(small), load_file(out / "model.safetensors")
+    assert all(torch.equal(left[name], tensor) for name, tensor in original.items())
+
+
+def test_the_default_recipe_repairs_a_planted_defect_without_any_image(
+    sinder: Sinder, small: Path, tmp_path: Path
+) -> None:
+    """Drawn pictures do; the one singular value that carries the defect is all that changes."""
+    run = sinder("repair", CUSTOM, "--weights", small, "--workers", "0", "--out", tmp_path / "run")
+    assert run.returncode == 0, run.stderr
+    document = json.loads(run.stdout)
+    assert (document["recipe"], document["verdict"]) == ("sinder", "repaired")
+    assert document["data"]["given"] == 0
+    assert document["defects"]["before"]["tokens"] > 0 == document["defects"]["after"]["tokens"]
+    original, left = load_file(small), load_file(tmp_path / "run" / "model.safetensors")
+    assert [name for name, tensor in original.items() if not torch.equal(left[name], tensor)] == [
+        "blocks.2.mlp.fc2.weight"
+    ]

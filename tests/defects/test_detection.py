@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask, interior
+from sinder_cli.defects.detection import (
+    CERTAIN,
+    RISE,
+    DetectionRule,
+    alignment_logits,
+    defect_mask,
+    defective_now,
+    defective_somewhere,
+    interior,
+    norm_ratios,
+    outlying,
+)
 from sinder_cli.defects.settings import DetectionSettings
 from sinder_cli.defects.tokens import outlier_mask
 
@@ -158,3 +169,97 @@ def test_an_outlier_is_above_three_times_the_median_norm_of_its_image() -> None:
     norms[0, 0, 0] = 3.0
     norms[1] = 10.0
     assert outlier_mask(norms).nonzero().tolist() == [[0, 1, 1]]
+
+
+def looped_ratios(norms: list[list[float]]) -> list[list[float]]:
+    middle = sorted(norm for row in norms for norm in row if not math.isnan(norm))
+    return [[norm / middle[(len(middle) - 1) // 2] for norm in row] for row in norms]  # the lower one of two
+
+
+@settings(max_examples=30, deadline=None)
+@given(height=st.integers(1, 6), width=st.integers(1, 6), seed=st.integers(0, 1000))
+def test_ratios_are_norms_over_the_median_of_their_own_image(height: int, width: int, seed: int) -> None:
+    norms = drawn(3, height, width, seed=seed).abs() + 0.1
+    expected = torch.tensor([looped_ratios(image) for image in norms.tolist()])
+    torch.testing.assert_close(norm_ratios(norms), expected)
+
+
+def test_a_token_that_is_not_finite_hides_no_other() -> None:
+    norms = torch.ones(1, 3, 3)
+    norms[0, 0, 0], norms[0, 1, 1] = math.nan, 5.0
+    ratios = norm_ratios(norms)
+    assert ratios[0, 1, 1] == 5
+    assert outlying(ratios, torch.ones(1, 3, 3), 3.0).nonzero().tolist() == [[0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("start", "ratio", "out"),
+    [(1.0, 3.0, False), (1.0, 3.01, True), (2.5, 3.5, False), (2.5, 3.76, True), (4.0, 5.9, False), (4.0, 6.1, True)],
+)
+def test_a_token_is_outlying_above_the_factor_where_it_has_risen_since_the_embedding(
+    start: float, ratio: float, out: bool
+) -> None:
+    found = outlying(torch.full((2, 1, 1, 1), ratio), torch.full((1, 1, 1), start), 3.0)
+    assert found.flatten().tolist() == [out, out]
+    assert out is (ratio > 3.0 and ratio > RISE * start)
+
+
+RATIOS = (1.0, 3.5, 6.1)  # ordinary, outlying, and so far out that there is no doubt
+MARKED = {  # by the ratio, and whether equation (5) predicts the token
+    "weights": {(3.5, True), (6.1, True)},
+    "norm": {(3.5, False), (3.5, True), (6.1, False), (6.1, True)},
+    "auto": {(3.5, True), (6.1, False), (6.1, True)},
+}
+
+
+@pytest.mark.parametrize("mark", MARKED)
+def test_what_one_block_shows_is_marked_by_weights_by_norm_or_by_both(mark: str) -> None:
+    assert RATIOS[1] < 3.0 * CERTAIN < RATIOS[2]
+    pairs = [(ratio, predicted) for ratio in RATIOS for predicted in (False, True)]
+    ratios = torch.tensor([ratio for ratio, _ in pairs]).view(1, 2, 3)
+    predicted = torch.tensor([seen for _, seen in pairs]).view(1, 2, 3)
+    rule = DetectionRule.of(DetectionSettings.model_validate({"mark": mark}))
+    found = defective_now(ratios, torch.ones(1, 2, 3), predicted, rule).flatten().tolist()
+    assert {pair for pair, marked in zip(pairs, found, strict=True) if marked} == MARKED[mark]
+    contrast = torch.full((1, 2, 3), 5.0)  # what stands out at the embedding already is marked by nothing
+    assert not defective_now(ratios, contrast, predicted, rule).any()
+
+
+@pytest.mark.parametrize("mark", MARKED)
+def test_without_a_norm_factor_equation_5_alone_marks(mark: str) -> None:
+    predicted = drawn(4, 2, 5, 5) > 1
+    ratios = 10 * drawn(4, 2, 5, 5, seed=1).abs()
+    rule = DetectionRule(norm_factor=0, mark=mark)  # type: ignore[arg-type]
+    assert torch.equal(defective_now(ratios[0], torch.ones(2, 5, 5), predicted[0], rule), predicted[0])
+    assert torch.equal(defective_somewhere(ratios, torch.ones(2, 5, 5), predicted, rule), predicted)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "marked"),
+    [
+        ([1.0, 3.5, 1.0, 1.0], []),  # for a moment
+        ([1.0, 3.5, 3.5, 1.0], [1, 2]),
+        ([3.5, 3.5, 1.0, 3.5], [0, 1]),
+        ([1.0, 1.0, 3.5, 3.5], [2, 3]),
+        ([1.0, 6.1, 1.0, 1.0], [1]),
+        ([1.0, 3.5, 6.1, 3.5], [1, 2, 3]),
+        ([3.5, 1.0, 3.5, 1.0], []),  # in no two that follow each other
+    ],
+)
+def test_a_token_that_stays_outlying_in_a_neighbouring_block_is_marked_by_auto(
+    ratios: list[float], marked: list[int]
+) -> None:
+    nothing = torch.zeros(4, 1, 1, 1, dtype=torch.bool)
+    blocks = torch.tensor(ratios).view(4, 1, 1, 1)
+    found = defective_somewhere(blocks, torch.ones(1, 1, 1), nothing, DetectionRule())
+    assert found.flatten().nonzero()[:, 0].tolist() == marked
+    by_norm = defective_somewhere(blocks, torch.ones(1, 1, 1), nothing, DetectionRule(mark="norm"))
+    assert by_norm.flatten().tolist() == [ratio > 3 for ratio in ratios]
+    assert not defective_somewhere(blocks, torch.ones(1, 1, 1), nothing, DetectionRule(mark="weights")).any()
+
+
+def test_no_image_of_a_batch_makes_a_token_of_another_stay() -> None:
+    ratios = torch.ones(2, 2, 3, 3)
+    ratios[0, 0, 1, 1] = ratios[1, 1, 1, 1] = ratios[1, 0, 1, 2] = 3.5
+    nothing = torch.zeros(2, 2, 3, 3, dtype=torch.bool)
+    assert not defective_somewhere(ratios, torch.ones(2, 3, 3), nothing, DetectionRule()).any()

@@ -45,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory of the demo backbone, whose weights its plugin can make again."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("repair") / "run"
-    settings = RepairSettings(max_steps=10, eval_images=2, lr=0.05)
+    settings = RepairSettings(recipe="paper", keep="last", max_steps=10, eval_images=2, lr=0.05, min_gap=1.1)
     assert api.repair(ModelRequest("demo_vit"), [], folder, settings) is not None
     return folder
 

@@ -1,26 +1,18 @@
-"""Which images are trained on, and which are looked at."""
+"""In which order images are gone through."""
 
 from __future__ import annotations
 
-import pytest
+from itertools import islice
 
-from sinder_cli import UsageError
-from sinder_cli.images.choosing import divided
-
-
-def test_without_holding_out_all_images_are_trained_on_and_looked_at() -> None:
-    division = divided(6, 3, held_out=False)
-    assert list(division.training) == [0, 1, 2, 3, 4, 5]
-    assert list(division.evaluation) == [0, 2, 4]
+from sinder_cli.images.choosing import cycled, spread
 
 
-@pytest.mark.parametrize(("count", "most", "held"), [(100, 10, 10), (100, 60, 25), (4, 32, 1), (30_000, 32, 32)])
-def test_held_out_images_are_a_quarter_at_most_and_trained_on_never(count: int, most: int, held: int) -> None:
-    division = divided(count, most, held_out=True)
-    assert len(division.evaluation) == held
-    assert sorted([*division.training, *division.evaluation]) == list(range(count))
+def test_passes_in_order_begin_where_an_earlier_process_ended() -> None:
+    whole = list(islice(cycled(5), 23))
+    assert whole[:6] == [0, 1, 2, 3, 4, 0]
+    assert list(islice(cycled(5, 7), 16)) == whole[7:]
 
 
-def test_with_three_images_none_can_be_held_out() -> None:
-    with pytest.raises(UsageError, match="too few images to hold one out: there are 3, and at most a quarter"):
-        divided(3, 32, held_out=True)
+def test_a_spread_is_even_and_at_most_as_many_as_asked_for() -> None:
+    assert spread(range(6), 3) == [0, 2, 4]
+    assert spread([7, 8], 3) == [7, 8]

@@ -66,7 +66,16 @@ def test_directions_agree_to_a_hundredth_of_a_degree(requests: Requests) -> None
 @pytest.mark.slow
 def test_deltas_after_ten_steps_agree(requests: Requests, photographs: Path, tmp_path: Path) -> None:
     settings = RepairSettings.model_validate(
-        {"max_steps": STEPS, "image_size": SIZE, "eval_images": 1, "workers": 0, "lr": 0.05, **MARKING}
+        {
+            "recipe": "paper",
+            "keep": "last",
+            "max_steps": STEPS,
+            "image_size": SIZE,
+            "eval_images": 1,
+            "workers": 0,
+            "lr": 0.05,
+            **MARKING,
+        }
     )
     deltas = {}
     for name, request in requests.items():

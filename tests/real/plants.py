@@ -57,7 +57,7 @@ PLANTS = (
     Plant("block 10", (Defect(10, 0.01, 15.0, seed=10),)),
     Plant("two directions", (Defect(4, 0.02, 12.0, seed=4), Defect(8, 0.03, 15.0, variance=0.0, seed=14))),
     Plant("border", (Defect(3, 0.006, 12.0, border=True, seed=3),)),
-    Plant("too steep", (Defect(6, 0.006, 12.0, variance=1.0, steepness=20.0, seed=16),)),
+    Plant("too steep", (Defect(6, 0.02, 12.0, variance=1.0, steepness=20.0, seed=16),)),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -27,6 +27,7 @@ from sinder_cli.repair.forward import Directions
 
 N, HIDDEN, DEPTH, HEADS, PATCH, GRID = 32, 24, 6, 2, 2, 12
 PLANTED = 60.0
+WRITTEN = 6.0
 EARLY, LATE = 1, 4  # the blocks whose directions red and blue patches follow
 
 
@@ -187,3 +188,43 @@ def planted(request: pytest.FixtureRequest) -> Planted:
 def single() -> Planted:
     """Gated, in float32, as the tool runs it."""
     return plant(True, torch.float32)
+
+
+def with_writer(planted: Planted) -> Planted:
+    """The same, where the first singular value of block 1's `mlp.down` writes an outlier into red patches.
+
+    Red shows in the embedding as a direction a of moderate length; a hidden unit reads it, and the writer writes b.
+    """
+    module, backbone = planted.module, planted.backbone
+    block = module.blocks[EARLY]
+    a, b = module.nu
+    with torch.no_grad():
+        for weight in (block.proj.weight, block.down.weight):
+            weight -= b[:, None] * (b @ weight)
+        block.down.weight[:, 0] = 20 * b
+        block.up.weight[0] = 4 * a / block.norm2.weight
+        block.up.bias[0] = -12.0
+        if block.gated:
+            block.up.weight[HIDDEN] = 0.0
+            block.up.bias[HIDDEN] = 1.0
+
+    def embed(module: Any, images: Tensor) -> tuple[Tensor, Any]:
+        tokens = module.embed(images)
+        along = tokens @ module.nu[0]
+        return tokens - (1 - WRITTEN / PLANTED) * along[..., None] * module.nu[0], None
+
+    weights = Weights.of(MemoryTensors("memory", dict(module.state_dict())))
+    directions = Directions(planted.directions.nu, [1.0] * DEPTH)
+    return replace(planted, backbone=replace(backbone, embed=embed, weights=weights), directions=directions)
+
+
+@pytest.fixture
+def writer(planted: Planted) -> Planted:
+    """In float64, with a singular value that writes outliers."""
+    return with_writer(planted)
+
+
+@pytest.fixture
+def single_writer(single: Planted) -> Planted:
+    """Gated, in float32, with a singular value that writes outliers."""
+    return with_writer(single)

@@ -36,11 +36,11 @@ def files(tmp_path: Path) -> ImageFiles:
     return ImageFiles(tuple(paths))
 
 
-def numbers(files: ImageFiles, steps: int, done: int = 0, **settings: int) -> list[list[int]]:
+def numbers(files: ImageFiles, steps: int, done: int = 0, **settings: object) -> list[list[int]]:
     """The numbers of the images of the next steps."""
-    chosen = RepairSettings.model_validate({"workers": 0} | settings)
+    chosen = RepairSettings.model_validate({"recipe": "paper", "workers": 0} | settings)
     batches = step_batches(files, PLAIN, chosen, done, {}, lambda _: None)
-    return [[round(image[0, 0, 0].item() * 25.5) for image in batch] for batch in islice(batches, steps)]
+    return [[round(image[0, 0, 0].item() * 25.5) for image in batch.pixels] for batch in islice(batches, steps)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -56,6 +56,19 @@ def test_a_run_that_goes_on_sees_the_images_that_it_would_have_seen(
 def test_the_order_does_not_depend_on_the_size_of_the_batches(files: ImageFiles) -> None:
     one, three = (sum(numbers(files, 30 // size, batch_size=size), []) for size in (1, 3))  # noqa: RUF017
     assert one == three
+
+
+def test_defective_images_are_visited_in_their_order_again_and_again(files: ImageFiles) -> None:
+    whole = [n for n in range(COUNT) if n not in BROKEN]
+    assert sum(numbers(files, 2 * COUNT, visit="defective"), []) == whole * 2  # noqa: RUF017
+    assert numbers(files, 5, 3, visit="defective") == numbers(files, 8, visit="defective", seed=1)[3:]
+
+
+def test_the_names_of_a_batch_are_those_of_its_pixels(files: ImageFiles) -> None:
+    settings = RepairSettings.model_validate({"recipe": "paper", "workers": 0, "batch_size": 3})
+    for batch in islice(step_batches(files, PLAIN, settings, 0, {}, lambda _: None), 7):
+        seen = [round(image[0, 0, 0].item() * 25.5) for image in batch.pixels]
+        assert batch.names == tuple(files.name(number) for number in seen)
 
 
 def test_another_seed_is_another_order(files: ImageFiles) -> None:
@@ -87,7 +100,7 @@ def test_a_file_that_vanishes_or_changes_during_the_run_is_told_and_left_out(
     unreadable: dict[str, str] = {}
     settings = RepairSettings(workers=workers, batch_size=COUNT)
     (batch,) = islice(step_batches(files, PLAIN, settings, 0, unreadable, lambda _: None), 1)
-    assert len(batch) == COUNT - len(BROKEN) - 1
+    assert len(batch.pixels) == len(batch.names) == COUNT - len(BROKEN) - 1
     assert set(unreadable) == {str(files.paths[number]) for number in (*BROKEN, 3)}
     assert unreadable[str(files.paths[3])]
 
@@ -95,7 +108,8 @@ def test_a_file_that_vanishes_or_changes_during_the_run_is_told_and_left_out(
 def test_a_batch_none_of_whose_images_can_be_read_is_empty() -> None:
     settings = RepairSettings(batch_size=2)
     (batch,) = islice(step_batches(Pictures(None, None), PLAIN, settings, 0, {}, lambda _: None), 1)
-    assert batch.shape == (0, 3, 4, 4)
+    assert batch.pixels.shape == (0, 3, 4, 4)
+    assert batch.names == ()
 
 
 @pytest.mark.parametrize(

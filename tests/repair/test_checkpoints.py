@@ -26,6 +26,7 @@ from sinder_cli.repair import checkpoints as module_of_checkpoints
 from sinder_cli.repair.basis import SingularBasis, singular_basis
 from sinder_cli.repair.checkpoints import COUNTERS, MANIFEST, STATE, Checkpoints
 from sinder_cli.repair.deltas import Deltas
+from sinder_cli.repair.loop import Best, Progress
 
 BLUE = [(2, 7), (6, 3), (8, 8)]
 STEPS = 8
@@ -104,6 +105,65 @@ def test_a_checkpoint_brings_back_the_random_state_the_counters_and_the_recent_i
     assert torch.equal(torch.rand(3), drawn)
     assert second.progress == first.progress
     assert second.progress.recent.maxlen == first.progress.recent.maxlen
+
+
+def of_greedy_steps(progress: Progress) -> tuple[dict[str, Tensor], list[Any]]:
+    """What greedy steps have observed and the guard's best state: tensors by name, and numbers."""
+    tensors, numbers = {}, []
+    for block, observed in progress.observed.by_block.items():
+        parts = dict(vars(observed))
+        numbers.append((block, parts.pop("weight"), parts.pop("probes")))
+        tensors |= {f"{block}.{name}": part for name, part in parts.items()}
+    if progress.best is not None:
+        tensors |= {f"best.{name}": delta for name, delta in progress.best.deltas.items()}
+        numbers.append({name: value for name, value in vars(progress.best).items() if name != "deltas"})
+    return tensors, numbers
+
+
+GREEDY: dict[str, Any] = {"recipe": "sinder", "trust": 0.1, "max_steps": 9, "stop_density": 1.0}
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_a_greedy_run_goes_on_from_a_checkpoint_bit_for_bit(single_writer: Any, steps: int, tmp_path: Path) -> None:
+    red = [single_writer.image(index, torch.float32, red=RED) for index in range(3)]
+    whole, first, second = (Run(another(single_writer), Pictures(*red), **GREEDY) for _ in range(3))
+    records = whole.finish()
+    assert [record.moved is not None for record in records] == [step >= 3 for step in range(1, 10)]
+    first.take(steps)
+    Checkpoints(tmp_path).write(first.deltas, first.progress)
+    assert Checkpoints(tmp_path).restore(second.deltas, second.progress, second.events.append)
+    (tensors, numbers), (stored, stored_numbers) = (of_greedy_steps(run.progress) for run in (first, second))
+    assert same(stored, tensors)
+    assert stored_numbers == numbers
+    assert tensors
+    assert without_time(second.finish()) == without_time(records[steps:])
+    assert same(second.weights, whole.weights)
+
+
+@pytest.mark.parametrize("cls", [0.75, None])
+def test_a_checkpoint_brings_back_the_best_state_and_what_the_guard_has_seen(
+    single_writer: Any, cls: float | None, tmp_path: Path
+) -> None:
+    red = [single_writer.image(index, torch.float32, red=RED) for index in range(3)]
+    first, second = (Run(another(single_writer), Pictures(*red), **GREEDY) for _ in range(2))
+    first.take(4)
+    best = first.deltas.values()
+    assert best
+    first.progress.best = Best(4, 7, cls, 0.5, None, best)
+    first.progress.last_look, first.progress.clean_looks, first.progress.spoilt_looks = 4, 1, 2
+    first.progress.idle_looks = 3
+    first.take(2)
+    first.progress.stopped = "fidelity"
+    assert first.progress.last_move == 6
+    Checkpoints(tmp_path).write(first.deltas, first.progress)
+    assert Checkpoints(tmp_path).restore(second.deltas, second.progress, second.events.append)
+    (tensors, numbers), (stored, stored_numbers) = (of_greedy_steps(run.progress) for run in (first, second))
+    assert same(stored, tensors)
+    assert stored_numbers == numbers
+    assert same({name[5:]: delta for name, delta in stored.items() if name.startswith("best.")}, best)
+    assert not same(second.deltas.values(), best)
+    for name in ("last_move", "last_look", "clean_looks", "spoilt_looks", "idle_looks", "stopped"):
+        assert getattr(second.progress, name) == getattr(first.progress, name) != getattr(Progress(1), name)
 
 
 def test_the_random_state_of_no_cuda_device_is_saved_for_a_module_that_is_on_none(

@@ -33,7 +33,7 @@ class Steps:
                 if self.progress.steps + 1 == self.fails_at and self.error:
                     raise self.error
                 self.progress.steps += 1
-                yield StepRecord(self.progress.steps, 0, 0, None, 0, None, 0.0, 0.0)
+                yield StepRecord(self.progress.steps, 0, 0, None, 0, None, None, None, None, 0.0, 0.0)
         finally:
             self.closed = True
 

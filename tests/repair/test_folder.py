@@ -343,7 +343,7 @@ def test_a_sidecar_that_is_no_text_is_bad_input(run: RunFolder) -> None:
 
 
 def record(step: int) -> StepRecord:
-    return StepRecord(step, step, 0, None, 0, None, 0.0, 0.0)
+    return StepRecord(step, step, 0, None, 0, None, None, None, None, 0.0, 0.0)
 
 
 def test_metrics_after_a_checkpoint_are_dropped_and_so_are_torn_lines(run: RunFolder) -> None:

@@ -15,6 +15,7 @@ from sinder_cli.errors import BadInputError, TryAgainError
 from sinder_cli.images.choosing import shuffled
 from sinder_cli.repair import loop
 from sinder_cli.repair.loop import Progress, density_window
+from sinder_cli.repair.settings import RepairSettings
 
 
 def weights_of(planted: Any) -> dict[str, Tensor]:
@@ -46,7 +47,7 @@ def test_steps_draw_defective_tokens_to_the_targets_they_had(single: Any) -> Non
         return single.module(image[None])[1][:, 1:].unflatten(1, (12, 12))  # after the first defective block
 
     logits = alignment_logits(grid(), single.directions.nu[1])
-    mask = defect_mask(logits, DetectionRule())[0]
+    mask = defect_mask(logits, DetectionRule(norm_factor=0, mark="weights"))[0]
     targets = learning_targets(grid()[0], logits[0], mask, 3, 0.1)
     before = (grid()[0][mask] - targets).norm(dim=1).sum()
     Run(single, Pictures(image), lr=0.01, max_steps=5).finish()
@@ -80,7 +81,7 @@ def test_the_density_counts_images_not_seen_yet_as_defective() -> None:
 
 @pytest.mark.parametrize(("images", "window"), [(1, 2), (4, 8), (499, 998), (500, 1000), (30_000, 1000)])
 def test_the_density_window_is_two_passes_but_a_thousand_images_at_most(images: int, window: int) -> None:
-    assert density_window(images) == window
+    assert density_window(images, RepairSettings.model_validate({"recipe": "paper"})) == window
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(single: Any) -> None:
@@ -111,6 +112,43 @@ def test_a_finite_step_in_between_starts_the_count_anew(single: Any) -> None:
     run = Run(single, pictures, lr=1e-9, max_steps=24)
     assert len(run.finish()) == 24
     assert run.progress.nonfinite == 12
+
+
+def test_of_defective_images_a_window_is_one_pass_and_64_at_most() -> None:
+    assert [density_window(images, RepairSettings()) for images in (0, 1, 40, 1000)] == [1, 1, 40, 64]
+
+
+def test_a_greedy_run_counts_no_image_that_is_not_finite_as_clean(single_writer: Any) -> None:
+    red, broken = single_writer.image(0, red=RED), single_writer.image(1, green=[(5, 5)])
+    run = Run(single_writer, Pictures(red, broken), recipe="sinder", trust=0.01, max_steps=12)
+    records = run.finish()
+    assert [record.skipped for record in records] == [False, True] * 6
+    assert run.progress.nonfinite == 6
+    assert run.progress.density == 0.0
+    assert all(record.loss is None for record in records if record.skipped)
+
+
+def test_images_that_no_greedy_step_can_help_end_the_run(single_writer: Any) -> None:
+    red = [single_writer.image(index, red=RED) for index in range(3)]
+    before = weights_of(single_writer)
+    run = Run(single_writer, Pictures(*red), recipe="sinder", min_gain=1e6, max_steps=40)
+    records = run.finish()
+    assert len(records) == 3
+    assert all(record.defective == 1 and record.moved is None for record in records)
+    assert all(0 < record.gain < 1e6 for record in records)
+    assert same(run.weights, before)
+
+
+@pytest.mark.parametrize("trust", [0.05, 0.3])
+def test_a_run_by_polyaks_length_lowers_the_loss_within_its_trust(single_writer: Any, trust: float) -> None:
+    red = [single_writer.image(0, torch.float32, red=RED)]
+    run = Run(single_writer, Pictures(*red), recipe="polyak", trust=trust, max_steps=4)
+    records = run.finish()
+    assert all(record.length is None or record.length <= trust * (1 + 1e-5) for record in records)
+    assert records[0].length == pytest.approx(trust, rel=1e-3)
+    losses = [record.loss for record in records if record.loss is not None]
+    assert losses == sorted(losses, reverse=True)
+    assert run.progress.last_move >= 1
 
 
 def test_an_unreadable_image_is_named_once_and_missing_from_its_steps(single: Any) -> None:

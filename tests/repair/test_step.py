@@ -17,11 +17,13 @@ from sinder_cli.repair import forward, step
 from sinder_cli.repair.deltas import Deltas, Target
 from sinder_cli.repair.forward import Directions, first_defects
 from sinder_cli.repair.settings import RepairSettings
-from sinder_cli.repair.step import StepGradient, step_gradient
+from sinder_cli.repair.step import BlockGradient, StepGradient, step_gradient
 
 RED = [(3, 3), (5, 8), (9, 4)]
 BLUE = [(2, 6), (6, 2), (8, 8), (8, 9)]
 EARLY, LATE, DEPTH = 1, 4, 6
+PAPER: dict[str, Any] = {"recipe": "paper", "min_gap": 1.1}
+RULE = DetectionRule(norm_factor=0, mark="weights")
 
 
 def gradient_of(planted: Any, images: list[Tensor], decomposed: bool = True, **settings: Any) -> StepGradient:
@@ -29,7 +31,7 @@ def gradient_of(planted: Any, images: list[Tensor], decomposed: bool = True, **s
     deltas = Deltas(planted.backbone, planted.module)
     for block in range(DEPTH) if decomposed else ():
         deltas.of_block(block)
-    chosen = RepairSettings.model_validate(settings)
+    chosen = RepairSettings.model_validate(PAPER | settings)
     return step_gradient(planted.backbone, planted.module, planted.directions, deltas, torch.stack(images), chosen)
 
 
@@ -221,7 +223,7 @@ def test_blocks_before_every_window_are_not_recorded(planted: Any) -> None:
 
 def test_an_image_leaves_with_the_input_of_its_own_window(planted: Any) -> None:
     images = torch.stack([planted.image(2, red=RED), planted.image(0, blue=BLUE)])
-    early, late = first_defects(planted.backbone, planted.module, planted.directions, images, DetectionRule(), 2)
+    early, late = first_defects(planted.backbone, planted.module, planted.directions, images, RULE, 2)
     stream = planted.module(images)
     assert [[passed.block for passed in found.window] for found in (early, late)] == [
         [EARLY - 1, EARLY],
@@ -237,7 +239,7 @@ def test_a_block_whose_direction_is_not_determined_is_never_defective(planted: A
     assert gradient_of(planted, [image], min_gap=0).first_block == 0  # the paper's rule
     assert gradient_of(planted, [image]).first_block == EARLY
     doubtful = Directions(planted.directions.nu, [1.05] * DEPTH)
-    assert not list(first_defects(planted.backbone, planted.module, doubtful, image[None], DetectionRule(), 2))
+    assert not list(first_defects(planted.backbone, planted.module, doubtful, image[None], RULE, 2))
 
 
 def test_too_few_marked_tokens_make_no_defect(planted: Any) -> None:
@@ -249,8 +251,10 @@ def test_too_few_marked_tokens_make_no_defect(planted: Any) -> None:
 def test_a_clean_image_gives_no_gradient_and_decomposes_nothing(planted: Any) -> None:
     deltas = Deltas(planted.backbone, planted.module)
     images = planted.image(1)[None]
-    found = step_gradient(planted.backbone, planted.module, planted.directions, deltas, images, RepairSettings())
-    assert found == StepGradient((), {}, None, 0)
+    settings = RepairSettings.model_validate(PAPER)
+    found = step_gradient(planted.backbone, planted.module, planted.directions, deltas, images, settings)
+    assert found == StepGradient()
+    assert (found.losses, found.gradients, found.first_block, found.masked_tokens) == ((), {}, None, 0)
     assert found.finite
     assert deltas.touched == []
 
@@ -273,9 +277,16 @@ def test_an_image_with_nan_tokens_is_not_clean(planted: Any) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_is_noticed(bad: float) -> None:
     fine = {"blocks.0.mlp.up": torch.ones(3)}
-    assert StepGradient((1.0,), fine, 0, 3).finite
-    assert not StepGradient((1.0,), fine | {"blocks.0.mlp.down": torch.tensor([1.0, bad])}, 0, 3).finite
-    assert not StepGradient((1.0, bad), fine, 0, 3).finite
+    broken = fine | {"blocks.0.mlp.down": torch.tensor([1.0, bad])}
+
+    def step_of(losses: tuple[float, ...], gradients: dict[str, Tensor], responses: dict[str, Tensor]) -> StepGradient:
+        whole = BlockGradient(0, (1.0,), 1.0, fine, fine, 1)
+        return StepGradient((whole, BlockGradient(1, losses, 1.0, gradients, responses, 1)), 3)
+
+    assert step_of((1.0,), fine, fine).finite
+    assert not step_of((1.0,), broken, fine).finite
+    assert not step_of((1.0,), fine, broken).finite
+    assert not step_of((1.0, bad), fine, fine).finite
 
 
 def test_bfloat16_passes_give_nearly_the_same_gradient_in_float32(single: Any) -> None:

@@ -33,8 +33,10 @@ def tried(planted: Any, monkeypatch: pytest.MonkeyPatch, gaps: list[float], **se
     monkeypatch.setattr(trial, "prepared", with_directions)
     pictures = Pictures(*[planted.image(index, torch.float32, red=RED) for index in range(4)])
     preprocess = Preprocessing(SIZE, planted.backbone.mean, planted.backbone.std)
-    chosen = RepairSettings.model_validate({"eval_images": 2, "workers": 0, "max_steps": 50} | settings)
-    start = Start(planted.backbone, preprocess, pictures, chosen, "cpu", {})
+    chosen = RepairSettings.model_validate(
+        {"recipe": "paper", "min_gap": 1.1, "eval_images": 2, "workers": 0, "max_steps": 50} | settings
+    )
+    start = Start(planted.backbone, preprocess, pictures, chosen, "cpu", {}, len(pictures))
     before = {name: tensor.clone() for name, tensor in planted.module.state_dict().items()}
     found = trial.trial(start, lambda _: None)
     assert all(torch.equal(before[name], tensor) for name, tensor in modules[0].state_dict().items())
@@ -45,7 +47,7 @@ def test_it_counts_what_a_step_may_change(single: Any, monkeypatch: pytest.Monke
     found = tried(single, monkeypatch, [1.0, 2.0, 1.0, 1.0, 2.0, 1.0], window=2)
     assert found.blocks == (0, 1, 3, 4)
     assert (found.weights, found.values) == (4 * 5, 4 * VALUES)
-    assert (found.training_images, found.evaluation_images, found.max_steps) == (4, 2, 50)
+    assert (found.training_images, found.evaluation_images, found.max_steps) == (2, 2, 50)
 
 
 def test_the_first_step_is_as_it_will_be_and_the_longest_ends_at_the_last_block_that_can_be_defective(
@@ -76,5 +78,7 @@ def test_where_no_direction_is_determined_nothing_would_be_trained(
 
 
 def test_held_out_images_are_not_trained_on(single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = tried(single, monkeypatch, [2.0] * DEPTH, eval_every=5)
+    found = tried(single, monkeypatch, [2.0] * DEPTH, eval_images=1)
     assert (found.training_images, found.evaluation_images) == (3, 1)
+    found = tried(single, monkeypatch, [2.0] * DEPTH, eval_images=None)  # never more than half
+    assert (found.training_images, found.evaluation_images) == (2, 2)

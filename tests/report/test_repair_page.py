@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DEPTH, OUTCOMES, WORST
 from html_page import Page
+from made_repair import DEPTH, OUTCOMES, WORST
 from matplotlib import colormaps
 from PIL import Image
 from rich.console import Console

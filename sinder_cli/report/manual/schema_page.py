@@ -23,6 +23,11 @@ TENSORS = (
     " predicted.cumulative, the directions that the weights predict, and observed, the direction that outlying tokens"
     " share (zeros in a block without any). Those of the second backbone of a comparison begin with other."
 )
+FEATURES = (
+    "One file an image, written by --features DIR and named after it: float32 tensors patches [rows, columns, width] and,"
+    " where the model has one, cls [width], after the last block and the final norm; with --method inpaint, of the pass in"
+    " which outlying tokens are replaced. The metadata name model, fingerprint and image."
+)
 PLAIN = {str: "string", int: "integer", float: "number", bool: "true or false", Any: "any value"}
 
 
@@ -36,6 +41,7 @@ def schema_page() -> str:
         for field, about in model.model_fields.items():
             lines += [".TP", f".B {escape(field)}", escape(_member(about.annotation, about.description))]
     lines += [".SH FILES", ".TP", ".B directions.safetensors", escape(TENSORS)]
+    lines += [".TP", ".B IMAGE.safetensors", escape(FEATURES)]
     return "\n".join([*lines, ".SH SEE ALSO", ".BR sinder\\-analyze (1)"]) + "\n"
 
 

@@ -19,7 +19,7 @@ def demo_runs(
     with ThreadPoolExecutor() as pool:
         started = [
             pool.submit(sinder, "repair", "demo_vit", "--out", root / "demo_vit"),
-            pool.submit(sinder, "repair", "demo_vit_clean", "--max-steps", "40", "--out", root / "demo_vit_clean"),
+            pool.submit(sinder, "repair", "demo_vit_clean", "--out", root / "demo_vit_clean"),
         ]
     for run in started:
         assert run.result().returncode == 0, run.result().stderr
@@ -34,5 +34,5 @@ def repaired(demo_runs: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def repaired_clean(demo_runs: Path) -> Path:
-    """The run directory of the twin that has nothing to repair, after forty steps."""
+    """The run directory of the twin that has nothing to repair, with every setting at its default."""
     return demo_runs / "demo_vit_clean"

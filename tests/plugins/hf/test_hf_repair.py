@@ -26,7 +26,16 @@ Saved = Callable[[str], Path]
 Opened = Callable[..., Backbone]
 
 EAGER_TO_FIND = RepairSettings(
-    max_steps=3, mask_threshold=0.3, min_tokens=1, min_gap=0, eval_images=2, stop_density=1, lr=0.05, workers=0
+    recipe="paper",
+    keep="last",
+    max_steps=3,
+    mask_threshold=0.3,
+    min_tokens=1,
+    min_gap=0,
+    eval_images=2,
+    stop_density=1,
+    lr=0.05,
+    workers=0,
 )
 
 

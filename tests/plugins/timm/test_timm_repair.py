@@ -47,7 +47,9 @@ def test_three_steps_leave_a_file_that_timm_loads_strictly(
     kind: str, stored: Stored, photos: Path, tmp_path: Path
 ) -> None:
     request = ModelRequest(f"timm/{NAMES[kind]}", stored(kind))
-    settings = RepairSettings(max_steps=3, lr=0.05, eval_images=2, stop_density=1.0, **EAGER_TO_MARK)
+    settings = RepairSettings(
+        recipe="paper", keep="last", max_steps=3, lr=0.05, eval_images=2, stop_density=1.0, **EAGER_TO_MARK
+    )
     result = api.repair(request, [str(photos)], tmp_path / "run", settings)
     assert result is not None
     assert result.summary["steps"] == 3
@@ -74,7 +76,9 @@ def trained_names(request: ModelRequest) -> set[str]:
 def test_a_repair_leaves_queries_and_keys_of_a_fused_projection_alone(
     stored: Stored, photos: Path, tmp_path: Path
 ) -> None:
-    settings = RepairSettings(max_steps=3, lr=0.05, eval_images=1, stop_density=1.0, **EAGER_TO_MARK)
+    settings = RepairSettings(
+        recipe="paper", keep="last", max_steps=3, lr=0.05, eval_images=1, stop_density=1.0, **EAGER_TO_MARK
+    )
     api.repair(ModelRequest("timm/small_plain", stored("plain")), [str(photos)], tmp_path / "run", settings)
     before, after = load_file(stored("plain")), load_file(tmp_path / "run" / "model.safetensors")
     fused = [name for name in before if name.endswith("qkv.weight")]

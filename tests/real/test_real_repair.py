@@ -1,0 +1,101 @@
+"""A small part of `make evidence`: the default repair on a real model, where its weights can be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import plants
+import pytest
+import torch
+from evidence import judged
+from real_files import NotToBeHadError, Photographs, photographs, real_weights
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sinder_cli import ModelRequest, api
+from sinder_cli.defects.inpainting import inpainted
+from sinder_cli.defects.tokens import last_tokens
+from sinder_cli.images.decoding import decode
+from sinder_cli.repair.settings import RepairSettings
+
+SIZE = 266  # pixels: 19 × 19 patches
+PLANT = plants.Plant("block 7", (plants.Defect(7, 0.004, 15.0, seed=3),))
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[Path, Photographs]:
+    try:
+        return real_weights(), photographs()
+    except NotToBeHadError as error:
+        pytest.skip(f"no real weights or photographs: {error}")
+
+
+@pytest.fixture(scope="module")
+def twins(real: tuple[Path, Photographs], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The planted checkpoint, and its twin's."""
+    weights, pictures = real
+    folder = tmp_path_factory.mktemp("real")
+    states = plants.planted(weights, PLANT, [*pictures.training[::4], *pictures.held_out], SIZE)
+    for name, state in zip(("planted", "twin"), states, strict=True):
+        torch.save(state, folder / f"{name}.pth")
+    return folder / "planted.pth", folder / "twin.pth"
+
+
+def test_a_planted_defect_goes_and_the_features_come_back_to_the_twins(
+    real: tuple[Path, Photographs], twins: tuple[Path, Path], tmp_path: Path
+) -> None:
+    _, pictures = real
+    backbone, module = plants.opened(twins[0])
+    preprocess = api.preprocessing(backbone, SIZE)
+    images = [preprocess(decode(path)) for path in pictures.held_out]
+    twin = reference(twins[1], images)
+    yardstick, marks = marked(backbone, module, images)
+    before = judged("", "", (backbone, module), twin, marks, images)
+    filled = judged("", "", (yardstick, module), twin, marks, images)
+    settings = RepairSettings(image_size=SIZE, workers=0)
+    request = ModelRequest(plants.MODEL, weights=twins[0])
+    result = api.repair(request, [str(path) for path in pictures.training], tmp_path / "run", settings)
+    assert result is not None
+    after = judged("", "", plants.opened(tmp_path / "run" / "model.safetensors"), twin, marks, images)
+    assert result.summary["verdict"] == "repaired"
+    assert before.outliers > 0.3
+    assert after.outliers <= 0.02 * before.outliers
+    assert after.cls >= max(0.99, before.cls, filled.cls)
+    assert after.good >= max(0.99, before.good, filled.good)
+    assert after.marked is not None
+    assert after.marked >= 0.95
+
+
+def test_the_real_model_as_it_is_is_healthy_and_is_left_as_it_is(
+    real: tuple[Path, Photographs], tmp_path: Path
+) -> None:
+    weights, pictures = real
+    settings = RepairSettings(image_size=SIZE, workers=0)
+    request = ModelRequest(plants.MODEL, weights=weights)
+    result = api.repair(request, [str(path) for path in pictures.training[::2]], tmp_path / "run", settings)
+    assert result is not None
+    assert (result.summary["verdict"], result.summary["steps"]) == ("healthy", 0)
+    written = load_file(tmp_path / "run" / "model.safetensors")
+    original = torch.load(weights, weights_only=True)
+    assert original.keys() == written.keys()
+    assert all(torch.equal(original[name], written[name]) for name in original)
+
+
+def reference(checkpoint: Path, images: list[Tensor]) -> list[Tensor]:
+    """The last tokens `[T, N]` of a checkpoint."""
+    backbone, module = plants.opened(checkpoint)
+    return [last_tokens(backbone, module, image[None])[0] for image in images]
+
+
+def marked(backbone: Any, module: Any, images: list[Tensor]) -> tuple[Any, list[Tensor]]:
+    """The inpainted original, and what it ever replaces in each image, bool `[patches]`."""
+    seen: list[Tensor] = []
+    yardstick = inpainted(backbone, 3.0, lambda _, mask: seen.append(mask))
+    marks = []
+    for image in images:
+        seen.clear()
+        last_tokens(yardstick, module, image[None])
+        marks.append(torch.stack(seen).flatten(2).any(dim=0)[0])
+    return yardstick, marks

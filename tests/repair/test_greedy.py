@@ -1,0 +1,330 @@
+"""The greedy step: what it observes, which singular value it shrinks, and by how much, against slow twins."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from runs import RED, Pictures, Run
+from torch import Tensor
+
+from sinder_cli.backbone.layermap import WeightRef
+from sinder_cli.repair import step as step_module
+from sinder_cli.repair.basis import SingularBasis
+from sinder_cli.repair.deltas import Deltas, Target
+from sinder_cli.repair.greedy import (
+    FLOOR,
+    KEPT,
+    LEAST_EXCESS,
+    NEARLY_SETTLED,
+    TO_GATHER,
+    Observations,
+    Shrinkage,
+    polyak_deltas,
+    scale_of,
+)
+from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repair.step import BlockGradient, Probes, step_gradient
+
+EARLY = 1
+MANY = 800  # probes
+
+
+def target(values: list[float], delta: list[float] | None = None, name: str = "blocks.0.mlp.down") -> Target:
+    """A diagonal target weight of these singular values."""
+    r = len(values)
+    basis = SingularBasis(torch.eye(r), torch.tensor(values, dtype=torch.float64), torch.eye(r))
+    weight = torch.diag(torch.tensor(values))
+    epsilon = torch.zeros(r) if delta is None else torch.tensor(delta)
+    return Target(0, name, WeightRef(name=name), weight, weight.clone(), basis, epsilon, torch.zeros(r))
+
+
+def part(
+    targets: list[Target], slopes: Tensor, responses: Tensor, excess: float = 10.0, images: int = 1, probes: int = 1
+) -> BlockGradient:
+    """What a batch says, given the slopes ∂L/∂δ and the responses by δ, in one row over all targets."""
+    scales = torch.cat([scale_of(each) for each in targets])
+    names, lengths = [each.name for each in targets], [len(each.delta) for each in targets]
+    gradients = dict(zip(names, (slopes / scales).split(lengths), strict=True))
+    answers = dict(zip(names, (responses / scales.square()).split(lengths), strict=True))
+    return BlockGradient(0, (excess / images,) * images, excess, gradients, answers, probes)
+
+
+def after(parts: list[BlockGradient], targets: list[Target], **settings: Any) -> tuple[Shrinkage | None, float]:
+    """The move and the gain of the last of some steps, with many images to visit."""
+    observations, chosen = Observations(), RepairSettings.model_validate(settings)
+    for each in parts:
+        observations.by_block[0], move, gain = observations.step(each, targets, 1000, chosen)
+    return move, gain
+
+
+def test_near_equal_singular_values_have_one_scale_and_those_that_vanish_have_none() -> None:
+    values = [5.0, 3.0 + 1e-9, 3.0, 1.0, 1e-10]
+    found = target(values)
+    assert found.basis.groups == ((1, 3),)
+    torch.testing.assert_close(scale_of(found), torch.tensor([5.0, 3.0, 3.0, 1.0, 0.0]))
+
+
+def test_the_scale_leaves_the_basis_as_it_was_in_float64_too() -> None:
+    found = target([5.0, 3.0 + 1e-9, 3.0, 1.0, 1e-10])
+    found.delta = found.delta.double()
+    before = found.basis.S.clone()
+    assert scale_of(found).dtype == torch.float64
+    assert torch.equal(found.basis.S, before)
+
+
+@examples(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), loss=st.floats(0.01, 100), trust=st.floats(0.01, 1))
+def test_a_step_of_polyaks_length_is_that_of_a_loop(seed: int, loss: float, trust: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    targets = [target([4.0, 2.0, 1.0], [-1.0, 0.0, 0.5], "a"), target([3.0, 0.5], name="b")]
+    gradients = {each.name: torch.randn(len(each.delta), generator=generator) for each in targets}
+    found = polyak_deltas(targets, gradients, loss, trust)
+    by_delta = [
+        (each, k, float(gradients[each.name][k]) * float(each.basis.S[k]))
+        for each in targets
+        for k in range(len(each.delta))
+    ]
+    length = math.sqrt(sum(g * g for _, _, g in by_delta))
+    moved = 0.0
+    for each, k, g in by_delta:
+        sigma = float(each.basis.S[k])
+        expected = float(each.delta[k]) - min(loss / length, trust) * g / length * sigma  # δ = ε/σ
+        assert float(found[each.name][k]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        moved += ((float(found[each.name][k]) - float(each.delta[k])) / sigma) ** 2
+    assert math.sqrt(moved) == pytest.approx(min(loss / length, trust), rel=1e-3)
+
+
+def test_a_step_of_polyaks_length_without_a_gradient_moves_nothing() -> None:
+    found = target([2.0, 1.0], [-0.5, 0.0])
+    moved = polyak_deltas([found], {found.name: torch.zeros(2)}, 1.0, 0.5)
+    assert torch.equal(moved[found.name], found.delta)
+
+
+def test_probes_measure_the_mean_square_jacobian_of_ordinary_tokens(
+    planted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_module, "PROBES", MANY)
+    images = torch.stack([planted.image(0, red=RED), planted.image(1), planted.image(2, red=RED[:2])])
+    deltas = Deltas(planted.backbone, planted.module)
+    chosen = RepairSettings.model_validate(
+        {"recipe": "paper", "min_gap": 1.1, "step": "greedy", "window": 1, "min_tokens": 2}
+    )
+    probes = Probes(torch.Generator().manual_seed(0), ())
+    found = step_gradient(
+        planted.backbone, planted.module, planted.directions, deltas, images, chosen, None, probes
+    ).parts[0]
+    assert (found.block, found.probes) == (EARLY, MANY)
+
+    def tokens() -> Tensor:
+        return planted.module(images)[EARLY]
+
+    ordinary = torch.ones(3, 145, dtype=torch.bool)
+    for image, spots in ((0, RED), (2, RED[:2])):
+        for row, column in spots:
+            ordinary[image, 1 + 12 * row + column] = False
+    ordinary[1] = False  # it has no defect
+    now, scale = tokens(), torch.ones(3, 1, 1, dtype=torch.float64)
+    for image in (0, 2):
+        scale[image] = now[image, 1:][ordinary[image, 1:]].norm(dim=-1).mean()
+    step = 1e-5
+    ratios = []
+    for each in deltas.of_block(EARLY):
+        measured = found.responses[each.name] / MANY
+        for k in range(0, each.basis.rank, 7):
+            sides = []
+            for sign in (1, -1):
+                epsilon = torch.zeros_like(each.delta)
+                epsilon[k] = sign * step
+                each.write(epsilon)
+                sides.append(tokens())
+            each.write()
+            change = (sides[0] - sides[1]) / (2 * step) / scale
+            exact = change[ordinary].square().sum() / ordinary.sum()
+            ratios.append(float(measured[k] / exact))
+    assert min(ratios) > 0.8
+    assert max(ratios) < 1.2
+    assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.05)
+
+
+def test_a_block_that_was_measured_before_takes_one_probe(planted: Any) -> None:
+    images = planted.image(0, red=RED)[None]
+    chosen = RepairSettings.model_validate({"recipe": "paper", "min_gap": 1.1, "step": "greedy"})
+
+    def seen(measured: tuple[int, ...], seed: int = 0) -> BlockGradient:
+        probes = Probes(torch.Generator().manual_seed(seed), measured)
+        deltas = Deltas(planted.backbone, planted.module)
+        arguments = (planted.backbone, planted.module, planted.directions, deltas, images, chosen, None, probes)
+        return step_gradient(*arguments).parts[0]
+
+    assert seen(()).probes == step_module.PROBES
+    assert seen((EARLY,)).probes == 1
+    one, again, other = (seen((EARLY,), seed).responses["blocks.1.mlp.down"] for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_a_singular_value_that_writes_the_defect_answers_for_all_of_the_loss(writer: Any) -> None:
+    images = torch.stack([writer.image(index, red=RED) for index in range(2)])
+    deltas = Deltas(writer.backbone, writer.module)
+    chosen = RepairSettings()
+    probes = Probes(torch.Generator().manual_seed(0), ())
+    (found,) = step_gradient(
+        writer.backbone, writer.module, writer.directions, deltas, images, chosen, None, probes
+    ).parts
+    targets = deltas.of_window(EARLY, chosen.window)
+    seen, _, _ = Observations().step(found, targets, 2, chosen)
+    shares = dict(zip((each.name for each in targets), seen.shares.split([len(t.delta) for t in targets]), strict=True))
+    assert float(shares["blocks.1.mlp.down"][0]) == pytest.approx(1, abs=0.05)
+    assert shares["blocks.1.mlp.down"][1:].abs().max() < 0.05
+    assert seen.shares.max() <= 1
+
+
+def test_a_greedy_run_shrinks_the_writer_and_nothing_else_until_no_token_stands_out(single_writer: Any) -> None:
+    red = [single_writer.image(index, torch.float32, red=RED) for index in range(3)]
+    run = Run(single_writer, Pictures(*red), recipe="sinder", max_steps=60)
+    records = run.finish()
+    assert [record.moved for record in records[:2]] == [None, None]  # before each image has been seen once
+    assert {record.moved for record in records} == {"blocks.1.mlp.down", None}
+    assert records[-1].density == 1
+    (changed,) = run.deltas.changed
+    assert changed.delta.nonzero().flatten().tolist() == [0]
+    assert -20 <= float(changed.delta[0]) <= -10
+    for record in records:
+        assert (record.moved is None) == (record.length is None)
+        assert record.length is None or 0 < record.length <= run.settings.trust + 1e-6
+
+
+def test_a_singular_value_never_falls_under_0() -> None:
+    for delta, share, expected in ((0.0, 0.5, -2.0), (-3.0, 0.5, -4.0), (-4.0, 0.5, -4.0), (0.0, 1.0, -4.0)):
+        found = Shrinkage(target([4.0, 2.0, 1.0], [delta, 0.0, -1.0]), 0, 1, share).delta()
+        torch.testing.assert_close(found, torch.tensor([expected, 0.0, -1.0]))
+
+
+def test_near_equal_singular_values_shrink_together() -> None:
+    found = target([5.0, 3.0 + 1e-9, 3.0, 1.0])
+    steps = [part([found], torch.tensor([0.0, 8.0, 8.0, 0.0]), torch.full((4,), 1e-4))] * TO_GATHER
+    move, _ = after(steps, [found])
+    assert move is not None
+    assert (move.start, move.stop) == (1, 3)
+    delta = move.delta()
+    assert delta[1] == delta[2] < 0
+    assert delta[[0, 3]].eq(0).all()
+
+
+def test_what_is_shrunk_to_0_already_is_not_chosen_again() -> None:
+    found = target([5.0, 3.0, 1.0], [-5.0, 0.0, 0.0])
+    steps = [part([found], torch.tensor([9.0, 4.0, 1.0]), torch.full((3,), 1e-4))] * TO_GATHER
+    move, _ = after(steps, [found])
+    assert move is not None
+    assert move.start == 1
+
+
+@pytest.mark.parametrize(("images", "least"), [(1, 1), (3, 3), (TO_GATHER, TO_GATHER), (1000, TO_GATHER)])
+def test_no_move_is_made_before_enough_steps(images: int, least: int) -> None:
+    found = target([5.0, 3.0, 1.0])
+    one = part([found], torch.tensor([9.0, 1.0, 1.0]), torch.full((3,), 1e-4))
+    observations, chosen = Observations(), RepairSettings()
+    moves = []
+    for _ in range(TO_GATHER + 2):
+        observations.by_block[0], move, _ = observations.step(one, [found], images, chosen)
+        moves.append(move is not None)
+    assert moves == [step >= least for step in range(1, TO_GATHER + 3)]
+
+
+@pytest.mark.parametrize(("excess", "moves"), [(1.0, False), (10.0, True)])
+def test_no_move_is_made_below_the_least_gain(excess: float, moves: bool) -> None:
+    found = target([5.0, 3.0, 1.0])
+    slopes = torch.tensor([1.0, 0.0, 0.0]) * excess
+    steps = [part([found], slopes, torch.ones(3), excess)] * TO_GATHER
+    move, gain = after(steps, [found])
+    assert gain == pytest.approx(excess / math.sqrt(1 + FLOOR), rel=1e-3)
+    assert (move is not None) is moves
+    assert after(steps, [found], min_gain=gain * 1.001)[0] is None
+    assert after(steps, [found], min_gain=gain * 0.999)[0] is not None
+
+
+@examples(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), steps=st.integers(1, 14), images=st.integers(1, 3))
+def test_the_gain_and_the_move_are_those_of_a_loop(seed: int, steps: int, images: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    targets = [target([4.0, 2.0, 1.0], [-1.0, 0.0, 0.0], "a"), target([3.0, 0.5], name="b")]
+    rows = [
+        (
+            torch.randn(5, generator=generator) * 8 + torch.tensor([4.0, 0, 0, 2, 0]),
+            torch.rand(5, generator=generator) * 0.1,
+            float(torch.rand((), generator=generator)) * 20 + 0.01,
+        )
+        for _ in range(steps)
+    ]
+    parts = [part(targets, slopes, responses, excess, images) for slopes, responses, excess in rows]
+    weights = [KEPT ** (steps - 1 - age) for age in range(steps)]
+    gains, means, moved = [], [], []
+    all_responses = [sum(float(responses[k]) for _, responses, _ in rows) / steps for k in range(5)]
+    for k in range(5):
+        shares = []
+        for slopes, _, excess in rows:
+            share = float(slopes[k]) / max(excess, LEAST_EXCESS * images)
+            shares.append(1 / share if share > 1 else max(share, -1.0))
+        total = sum(weights)
+        mean = sum(w * s for w, s in zip(weights, shares, strict=True)) / total
+        square = sum(w * s * s for w, s in zip(weights, shares, strict=True)) / total
+        error = math.sqrt(max(square - mean**2, 0) / max(total - 1, 0.5)) if total > 1.5 else 0.0
+        answer = math.sqrt(all_responses[k] + FLOOR * sum(all_responses) / 5)
+        gains.append(max(mean - error, 0) * (rows[-1][2] / images) / answer)
+        means.append(mean)
+        moved.append(answer)
+    move, gain = after(parts, targets)
+    assert gain == pytest.approx(max(gains), rel=1e-3, abs=1e-3)
+    if move is None:
+        assert steps < TO_GATHER or max(gains) < 3.0 + 1e-3
+        return
+    at = gains.index(max(gains))
+    assert (move.target.name, move.start) == (("a", at) if at < 3 else ("b", at - 3))
+    assert move.share == pytest.approx(min(1 / max(means[at], 1e-6), 0.05 / moved[at], 0.5), rel=1e-3)
+
+
+def test_a_gradient_is_worth_it_unless_nothing_is_to_be_gained_from_tokens_that_have_nearly_settled() -> None:
+    found = target([5.0, 3.0, 1.0])
+    chosen = RepairSettings()
+    little = part([found], torch.tensor([0.1, 0.0, 0.0]), torch.ones(3), 1.0)
+    observations = Observations()
+    near = NEARLY_SETTLED / 2
+    assert observations.is_worth(0, near, [found], chosen)  # nothing is known yet
+    for expected in (True, False, False):  # one step is not enough to know
+        observations.by_block[0], _, _ = observations.step(little, [found], 1000, chosen)
+        assert observations.is_worth(0, near, [found], chosen) is expected
+    assert observations.is_worth(0, 2 * NEARLY_SETTLED, [found], chosen)
+    assert observations.is_worth(0, near, None, chosen)
+    assert observations.is_worth(1, near, [found], chosen)
+    assert observations.is_worth(0, near, [found], chosen.model_copy(update={"min_gain": 0.0}))
+
+
+@pytest.mark.parametrize("excess", [math.nan, math.inf])
+def test_what_is_not_finite_is_never_taken_for_settled(excess: float) -> None:
+    found = target([5.0, 3.0, 1.0])
+    little = part([found], torch.tensor([0.1, 0.0, 0.0]), torch.ones(3), 1.0)
+    observations, chosen = Observations(), RepairSettings()
+    for _ in range(3):
+        observations.by_block[0], _, _ = observations.step(little, [found], 1000, chosen)
+    assert observations.is_worth(0, excess, [found], chosen)
+
+
+def test_a_step_observes_nothing_until_it_is_taken() -> None:
+    found = target([5.0, 3.0, 1.0])
+    observations = Observations()
+    observations.step(part([found], torch.ones(3), torch.ones(3)), [found], 1, RepairSettings())
+    assert observations.by_block == {}
+    assert found.delta.eq(0).all()
+
+
+def test_a_greedy_step_in_bfloat16_still_chooses_the_writer(single_writer: Any) -> None:
+    red = [single_writer.image(index, torch.float32, red=RED) for index in range(2)]
+    run = Run(replace(single_writer), Pictures(*red), recipe="sinder", dtype="bfloat16", max_steps=3)
+    assert [record.moved for record in run.finish()][1] == "blocks.1.mlp.down"

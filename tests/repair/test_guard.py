@@ -1,0 +1,302 @@
+"""The guard: which images it takes, what it says of a state, and when it ends a repair."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runs import RED
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from sinder_cli.defects.detection import DetectionRule, norm_ratios
+from sinder_cli.defects.inpainting import inpainted
+from sinder_cli.defects.tokens import last_tokens
+from sinder_cli.errors import BadInputError
+from sinder_cli.repair.guard import SLACK, Evaluation, Fidelity, Guard, Snapshot, guard_size, guarded
+from sinder_cli.repair.loop import CLEAN_LOOKS, EQUAL_FIDELITY, IDLE_LOOKS, SPOILT_LOOKS, Best, Progress
+from sinder_cli.repair.scan import see
+
+FLOOR = 0.95
+
+
+@pytest.mark.parametrize(
+    ("count", "asked", "size"),
+    [
+        (0, None, 0),
+        (1, None, 0),
+        (2, None, 1),
+        (7, None, 3),  # no more than half
+        (8, None, 4),
+        (40, None, 4),
+        (100, None, 10),
+        (640, None, 64),
+        (100_000, None, 64),
+        (100, 3, 3),
+        (100, 200, 50),
+        (1, 1, 0),
+    ],
+)
+def test_the_guard_is_a_tenth_of_the_images_and_never_more_than_half(count: int, asked: int | None, size: int) -> None:
+    assert guard_size(count, asked) == size
+
+
+@settings(max_examples=200, deadline=None)
+@given(kinds=st.lists(st.sampled_from([-1, -1, 2, 5, 7]), max_size=60), asked=st.none() | st.integers(1, 40))
+def test_the_guard_has_every_kind_and_leaves_half_of_each_for_training(kinds: list[int], asked: int | None) -> None:
+    size = guard_size(len(kinds), asked)
+    chosen = guarded(kinds, size)
+    assert chosen == sorted(set(chosen))
+    assert set(chosen) <= set(range(len(kinds)))
+    assert len(chosen) <= size
+    taken = {kind: sum(kinds[index] == kind for index in chosen) for kind in set(kinds)}
+    offered = {kind: kinds.count(kind) // 2 for kind in set(kinds) - {-1}}
+    assert all(taken[kind] <= most for kind, most in offered.items())
+    defective = sum(taken[kind] for kind in offered)
+    assert defective >= min(sum(offered.values()), (size + 1) // 2)
+    several = [kind for kind, most in offered.items() if most]
+    if len(several) <= (size + 1) // 2:
+        assert all(taken[kind] for kind in several)
+    clean = kinds.count(-1)
+    allowed = clean if not offered else min(clean, max(1, clean // 2))
+    assert len(chosen) == min(size, sum(offered.values()) + allowed)
+
+
+def test_a_kind_of_a_single_image_is_trained_on() -> None:
+    assert guarded([-1] * 9 + [3], 4) == [0, 1, 2, 3]
+    assert 9 in guarded([-1] * 9 + [3, 3], 4)
+
+
+def test_the_rarest_kinds_are_on_the_guard_first() -> None:
+    kinds = [1] * 20 + [4] * 2 + [6] * 4
+    assert guarded(kinds, 1) == [20]
+    assert guarded(kinds, 2) == [20, 22]
+    assert guarded(kinds, 3) == [0, 20, 22]
+
+
+def test_without_a_defect_the_first_images_are_the_guard() -> None:
+    assert guarded([-1] * 8, 4) == [0, 1, 2, 3]
+    assert guarded([], 0) == []
+
+
+def fidelity(good: float, cls: float | None = 1.0) -> Fidelity:
+    return Fidelity(cls, good, good, None)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "holds"),
+    [
+        (0.99, 0.99, True),
+        (0.99, 0.99 - 0.9 * SLACK, True),
+        (0.99, 0.99 - 1.1 * SLACK, False),  # above the floor, and further off than the original
+        (0.96, 0.94, False),
+        (0.94, 0.94, False),  # under the floor, and no nearer than the original
+        (0.80, 0.84, False),
+        (0.80, 0.86, True),  # nearer by a quarter of the way
+        (0.80, 0.96, True),
+    ],
+)
+def test_a_state_holds_that_is_no_further_off_and_near_or_nearer(was: float, now: float, holds: bool) -> None:
+    assert fidelity(now).holds(fidelity(was), FLOOR) is holds
+    assert fidelity(1.0, now).holds(fidelity(1.0, was), FLOOR) is holds  # cls as well as good tokens
+    assert fidelity(1.0, None).holds(fidelity(1.0, None), FLOOR)
+    assert not fidelity(math.nan).holds(fidelity(was), FLOOR)
+
+
+def snapshot(**changes: Any) -> Snapshot:
+    """Two blocks, two images of 1 × 3 patches; the original marks the first patch of the first image."""
+    norms = torch.tensor([[[[1.0, 2, 3]], [[4, 5, 6]]], [[[9.0, 2, 1]], [[2, 8, 2]]]])
+    outlying = torch.zeros(2, 2, 1, 3, dtype=torch.bool)
+    outlying[1, 0, 0, 0] = outlying[0, 0, 0, 0] = outlying[1, 1, 0, 1] = True
+    ever = torch.zeros(2, 1, 3, dtype=torch.bool)
+    ever[0, 0, 0] = True
+    parts: dict[str, Any] = {
+        "norms": norms,
+        "ratios": torch.stack([norm_ratios(each) for each in norms]),
+        "outlying": outlying,
+        "cls": torch.zeros(2, 4),
+        "samples": torch.zeros(2, 1, 3, 4),
+        "to_inpainted": torch.tensor([[[0.1, 0.9, 0.8]], [[0.7, 0.6, 0.5]]]),
+        "to_original": torch.tensor([[[1.0, 0.99, 0.98]], [[0.97, 0.96, 0.95]]]),
+        "cls_to_inpainted": torch.tensor([0.5, 0.7]),
+        "cls_to_original": torch.tensor([0.9, 0.7]),
+        "ever": ever,
+    }
+    return Snapshot(**parts | changes)
+
+
+def test_a_snapshot_counts_outlying_tokens_once_and_block_by_block() -> None:
+    found = snapshot().defects()
+    assert (found["tokens"], found["images"]) == (2, 2)
+    assert found["fraction"] == pytest.approx(2 / 6)
+    assert (found["worst_block"], found["max_ratio"], found["max_norm"], found["median_norm"]) == (1, 4.5, 9.0, 2.0)
+    assert found["blocks"] == [
+        {
+            "block": 0,
+            "tokens": 1,
+            "fraction": pytest.approx(1 / 6),
+            "max_norm": 6.0,
+            "median_norm": 3.0,
+            "max_ratio": 1.5,
+        },
+        {
+            "block": 1,
+            "tokens": 2,
+            "fraction": pytest.approx(2 / 6),
+            "max_norm": 9.0,
+            "median_norm": 2.0,
+            "max_ratio": 4.5,
+        },
+    ]
+
+
+def test_fidelity_is_of_cls_of_good_tokens_and_of_those_that_the_original_marks() -> None:
+    found = snapshot().fidelity()
+    assert found.as_dict() == {
+        "cls": pytest.approx(0.6),
+        "good": pytest.approx(0.7),  # of 0.5, 0.6, 0.7, 0.8, 0.9
+        "good_p01": pytest.approx(0.5),
+        "marked": pytest.approx(0.1),
+    }
+    assert snapshot().fidelity("original").good == pytest.approx(0.97)
+    headless = snapshot(cls_to_inpainted=None, ever=torch.zeros(2, 1, 3, dtype=torch.bool)).fidelity()
+    assert (headless.cls, headless.marked) == (None, None)
+    everywhere = snapshot(ever=torch.ones(2, 1, 3, dtype=torch.bool)).fidelity()
+    assert everywhere.good == pytest.approx(0.6)  # the lower of the two in the middle
+    assert everywhere.marked == pytest.approx(0.6)
+
+
+def test_a_snapshot_with_a_token_that_is_not_finite_is_refused() -> None:
+    assert snapshot().finite
+    snapshot().require_finite("broken", "mend it")
+    norms = snapshot().norms.clone()
+    norms[1, 1, 0, 2] = math.inf
+    assert not snapshot(norms=norms).finite
+    with pytest.raises(BadInputError, match="its tokens are not finite on 1 of 2 images"):
+        snapshot(norms=norms).require_finite("broken", "mend it")
+
+
+def look(step: int = 1, outlying: int = 5, cls: float | None = 0.9, good: float = 0.9, **changes: Any) -> Evaluation:
+    parts: dict[str, Any] = {"marked": 0.9, "holds": True, "best": False, "defective_share": 0.5, "good_p01": 0.5}
+    return Evaluation(step=step, outlying=outlying, cls=cls, good=good, **parts | changes)
+
+
+def test_a_state_is_beaten_by_fewer_outlying_tokens_or_by_as_few_and_no_lower_fidelity() -> None:
+    best = Best(1, 5, 0.9, 0.9, 0.9, {})
+    assert best.is_beaten_by(look(outlying=4, cls=0.1, good=0.1, marked=0.1))
+    assert not best.is_beaten_by(look(outlying=6, cls=1.0, good=1.0, marked=1.0))
+    assert best.is_beaten_by(look())
+    for name in ("cls", "good", "marked"):
+        assert best.is_beaten_by(look(**{name: 0.9 - 0.9 * EQUAL_FIDELITY}))
+        assert not best.is_beaten_by(look(**{name: 0.9 - 1.1 * EQUAL_FIDELITY}))
+    assert best.is_beaten_by(look(cls=None, marked=None))
+    assert Best(1, 5, None, 0.9, None, {}).is_beaten_by(look(cls=0.0, marked=0.0))
+
+
+@pytest.mark.parametrize(
+    ("looks", "why", "after"),
+    [
+        ([look(holds=False)], "fidelity", SPOILT_LOOKS),
+        ([look(outlying=0, best=True)], "clean", CLEAN_LOOKS),
+        ([look()], "no_improvement", IDLE_LOOKS),
+    ],
+)
+def test_looks_in_a_row_end_a_repair(looks: list[Evaluation], why: str, after: int) -> None:
+    progress = Progress(10)
+    for number in range(1, after + 1):
+        assert progress.stopped == ""
+        progress.judge(replace(looks[0], step=number), {})
+    assert (progress.stopped, progress.last_look) == (why, after)
+
+
+def test_a_look_of_another_kind_starts_the_count_anew() -> None:
+    for one, other in (
+        (look(holds=False), look(best=True)),
+        (look(outlying=0, best=True), look(best=True)),
+        (look(), look(best=True)),
+    ):
+        progress = Progress(10)
+        for _ in range(IDLE_LOOKS):
+            progress.judge(one, {})
+            progress.judge(other, {})
+        assert progress.stopped == ""
+
+
+def test_looks_that_may_not_stop_a_repair_keep_its_best_state_all_the_same() -> None:
+    progress = Progress(10)
+    values = {"blocks.0.mlp.down": torch.ones(3)}
+    progress.judge(look(7, outlying=2, best=True), values, stops=False)
+    for step in range(8, 8 + IDLE_LOOKS):
+        progress.judge(look(step, holds=False), {}, stops=False)
+    assert progress.stopped == ""
+    assert progress.best == Best(7, 2, 0.9, 0.9, 0.9, values)
+
+
+def guard_of(planted: Any, count: int = 3, batch_size: int = 2) -> Guard:
+    images = {f"picture {i}": planted.image(i, torch.float32, red=RED if i else []) for i in range(count)}
+    return Guard(
+        planted.backbone, planted.module, planted.directions, DetectionRule(min_tokens=1), images, batch_size, "cpu"
+    )
+
+
+def pixels_of(guard: Guard) -> Tensor:
+    return torch.stack(list(guard.images.values()))
+
+
+def test_the_guard_compares_with_the_inpainted_original_and_with_the_original(single_writer: Any) -> None:
+    guard = guard_of(single_writer)
+    guard.remember()
+    original = last_tokens(single_writer.backbone, single_writer.module, pixels_of(guard))
+    reference = last_tokens(inpainted(single_writer.backbone), single_writer.module, pixels_of(guard))
+    before = guard.before
+    seen = see(single_writer.backbone, single_writer.module, single_writer.directions, pixels_of(guard), guard.rule)
+    assert torch.equal(before.outlying, seen.defective)
+    assert before.left == 2 * len(RED)
+    assert before.ever.nonzero().tolist() == [[image, *spot] for image in (1, 2) for spot in RED]
+    torch.testing.assert_close(before.to_original, torch.ones(3, 12, 12))
+    expected = cosine_similarity(original, reference, dim=-1)
+    torch.testing.assert_close(before.to_inpainted, expected[:, 1:].unflatten(1, (12, 12)))
+    torch.testing.assert_close(before.cls_to_inpainted, expected[:, 0])
+    torch.testing.assert_close(before.norms[-1], original[:, 1:].norm(dim=-1).unflatten(1, (12, 12)))
+    torch.testing.assert_close(before.samples, original[:, 1:].unflatten(1, (12, 12)))
+    torch.testing.assert_close(before.cls, original[:, 0])
+    assert before.to_inpainted[~before.ever].min() > 0.9 > before.to_inpainted[before.ever].max()
+
+
+def test_a_look_sees_what_has_become_of_the_module_and_keeps_the_yardstick(single_writer: Any) -> None:
+    guard = guard_of(single_writer)
+    guard.remember()
+    was = guard.evaluation(0, guard.look(), FLOOR, None)
+    assert (was.outlying, was.best, was.defective_share) == (2 * len(RED), False, pytest.approx(2 / 3))
+    single_writer.module.blocks[1].down.weight[:, 0] *= 0  # the writer
+    now = guard.look()
+    assert now.left == 0
+    assert now.fidelity().marked > guard.before.fidelity().marked + 0.1
+    assert torch.equal(now.ever, guard.before.ever)
+    found = guard.evaluation(5, now, FLOOR, None)
+    assert (found.step, found.outlying, found.holds, found.best) == (5, 0, True, True)
+
+
+def test_a_ruined_model_is_never_the_best_though_no_token_stands_out(single_writer: Any) -> None:
+    guard = guard_of(single_writer)
+    guard.remember()
+    for block in single_writer.module.blocks:
+        for weight in (block.down.weight, block.proj.weight):
+            weight *= 0
+    found = guard.evaluation(5, guard.look(), FLOOR, None)
+    assert (found.outlying, found.holds, found.best) == (0, False, False)
+    single_writer.module.blocks[-1].down.bias.fill_(math.nan)
+    assert not guard.evaluation(6, guard.look(), 0.0, None).holds
+
+
+def test_the_size_of_the_batches_does_not_matter(single_writer: Any) -> None:
+    one, three = (guard_of(single_writer, batch_size=size) for size in (1, 3))
+    one.remember()
+    three.remember()
+    torch.testing.assert_close(one.before.to_inpainted, three.before.to_inpainted)
+    assert torch.equal(one.before.outlying, three.before.outlying)

@@ -1,0 +1,203 @@
+"""The scan of the original: its marks against a loop over blocks and images, and its file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import RED, SIZE, Pictures
+
+from sinder_cli.defects.detection import CERTAIN, RISE
+from sinder_cli.errors import BadInputError
+from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.ranks import ALONE
+from sinder_cli.repair.forward import Directions
+from sinder_cli.repair.scan import BlockOutliers, ImageOutliers, Scan, rarest_first, scan
+from sinder_cli.repair.settings import RepairSettings
+
+DEPTH = 6
+SPOTS = {0: RED, 1: [], 2: [(0, 0), (11, 5)], 3: [(6, 6)]}
+
+
+def pictures(planted: Any) -> Pictures:
+    return Pictures(*[planted.image(index, torch.float32, red=spots) for index, spots in SPOTS.items()])
+
+
+def scanned(planted: Any, source: Pictures, unreadable: dict[str, str] | None = None, **settings: Any) -> Scan:
+    return scan(
+        planted.backbone,
+        planted.module,
+        planted.directions,
+        source,
+        Preprocessing(SIZE, planted.backbone.mean, planted.backbone.std),
+        range(len(source)),
+        RepairSettings.model_validate({"workers": 0} | settings),
+        {} if unreadable is None else unreadable,
+        lambda _: None,
+        ALONE,
+    )
+
+
+def looped_marks(planted: Any, picture: torch.Tensor) -> tuple[list[set[int]], list[set[int]], list[float]]:
+    """By block: tokens that are marked by `auto`, those among them that equation (5) marks, and the largest ratio."""
+    pixels = (picture.double() * 255).round() / 255
+    tokens, context = planted.backbone.embed(planted.module, pixels.float()[None])
+
+    def ratios(tokens: torch.Tensor) -> list[float]:
+        norms = tokens[0, 1:].norm(dim=-1).tolist()
+        middle = sorted(norms)[(len(norms) - 1) // 2]
+        return [norm / middle for norm in norms]
+
+    start = ratios(tokens)
+    blocks, predictions = [], []
+    for block in range(DEPTH):
+        tokens = planted.backbone.run_block(planted.module, block, tokens, context)
+        blocks.append(ratios(tokens))
+        nu = planted.directions.nu[block]
+        logits = [-abs(float(x @ nu) / float(x.norm()) / float(nu.norm())) for x in tokens[0, 1:]]
+        mean = sum(logits) / len(logits)
+        std = math.sqrt(sum((logit - mean) ** 2 for logit in logits) / (len(logits) - 1))
+        inside = [0 < at // 12 < 11 and 0 < at % 12 < 11 for at in range(144)]
+        trusted = planted.directions.gaps[block] >= 1.1
+        predictions.append({at for at in range(144) if trusted and inside[at] and logits[at] < mean - 4 * std})
+    out = [{at for at in range(144) if block[at] > 3 and block[at] > RISE * start[at]} for block in blocks]
+    marked = []
+    for block in range(DEPTH):
+        beside = set().union(*(out[other] for other in (block - 1, block + 1) if 0 <= other < DEPTH))
+        certain = {at for at in out[block] if blocks[block][at] > 3 * CERTAIN}
+        marked.append(out[block] & (certain | predictions[block] | beside))
+    by_weights = [marks & seen for marks, seen in zip(marked, predictions, strict=True)]
+    return marked, by_weights, [max(block) for block in blocks]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_scan_marks_what_a_loop_over_blocks_marks(single_writer: Any, batch_size: int) -> None:
+    gaps = [1.0, 2.0, 2.0, 1.0, 1.0, 1.0]
+    blue = single_writer.module.nu[1]  # the writer writes along it
+    planted = type(single_writer)(
+        single_writer.module, single_writer.backbone, Directions(blue.expand(DEPTH, -1), gaps), single_writer.image
+    )
+    source = pictures(planted)
+    found = scanned(planted, source, batch_size=batch_size)
+    looped = [looped_marks(planted, tensor) for tensor in source.tensors if tensor is not None]
+    assert any(marks for _, by_weights, _ in looped for marks in by_weights)
+    assert [image.name for image in found.images] == [f"picture {index}" for index in range(4)]
+    for image, (marked, _, _) in zip(found.images, looped, strict=True):
+        assert {block: set(places) for block, places in image.blocks.items()} == {
+            block: marks for block, marks in enumerate(marked) if marks
+        }
+        assert image.finite
+        assert image.grid == (12, 12)
+    for block, outliers in enumerate(found.blocks):
+        assert outliers.block == block
+        assert outliers.tokens == sum(len(marked[block]) for marked, _, _ in looped)
+        assert outliers.images == sum(bool(marked[block]) for marked, _, _ in looped)
+        assert outliers.marked_by_weights == sum(len(seen[block]) for _, seen, _ in looped)
+        assert outliers.max_ratio == pytest.approx(max(most[block] for _, _, most in looped), rel=1e-4)
+        assert outliers.gap == gaps[block]
+    assert found.tokens == 4 * 144
+    assert not found.healthy
+    assert [image.kind for image in found.images] == [1, -1, 1, 1]
+
+
+def test_a_direction_that_the_tokens_share_is_predicted_where_it_is_near_and_determined(single_writer: Any) -> None:
+    red, blue = single_writer.module.nu  # the writer writes along blue
+    source = pictures(single_writer)
+
+    def seen(nu: torch.Tensor, gap: float) -> BlockOutliers:
+        directions = Directions(nu.expand(DEPTH, -1), [gap] * DEPTH)
+        planted = type(single_writer)(single_writer.module, single_writer.backbone, directions, single_writer.image)
+        return scanned(planted, source).blocks[1]
+
+    near, far = seen(-blue, 2.0), seen(red, 2.0)
+    assert near.angle_deg is not None
+    assert far.angle_deg is not None
+    assert near.angle_deg < 30 < far.angle_deg
+    assert (near.predicted, far.predicted, seen(blue, 1.05).predicted) == (True, False, False)
+    assert seen(blue, math.inf).gap == 1e12  # a number that JSON has
+
+
+def test_an_image_that_cannot_be_decoded_is_named_and_left_out(single_writer: Any) -> None:
+    source = pictures(single_writer)
+    source.tensors[1] = None
+    unreadable: dict[str, str] = {}
+    found = scanned(single_writer, source, unreadable)
+    assert unreadable == {"picture 1": "it is broken"}
+    assert set(found.by_name) == {"picture 0", "picture 2", "picture 3"}
+    assert found.tokens == 3 * 144
+
+
+def test_images_without_an_outlying_token_are_healthy(single_writer: Any) -> None:
+    found = scanned(single_writer, Pictures(*[single_writer.image(index) for index in range(2)]))
+    assert found.healthy
+    assert all(block.tokens == 0 and block.angle_deg is None and not block.predicted for block in found.blocks)
+
+
+def test_an_image_whose_tokens_are_not_finite_is_told_apart(single_writer: Any) -> None:
+    found = scanned(single_writer, Pictures(single_writer.image(0), single_writer.image(1, green=[(5, 5)])))
+    assert [image.finite for image in found.images] == [True, False]
+    assert all(math.isfinite(block.max_ratio) for block in found.blocks)
+
+
+def test_the_marks_of_an_image_are_masks_again() -> None:
+    image = ImageOutliers("a", (2, 3), True, {1: (0, 5), 3: (4,)})
+    assert image.marks(4).nonzero().tolist() == [[1, 0, 0], [1, 1, 2], [3, 1, 1]]
+    assert (image.kind, ImageOutliers("b", (2, 3), True, {}).kind) == (1, -1)
+
+
+EXAMPLE = Scan(
+    (ImageOutliers("größer \udcff.png", (2, 3), True, {1: (0, 5), 10: (4,)}), ImageOutliers("b", (2, 3), False, {})),
+    (BlockOutliers(0, 0, 0, 0, 1.5, 1e12, None, False), BlockOutliers(1, 2, 1, 1, 9.5, 2.0, 12.5, True)),
+    12,
+)
+
+
+def test_a_scan_is_read_as_it_was_written(tmp_path: Path) -> None:
+    EXAMPLE.write(tmp_path / "outliers.json")
+    assert Scan.read(tmp_path / "outliers.json") == EXAMPLE
+
+
+def test_a_scan_of_a_model_is_read_as_it_was_written(single_writer: Any, tmp_path: Path) -> None:
+    found = scanned(single_writer, pictures(single_writer))
+    found.write(tmp_path / "outliers.json")
+    assert Scan.read(tmp_path / "outliers.json") == found
+
+
+@pytest.mark.parametrize("kept", [0, 1, 40, 200, -3])
+def test_a_torn_file_is_bad_input(kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "outliers.json"
+    EXAMPLE.write(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(BadInputError, match=r"cannot read .*outliers") as caught:
+        Scan.read(path)
+    assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("images", None),
+        ("blocks", [{"block": 0}]),
+        ("images", [{"name": "a", "grid": [2], "finite": True, "blocks": {}}]),
+        ("images", [{"name": "a", "grid": [2, 3], "finite": True, "blocks": []}]),
+        ("images", [{"name": "a", "grid": [2, 3], "finite": True, "blocks": {"x": [0]}}]),
+    ],
+)
+def test_a_file_of_another_form_is_bad_input(place: str, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "outliers.json"
+    EXAMPLE.write(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {place: value}))
+    with pytest.raises(BadInputError, match="cannot read"):
+        Scan.read(path)
+
+
+def test_images_come_one_of_each_kind_in_turn_the_rarest_first() -> None:
+    kinds = [4, 4, 4, 2, 7, 7]
+    images = [ImageOutliers(str(at), (1, 1), True, {kind: (0,)}) for at, kind in enumerate(kinds)]
+    indices = [10 * at for at in range(6)]
+    assert rarest_first(images, indices) == [30, 40, 0, 50, 10, 20]
+    assert rarest_first([], []) == []
