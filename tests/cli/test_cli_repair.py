@@ -20,8 +20,8 @@ from sinder_cli.backbone.opening import load_module
 
 Sinder = Callable[..., subprocess.CompletedProcess[str]]
 CUSTOM = "dinov2_custom"
-PAPER = ("--recipe", "paper", "--keep", "last")
-FEW = (*PAPER, "--eval-images", "3", "--lr", "0.05")
+FEW = ("--recipe", "paper", "--keep", "last", "--eval-images", "3", "--lr", "0.05")
+NOT_IMPROVED = 1  # of the exit codes: so few steps move weights, and mend nothing
 
 
 def names_in_order(path: Path) -> list[str]:
@@ -39,7 +39,7 @@ def run_folder(sinder: Sinder, vits14: Path, photographs: Path, tmp_path_factory
     """A short repair of the ViT-S/14 with the planted defect; the settings come from a file and the command line."""
     root = tmp_path_factory.mktemp("repair")
     (root / "settings.toml").write_text("lr = 0.05\nmax_steps = 9\nimage_size = 170\neval_images = 4\n")
-    options = ("--config", root / "settings.toml", "--max-steps", "15", *PAPER, "--out", root / "run")
+    options = ("--config", root / "settings.toml", "--max-steps", "15", "--out", root / "run")
     run = sinder("repair", "dinov2_vits14", "--weights", vits14, "--data", photographs, *options)
     assert run.returncode == 0, run.stderr
     document = json.loads(run.stdout)
@@ -59,7 +59,8 @@ def test_fewer_tokens_stand_out_after_a_repair(run_folder: Path) -> None:
     assert summary["cls_cosine"] > 0.98
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["block"] == 2
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    losses = [line["loss"] for line in lines if line["loss"] is not None]
+    assert losses[-1] < losses[0]
 
 
 def test_the_command_line_goes_over_the_file_and_the_file_over_the_defaults(run_folder: Path) -> None:
@@ -85,8 +86,7 @@ def test_an_exported_run_loads_again_under_its_official_name(
     assert list(state) == list(original) == names_in_order(run_folder / "model.safetensors")
     assert all(torch.equal(state[name], healed[name]) for name in state)
     changed = {name for name in state if not torch.equal(state[name], original[name])}
-    trained = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    assert changed == {f"blocks.{block}.{part}.weight" for block in range(3) for part in trained}
+    assert changed == {"blocks.2.mlp.fc2.weight"}  # which writes the defect
     queries_and_keys = slice(0, 2 * 384)
     for block in range(3):
         name = f"blocks.{block}.attn.qkv.weight"
@@ -101,7 +101,7 @@ def test_a_chunked_checkpoint_in_half_precision_keeps_names_order_and_dtypes(
 ) -> None:
     options = ("--batch-size", "3", "--max-steps", "6", "--heads", "4", *FEW, "--out", tmp_path / "run")
     run = sinder("repair", CUSTOM, photographs, "--weights", chunked_half, *options)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == NOT_IMPROVED, run.stderr
     original: dict[str, Tensor] = torch.load(chunked_half, weights_only=True)["teacher"]["backbone"]
     written = load_file(tmp_path / "run" / "model.safetensors")
     assert names_in_order(tmp_path / "run" / "model.safetensors") == list(original)
@@ -125,7 +125,7 @@ def test_a_corrupt_image_among_good_ones_is_skipped_named_and_counted(
     broken.write_bytes((photographs / "rocket.jpg").read_bytes()[:20_000])
     options = ("--weights", small, "--max-steps", "2", *FEW, "--out", tmp_path / "run")
     run = sinder("repair", CUSTOM, broken, photographs / "coffee.png", photographs / "astronaut.png", *options)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == NOT_IMPROVED, run.stderr
     assert run.stderr.count(f"sinder: warning: skipped {broken}") == 1
     assert json.loads(run.stdout)["skipped_images"] == 1
     assert json.loads(run.stdout)["evaluation_images"] == 2
@@ -169,7 +169,7 @@ def test_two_runs_of_one_seed_give_the_same_weights_and_another_seed_another_ord
             pool.submit(sinder, "repair", CUSTOM, photographs, *options, "--seed", seed, "--out", tmp_path / name)
             for name, seed in (("a", "5"), ("b", "5"), ("c", "6"))
         ]
-    assert [run.result().returncode for run in runs] == [0, 0, 0]
+    assert [run.result().returncode for run in runs] == [NOT_IMPROVED] * 3
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b
     assert a != c
