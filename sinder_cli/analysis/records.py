@@ -22,7 +22,7 @@ class Record(BaseModel):
 
 
 class Distribution(Record):
-    """A set of numbers, summed up; quantiles from fine bins: norms 0.2 %, angles 0.05°, cosines 0.0005 (inpainted 5e-5)."""
+    """A set of numbers, summed up; quantiles to 0.2 % (norms), 0.05° (angles), 0.0005 (cosines; inpainted 0.00005)."""
 
     count: int = Field(description="How many there were.")
     mean: float = Field(description="Mean.")
@@ -160,9 +160,9 @@ class Side(Record):
     blocks: tuple[BlockRecord, ...]
     inpainting: Inpainting | None = Field(
         None,
-        description="What a repair could change, by the inpainted original: the pass in which each outlying patch token "
-        "is replaced, at the block where it appears, by the average of its unmarked neighbours. Null with --no-inpaint, "
-        "and for a side that is inpainted itself.",
+        description="What a repair could change, by the inpainted original: the pass in which each outlying patch "
+        "token is replaced, at the block where it appears, by the average of its unmarked neighbours. Null with "
+        "--no-inpaint, and for a side that is inpainted itself.",
     )
 
 

@@ -35,7 +35,7 @@ class RepairSettings(DetectionSettings):
         ge=0,
         description="Movement of defective tokens over that of ordinary ones that makes a greedy step worth it.",
     )
-    lr: float = Field(0.005, gt=0, le=1, description="Learning rate of the singular values' deltas, of sgd.")
+    lr: float = Field(0.005, gt=0, description="Learning rate of the singular values' deltas, of sgd.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd.")
     target: Literal["unmarked", "weighted"] = Field(
         "unmarked", description="What defective tokens are drawn to: their unmarked neighbours, or the paper's average."

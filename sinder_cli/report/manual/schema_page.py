@@ -24,9 +24,9 @@ TENSORS = (
     " share (zeros in a block without any). Those of the second backbone of a comparison begin with other."
 )
 FEATURES = (
-    "One file an image, written by --features DIR and named after it: float32 tensors patches [rows, columns, width] and,"
-    " where the model has one, cls [width], after the last block and the final norm; with --method inpaint, of the pass in"
-    " which outlying tokens are replaced. The metadata name model, fingerprint and image."
+    "One file an image, written by --features DIR and named after it: float32 tensors patches [rows, columns, width]"
+    " and, where the model has one, cls [width], after the last block and the final norm; with --method inpaint, of the"
+    " pass in which outlying tokens are replaced. The metadata name model, fingerprint and image."
 )
 PLAIN = {str: "string", int: "integer", float: "number", bool: "true or false", Any: "any value"}
 
