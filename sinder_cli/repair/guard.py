@@ -181,7 +181,7 @@ class Guard:
         pixels = next(iter(self.images.values()))
         grids = [patch_grid(self.backbone, tokens, pixels[None]) for tokens in last]
         cosines = [
-            [cosine_similarity(tokens.double(), reference.double(), dim=-1).float() for reference in references]
+            [_cosines(tokens, reference) for reference in references]
             for tokens, references in zip(last, self._references, strict=True)
         ]
         shape = grids[0].shape[1:3]
@@ -228,6 +228,11 @@ class Guard:
         images = list(self.images.values())
         parts = [images[start : start + self.batch_size] for start in range(0, len(images), self.batch_size)]
         return [torch.stack(part).to(self.device) for part in parts]
+
+
+def _cosines(tokens: Tensor, reference: Tensor) -> Tensor:
+    """Cosines of tokens `[…, N]`; 0 where one is not finite."""
+    return cosine_similarity(tokens.double(), reference.double(), dim=-1).nan_to_num(0.0).float()
 
 
 def guard_size(count: int, asked: int | None) -> int:

@@ -86,7 +86,8 @@ def test_an_exported_run_loads_again_under_its_official_name(
     assert list(state) == list(original) == names_in_order(run_folder / "model.safetensors")
     assert all(torch.equal(state[name], healed[name]) for name in state)
     changed = {name for name in state if not torch.equal(state[name], original[name])}
-    assert changed == {"blocks.2.mlp.fc2.weight"}  # which writes the defect
+    assert "blocks.2.mlp.fc2.weight" in changed  # which writes the defect
+    assert changed <= {"blocks.2.mlp.fc1.weight", "blocks.2.mlp.fc2.weight"}  # and what triggers it
     queries_and_keys = slice(0, 2 * 384)
     for block in range(3):
         name = f"blocks.{block}.attn.qkv.weight"
@@ -128,7 +129,7 @@ def test_a_corrupt_image_among_good_ones_is_skipped_named_and_counted(
     assert run.returncode == NOT_IMPROVED, run.stderr
     assert run.stderr.count(f"sinder: warning: skipped {broken}") == 1
     assert json.loads(run.stdout)["skipped_images"] == 1
-    assert json.loads(run.stdout)["evaluation_images"] == 2
+    assert json.loads(run.stdout)["evaluation_images"] == 1
 
 
 @pytest.mark.parametrize(
@@ -150,14 +151,14 @@ def test_a_bad_settings_file_is_refused_by_the_name_of_the_setting(
 def test_a_repair_that_diverges_says_so_and_writes_no_model(
     sinder: Sinder, small: Path, photographs: Path, tmp_path: Path
 ) -> None:
-    options = ("--weights", small, "--max-steps", "2", "--eval-images", "1", "--lr", "1e15", "--out", tmp_path / "run")
+    options = ("--weights", small, "--max-steps", "2", *FEW, "--lr", "1e15", "--out", tmp_path / "run")
     run = sinder("repair", CUSTOM, photographs, *options)
     assert run.returncode == 65
     assert run.stderr.splitlines()[-1].startswith("sinder: error: the repair has diverged: ")
     assert "start anew with a lower --trust, or --lr, and --force" in run.stderr
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert {"config.json", "images.jsonl", "metrics.jsonl"} <= left
-    assert left <= {"config.json", "images.jsonl", "metrics.jsonl", "checkpoints"}
+    begun = {"config.json", "images.jsonl", "outliers.json", "metrics.jsonl"}
+    assert begun <= left <= begun | {"evaluations.jsonl", "checkpoints"}
 
 
 def test_two_runs_of_one_seed_give_the_same_weights_and_another_seed_another_order(
@@ -196,7 +197,7 @@ def test_a_model_that_did_not_improve_is_told_keeps_its_weights_and_is_exit_code
     options = ("--weights", small, "--recipe", "paper", "--max-steps", "1", "--lr", "0.05", "--format", "table")
     run = sinder("repair", CUSTOM, photographs, *options, "--out", out)
     assert run.returncode == 1, run.stderr
-    assert "not improved" in run.stdout
+    assert run.stdout.startswith("Not improved: ")
     assert json.loads((out / "summary.json").read_text())["verdict"] == "not improved"
     original, left = load_file(small), load_file(out / "model.safetensors")
     assert all(torch.equal(left[name], tensor) for name, tensor in original.items())
