@@ -169,6 +169,11 @@ def _state(path: Path) -> FileState:
     return found.st_size, found.st_mtime_ns
 
 
+def whole_of(source: ImageSource) -> ImageSource:
+    """The source that some images were chosen from, or the source itself."""
+    return source.source if isinstance(source, SomeImages) else source
+
+
 def files_of(source: ImageSource) -> ImageFiles | None:
     """The image files of a source, if it has any: those of its first part, where others are drawn."""
     if isinstance(source, JoinedImages):

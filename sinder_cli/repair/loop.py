@@ -15,7 +15,7 @@ from sinder_cli.backbone.describe import Backbone
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, Warned, silent
 from sinder_cli.images.preprocessing import Preprocessing
-from sinder_cli.images.sources import ImageSource
+from sinder_cli.images.sources import ImageSource, whole_of
 from sinder_cli.memory import told_when_it_runs_out
 from sinder_cli.ranks import ALONE, Ranks
 from sinder_cli.repair.batches import Batch, require_readable, step_batches
@@ -182,7 +182,7 @@ def repair_steps(
             if len(batch.pixels):  # none where no image of the batch could be decoded
                 local = _local(backbone, directions, deltas, batch, settings, progress, ranks, known)
             step = gathered(local, len(batch.pixels), progress.unreadable, deltas, settings.window, ranks, emit)
-            require_readable(source, progress.unreadable, settings.strict)
+            require_readable(whole_of(source), progress.unreadable, settings.strict)
             finite = step.gradient.finite
             length = None
             move = Move({}, {})

@@ -56,6 +56,7 @@ class Trial:
     longest: TrialStep  # on the same batch, marked in the last block that can be defective
     step_bytes: int  # at the peak of the longest step, with the bases of its window
     all_bytes: int  # once all these blocks have been touched
+    recipe: str = "sinder"
 
 
 def trial(start: Start, emit: Emit) -> Trial:
@@ -98,6 +99,7 @@ def _tried(repair: Prepared, emit: Emit) -> Trial:
         longest=longest,
         step_bytes=peak,
         all_bytes=peak + later,
+        recipe=settings.recipe,
     )
 
 
