@@ -15,7 +15,7 @@ from sinder_cli.defects.detection import DetectionRule
 from sinder_cli.defects.prediction import predict
 from sinder_cli.defects.tokens import in_precision
 from sinder_cli.events import Emit, Finished, Noted, Started, Warned
-from sinder_cli.files import write_json
+from sinder_cli.files import write_json, write_text
 from sinder_cli.images.choosing import sampled
 from sinder_cli.images.loading import load_in_order, readable, require_some
 from sinder_cli.images.preprocessing import Preprocessing
@@ -325,6 +325,8 @@ def _written(
     """Write the repaired weights, the adapter, and last the summary, which says that the run has ended."""
     start, deltas = repair.prepared.start, repair.prepared.deltas
     backbone, settings, config = start.backbone, start.settings, folder.read_config()  # as the run was begun
+    if not folder.metrics.is_file():  # of a run without a step
+        write_text(folder.metrics, "")
     repair.prepared.emit(Noted(f"writing {folder.model}"))
     write_model(folder.model, backbone.weights, deltas)
     write_adapter(folder.adapter, backbone.name, config["weights"]["fingerprint"], deltas, settings)

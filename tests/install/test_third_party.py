@@ -87,7 +87,12 @@ def weights(python: Python, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sinder(python: Python, *arguments: str | Path) -> str:
-    return python("-m", "sinder_cli", *arguments).stdout
+    try:
+        return python("-m", "sinder_cli", *arguments).stdout
+    except subprocess.CalledProcessError as ended:
+        if (ended.returncode, arguments[0]) != (1, "repair"):  # three steps on noise need not help: "not improved"
+            raise
+        return str(ended.stdout)
 
 
 @pytest.mark.slow
@@ -111,7 +116,24 @@ def test_it_is_predicted_and_repaired_like_a_built_in_one(python: Python, weight
     prediction = json.loads(sinder(python, "predict-defects", "nano_vit", "--weights", weights))
     assert [block["block"] for block in prediction["blocks"]] == list(range(6))
     python("-c", MAKE_IMAGES, tmp_path)
-    steps = ("--max-steps", "3", "--image-size", "112", "--mask-threshold", "1", "--min-gap", "0", "--window", "2")
+    steps = (
+        "--recipe",
+        "paper",
+        "--keep",
+        "last",
+        "--min-tokens",
+        "3",
+        "--max-steps",
+        "3",
+        "--image-size",
+        "112",
+        "--mask-threshold",
+        "1",
+        "--min-gap",
+        "0",
+        "--window",
+        "2",
+    )
     run = tmp_path / "run"
     summary = json.loads(
         sinder(python, "repair", "nano_vit", "--weights", weights, "--data", tmp_path, "--out", run, *steps)
