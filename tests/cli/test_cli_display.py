@@ -20,7 +20,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def step(number: int) -> StepRecord:
-    return StepRecord(number, number, 0, None, 0, None, 0.0, 0.0)
+    return StepRecord(
+        step=number,
+        images=number,
+        defective=0,
+        block=None,
+        masked_tokens=0,
+        loss=None,
+        moved=None,
+        length=None,
+        gain=None,
+        density=0.0,
+        seconds=0.0,
+    )
 
 
 def test_rate_and_time_left_count_the_steps_of_this_process_alone(
