@@ -164,6 +164,7 @@ class Guard:
     def remember(self) -> None:
         """Run the original and the inpainted original; the module must hold the original weights."""
         marks: list[Tensor] = []
+        original: list[Seen] = []
         yardstick = inpainted(self.backbone, self.rule.norm_factor, lambda _, mask: marks.append(mask))
         for pixels in tracked(self._batches(), self.emit, "looking at the guard", None, "batches"):
             marks.clear()
@@ -172,11 +173,15 @@ class Guard:
             ever = (torch.stack(marks) | seen.defective).any(dim=0)
             self._references.append((reference, seen.last.cpu()))
             self._marked.append(ever.cpu())
-        self.before = self.look()
+            original.append(seen)
+        self.before = self._snapshot(original)
 
     def look(self) -> Snapshot:
         """The guard's images as the module shows them now."""
-        seen = [self._see(pixels) for pixels in self._batches()]
+        return self._snapshot([self._see(pixels) for pixels in self._batches()])
+
+    def _snapshot(self, seen: Sequence[Seen]) -> Snapshot:
+        """What batches of the guard's images show, held against the references."""
         last = [each.last.cpu() for each in seen]
         pixels = next(iter(self.images.values()))
         grids = [patch_grid(self.backbone, tokens, pixels[None]) for tokens in last]
