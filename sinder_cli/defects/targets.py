@@ -86,3 +86,23 @@ def unsettled(patches: Tensor, marked: Tensor) -> Tensor:
     usual = distances[~marked]
     kth = max(1, round(SETTLED_QUANTILE * len(usual)))
     return marked & (distances > usual.kthvalue(kth).values)
+
+
+LEANING = 3.0  # × the median distance from the median: two standard deviations, where leanings are as a Gaussian's
+
+
+def leaning(patches: Tensor, marked: Tensor) -> Tensor:
+    """Which unmarked tokens the defect moves too, if less: bool `[h, w]`.
+
+    A trigger that is not steep is tripped a little by many tokens, whole surfaces at times; and GELU and SiLU dip below
+    zero before they rise. Along the direction in which marked tokens are off their neighbours' average, these lie
+    further from the median of unmarked ones than `LEANING` times the median distance from it, on either side. patches
+    `[h, w, N]`, marked bool `[h, w]`.
+    """
+    if bool(marked.all()) or not bool(marked.any()):
+        return torch.zeros_like(marked)
+    tokens = patches.float()
+    along = tokens @ (tokens - neighbour_averages(tokens, marked))[marked].mean(dim=0)  # [h, w]
+    usual = along[~marked]
+    median = usual.median()
+    return ~marked & ((along - median).abs() > LEANING * (usual - median).abs().median())

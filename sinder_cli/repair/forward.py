@@ -8,7 +8,7 @@ dropped on the way. Shapes: B images still in the pass, T tokens, N width, h × 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +50,10 @@ class Passed:
 
 @dataclass(frozen=True)
 class BlockDefects:
-    """The images of a batch whose first defective block is `block`, perhaps among others that shared their window."""
+    """The images of a batch that are defective at `block`, perhaps among others that shared their window."""
 
     block: int
+    images: Tensor  # [B]: which of the batch these are
     window: list[Passed]  # ends with `block`
     tokens: Tensor  # [B, T, N] after `block`
     logits: Tensor  # [B, h, w]
@@ -65,6 +66,7 @@ class BlockDefects:
         chosen = self.defective
         return replace(
             self,
+            images=self.images[chosen],
             window=[passed.of(chosen) for passed in self.window],
             tokens=self.tokens[chosen],
             logits=self.logits[chosen],
@@ -75,6 +77,17 @@ class BlockDefects:
     def forget(self) -> None:
         """Let go of the graphs: their blocks have to be recorded anew."""
         self.window[:] = [replace(passed, leaving=None) for passed in self.window]
+
+
+@dataclass(frozen=True)
+class Interest:
+    """What is to be done with the images that are defective at a block."""
+
+    gradient: bool  # whether one is to be taken there
+    onward: bool  # whether they go on to later blocks, which may have a defect of their own
+
+
+FIRST_ALONE = Interest(gradient=True, onward=False)
 
 
 def recorded(backbone: Backbone, module: nn.Module, block: int, tokens: Tensor, context: Any) -> tuple[Tensor, Tensor]:
@@ -96,8 +109,9 @@ def first_defects(
     rule: DetectionRule,
     window: int,
     known: Tensor | None = None,
+    interest: Callable[[BlockDefects], Interest] = lambda _: FIRST_ALONE,
 ) -> Iterator[BlockDefects]:
-    """Run a batch `[B, 3, H, W]` block by block; an image leaves it at its first defective block.
+    """Run a batch `[B, 3, H, W]` block by block; an image leaves it at its first defective block of `interest`.
 
     `known`, bool `[B, blocks, h, w]`, are tokens that the original marks: they stay defective until they have settled
     among their neighbours. An image whose tokens are not finite leaves the batch too, with nothing masked: its loss is
@@ -111,6 +125,7 @@ def first_defects(
     tokens, context = backbone.embed(module, images)
     start = norm_ratios(patch_grid(backbone, tokens, images).float().norm(dim=-1))
     behind: deque[Passed] = deque()
+    places = torch.arange(len(images), device=tokens.device)
     for block in range(backbone.depth):
         if len(behind) == window:
             behind.popleft()
@@ -133,10 +148,14 @@ def first_defects(
         defective = (masks.flatten(1).sum(dim=1) >= rule.min_tokens) | broken  # [B]
         if not defective.any():
             continue
-        found = BlockDefects(block, list(behind), tokens, logits, masks, defective, context)
-        behind = deque(passed.of(~defective) for passed in behind)
-        tokens, start = tokens[~defective], start[~defective]
-        known = None if known is None else known[~defective]
+        found = BlockDefects(block, places, list(behind), tokens, logits, masks, defective, context)
+        wanted = interest(found)
+        if not wanted.gradient:
+            continue
+        stay = torch.ones_like(defective) if wanted.onward else ~defective
+        behind = deque(passed.of(stay) for passed in behind)  # its graphs are spent on what is found
+        tokens, start, places = tokens[stay], start[stay], places[stay]
+        known = None if known is None else known[stay]
         if defective.float().mean() < RECORDED_SHARE:
             found = found.alone()
         yield found

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sinder_cli.repair.deltas import Target
+from sinder_cli.repair.forward import FIRST_ALONE, Interest
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.repair.step import BlockGradient
 
@@ -85,19 +86,22 @@ class Observations:
         share = min(1 / max(mean, 1e-6), settings.max_drift / moved, settings.trust)
         return seen, Shrinkage(target, start, stop, share), gain
 
-    def is_worth(self, block: int, excess: float, targets: Sequence[Target] | None, settings: RepairSettings) -> bool:
-        """Whether a gradient may lead to a move, given the mean excess of the losses at a block.
+    def interest(
+        self, block: int, excess: float, targets: Sequence[Target] | None, settings: RepairSettings
+    ) -> Interest:
+        """What to do with images that are defective at a block, given the mean excess of their losses there.
 
-        Not where the tokens are nearly as near to their neighbours as ordinary ones, and what was observed at the block
-        promises no gain from them. `targets` are those of the window, None while some are not decomposed yet. What is
-        not finite is always worth it: the gradient tells, and the step is skipped.
+        Where what was observed promises no gain, the images go on to later blocks; a gradient is still taken there, to
+        learn more, unless their tokens are nearly as near to their neighbours as ordinary ones. `targets` are those of
+        the window, None while some are not decomposed yet. What is not finite goes no further: the gradient tells, and
+        the step is skipped.
         """
-        if not math.isfinite(excess):
-            return True
         seen = self.by_block.get(block)
-        if seen is None or targets is None or excess > NEARLY_SETTLED or seen.weight < _weight_after(2):
-            return True
-        return _best(seen, targets, excess)[1] >= settings.min_gain
+        if not math.isfinite(excess) or seen is None or targets is None or seen.weight < _weight_after(2):
+            return FIRST_ALONE
+        if _best(seen, targets, excess)[1] >= settings.min_gain:
+            return FIRST_ALONE
+        return Interest(gradient=excess > NEARLY_SETTLED, onward=True)
 
     def _with(self, part: BlockGradient, targets: Sequence[Target]) -> Observed:
         loss = max(part.excess, LEAST_EXCESS * len(part.losses))

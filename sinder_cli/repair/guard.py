@@ -42,6 +42,18 @@ class Fidelity:
     good_p01: float  # and 1st percentile
     marked: float | None  # patches that the original marks at some block: mean
 
+    @classmethod
+    def of(cls, patches: Tensor, heads: Tensor | None, ever: Tensor) -> Fidelity:
+        """From cosines of patches `[K, h, w]` and of cls `[K]`; `ever`, bool `[K, h, w]`, is what the original marks."""
+        good = patches[~ever] if not bool(ever.all()) else patches.flatten()
+        marked = patches[ever]
+        return cls(
+            cls=None if heads is None else heads.mean().item(),
+            good=good.median().item(),
+            good_p01=good.kthvalue(max(1, round(0.01 * len(good)))).values.item(),
+            marked=marked.mean().item() if len(marked) else None,
+        )
+
     def as_dict(self) -> dict[str, float | None]:
         """By name, as `summary.json` has it."""
         return {"cls": self.cls, "good": self.good, "good_p01": self.good_p01, "marked": self.marked}
@@ -93,16 +105,9 @@ class Snapshot:
 
     def fidelity(self, to: str = "inpainted") -> Fidelity:
         """Cosines to the `inpainted` or the plain `original`."""
-        patches = self.to_inpainted if to == "inpainted" else self.to_original
-        cls = self.cls_to_inpainted if to == "inpainted" else self.cls_to_original
-        good = patches[~self.ever] if not bool(self.ever.all()) else patches.flatten()
-        marked = patches[self.ever]
-        return Fidelity(
-            cls=None if cls is None else cls.mean().item(),
-            good=good.median().item(),
-            good_p01=good.kthvalue(max(1, round(0.01 * len(good)))).values.item(),
-            marked=marked.mean().item() if len(marked) else None,
-        )
+        if to == "inpainted":
+            return Fidelity.of(self.to_inpainted, self.cls_to_inpainted, self.ever)
+        return Fidelity.of(self.to_original, self.cls_to_original, self.ever)
 
     def defects(self) -> dict[str, Any]:
         """What `summary.json` says: tokens outlying at some block, and block by block."""
@@ -141,7 +146,8 @@ class Evaluation:
     good: float
     good_p01: float
     marked: float | None
-    holds: bool  # whether neither cls nor good tokens are spoilt
+    holds: bool  # whether neither cls nor good tokens are further from it than they may be
+    spoilt: bool  # whether they are so without the outliers that are left, too
     best: bool  # whether this is the best state so far
 
 
@@ -185,28 +191,42 @@ class Guard:
         last = [each.last.cpu() for each in seen]
         pixels = next(iter(self.images.values()))
         grids = [patch_grid(self.backbone, tokens, pixels[None]) for tokens in last]
-        cosines = [
-            [_cosines(tokens, reference) for reference in references]
-            for tokens, references in zip(last, self._references, strict=True)
-        ]
-        shape = grids[0].shape[1:3]
-        patches = [
-            torch.cat([pair[at][:, self.backbone.prefix_tokens :].unflatten(1, shape) for pair in cosines])
-            for at in (0, 1)
-        ]
-        heads = [torch.cat([pair[at][:, 0] for pair in cosines]) if self.backbone.has_cls else None for at in (0, 1)]
+        to_inpainted, cls_to_inpainted = self._cosines(last, 0)
+        to_original, cls_to_original = self._cosines(last, 1)
         return Snapshot(
             norms=torch.cat([each.norms.cpu() for each in seen], dim=1),
             ratios=torch.cat([each.ratios.cpu() for each in seen], dim=1),
             outlying=torch.cat([each.defective.cpu() for each in seen], dim=1),
             cls=torch.cat([tokens[:, 0] for tokens in last]) if self.backbone.has_cls else None,
             samples=torch.cat(grids)[:SAMPLES].clone(),
-            to_inpainted=patches[0],
-            to_original=patches[1],
-            cls_to_inpainted=heads[0],
-            cls_to_original=heads[1],
+            to_inpainted=to_inpainted,
+            to_original=to_original,
+            cls_to_inpainted=cls_to_inpainted,
+            cls_to_original=cls_to_original,
             ever=torch.cat(self._marked),
         )
+
+    def _cosines(self, last: Sequence[Tensor], which: int) -> tuple[Tensor, Tensor | None]:
+        """Of batches of last tokens `[B, T, N]` to a reference of theirs: of patches `[K, h, w]`, of cls `[K]`."""
+        pairs = [_cosines(tokens, known[which]) for tokens, known in zip(last, self._references, strict=True)]
+        each = torch.cat(pairs)  # [K, T]
+        patches = each[:, self.backbone.prefix_tokens :].unflatten(1, self._marked[0].shape[1:])
+        return patches, each[:, 0] if self.backbone.has_cls else None
+
+    def _spoilt(self, now: Snapshot, floor: float) -> bool:
+        """Whether the weights have lost what good tokens say, whatever outliers they leave.
+
+        Where some are left, they may disturb good tokens more than those of the original do, as where the repair of
+        one defect brings out another; so the state is judged with its own outliers inpainted.
+        """
+        if now.fidelity().holds(self.before.fidelity(), floor) or not now.finite:
+            return not now.finite
+        if not now.left:
+            return True
+        without = inpainted(self.backbone, self.rule.norm_factor)
+        last = [last_tokens(without, self.module, pixels).cpu() for pixels in self._batches()]
+        found = Fidelity.of(*self._cosines(last, 0), torch.cat(self._marked))
+        return not found.holds(self.before.fidelity(), floor)
 
     def evaluation(self, step: int, now: Snapshot, floor: float, best: Best | None) -> Evaluation:
         """One look as a line, against the best state so far; without one, against the original."""
@@ -221,6 +241,7 @@ class Guard:
             good_p01=fidelity.good_p01,
             marked=fidelity.marked,
             holds=holds,
+            spoilt=self._spoilt(now, floor),
             best=False,
         )
         beaten = now.left < self.before.left if best is None else best.is_beaten_by(look)

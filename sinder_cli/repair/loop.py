@@ -20,7 +20,7 @@ from sinder_cli.memory import told_when_it_runs_out
 from sinder_cli.ranks import ALONE, Ranks
 from sinder_cli.repair.batches import Batch, require_readable, step_batches
 from sinder_cli.repair.deltas import Deltas
-from sinder_cli.repair.forward import Directions
+from sinder_cli.repair.forward import FIRST_ALONE, Directions, Interest
 from sinder_cli.repair.greedy import Observations, Observed, polyak_deltas, scale_of
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.repair.shared import gathered
@@ -53,7 +53,7 @@ class StepRecord:
     defective: int  # images of this step that had a defect
     block: int | None  # the first defective block of the step
     masked_tokens: int
-    loss: float | None  # mean over the defective images
+    loss: float | None  # mean over the defective images and blocks that were looked at
     moved: str | None  # the target that a greedy step has shrunk a singular value of
     length: float | None  # ‖Δδ‖: by how much of themselves singular values were changed
     gain: float | None  # the largest at the step's first defective block, of a greedy step
@@ -119,7 +119,7 @@ class Progress:
         """Take in a look at the guard: keep the state (`values`: its ε) if it is the best; it may stop the repair."""
         self.last_look = look.step
         self.clean_looks = self.clean_looks + 1 if look.outlying == 0 else 0
-        self.spoilt_looks = 0 if look.holds else self.spoilt_looks + 1
+        self.spoilt_looks = self.spoilt_looks + 1 if look.spoilt else 0
         self.idle_looks = 0 if look.best else self.idle_looks + 1
         if look.best:
             self.best = Best(look.step, look.outlying, look.cls, look.good, look.marked, values)
@@ -195,7 +195,8 @@ def repair_steps(
                     deltas.put(move.deltas)
                 progress.observed.by_block.update(move.observed)
         losses = [*step.gradient.losses, *step.gradient.idle]
-        defective, helpless = len(losses), move.helpless + len(step.gradient.idle)
+        defective = step.gradient.defective
+        helpless = move.helpless + defective - sum(part.leaving for part in step.gradient.parts)
         if move.deltas or (settings.step == "sgd" and defective and finite):
             progress.last_move = progress.steps + 1
         progress.count(step.images, defective - helpless, finite)
@@ -208,7 +209,7 @@ def repair_steps(
             defective=defective,
             block=step.gradient.first_block,
             masked_tokens=step.gradient.masked_tokens,
-            loss=sum(losses) / defective if defective and finite else None,
+            loss=sum(losses) / len(losses) if losses and finite else None,
             moved=move.moved,
             length=length,
             gain=move.gain,
@@ -240,12 +241,14 @@ def _local(
     marks = None if known is None else torch.stack([known(name) for name in batch.names]).to(device)
     pixels = batch.pixels.to(device)
 
-    def worth(block: int, excess: float) -> bool:
+    def interest(block: int, excess: float) -> Interest:
+        if settings.step != "greedy":
+            return FIRST_ALONE
         blocks = range(max(0, block - settings.window + 1), block + 1)
         targets = deltas.of_window(block, settings.window) if deltas.by_block.keys() >= set(blocks) else None
-        return settings.step != "greedy" or progress.observed.is_worth(block, excess, targets, settings)
+        return progress.observed.interest(block, excess, targets, settings)
 
-    return step_gradient(backbone, deltas.module, directions, deltas, pixels, settings, marks, probes, worth)
+    return step_gradient(backbone, deltas.module, directions, deltas, pixels, settings, marks, probes, interest)
 
 
 def _move(gradient: StepGradient, deltas: Deltas, progress: Progress, images: int, settings: RepairSettings) -> Move:
@@ -269,7 +272,7 @@ def _move(gradient: StepGradient, deltas: Deltas, progress: Progress, images: in
             changed[shrinkage.target.name] = shrinkage.delta()
             moved = moved or shrinkage.target.name
         elif gain < settings.min_gain:
-            helpless += len(part.losses)
+            helpless += part.leaving
     return Move(changed, observed, moved, best, helpless)
 
 

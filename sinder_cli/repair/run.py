@@ -93,7 +93,7 @@ class Repair:
         if settings.norm_factor == 0 or settings.visit == "all":
             return None
         images = self.scan.by_name
-        return lambda name: images[name].marks(depth)
+        return lambda name: images[name].first_marks(depth)
 
 
 def run_repair(

@@ -56,11 +56,13 @@ class ImageOutliers:
         """The first defective block; −1 without one."""
         return min(self.blocks, default=-1)
 
-    def marks(self, depth: int) -> Tensor:
-        """The same as masks, bool `[blocks, h, w]`."""
+    def first_marks(self, depth: int) -> Tensor:
+        """Where each of them is marked first, bool `[blocks, h, w]`."""
         masks = torch.zeros(depth, self.grid[0] * self.grid[1], dtype=torch.bool)
-        for block, places in self.blocks.items():
-            masks[block, list(places)] = True
+        seen: set[int] = set()
+        for block, places in sorted(self.blocks.items()):
+            masks[block, sorted(set(places) - seen)] = True
+            seen |= set(places)
         return masks.unflatten(1, self.grid)
 
 

@@ -27,9 +27,10 @@ class SharedStep:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one rank tells the others of its images with one first defective block."""
+    """What one rank tells the others of its images that are defective at one block."""
 
     losses: tuple[float, ...]
+    leaving: int
     excess: float
     probes: int
 
@@ -39,8 +40,9 @@ class _Told:
     """What one rank tells the others of its part of a batch."""
 
     images: int
-    parts: dict[int, _Part]  # by first defective block
+    parts: dict[int, _Part]  # by defective block
     masked_tokens: int
+    defective: int
     idle: tuple[float, ...]
     blocks: frozenset[int]  # that it has touched
     unreadable: dict[str, str]
@@ -62,13 +64,14 @@ def gathered(
     if ranks.size == 1:
         return SharedStep(local, images)
     touched = frozenset(target.block for target in deltas.touched)
-    parts = {part.block: _Part(part.losses, part.excess, part.probes) for part in local.parts}
-    told = ranks.every(_Told(images, parts, local.masked_tokens, local.idle, touched, unreadable))
+    parts = {part.block: _Part(part.losses, part.leaving, part.excess, part.probes) for part in local.parts}
+    told = ranks.every(_Told(images, parts, local.masked_tokens, local.defective, local.idle, touched, unreadable))
     skip_all([each.unreadable for each in told], unreadable, emit)
     deltas.agree([each.blocks for each in told], ranks)
     whole = StepGradient(
         _reduced(local, told, deltas, window, ranks),
         sum(each.masked_tokens for each in told),
+        sum(each.defective for each in told),
         tuple(loss for each in told for loss in each.idle),
     )
     return SharedStep(whole, sum(each.images for each in told))
@@ -102,6 +105,7 @@ def _reduced(
             BlockGradient(
                 block,
                 tuple(loss for one in each for loss in one.losses),
+                sum(one.leaving for one in each),
                 sum(one.excess for one in each),
                 gradients,
                 responses if probes else {},

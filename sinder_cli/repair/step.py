@@ -22,9 +22,17 @@ from sinder_cli.backbone.describe import Backbone
 from sinder_cli.backbone.device import float32_products
 from sinder_cli.backbone.layermap import trained_references
 from sinder_cli.defects.detection import DetectionRule
+from sinder_cli.defects.targets import leaning
 from sinder_cli.defects.tokens import in_precision, patch_grid
 from sinder_cli.repair.deltas import Deltas
-from sinder_cli.repair.forward import BlockDefects, Directions, first_defects, recorded
+from sinder_cli.repair.forward import (
+    FIRST_ALONE,
+    BlockDefects,
+    Directions,
+    Interest,
+    first_defects,
+    recorded,
+)
 from sinder_cli.repair.objective import average_loss, neighbour_loss, ordinary_loss, ordinary_scale
 from sinder_cli.repair.settings import RepairSettings
 
@@ -41,10 +49,11 @@ PROBES = 4  # random directions by which the first step at a block measures what
 
 @dataclass(frozen=True)
 class BlockGradient:
-    """What the images of a batch say whose first defective block is `block`; by target, in ε."""
+    """What the images of a batch say that are defective at `block`; by target, in ε."""
 
     block: int
     losses: tuple[float, ...]  # of each image
+    leaving: int  # of these images that were not looked at any further
     excess: float  # the sum of the losses, less what ordinary tokens have
     gradients: dict[str, Tensor]  # ∂(sum of losses)/∂ε, `[r]` each
     responses: dict[str, Tensor]  # sum over the probes of (∂(ordinary tokens · probe)/∂ε)², `[r]` each
@@ -59,15 +68,16 @@ class BlockGradient:
 
 @dataclass(frozen=True)
 class StepGradient:
-    """What one batch says, by first defective block."""
+    """What one batch says, by defective block."""
 
     parts: tuple[BlockGradient, ...] = ()
     masked_tokens: int = 0
-    idle: tuple[float, ...] = ()  # losses of defective images whose gradient is not worth its cost
+    defective: int = 0  # images
+    idle: tuple[float, ...] = ()  # losses at blocks where no gradient is worth its cost
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """The loss of each defective image that has a gradient."""
+        """The losses that have a gradient, of each image at each of its defective blocks."""
         return tuple(loss for part in self.parts for loss in part.losses)
 
     @property
@@ -100,13 +110,13 @@ def step_gradient(
     settings: RepairSettings,
     known: Tensor | None = None,
     probes: Probes | None = None,
-    worth: Callable[[int, float], bool] = lambda _block, _excess: True,
+    interest: Callable[[int, float], Interest] = lambda _block, _excess: FIRST_ALONE,
 ) -> StepGradient:
     """The projected gradient of a batch `[B, 3, H, W]`, each image in its own window.
 
     `known` are the tokens that the original marks, bool `[B, blocks, h, w]`. `probes` draws the random directions of
-    ordinary tokens whose responses a greedy step needs. `worth` says of a block and the mean excess of its losses
-    whether a gradient is needed.
+    ordinary tokens whose responses a greedy step needs. `interest` says of a block and the mean excess of its losses
+    whether a gradient is needed, and whether later blocks are looked at too.
     """
     running = in_precision(backbone, settings.dtype, settings.tf32)
     rule = DetectionRule.of(settings)
@@ -114,22 +124,37 @@ def step_gradient(
     parts: list[BlockGradient] = []
     idle: list[float] = []
     masked = 0
+    met = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    latest: list[tuple[list[float], float, Tensor, Interest]] = []
+
+    def wanted(found: BlockDefects) -> Interest:
+        nonlocal masked
+        masked += int(found.masks[found.defective].sum())
+        met[found.images[found.defective]] = True
+        losses, excess, gradient = _loss_gradient(running, found, images, settings, scale)
+        chosen = interest(found.block, excess / len(losses))
+        latest[:] = [(losses, excess, gradient[found.defective], chosen)]
+        if not chosen.gradient:
+            idle.extend(losses)
+        return chosen
+
     with _trained(backbone, module):
-        for found in first_defects(running, module, directions, images, rule, settings.window, known):
-            masked += int(found.masks[found.defective].sum())
-            losses, excess, seed = _loss_gradient(running, found, images, settings, scale)
-            if not worth(found.block, excess / len(losses)):
-                idle += losses
-                continue
+        for found in first_defects(running, module, directions, images, rule, settings.window, known, wanted):
+            losses, excess, gradient, chosen = latest.pop()
+            seed = torch.zeros_like(found.tokens)
+            seed[found.defective] = gradient
             seeds = [seed, *(probes.drawn(running, found, images) if probes else [])]
             gradients: dict[str, Tensor] = {}
             responses: dict[str, Tensor] = {}
-            for name, (gradient, *answers) in _window_gradients(running, module, found, seeds, deltas, settings.tf32):
-                gradients[name] = gradient / scale
+            for name, (slope, *answers) in _window_gradients(running, module, found, seeds, deltas, settings.tf32):
+                gradients[name] = slope / scale
                 if answers:
                     responses[name] = torch.stack(answers).square().sum(dim=0)
-            parts.append(BlockGradient(found.block, tuple(losses), excess, gradients, responses, len(seeds) - 1))
-    return StepGradient(tuple(parts), masked, tuple(idle))
+            leaving = 0 if chosen.onward else len(losses)
+            parts.append(
+                BlockGradient(found.block, tuple(losses), leaving, excess, gradients, responses, len(seeds) - 1)
+            )
+    return StepGradient(tuple(parts), masked, int(met.sum()), tuple(idle))
 
 
 @dataclass
@@ -143,16 +168,21 @@ class Probes:
     measured: Collection[int]  # blocks that have been measured before
 
     def drawn(self, backbone: Backbone, found: BlockDefects, images: Tensor) -> list[Tensor]:
-        """Seeds `[B, T, N]` of a backward pass: signs on unmarked patches and cls of the defective images.
+        """Seeds `[B, T, N]` of a backward pass: signs on cls and ordinary patches of the defective images.
+
+        Ordinary are those that are not marked, nor lean the way that marked ones do.
 
         Divided by the image's mean ordinary norm and by √(number of those tokens): a response is a mean square of
         relative movements.
         """
         B, T, N = found.tokens.shape
         ordinary = torch.ones(B, T, device=found.tokens.device)
-        ordinary[:, backbone.prefix_tokens :] = (~found.masks).flatten(1).float()
-        ordinary *= found.defective[:, None]
         grids = patch_grid(backbone, found.tokens, images)
+        for image in found.defective.nonzero()[:, 0].tolist():
+            mask = found.masks[image]
+            whole = ~mask & ~leaning(grids[image], mask)
+            ordinary[image, backbone.prefix_tokens :] = whole.flatten().float()
+        ordinary *= found.defective[:, None]
         scales = torch.stack([ordinary_scale(grid, mask) for grid, mask in zip(grids, found.masks, strict=True)])
         weights = ordinary / scales[:, None] / ordinary.sum().clamp_min(1).sqrt()  # [B, T]
         count = 1 if found.block in self.measured else PROBES

@@ -82,7 +82,7 @@ def test_a_clean_step_has_no_loss_and_no_block() -> None:
 
 
 def test_a_look_at_the_guard_is_logged_in_a_group_of_its_own(tmp_path: Path) -> None:
-    look = Evaluation(2, 12, 0.5, cls=0.75, good=0.875, good_p01=0.5, marked=0.25, holds=True, best=True)
+    look = Evaluation(2, 12, 0.5, cls=0.75, good=0.875, good_p01=0.5, marked=0.25, holds=True, spoilt=False, best=True)
     write(tmp_path, "tensorboard", record(1), record(2), look)
     shown = scalars(tmp_path / "tensorboard")
     assert shown["guard/outlying"] == [(2, 12)]

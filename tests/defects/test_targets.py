@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sinder_cli.defects.targets import SETTLED_QUANTILE, neighbour_averages, neighbour_distances, unsettled
+from sinder_cli.defects.targets import (
+    LEANING,
+    SETTLED_QUANTILE,
+    leaning,
+    neighbour_averages,
+    neighbour_distances,
+    unsettled,
+)
 
 WEIGHTS = {(i, j): 2.0 if i == 0 or j == 0 else 1.0 for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)}
 
@@ -121,3 +128,40 @@ def test_no_token_is_unsettled_that_is_not_marked_and_all_are_where_all_are_mark
     patches[1, 1] = 100.0
     assert not unsettled(patches, torch.zeros(5, 5, dtype=torch.bool)).any()
     assert unsettled(patches, torch.ones(5, 5, dtype=torch.bool)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 1000), share=st.sampled_from([0.05, 0.3, 0.9]))
+def test_a_token_leans_where_it_is_far_along_the_way_that_marked_ones_are_off(seed: int, share: float) -> None:
+    patches = drawn(6, 7, 5, seed=seed)
+    marked = drawn(6, 7, seed=seed + 1) > torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - share))
+    found = leaning(patches, marked)
+    spots = [(r, c) for r in range(6) for c in range(7)]
+    off = [patches[spot] - looped_averages(patches, marked)[spot] for spot in spots if marked[spot]]
+    if not off or len(off) == len(spots):
+        assert not found.any()
+        return
+    way = torch.stack(off).mean(dim=0)
+    along = {spot: float(patches[spot] @ way) for spot in spots if not marked[spot]}
+
+    def median(values: list[float]) -> float:
+        return sorted(values)[(len(values) - 1) // 2]
+
+    middle = median(list(along.values()))
+    limit = LEANING * median([abs(value - middle) for value in along.values()])
+    for spot in spots:
+        assert bool(found[spot]) == (not marked[spot] and abs(along[spot] - middle) > limit)
+
+
+def test_what_a_soft_trigger_moves_leans_on_either_side() -> None:
+    patches, nu = drawn(9, 9, 32), torch.nn.functional.one_hot(torch.tensor(3), 32).float()
+    patches[4, 4] += 60 * nu
+    patches[1, 1:6] += 12 * nu  # trips it a little, a whole surface
+    patches[7, 1:6] -= 12 * nu  # the dip of a GELU
+    marked = torch.zeros(9, 9, dtype=torch.bool)
+    marked[4, 4] = True
+    found = leaning(patches, marked)
+    assert found[1, 1:6].all()
+    assert found[7, 1:6].all()
+    assert found.sum() < 10 + 0.2 * 81
+    assert not found[4, 4]

@@ -15,9 +15,11 @@ from runs import RED, Pictures, Run
 from torch import Tensor
 
 from sinder_cli.backbone.layermap import WeightRef
+from sinder_cli.defects.targets import leaning
 from sinder_cli.repair import step as step_module
 from sinder_cli.repair.basis import SingularBasis
 from sinder_cli.repair.deltas import Deltas, Target
+from sinder_cli.repair.forward import FIRST_ALONE, Interest
 from sinder_cli.repair.greedy import (
     FLOOR,
     KEPT,
@@ -53,7 +55,7 @@ def part(
     names, lengths = [each.name for each in targets], [len(each.delta) for each in targets]
     gradients = dict(zip(names, (slopes / scales).split(lengths), strict=True))
     answers = dict(zip(names, (responses / scales.square()).split(lengths), strict=True))
-    return BlockGradient(0, (excess / images,) * images, excess, gradients, answers, probes)
+    return BlockGradient(0, (excess / images,) * images, images, excess, gradients, answers, probes)
 
 
 def after(parts: list[BlockGradient], targets: list[Target], **settings: Any) -> tuple[Shrinkage | None, float]:
@@ -132,7 +134,9 @@ def test_probes_measure_the_mean_square_jacobian_of_ordinary_tokens(
     ordinary[1] = False  # it has no defect
     now, scale = tokens(), torch.ones(3, 1, 1, dtype=torch.float64)
     for image in (0, 2):
+        marked = ~ordinary[image, 1:].unflatten(0, (12, 12))
         scale[image] = now[image, 1:][ordinary[image, 1:]].norm(dim=-1).mean()
+        ordinary[image, 1:] &= ~leaning(now[image, 1:].unflatten(0, (12, 12)), marked).flatten()
     step = 1e-5
     ratios = []
     for each in deltas.of_block(EARLY):
@@ -290,30 +294,30 @@ def test_the_gain_and_the_move_are_those_of_a_loop(seed: int, steps: int, images
     assert move.share == pytest.approx(min(1 / max(means[at], 1e-6), 0.05 / moved[at], 0.5), rel=1e-3)
 
 
-def test_a_gradient_is_worth_it_unless_nothing_is_to_be_gained_from_tokens_that_have_nearly_settled() -> None:
+def test_where_nothing_is_to_be_gained_images_go_on_and_nearly_settled_ones_need_no_gradient() -> None:
     found = target([5.0, 3.0, 1.0])
     chosen = RepairSettings()
     little = part([found], torch.tensor([0.1, 0.0, 0.0]), torch.ones(3), 1.0)
     observations = Observations()
     near = NEARLY_SETTLED / 2
-    assert observations.is_worth(0, near, [found], chosen)  # nothing is known yet
-    for expected in (True, False, False):  # one step is not enough to know
+    assert observations.interest(0, near, [found], chosen) == FIRST_ALONE  # nothing is known yet
+    for expected in (FIRST_ALONE, Interest(False, True), Interest(False, True)):  # one step is not enough to know
         observations.by_block[0], _, _ = observations.step(little, [found], 1000, chosen)
-        assert observations.is_worth(0, near, [found], chosen) is expected
-    assert observations.is_worth(0, 2 * NEARLY_SETTLED, [found], chosen)
-    assert observations.is_worth(0, near, None, chosen)
-    assert observations.is_worth(1, near, [found], chosen)
-    assert observations.is_worth(0, near, [found], chosen.model_copy(update={"min_gain": 0.0}))
+        assert observations.interest(0, near, [found], chosen) == expected
+    assert observations.interest(0, 2 * NEARLY_SETTLED, [found], chosen) == Interest(True, True)
+    assert observations.interest(0, near, None, chosen) == FIRST_ALONE
+    assert observations.interest(1, near, [found], chosen) == FIRST_ALONE
+    assert observations.interest(0, near, [found], chosen.model_copy(update={"min_gain": 0.0})) == FIRST_ALONE
 
 
 @pytest.mark.parametrize("excess", [math.nan, math.inf])
-def test_what_is_not_finite_is_never_taken_for_settled(excess: float) -> None:
+def test_what_is_not_finite_goes_no_further(excess: float) -> None:
     found = target([5.0, 3.0, 1.0])
     little = part([found], torch.tensor([0.1, 0.0, 0.0]), torch.ones(3), 1.0)
     observations, chosen = Observations(), RepairSettings()
     for _ in range(3):
         observations.by_block[0], _, _ = observations.step(little, [found], 1000, chosen)
-    assert observations.is_worth(0, excess, [found], chosen)
+    assert observations.interest(0, excess, [found], chosen) == FIRST_ALONE
 
 
 def test_a_step_observes_nothing_until_it_is_taken() -> None:

@@ -182,7 +182,8 @@ def test_a_snapshot_with_a_token_that_is_not_finite_is_refused() -> None:
 
 
 def look(step: int = 1, outlying: int = 5, cls: float | None = 0.9, good: float = 0.9, **changes: Any) -> Evaluation:
-    parts: dict[str, Any] = {"marked": 0.9, "holds": True, "best": False, "defective_share": 0.5, "good_p01": 0.5}
+    parts: dict[str, Any] = {"marked": 0.9, "holds": True, "spoilt": False, "best": False}
+    parts |= {"defective_share": 0.5, "good_p01": 0.5}
     return Evaluation(step=step, outlying=outlying, cls=cls, good=good, **parts | changes)
 
 
@@ -201,7 +202,7 @@ def test_a_state_is_beaten_by_fewer_outlying_tokens_or_by_as_few_and_no_lower_fi
 @pytest.mark.parametrize(
     ("looks", "why", "after"),
     [
-        ([look(holds=False)], "fidelity", SPOILT_LOOKS),
+        ([look(holds=False, spoilt=True)], "fidelity", SPOILT_LOOKS),
         ([look(outlying=0, best=True)], "clean", CLEAN_LOOKS),
         ([look()], "no_improvement", IDLE_LOOKS),
     ],
@@ -216,7 +217,7 @@ def test_looks_in_a_row_end_a_repair(looks: list[Evaluation], why: str, after: i
 
 def test_a_look_of_another_kind_starts_the_count_anew() -> None:
     for one, other in (
-        (look(holds=False), look(best=True)),
+        (look(holds=False, spoilt=True), look(best=True)),
         (look(outlying=0, best=True), look(best=True)),
         (look(), look(best=True)),
     ):
@@ -232,7 +233,7 @@ def test_looks_that_may_not_stop_a_repair_keep_its_best_state_all_the_same() -> 
     values = {"blocks.0.mlp.down": torch.ones(3)}
     progress.judge(look(7, outlying=2, best=True), values, stops=False)
     for step in range(8, 8 + IDLE_LOOKS):
-        progress.judge(look(step, holds=False), {}, stops=False)
+        progress.judge(look(step, holds=False, spoilt=True), {}, stops=False)
     assert progress.stopped == ""
     assert progress.best == Best(7, 2, 0.9, 0.9, 0.9, values)
 
@@ -289,9 +290,30 @@ def test_a_ruined_model_is_never_the_best_though_no_token_stands_out(single_writ
         for weight in (block.down.weight, block.proj.weight):
             weight *= 0
     found = guard.evaluation(5, guard.look(), FLOOR, None)
-    assert (found.outlying, found.holds, found.best) == (0, False, False)
+    assert (found.outlying, found.holds, found.spoilt, found.best) == (0, False, True, False)
     single_writer.module.blocks[-1].down.bias.fill_(math.nan)
-    assert not guard.evaluation(6, guard.look(), 0.0, None).holds
+    broken = guard.evaluation(6, guard.look(), 0.0, None)
+    assert (broken.holds, broken.spoilt) == (False, True)
+
+
+def test_a_state_whose_outliers_disturb_more_than_those_of_the_original_is_not_spoilt(single_writer: Any) -> None:
+    down = single_writer.module.blocks[1].down.weight
+    down[:, 0] *= 0.5
+    guard = guard_of(single_writer)
+    guard.remember()
+    down[:, 0] *= 40  # outliers of ten times the norm, but nothing else has changed
+    now = guard.look()
+    cls = now.fidelity().cls
+    assert cls < guard.before.fidelity().cls
+    floor = (1 + cls) / 2
+    louder = guard.evaluation(5, now, floor, None)
+    assert louder.outlying > 0
+    assert (louder.holds, louder.spoilt, louder.best) == (False, False, False)
+    for block in single_writer.module.blocks:
+        block.proj.weight *= 0
+    ruined = guard.evaluation(10, guard.look(), floor, None)
+    assert ruined.outlying > 0
+    assert (ruined.holds, ruined.spoilt) == (False, True)
 
 
 def test_the_size_of_the_batches_does_not_matter(single_writer: Any) -> None:

@@ -145,7 +145,7 @@ def test_an_image_whose_tokens_are_not_finite_is_told_apart(single_writer: Any) 
 
 def test_the_marks_of_an_image_are_masks_again() -> None:
     image = ImageOutliers("a", (2, 3), True, {1: (0, 5), 3: (4,)})
-    assert image.marks(4).nonzero().tolist() == [[1, 0, 0], [1, 1, 2], [3, 1, 1]]
+    assert image.first_marks(4).nonzero().tolist() == [[1, 0, 0], [1, 1, 2], [3, 1, 1]]
     assert (image.kind, ImageOutliers("b", (2, 3), True, {}).kind) == (1, -1)
 
 

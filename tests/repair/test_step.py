@@ -15,7 +15,7 @@ from sinder_cli.backbone.layermap import trained_references
 from sinder_cli.defects.detection import DetectionRule, alignment_logits
 from sinder_cli.repair import forward, step
 from sinder_cli.repair.deltas import Deltas, Target
-from sinder_cli.repair.forward import Directions, first_defects
+from sinder_cli.repair.forward import FIRST_ALONE, Directions, Interest, first_defects
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.repair.step import BlockGradient, StepGradient, step_gradient
 
@@ -234,6 +234,44 @@ def test_an_image_leaves_with_the_input_of_its_own_window(planted: Any) -> None:
     assert late.masks[0].nonzero().tolist() == [list(spot) for spot in BLUE]
 
 
+@pytest.mark.parametrize("gradient", [True, False])
+def test_an_image_that_goes_on_shows_its_later_defects_too(planted: Any, gradient: bool) -> None:
+    images = torch.stack([planted.image(0, red=RED, blue=BLUE), planted.image(1), planted.image(2, red=RED)])
+    deltas = Deltas(planted.backbone, planted.module)
+    for block in range(DEPTH):
+        deltas.of_block(block)
+    chosen = RepairSettings.model_validate(PAPER)
+    asked: list[int] = []
+
+    def interest(block: int, excess: float) -> Interest:
+        asked.append(block)
+        assert math.isfinite(excess)
+        return Interest(gradient, True) if block < LATE else FIRST_ALONE
+
+    def found(interest: Any, images: Tensor) -> StepGradient:
+        arguments = (planted.backbone, planted.module, planted.directions, deltas, images, chosen, None, None)
+        return step_gradient(*arguments, interest)
+
+    both = found(interest, images)
+    assert {EARLY, LATE} <= set(asked)
+    assert both.defective == 2
+    late = {part.block: part for part in both.parts}[LATE]
+    alone = found(lambda block, _: FIRST_ALONE if block == LATE else Interest(False, True), images[:1])
+    (expected,) = (part for part in alone.parts if part.block == LATE)
+    if len(late.losses) == 1:  # the red tokens of the last image are no defect there any more
+        assert_same(late.gradients, expected.gradients)
+    if gradient:
+        (early,) = (part for part in both.parts if part.block == EARLY)
+        assert (len(early.losses), early.leaving) == (2, 0)
+        first = {part.block: part for part in found(lambda *_: FIRST_ALONE, images).parts}[EARLY]
+        assert first.leaving == 2
+        assert_same(early.gradients, first.gradients)
+    else:
+        assert {part.block for part in both.parts} == {LATE}
+        assert len(both.idle) >= 2
+    assert late.leaving == len(late.losses)
+
+
 def test_a_block_whose_direction_is_not_determined_is_never_defective(planted: Any) -> None:
     image = planted.image(0, red=RED)
     assert gradient_of(planted, [image], min_gap=0).first_block == 0  # the paper's rule
@@ -280,8 +318,8 @@ def test_a_gradient_that_is_not_finite_is_noticed(bad: float) -> None:
     broken = fine | {"blocks.0.mlp.down": torch.tensor([1.0, bad])}
 
     def step_of(losses: tuple[float, ...], gradients: dict[str, Tensor], responses: dict[str, Tensor]) -> StepGradient:
-        whole = BlockGradient(0, (1.0,), 1.0, fine, fine, 1)
-        return StepGradient((whole, BlockGradient(1, losses, 1.0, gradients, responses, 1)), 3)
+        whole = BlockGradient(0, (1.0,), 1, 1.0, fine, fine, 1)
+        return StepGradient((whole, BlockGradient(1, losses, 1, 1.0, gradients, responses, 1)), 3)
 
     assert step_of((1.0,), fine, fine).finite
     assert not step_of((1.0,), broken, fine).finite

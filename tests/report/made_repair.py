@@ -158,6 +158,7 @@ def evaluations_of(before: Snapshot, after: Snapshot, steps: int) -> list[Evalua
             good_p01=two.good_p01,
             marked=between(one.marked, two.marked, step / steps),
             holds=True,
+            spoilt=False,
             best=True,
         )
         for step in range(4, steps + 1, 4)
