@@ -11,7 +11,6 @@ import torch
 
 from sinder_cli.backbone.describe import Backbone
 from sinder_cli.backbone.device import float32_products
-from sinder_cli.defects.rules import NORM_FACTOR
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -57,9 +56,3 @@ def patch_grid(backbone: Backbone, tokens: Tensor, images: Tensor) -> Tensor:
     """The patch tokens as a grid `[B, h, w, N]`, registers and cls left out."""
     h, w = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
     return tokens[:, backbone.prefix_tokens :].unflatten(1, (h, w))
-
-
-def outlier_mask(norms: Tensor) -> Tensor:
-    """Tokens with a norm above 3 × the median of their image: `[B, …]` → bool of that shape."""
-    median = norms.flatten(1).nanmedian(dim=1).values  # a token that is not finite hides no other
-    return norms > NORM_FACTOR * median.reshape(-1, *[1] * (norms.dim() - 1))

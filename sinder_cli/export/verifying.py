@@ -27,9 +27,9 @@ from sinder_cli.backbone.sources import infos_of
 from sinder_cli.backbone.storing import write_safetensors
 from sinder_cli.errors import BadInputError, TryAgainError
 from sinder_cli.events import Finished, Started
-from sinder_cli.export.pictures import drawn_pictures
 from sinder_cli.export.targets import Check, Plan
 from sinder_cli.images.decoding import UnreadableImageError
+from sinder_cli.images.drawn import DrawnPictures
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import DrawnImages, ImageSource
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     Ours = Callable[[Backbone, nn.Module, Tensor], dict[str, Tensor]]
 
 IMAGES = 2
+DRAWN_SIDE = 640  # pixels
 TOLERANCE = 1e-5  # relative, in float32
 CHECKS = Path(__file__).parent / "checks"
 
@@ -129,8 +130,9 @@ def square_images(plan: Plan) -> Tensor:
 
 def own_images(backbone: Backbone) -> ImageSource:
     """For when the user named none: those that the backbone brings, or drawn ones."""
-    drawn = backbone.sample_images(IMAGES, 0) if backbone.sample_images else drawn_pictures(IMAGES)
-    return DrawnImages(tuple(drawn), backbone.name)
+    if backbone.sample_images:
+        return DrawnImages(tuple(backbone.sample_images(IMAGES, 0)), backbone.name)
+    return DrawnPictures(IMAGES, DRAWN_SIDE, 0)
 
 
 def _our_features(plan: Plan, batches: Sequence[Tensor], ours: Ours) -> dict[str, Tensor]:

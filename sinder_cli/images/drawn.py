@@ -1,4 +1,4 @@
-"""Pictures drawn from a seed, for a repair that is given few images or none.
+"""Pictures drawn from a seed, for a repair that is given few images or none, and for the check of an export.
 
 They have the statistics of photographs that matter here: the spectrum of fields of noise, the edges of dead leaves.
 """
@@ -31,7 +31,10 @@ LEAVES_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class DrawnPictures:
-    """`count` pictures of `size` × `size` pixels, each drawn when it is loaded."""
+    """`count` RGB pictures of `size` × `size` pixels (2 or more), in turn 1/f noise and dead leaves.
+
+    Each is drawn when it is loaded. Picture i depends on `seed` (0 or more), i and `size` alone.
+    """
 
     in_memory: ClassVar[bool] = True  # no file to decode, so no process to decode it in
 
@@ -53,14 +56,6 @@ class DrawnPictures:
     def fingerprint(self) -> str:
         determined_by = f"drawn pictures {DRAWING_VERSION} {self.count} {self.size} {self.seed}"
         return hashlib.sha256(determined_by.encode()).hexdigest()
-
-
-def drawn_pictures(count: int, size: int, seed: int) -> tuple[Image, ...]:
-    """Draw RGB pictures of `size` × `size` pixels (2 or more), in turn 1/f noise and dead leaves.
-
-    Picture i depends on `seed` (0 or more), i and `size` alone.
-    """
-    return tuple(_picture(index, size, seed) for index in range(count))
 
 
 def _picture(index: int, size: int, seed: int) -> Image:

@@ -44,7 +44,7 @@ class Fidelity:
 
     @classmethod
     def of(cls, patches: Tensor, heads: Tensor | None, ever: Tensor) -> Fidelity:
-        """From cosines of patches `[K, h, w]` and of cls `[K]`; `ever`, bool `[K, h, w]`, is what the original marks."""
+        """From cosines of patches `[K, h, w]` and of cls `[K]`; `ever`, bool `[K, h, w]`: what the original marks."""
         good = patches[~ever] if not bool(ever.all()) else patches.flatten()
         marked = patches[ever]
         return cls(

@@ -28,8 +28,9 @@ NOTHING = "–"  # in a cell without a value
 CAUTION = (
     "Outliers may carry information. Zeroing the ten register neurons that write those of OpenCLIP-B costs it zero-shot"
     " accuracy (70.4 → 55.6 %); moving what they write into an extra token costs none (Jiang et al. 2025, arXiv"
-    " 2506.08010). So a cls that moves far is a question for a task, and no success by itself: try the repaired model"
-    " on what it is used for, above all one like CLIP, whose cls is compared with texts."
+    " 2506.08010). The inpainted original says what the network would say without outliers, not that it would be right."
+    " So a cls that moves far is a question for a task, and no success by itself: try the repaired model on what it is"
+    " used for, above all one like CLIP, whose cls is compared with texts."
 )
 
 

@@ -24,7 +24,6 @@ from sinder_cli.defects.detection import (
     outlying,
 )
 from sinder_cli.defects.settings import DetectionSettings
-from sinder_cli.defects.tokens import outlier_mask
 
 N = 16
 
@@ -161,14 +160,6 @@ def test_a_direction_is_trusted_from_the_least_gap_on() -> None:
 def test_the_defaults_are_those_of_the_paper() -> None:
     assert DetectionRule.of(DetectionSettings()) == DetectionRule(threshold=4.0, min_tokens=3, min_gap=1.1, margin=1)
     assert DetectionRule.of(DetectionSettings(kernel=5)).margin == 2
-
-
-def test_an_outlier_is_above_three_times_the_median_norm_of_its_image() -> None:
-    norms = torch.ones(2, 3, 3)
-    norms[0, 1, 1] = 3.01
-    norms[0, 0, 0] = 3.0
-    norms[1] = 10.0
-    assert outlier_mask(norms).nonzero().tolist() == [[0, 1, 1]]
 
 
 def looped_ratios(norms: list[list[float]]) -> list[list[float]]:

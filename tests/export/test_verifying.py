@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +12,6 @@ from PIL import Image
 from sinder_cli import ModelRequest, api
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import silent
-from sinder_cli.export.pictures import SIDE, drawn_pictures
 from sinder_cli.export.settings import ExportSettings
 from sinder_cli.export.targets import Plan
 from sinder_cli.export.verifying import by_kind, relative_difference, square_images
@@ -42,16 +40,6 @@ def test_tokens_are_told_apart_by_kind(plan: Plan) -> None:
     tokens = torch.arange(2 * 7 * 3).view(2, 7, 3).float()
     assert list(by_kind(plan.backbone, tokens)) == ["cls", "patch_tokens"]
     assert by_kind(plan.backbone, tokens)["patch_tokens"].shape == (2, 6, 3)
-
-
-def test_drawn_pictures_are_the_same_each_time_and_have_the_spectrum_of_photographs() -> None:
-    one, other = drawn_pictures(2)
-    assert one.tobytes() == drawn_pictures(1)[0].tobytes() != other.tobytes()
-    grey = np.asarray(one.convert("L"), dtype=float)
-    power = np.abs(np.fft.fft2(grey - grey.mean())) ** 2
-    radius = np.hypot(*np.meshgrid(np.fft.fftfreq(SIDE) * SIDE, np.fft.fftfreq(SIDE) * SIDE))
-    rings = [power[(radius >= low) & (radius < 1.2 * low)].mean() for low in (5, 50)]
-    assert math.log10(rings[0] / rings[1]) == pytest.approx(2, abs=0.4)  # tenfold frequency, a hundredth of the power
 
 
 def test_images_that_were_named_are_looked_at_and_the_unreadable_left_out(plan: Plan, tmp_path: Path) -> None:

@@ -11,10 +11,15 @@ import pytest
 from PIL import Image
 
 from sinder_cli.images import drawn
-from sinder_cli.images.drawn import DrawnPictures, drawn_pictures
+from sinder_cli.images.drawn import DrawnPictures
 from sinder_cli.images.sources import DrawnImages, ImageFiles, ImageSource, JoinedImages, files_of
 
 SIZE = 128
+
+
+def drawn_pictures(count: int, size: int, seed: int) -> list[Image.Image]:
+    source = DrawnPictures(count, size, seed)
+    return [source.load(index) for index in range(count)]
 
 
 def radial_slope(grey: np.ndarray) -> float:

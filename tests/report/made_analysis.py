@@ -18,12 +18,11 @@ from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.survey import Survey
 from sinder_cli.analysis.tokens import BlockTokens
 from sinder_cli.analysis.verdict import judge
-from sinder_cli.defects.detection import DetectionRule, alignments, defect_mask
+from sinder_cli.defects.detection import DetectionRule, alignments, defect_mask, norm_ratios
 from sinder_cli.defects.prediction import BlockSpectrum, Prediction
 from sinder_cli.defects.rules import STAGES, Stage
 from sinder_cli.defects.spectrum import LeadingPair
 from sinder_cli.defects.targets import learning_targets
-from sinder_cli.defects.tokens import outlier_mask
 
 PATCH = 4
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -150,7 +149,7 @@ class MadeSide:
         """What the survey takes in."""
         tokens = self.tokens(block)
         norms, cosines = tokens.norm(dim=-1), alignments(tokens, self.nu(block))
-        masks: dict[Any, Tensor] = {"outlying": outlier_mask(norms)}
+        masks: dict[Any, Tensor] = {"outlying": norm_ratios(norms) > 3}
         if self.rule.trusts(self.gaps(block)["cumulative"]):
             masks["equation_5"] = defect_mask(-cosines[..., 3], self.rule)
         means = tokens.mean(dim=(1, 2))

@@ -32,13 +32,6 @@ COLOUR_OF: dict[VerdictKind, str] = {
 }
 SIDES = ("first", "second")  # of a comparison
 SHOWN_IMAGES = 10  # of those that outlying tokens move furthest
-CAUTION = (
-    "Outlying tokens may carry information, on models trained with text (CLIP and its like) above all: it has been"
-    " published that setting the ten register neurons of OpenCLIP ViT-B to zero takes its zero-shot accuracy from"
-    " 70.4 % to 55.6 %, while moving what they write into an extra token costs nothing. So the inpainted original says"
-    " what the network would say without outliers, and not that it would be right: a cls that moves far is a question"
-    " for a task, not a success."
-)
 
 
 class Measure(NamedTuple):

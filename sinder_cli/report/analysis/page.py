@@ -84,7 +84,7 @@ def render_analysis_page(
         gains=facts.gain_sentences(analysis),
         gain_measures=facts.gain_measures(analysis),
         gain_images=facts.gain_images(analysis),
-        caution=facts.CAUTION,
+        caution=wording.CAUTION,
         blocks=facts.block_rows(analysis),
         pairs=facts.pair_rows(analysis),
         groups=[(group, [chart.svg() for chart in group.charts]) for group in groups],

@@ -21,8 +21,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from sinder_cli import BadInputError, ModelRequest, UsageError, api
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.opening import load_module
+from sinder_cli.defects.detection import norm_ratios
 from sinder_cli.defects.spectrum import angle_between
-from sinder_cli.defects.tokens import outlier_mask, patch_grid, residual_stream
+from sinder_cli.defects.tokens import patch_grid, residual_stream
 
 COLUMN = f"blocks.{BLOCK}.down.weight"
 HASH = "import hashlib; from sinder_plugins.demo.planting import demo_weights; " + (
@@ -89,7 +90,7 @@ def test_outlying_tokens_lie_along_the_planted_direction_in_every_image(nu: Tens
     with torch.no_grad():
         for block, tokens in enumerate(residual_stream(backbone, module, images)):
             patches = patch_grid(backbone, tokens, images)
-            outlying = outlier_mask(patches.norm(dim=-1))
+            outlying = norm_ratios(patches.norm(dim=-1)) > 3
             per_image = outlying.flatten(1).sum(dim=1)
             assert bool((per_image >= 3).all() if block >= BLOCK else (per_image == 0).all()), (block, per_image)
             if block >= BLOCK:

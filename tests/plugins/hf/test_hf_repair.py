@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import EAGER
 from hf_samples import SAMPLES
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,23 +21,9 @@ from sinder_cli import Backbone, ModelRequest, NoInputError, api
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.export.settings import ExportSettings
-from sinder_cli.repair.settings import RepairSettings
 
 Saved = Callable[[str], Path]
 Opened = Callable[..., Backbone]
-
-EAGER_TO_FIND = RepairSettings(
-    recipe="paper",
-    keep="last",
-    max_steps=3,
-    mask_threshold=0.3,
-    min_tokens=1,
-    min_gap=0,
-    eval_images=2,
-    stop_density=1,
-    lr=0.05,
-    workers=0,
-)
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +36,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def repaired(folder: Path, photos: Path, out: Path) -> dict[str, Any]:
-    result = api.repair(ModelRequest(f"hf/{folder}"), [str(photos)], out, EAGER_TO_FIND)
+    result = api.repair(ModelRequest(f"hf/{folder}"), [str(photos)], out, EAGER)
     assert result is not None
     return result.summary
 
@@ -116,7 +103,7 @@ def test_a_run_with_other_sidecars_replaces_those_of_the_last(saved: Saved, phot
     (folder / "preprocessor_config.json").write_text('{"size": 48}')
     repaired(folder, photos, run)
     (folder / "preprocessor_config.json").unlink()
-    api.repair(ModelRequest(f"hf/{folder}"), [str(photos)], run, EAGER_TO_FIND, force=True)
+    api.repair(ModelRequest(f"hf/{folder}"), [str(photos)], run, EAGER, force=True)
     assert [path.name for path in (run / "sidecars").iterdir()] == ["config.json"]
 
 
