@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,9 +27,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KEPT = 0.9  # of the weight of the steps before, at each step
-TO_GATHER = 8  # steps at a block before the first move there, or one pass where there are fewer images
+TO_GATHER = 8  # steps at a block before a move there, or one pass where there are fewer images
+SURE, LEAD = (
+    4,
+    3.0,
+)  # fewer where the largest gain is so many times the next, more than chance in the probes makes of two alike
 FLOOR = 0.1  # of the mean response: a singular value that seems to move nothing is not known that well
 NEARLY_SETTLED = 0.5  # of the mean ordinary norm: an excess that tokens of three median norms are far above
+GONE = 0.999  # of a singular value: shrunk to 0, up to rounding
 LEAST_EXCESS = 0.05  # of the loss, so that a share of nothing is not a number
 
 
@@ -42,6 +47,11 @@ class Observed:
     weight: float
     responses: Tensor  # sum over the probes, for δ
     probes: int
+
+    def anew(self) -> Observed:
+        """The same with the shares forgotten: once what wrote the defect is gone, they have to be seen again."""
+        nothing = torch.zeros_like(self.shares)
+        return replace(self, shares=nothing, squares=nothing, weight=0.0)
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,12 @@ class Shrinkage:
         delta[self.start : self.stop] = (delta[self.start : self.stop] - self.share * sigma).maximum(-sigma)
         return delta
 
+    @property
+    def is_the_last(self) -> bool:
+        """Whether nothing of these singular values is left then."""
+        sigma = scale_of(self.target)[self.start : self.stop]
+        return bool((self.delta()[self.start : self.stop] <= -GONE * sigma).all())
+
 
 @dataclass
 class Observations:
@@ -76,15 +92,18 @@ class Observations:
         the window that ends at the part's block; `images` is how many there are to visit.
         """
         seen = self._with(part, targets)
-        at, gain = _best(seen, targets, part.excess / len(part.losses))
-        if gain < settings.min_gain or seen.weight < _weight_after(min(TO_GATHER, images)) - 1e-6:
-            return seen, None, gain
+        at, gain, lead = _best(seen, targets, part.excess / len(part.losses))
         target, index = _place(targets, at)
+        clear = lead >= LEAD or bool(target.delta[index] < 0)  # or it has been chosen before
+        enough = _weight_after(min(SURE if clear else TO_GATHER, images)) - 1e-6
+        if gain < settings.min_gain or seen.weight < enough:
+            return seen, None, gain
         start, stop = next((run for run in target.basis.groups if run[0] <= index < run[1]), (index, index + 1))
         mean = (seen.shares[at] / seen.weight).item()
         moved = _responses(seen)[at].sqrt().item()
         share = min(1 / max(mean, 1e-6), settings.max_drift / moved, settings.trust)
-        return seen, Shrinkage(target, start, stop, share), gain
+        shrinkage = Shrinkage(target, start, stop, share)
+        return (seen.anew() if shrinkage.is_the_last else seen), shrinkage, gain
 
     def interest(
         self, block: int, excess: float, targets: Sequence[Target] | None, settings: RepairSettings
@@ -107,7 +126,9 @@ class Observations:
         loss = max(part.excess, LEAST_EXCESS * len(part.losses))
         slopes = _flat(part.gradients, targets) / loss
         shares = torch.where(slopes > 1, 1 / slopes, slopes.clamp_min(-1))
-        responses = _flat(part.responses, targets, power=2)
+        responses = torch.zeros_like(shares)
+        if part.probes:
+            responses = _flat(part.responses, targets).square().sum(dim=0) / len(part.losses)
         before = self.by_block.get(part.block)
         if before is None:
             return Observed(shares, shares.square(), 1.0, responses, part.probes)
@@ -145,9 +166,9 @@ def _weight_after(steps: int) -> float:
     return sum(KEPT**step for step in range(steps))
 
 
-def _flat(parts: Mapping[str, Tensor], targets: Sequence[Target], power: int = 1) -> Tensor:
-    """What is by ε in each target, by δ in one row `[R]`."""
-    return torch.cat([parts[target.name] * scale_of(target) ** power for target in targets])
+def _flat(parts: Mapping[str, Tensor], targets: Sequence[Target]) -> Tensor:
+    """What is by ε in each target, `[…, r]`, by δ in one row `[…, R]`."""
+    return torch.cat([parts[target.name] * scale_of(target) for target in targets], dim=-1)
 
 
 def _responses(seen: Observed) -> Tensor:
@@ -156,15 +177,22 @@ def _responses(seen: Observed) -> Tensor:
     return (measured + FLOOR * measured.mean()).clamp_min(1e-12)
 
 
-def _best(seen: Observed, targets: Sequence[Target], excess: float) -> tuple[int, float]:
-    """The place in the row of the singular value of the largest gain, and that gain, for a mean excess."""
-    mean = seen.shares / seen.weight
+def _shares(seen: Observed) -> Tensor:
+    """The share of the loss that each singular value answers for, less its standard error, `[R]`."""
+    mean = seen.shares / max(seen.weight, 1e-12)
+    if seen.weight <= 1.5:
+        return mean
     spread = (seen.squares / seen.weight - mean.square()).clamp_min(0)
-    error = (spread / max(seen.weight - 1, 0.5)).sqrt() if seen.weight > 1.5 else torch.zeros_like(mean)
-    left = torch.cat([target.delta > -0.999 * scale_of(target) for target in targets])  # not shrunk to 0 already
-    gain = (mean - error).clamp_min(0) * left * max(excess, 0.0) / _responses(seen).sqrt()
-    at = int(gain.argmax())
-    return at, gain[at].item()
+    return mean - (spread / max(seen.weight - 1, 0.5)).sqrt()
+
+
+def _best(seen: Observed, targets: Sequence[Target], excess: float) -> tuple[int, float, float]:
+    """The place in the row of the singular value of the largest gain, that gain for a mean excess, and its lead."""
+    left = torch.cat([target.delta > -GONE * scale_of(target) for target in targets])  # not shrunk to 0 already
+    gains = _shares(seen).clamp_min(0) * left * max(excess, 0.0) / _responses(seen).sqrt()
+    largest = gains.topk(min(2, len(gains)))
+    first, second = largest.values[0].item(), largest.values[-1].item()
+    return int(largest.indices[0]), first, first / max(second, 1e-12)
 
 
 def _place(targets: Sequence[Target], at: int) -> tuple[Target, int]:

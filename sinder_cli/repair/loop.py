@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -180,7 +181,7 @@ def repair_steps(
             batch = next(batches)
             local = NOTHING
             if len(batch.pixels):  # none where no image of the batch could be decoded
-                local = _local(backbone, directions, deltas, batch, settings, progress, ranks, known)
+                local = _local(backbone, directions, deltas, batch, settings, progress, known)
             step = gathered(local, len(batch.pixels), progress.unreadable, deltas, settings.window, ranks, emit)
             require_readable(whole_of(source), progress.unreadable, settings.strict)
             finite = step.gradient.finite
@@ -229,15 +230,14 @@ def _local(
     batch: Batch,
     settings: RepairSettings,
     progress: Progress,
-    ranks: Ranks,
     known: Known | None,
 ) -> StepGradient:
     """The gradient of this rank's part of a batch."""
     device = directions.nu.device
     probes = None
     if settings.step == "greedy":
-        seed = (settings.seed * 1_000_003 + progress.steps) * 1_009 + ranks.rank
-        probes = Probes(torch.Generator().manual_seed(seed % 2**63), progress.observed.by_block.keys())
+        seeds = [zlib.crc32(f"{settings.seed} {progress.steps} {name}".encode()) for name in batch.names]
+        probes = Probes(seeds, {block: seen.probes for block, seen in progress.observed.by_block.items()})
     marks = None if known is None else torch.stack([known(name) for name in batch.names]).to(device)
     pixels = batch.pixels.to(device)
 

@@ -14,7 +14,9 @@ from sinder_cli.ranks import Ranks
 from sinder_cli.repair.step import BlockGradient, StepGradient
 
 if TYPE_CHECKING:
-    from sinder_cli.repair.deltas import Deltas
+    from torch import Tensor
+
+    from sinder_cli.repair.deltas import Deltas, Target
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,17 @@ def _reduced(
     mine = {part.block: part for part in local.parts}
     blocks = sorted({block for each in told for block in each.parts})
     targets_of = {block: deltas.of_window(block, window) for block in blocks}
+    of_block = {block: [each.parts[block] for each in told if block in each.parts] for block in blocks}
+    probes_of = {block: of_block[block][0].probes for block in blocks}  # the same for all
+
+    def row(block: int, kind: str, target: Target) -> Tensor:
+        """This rank's part, flat: zeros where it has none."""
+        if block in mine and target.name in (found := getattr(mine[block], kind)):
+            return found[target.name].flatten()
+        return torch.zeros_like(target.delta).repeat(probes_of[block] if kind == "responses" else 1)
+
     rows = [
-        getattr(mine[block], kind).get(target.name, torch.zeros_like(target.delta))
-        if block in mine
-        else torch.zeros_like(target.delta)
+        row(block, kind, target)
         for block in blocks
         for kind in ("gradients", "responses")
         for target in targets_of[block]
@@ -99,8 +108,7 @@ def _reduced(
     for block in blocks:
         names = [target.name for target in targets_of[block]]
         gradients, responses = ({name: next(sums) for name in names} for _ in range(2))
-        each = [one.parts[block] for one in told if block in one.parts]
-        probes = sum(one.probes for one in each)
+        each, probes = of_block[block], probes_of[block]
         parts.append(
             BlockGradient(
                 block,
@@ -108,7 +116,7 @@ def _reduced(
                 sum(one.leaving for one in each),
                 sum(one.excess for one in each),
                 gradients,
-                responses if probes else {},
+                {name: found.unflatten(0, (probes, -1)) for name, found in responses.items()} if probes else {},
                 probes,
             )
         )

@@ -10,7 +10,7 @@ No module is swapped and none is parametrized: any attention kernel, autocast an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 LOSS_SCALES = {"float16": 2.0**12}
 
 
-PROBES = 4  # random directions by which the first step at a block measures what moves ordinary tokens; one later
+# Random directions by which a step measures what moves ordinary tokens: the first at a block, later ones, and all.
+PROBES, MORE_PROBES, ENOUGH_PROBES = 4, 1, 12
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class BlockGradient:
     leaving: int  # of these images that were not looked at any further
     excess: float  # the sum of the losses, less what ordinary tokens have
     gradients: dict[str, Tensor]  # ∂(sum of losses)/∂ε, `[r]` each
-    responses: dict[str, Tensor]  # sum over the probes of (∂(ordinary tokens · probe)/∂ε)², `[r]` each
+    responses: dict[str, Tensor]  # ∂(ordinary tokens · probe)/∂ε, `[probes, r]` each
     probes: int
 
     @property
@@ -149,7 +150,7 @@ def step_gradient(
             for name, (slope, *answers) in _window_gradients(running, module, found, seeds, deltas, settings.tf32):
                 gradients[name] = slope / scale
                 if answers:
-                    responses[name] = torch.stack(answers).square().sum(dim=0)
+                    responses[name] = torch.stack(answers)
             leaving = 0 if chosen.onward else len(losses)
             parts.append(
                 BlockGradient(found.block, tuple(losses), leaving, excess, gradients, responses, len(seeds) - 1)
@@ -161,35 +162,34 @@ def step_gradient(
 class Probes:
     """Random signs for ordinary tokens, by Hutchinson's trick: E[(∂(x·r)/∂ε)²] = ‖∂x/∂ε‖² for r of independent signs.
 
-    What is drawn depends on the seed, the step and the rank alone.
+    What is drawn for an image depends on its own seed alone, whatever the batch and the rank that it is in.
     """
 
-    generator: torch.Generator
-    measured: Collection[int]  # blocks that have been measured before
+    seeds: Sequence[int]  # one an image of the batch
+    taken: Mapping[int, int]  # before, by block
 
     def drawn(self, backbone: Backbone, found: BlockDefects, images: Tensor) -> list[Tensor]:
         """Seeds `[B, T, N]` of a backward pass: signs on cls and ordinary patches of the defective images.
 
-        Ordinary are those that are not marked, nor lean the way that marked ones do.
-
-        Divided by the image's mean ordinary norm and by √(number of those tokens): a response is a mean square of
-        relative movements.
+        Ordinary are those that are not marked, nor lean the way that marked ones do. Divided by the image's mean
+        ordinary norm and by √(number of those tokens): the square of a response is, on average, the sum over the images
+        of a mean square of relative movements.
         """
-        B, T, N = found.tokens.shape
-        ordinary = torch.ones(B, T, device=found.tokens.device)
+        taken = self.taken.get(found.block, 0)
+        count = PROBES if not taken else MORE_PROBES if taken < ENOUGH_PROBES else 0
+        if not count:
+            return []
         grids = patch_grid(backbone, found.tokens, images)
+        probes = found.tokens.new_zeros(count, *found.tokens.shape)  # [count, B, T, N]
         for image in found.defective.nonzero()[:, 0].tolist():
-            mask = found.masks[image]
-            whole = ~mask & ~leaning(grids[image], mask)
-            ordinary[image, backbone.prefix_tokens :] = whole.flatten().float()
-        ordinary *= found.defective[:, None]
-        scales = torch.stack([ordinary_scale(grid, mask) for grid, mask in zip(grids, found.masks, strict=True)])
-        weights = ordinary / scales[:, None] / ordinary.sum().clamp_min(1).sqrt()  # [B, T]
-        count = 1 if found.block in self.measured else PROBES
-        return [
-            (torch.randint(0, 2, (B, T, N), generator=self.generator) * 2 - 1).to(found.tokens) * weights[..., None]
-            for _ in range(count)
-        ]
+            grid, mask = grids[image], found.masks[image]
+            weights = torch.ones(found.tokens.shape[1], device=mask.device)
+            weights[backbone.prefix_tokens :] = (~mask & ~leaning(grid, mask)).flatten().float()
+            weights /= ordinary_scale(grid, mask) * weights.sum().clamp_min(1).sqrt()
+            generator = torch.Generator().manual_seed(self.seeds[int(found.images[image])])
+            signs = torch.randint(0, 2, (count, *found.tokens.shape[1:]), generator=generator) * 2 - 1
+            probes[:, image] = signs.to(found.tokens) * weights[:, None].to(found.tokens)
+        return list(probes)
 
 
 @contextmanager

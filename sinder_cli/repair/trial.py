@@ -133,7 +133,8 @@ def _marked_late(
 
 def _step(repair: Prepared, images: Tensor, directions: Directions, settings: RepairSettings) -> TrialStep:
     backbone, module = repair.start.backbone, repair.module
-    probes = Probes(torch.Generator(), range(backbone.depth)) if settings.step == "greedy" else None
+    later = dict.fromkeys(range(backbone.depth), 1)  # so that it costs what most steps cost
+    probes = Probes(range(len(images)), later) if settings.step == "greedy" else None
     seconds, gradient = _timed(
         repair.start.device,
         lambda: step_gradient(backbone, module, directions, repair.deltas, images, settings, None, probes),

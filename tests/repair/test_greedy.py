@@ -23,8 +23,10 @@ from sinder_cli.repair.forward import FIRST_ALONE, Interest
 from sinder_cli.repair.greedy import (
     FLOOR,
     KEPT,
+    LEAD,
     LEAST_EXCESS,
     NEARLY_SETTLED,
+    SURE,
     TO_GATHER,
     Observations,
     Shrinkage,
@@ -54,7 +56,8 @@ def part(
     scales = torch.cat([scale_of(each) for each in targets])
     names, lengths = [each.name for each in targets], [len(each.delta) for each in targets]
     gradients = dict(zip(names, (slopes / scales).split(lengths), strict=True))
-    answers = dict(zip(names, (responses / scales.square()).split(lengths), strict=True))
+    spread = (responses * images / probes).sqrt() / scales  # squared and summed over the probes, these again
+    answers = {name: found.repeat(probes, 1) for name, found in zip(names, spread.split(lengths), strict=True)}
     return BlockGradient(0, (excess / images,) * images, images, excess, gradients, answers, probes)
 
 
@@ -118,7 +121,7 @@ def test_probes_measure_the_mean_square_jacobian_of_ordinary_tokens(
     chosen = RepairSettings.model_validate(
         {"recipe": "paper", "min_gap": 1.1, "step": "greedy", "window": 1, "min_tokens": 2}
     )
-    probes = Probes(torch.Generator().manual_seed(0), ())
+    probes = Probes((1, 2, 3), {})
     found = step_gradient(
         planted.backbone, planted.module, planted.directions, deltas, images, chosen, None, probes
     ).parts[0]
@@ -140,7 +143,7 @@ def test_probes_measure_the_mean_square_jacobian_of_ordinary_tokens(
     step = 1e-5
     ratios = []
     for each in deltas.of_block(EARLY):
-        measured = found.responses[each.name] / MANY
+        measured = found.responses[each.name].square().sum(dim=0) / MANY
         for k in range(0, each.basis.rank, 7):
             sides = []
             for sign in (1, -1):
@@ -150,26 +153,28 @@ def test_probes_measure_the_mean_square_jacobian_of_ordinary_tokens(
                 sides.append(tokens())
             each.write()
             change = (sides[0] - sides[1]) / (2 * step) / scale
-            exact = change[ordinary].square().sum() / ordinary.sum()
+            exact = sum(change[i][ordinary[i]].square().sum() / ordinary[i].sum() for i in (0, 2))
             ratios.append(float(measured[k] / exact))
     assert min(ratios) > 0.8
     assert max(ratios) < 1.2
     assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.05)
 
 
-def test_a_block_that_was_measured_before_takes_one_probe(planted: Any) -> None:
+def test_a_block_that_was_measured_before_takes_fewer_probes_and_at_last_none(planted: Any) -> None:
     images = planted.image(0, red=RED)[None]
     chosen = RepairSettings.model_validate({"recipe": "paper", "min_gap": 1.1, "step": "greedy"})
 
-    def seen(measured: tuple[int, ...], seed: int = 0) -> BlockGradient:
-        probes = Probes(torch.Generator().manual_seed(seed), measured)
+    def seen(taken: dict[int, int], seed: int = 0) -> BlockGradient:
+        probes = Probes((seed,), taken)
         deltas = Deltas(planted.backbone, planted.module)
         arguments = (planted.backbone, planted.module, planted.directions, deltas, images, chosen, None, probes)
         return step_gradient(*arguments).parts[0]
 
-    assert seen(()).probes == step_module.PROBES
-    assert seen((EARLY,)).probes == 1
-    one, again, other = (seen((EARLY,), seed).responses["blocks.1.mlp.down"] for seed in (0, 0, 1))
+    assert seen({}).probes == seen({EARLY + 1: 9}).probes == step_module.PROBES
+    assert seen({EARLY: step_module.ENOUGH_PROBES - 1}).probes == step_module.MORE_PROBES
+    enough = seen({EARLY: step_module.ENOUGH_PROBES})
+    assert (enough.probes, enough.responses) == (0, {})
+    one, again, other = (seen({EARLY: 1}, seed).responses["blocks.1.mlp.down"] for seed in (0, 0, 1))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
 
@@ -178,7 +183,7 @@ def test_a_singular_value_that_writes_the_defect_answers_for_all_of_the_loss(wri
     images = torch.stack([writer.image(index, red=RED) for index in range(2)])
     deltas = Deltas(writer.backbone, writer.module)
     chosen = RepairSettings()
-    probes = Probes(torch.Generator().manual_seed(0), ())
+    probes = Probes((1, 2), {})
     (found,) = step_gradient(
         writer.backbone, writer.module, writer.directions, deltas, images, chosen, None, probes
     ).parts
@@ -230,10 +235,21 @@ def test_what_is_shrunk_to_0_already_is_not_chosen_again() -> None:
     assert move.start == 1
 
 
-@pytest.mark.parametrize(("images", "least"), [(1, 1), (3, 3), (TO_GATHER, TO_GATHER), (1000, TO_GATHER)])
-def test_no_move_is_made_before_enough_steps(images: int, least: int) -> None:
+@pytest.mark.parametrize(
+    ("images", "next_best", "least"),
+    [
+        (1, 0.1, 1),
+        (3, 0.1, 3),
+        (SURE, 0.1, SURE),
+        (1000, 0.1, SURE),  # a clear lead
+        (1000, 0.9 / LEAD + 0.01, TO_GATHER),
+        (TO_GATHER, 0.8, TO_GATHER),
+        (6, 0.8, 6),
+    ],
+)
+def test_no_move_is_made_before_enough_steps(images: int, next_best: float, least: int) -> None:
     found = target([5.0, 3.0, 1.0])
-    one = part([found], torch.tensor([9.0, 1.0, 1.0]), torch.full((3,), 1e-4))
+    one = part([found], torch.tensor([9.0, 10 * next_best, 1.0]), torch.full((3,), 1e-4))
     observations, chosen = Observations(), RepairSettings()
     moves = []
     for _ in range(TO_GATHER + 2):
@@ -286,12 +302,50 @@ def test_the_gain_and_the_move_are_those_of_a_loop(seed: int, steps: int, images
         moved.append(answer)
     move, gain = after(parts, targets)
     assert gain == pytest.approx(max(gains), rel=1e-3, abs=1e-3)
+    first, second = sorted(gains, reverse=True)[:2]
+    enough = SURE if first >= LEAD * second else TO_GATHER
     if move is None:
-        assert steps < TO_GATHER or max(gains) < 3.0 + 1e-3
+        assert steps < min(enough, 1000) or first < 3.0 + 1e-3 or first < LEAD * second * 1.01
         return
+    assert steps >= enough or first < LEAD * second * 1.01
     at = gains.index(max(gains))
     assert (move.target.name, move.start) == (("a", at) if at < 3 else ("b", at - 3))
     assert move.share == pytest.approx(min(1 / max(means[at], 1e-6), 0.05 / moved[at], 0.5), rel=1e-3)
+
+
+def test_once_the_writer_is_gone_shares_are_seen_anew_and_responses_kept() -> None:
+    found = target([5.0, 3.0, 1.0])
+    one = part([found], torch.tensor([10.0, 2.0, 0.0]), torch.full((3,), 1e-4))
+    observations, chosen = Observations(), RepairSettings(trust=0.6, max_drift=1.0)
+    for _ in range(SURE):
+        seen, move, _ = observations.step(one, [found], 1000, chosen)
+        observations.by_block[0] = seen
+    assert move is not None
+    assert not move.is_the_last
+    assert seen.weight > 3
+    found = replace(found, delta=move.delta())
+    seen, move, _ = observations.step(one, [found], 1000, chosen)
+    assert move is not None
+    assert move.is_the_last
+    assert (seen.weight, seen.probes, seen.shares.tolist()) == (0, SURE + 1, [0, 0, 0])
+    torch.testing.assert_close(seen.responses, torch.full((3,), (SURE + 1) * 1e-4))
+    observations.by_block[0] = seen
+    found = replace(found, delta=move.delta())
+    without = part([found], torch.zeros(3), torch.full((3,), 1e-4))
+    for _ in range(SURE + 1):
+        observations.by_block[0], move, gain = observations.step(without, [found], 1000, chosen)
+        assert (move, gain) == (None, 0)  # what it moved went by way of the writer
+
+
+def test_steps_without_a_probe_keep_what_was_measured() -> None:
+    found = target([5.0, 3.0, 1.0])
+    measured = part([found], torch.ones(3), torch.tensor([1.0, 2.0, 3.0]), probes=4)
+    observations = Observations()
+    observations.by_block[0], _, _ = observations.step(measured, [found], 1000, RepairSettings())
+    later = replace(measured, responses={}, probes=0)
+    seen, _, _ = observations.step(later, [found], 1000, RepairSettings())
+    assert seen.probes == 4
+    torch.testing.assert_close(seen.responses, torch.tensor([1.0, 2.0, 3.0]))
 
 
 def test_where_nothing_is_to_be_gained_images_go_on_and_nearly_settled_ones_need_no_gradient() -> None:
