@@ -64,7 +64,7 @@ def open_model(request: ModelRequest) -> Backbone:
     An adapter, or a delta, is applied to its weights. Raises `UsageError` for a run directory with weights or heads.
     """
     if run := _run_named(request):
-        if request.weights or request.heads or request.revision:
+        if request.weights or request.heads or request.revision or request.branch:
             why = "a run has its own weights and heads"
             raise UsageError(f"cannot use {request.model} with other weights", why, "leave the option out")
         model, heads = run.repaired_model()
@@ -405,7 +405,8 @@ def _base_of(run: RunFolder, request: ModelRequest) -> tuple[Backbone | None, st
     """
     model, heads = run.repaired_model()
     source, fingerprint = run.repaired_weights()
-    asked = replace(request, model=model, heads=heads, adapter=None, sidecars=run.read_sidecars())
+    branch = request.branch or run.branch
+    asked = replace(request, model=model, heads=heads, adapter=None, sidecars=run.read_sidecars(), branch=branch)
     if request.weights is not None:
         return open_model(asked), ""
     gone = f"the weights that were repaired, {source}, are not there; name them with --weights"

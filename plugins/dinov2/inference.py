@@ -9,9 +9,12 @@ from typing import Literal
 from sinder_cli import BadInputError, Weights
 
 from .config import Config
-from .reference import without_leftovers
+from .reference import with_packed, without_leftovers
 
 ANCHOR = "patch_embed.proj.weight"  # every DINOv2 checkpoint has it, whatever it is nested in
+
+HEADS = ("head.", "heads.", "linear_head.", "dino_head.", "ibot_head.", "classifier.")  # behind the backbone
+DINOV3 = {384: "small", 768: "base", 1024: "large", 1280: "huge_plus", 4096: "7b"}  # by width
 
 _CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
 _BLOCK = re.compile(r"^blocks\.(\d+)\.")
@@ -20,10 +23,25 @@ _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 def canonical(weights: Weights) -> Weights:
     """The backbone inside a checkpoint, under the names of the official files.
 
-    Training with sharded blocks stores block 3 of chunk 0 as `blocks.0.3.…`; here it is `blocks.3.…`. What the paper's
-    code leaves in its files is taken care of.
+    Training with sharded blocks stores block 3 of chunk 0 as `blocks.0.3.…`; here it is `blocks.3.…`. Heads are left
+    out, the two halves of a SwiGLU that are stored apart become one, and what the paper's code leaves in its files is
+    taken care of.
     """
-    return without_leftovers(weights.located(ANCHOR)).renamed(lambda name: _CHUNKED.sub(r"blocks.\1.", name))
+    backbone = weights.located(ANCHOR).without(lambda name: name.startswith(HEADS))
+    _require_dinov2(backbone)
+    return without_leftovers(with_packed(backbone)).renamed(lambda name: _CHUNKED.sub(r"blocks.\1.", name))
+
+
+def _require_dinov2(weights: Weights) -> None:
+    """Refuse a DINOv3, whose tensors are nearly a DINOv2's, by the name under which it can be used."""
+    if "storage_tokens" not in weights and "rope_embed.periods" not in weights:
+        return
+    what = f"cannot use weights {weights.source.label}"
+    width = weights.shape("norm.weight")[0] if "norm.weight" in weights else 0
+    size, patch = DINOV3.get(width, "SIZE"), weights.shape(ANCHOR)[-1]
+    name = f"timm/vit_{size}_patch{patch}_dinov3"
+    remedy = f"name the model {name}, or {name}_qkvb where queries and values have biases"
+    raise BadInputError(what, "it is a DINOv3", remedy)
 
 
 def infer_config(weights: Weights) -> Config:

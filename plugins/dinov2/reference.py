@@ -19,9 +19,35 @@ if TYPE_CHECKING:
 
 LOOSE = "reg_token"  # no tensor of this architecture has that name: registers are `register_tokens`
 FACTORS = ("U", "S", "Vt", "epsilon")
+PACKED = ("w1", "w2")  # gate and up of a SwiGLU, which the official files have as one, `w12`
 FUSED = ("_q", "_k", "_v")  # in the order of their rows
 
 _FACTOR = re.compile(rf"^(.+\.)(?:{'|'.join(FACTORS)})(_[qkv])?$")
+
+
+def with_packed(weights: Weights) -> Weights:
+    """The weights with gate and up of each SwiGLU as one tensor, where a file stores them apart.
+
+    Raises `BadInputError` for a gate without its up, or of another shape.
+    """
+    first, second = (f".{name}." for name in PACKED)
+    pairs = {name: name.replace(first, second) for name in weights.names if f".mlp{first}" in name}
+    if not pairs:
+        return weights
+    names: dict[str, str] = {}
+    products: dict[str, Product | Stack] = {}
+    for name, stored in weights.stored_names.items():
+        if name in pairs:
+            gate, up = name, pairs[name]
+            if up not in weights or weights.info(gate) != weights.info(up):
+                what = f"cannot use weights {weights.source.label}"
+                raise BadInputError(what, f"{up} is no match for {gate}", "is it whole?")
+            packed = name.replace(first, ".w12.")
+            names[packed] = f"{weights.prefix}{packed}"
+            products[names[packed]] = Stack((stored, weights.stored_names[up]))
+        elif name not in pairs.values():
+            names[name] = stored
+    return replace(weights, source=MultipliedTensors(weights.source, products), stored_names=names)
 
 
 def without_leftovers(weights: Weights) -> Weights:
@@ -61,6 +87,10 @@ class Product:
 
     parts: tuple[tuple[str, str, str, str], ...]
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(name for part in self.parts for name in part)
+
     def info(self, infos: Mapping[str, TensorInfo]) -> TensorInfo:
         """Shape and dtype of the weight."""
         rows = sum(infos[u].shape[0] for u, *_ in self.parts)
@@ -74,11 +104,33 @@ class Product:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A tensor by the stored names of those whose rows it has, one below another; they are of one dtype."""
+
+    names: tuple[str, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.names
+
+    def info(self, infos: Mapping[str, TensorInfo]) -> TensorInfo:
+        """Shape and dtype of the tensor."""
+        shapes = [infos[name].shape for name in self.names]
+        return TensorInfo((sum(shape[0] for shape in shapes), *shapes[0][1:]), infos[self.names[0]].dtype)
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The rows, part below part."""
+        import torch
+
+        return torch.cat([tensors[name] for name in self.names])
+
+
+@dataclass(frozen=True)
 class MultipliedTensors:
-    """A source some of whose tensors are products of others."""
+    """A source some of whose tensors are made of others."""
 
     source: TensorSource
-    products: Mapping[str, Product] = field(repr=False)
+    products: Mapping[str, Product | Stack] = field(repr=False)
 
     @property
     def label(self) -> str:
@@ -94,7 +146,7 @@ class MultipliedTensors:
         found: dict[str, Tensor] = {}
         for name in names:
             if product := self.products.get(name):
-                found[name] = product.of(self.source.read(part for parts in product.parts for part in parts))
+                found[name] = product.of(self.source.read(product.sources))
             else:
                 found |= self.source.read([name])
         return found

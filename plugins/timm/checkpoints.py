@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Mapping
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import timm
 import torch
 from timm.models import _builder as builder
 from torch import Tensor, nn
@@ -17,8 +21,13 @@ from sinder_cli import BadInputError, MemoryTensors, Weights, require_matching
 from .architecture import Architecture, create
 
 ANCHOR = "patch_embed.proj.weight"  # of timm's own checkpoints, and of most official ones
+TOWERS = ("visual.conv1.weight",)  # that timm's functions know by this name, text beside them
+TOWER = "visual."
 WRAPPERS = ("model_ema", "model", "module", "state_dict")  # that timm's functions look into, one inside another
 ENCODER = "encoder"  # of I-JEPA, the same
+# What a backbone does without when it runs: a token for masked patches, a mask of biases, angles that are computed.
+UNUSED = ("mask_token", "bias_mask", "periods", "relative_position_index", "freqs_cos", "freqs_sin")
+ROUNDING = 0.01  # of a tag, where a function resamples a tensor that is the same all over
 
 Filter = Callable[[dict[str, Any], nn.Module], Mapping[str, Tensor]]
 
@@ -27,25 +36,136 @@ def backbone_weights(name: str, described: Architecture, weights: Weights) -> We
     """The tensors of the backbone by timm's names, those of the classifier left out.
 
     Where names and shapes are timm's already, they are read lazily. Others are converted, all tensors at once, by the
-    function that timm itself applies to the official checkpoints of this model; it resizes position embeddings and
-    patches to the sizes of the module. Raises `BadInputError` for weights that do not fit after that.
+    function that timm itself applies to the official checkpoints of this model. It may give tensors other names and
+    order their numbers anew, and nothing else: `require_as_stored`. Raises `BadInputError` for weights that do not fit.
     """
     shapes = described.shapes
     located = _located(weights)
     found = without(located, described.classifiers)
     if {tensor: found.shape(tensor) for tensor in found.names} != shapes:
         with contextlib.suppress(LookupError):
-            found = without(converted(located, described.module, filter_of(name)), described.classifiers)
+            convert = filter_of(name)
+            left_out = require_as_stored(name, located, described, convert)
+            found = without(converted(located, described.module, convert), described.classifiers)
+            found = replace(found, ignored=(*found.ignored, *left_out))
     require_matching(shapes, found, f"timm/{name}")
     return found
 
 
 def _located(weights: Weights) -> Weights:
-    """The backbone inside a training checkpoint; of a file that has none, or several, all there is."""
-    try:
+    """The backbone inside a training checkpoint; of a file in which none can be told, all there is."""
+    if weights.branch is None and any(name.startswith(f"{ENCODER}.") for name in weights.names):
+        weights = weights.without(lambda name: not name.startswith(f"{ENCODER}."))  # as timm does it, of I-JEPA
+    if weights.holds(ANCHOR):
         return weights.located(ANCHOR)
-    except BadInputError:
-        return weights
+    for anchor in TOWERS:
+        if weights.holds(anchor):
+            return weights.located(anchor).without(lambda name: not name.startswith(TOWER))
+    return weights
+
+
+def require_as_stored(name: str, weights: Weights, described: Architecture, convert: Filter) -> tuple[str, ...]:
+    """Refuse a conversion that changes, resizes or drops what a file holds; the stored names of what it may leave out.
+
+    timm's function is run on tensors each of which is one number, its own, all over: what comes out tells whose numbers
+    lie where, and how many of them. Left out may be the classifier, what a backbone does without (`UNUSED`), and zeros.
+    """
+    sizes = {stored: math.prod(weights.shape(stored)) for stored in weights.names}
+    tags = {stored: tag for tag, stored in enumerate(sizes, start=1)}
+    tagged = {stored: torch.tensor(float(tag)).expand(weights.shape(stored)) for stored, tag in tags.items()}
+    used = _used(name, weights, described, tags, _converted(weights, described.module, convert, tagged))
+    for stored in sizes:
+        if used[stored] > sizes[stored]:
+            raise _resized(name, weights, described, stored)
+        if 0 < used[stored] < sizes[stored]:
+            _require_rest_zero(name, weights, described, convert, stored)
+    dropped = [stored for stored, size in sizes.items() if size and not used[stored]]
+    classifiers = tuple(f"{layer}." for layer in described.classifiers)
+    missed = [s for s in dropped if s.rsplit(".", 1)[-1] not in UNUSED and not s.startswith(classifiers)]
+    if any(bool(weights.read([stored])[stored].count_nonzero()) for stored in missed):
+        raise _dropped(name, weights, missed)
+    return tuple(weights.stored_names[stored] for stored in dropped)
+
+
+def _used(
+    name: str, weights: Weights, described: Architecture, tags: Mapping[str, int], made: Mapping[str, Tensor]
+) -> Counter[str]:
+    """How many numbers come of each stored tensor, given what is made of the tagged ones.
+
+    Of a model whose registers have no position, the class token takes its own in: cls_token + pos_embed[0].
+    """
+    of_tag = {tag: stored for stored, tag in tags.items()}
+    folded = tags.get("cls_token", 0) + tags.get("pos_embed", 0)
+    counts = Counter[str]()
+    for tensor, values in made.items():
+        numbers, found = values.float().unique(return_counts=True)
+        for number, count in zip(numbers.tolist(), found.tolist(), strict=True):
+            tag = round(number)
+            if tensor == "cls_token" and tag == folded:
+                counts.update({"cls_token": count, "pos_embed": count})
+            elif tag in of_tag and abs(number - tag) < ROUNDING:
+                counts[of_tag[tag]] += count
+            elif number != 0 and tensor in weights and weights.shape(tensor) != tuple(values.shape):
+                raise _resized(name, weights, described, tensor)
+            elif number != 0:
+                raise _changed(name, weights, f"timm's function mixes the numbers of {tensor}")
+    return counts
+
+
+def _require_rest_zero(name: str, weights: Weights, described: Architecture, convert: Filter, stored: str) -> None:
+    """Refuse a conversion that takes some numbers of a tensor alone, unless the others are zeros."""
+    size = math.prod(weights.shape(stored))
+    places = {key: torch.zeros(()).expand(weights.shape(key)) for key in weights.names}
+    places[stored] = torch.arange(1.0, size + 1).reshape(weights.shape(stored))
+    found: set[float] = set()
+    for values in _converted(weights, described.module, convert, places).values():
+        found |= set(values.float().unique().tolist()) - {0.0}
+    if not found <= set(map(float, range(1, size + 1))):
+        raise _resized(name, weights, described, stored)
+    rest = torch.ones(size, dtype=torch.bool)
+    rest[[int(place) - 1 for place in found]] = False
+    if bool(weights.read([stored])[stored].flatten()[rest].count_nonzero()):
+        raise _dropped(name, weights, [stored], f"{int(rest.sum())} of the {size} numbers of ")
+
+
+def _resized(name: str, weights: Weights, described: Architecture, stored: str) -> BadInputError:
+    """The error for a tensor that timm would resample to the size of the model."""
+    wanted = described.shapes.get(stored)
+    model = f"and the model's is {_times(wanted)}" if wanted else "and the model's is of another size"
+    fitting = fitting_names(name, weights)
+    remedy = f"name the model {' or '.join(fitting)}" if fitting else "name the model of this size and patch"
+    return _changed(name, weights, f"{stored} is {_times(weights.shape(stored))}, {model}", remedy)
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _dropped(name: str, weights: Weights, dropped: Sequence[str], part: str = "") -> BadInputError:
+    """The error for numbers that are not zero and that the model has no place for."""
+    more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""
+    remedy = "is it a checkpoint of this model?"
+    if dropped[0].endswith("bias") and timm.models.is_model(f"{name}_qkvb"):
+        remedy = f"name the model timm/{name}_qkvb"
+    return _changed(name, weights, f"it has no place for {part}{dropped[0]}{more}, which are not zero", remedy)
+
+
+def _changed(name: str, weights: Weights, why: str, remedy: str = "is it a checkpoint of this model?") -> BadInputError:
+    return BadInputError(f"weights {weights.source.label} do not fit timm/{name}", why, remedy)
+
+
+def fitting_names(name: str, weights: Weights) -> list[str]:
+    """Names of timm's that differ from this one in sizes alone, and whose patches and positions are those stored."""
+    skeleton = re.sub(r"\d+", "#", name.partition(".")[0])
+    near = [other for other in timm.list_models(module="vision_transformer") if re.sub(r"\d+", "#", other) == skeleton]
+    fitting = []
+    for other in near:
+        with contextlib.suppress(Exception), torch.device("meta"):
+            shapes = {key: tuple(value.shape) for key, value in create(other).state_dict().items()}
+            stored = {key: weights.shape(key) for key in ("pos_embed", ANCHOR, "cls_token") if key in weights}
+            if stored and all(shapes.get(key) == shape for key, shape in stored.items()):
+                fitting.append(f"timm/{other}")
+    return fitting
 
 
 def without(weights: Weights, layers: tuple[str, ...]) -> Weights:
@@ -58,15 +178,26 @@ def without(weights: Weights, layers: tuple[str, ...]) -> Weights:
 
 def converted(weights: Weights, module: nn.Module, convert: Filter) -> Weights:
     """The weights as timm's function makes them of these, held in memory."""
-    stored = nested(weights.read(weights.names))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # standard output is for results
-            tensors = dict(convert(stored, module))
-    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
-        why = f"timm's function for this model cannot convert it ({type(error).__name__}: {error})"
-        raise BadInputError(f"cannot use weights {weights.source.label}", why, "is it a checkpoint of it?") from error
+    tensors = _converted(weights, module, convert, weights.read(weights.names))
     found = Weights.of(MemoryTensors(f"{weights.source.label}, converted by timm", tensors))
     return replace(found, ignored=weights.ignored)
+
+
+def _converted(weights: Weights, module: nn.Module, convert: Filter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What timm's function makes of tensors by the names of `weights`."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # standard output is for results
+            made = dict(convert(nested(tensors), module))
+        if strange := [key for key, value in made.items() if not isinstance(value, Tensor)]:
+            raise ValueError(f"{strange[0]} is no tensor")
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
+        why = f"timm's function for this model cannot convert it ({type(error).__name__}: {_first_line(error)})"
+        raise BadInputError(f"cannot use weights {weights.source.label}", why, "is it a checkpoint of it?") from error
+    return made
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def nested(tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class ModelRequest:
     `weights` is the file that the user named, if any; the engine opens it. `heads` is the number of attention heads,
     where nothing else tells it. `attention` is for `attention_kernel`, and `emit` for `download`. `adapter` is no
     plugin's business.
+    `branch` tells which of several backbones in the file is meant; `Weights.located` heeds it.
     `revision` is that of a repository on a hub. `sidecars` are those of the backbone that a run repaired, by name;
     where there are any, they stand for the files of the folder or repository that the name means, which may be gone.
     """
@@ -56,6 +57,7 @@ class ModelRequest:
     adapter: Path | None = None
     revision: str | None = None
     sidecars: Mapping[str, str] = field(default_factory=dict)
+    branch: str | None = None
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,29 @@ def describe(hooks: Hooks, request: ModelRequest) -> Backbone:
     if found is None:
         raise BadInputError(f"no weights for {request.model!r}", "its plugin has none", "name a file with --weights")
     source = open_checkpoint(found) if isinstance(found, Path) else found
-    backbone: Backbone = hooks.sinder_backbone(request=request, weights=Weights.of(source))
-    weights = backbone.weights
-    under = f" under {weights.prefix!r}" if weights.prefix else ""
-    ignored = f", {len(weights.ignored)} outside it ignored" if weights.ignored else ""
-    request.emit(Noted(f"{weights.source.label}: matched {len(weights.names)} tensors{under}{ignored}"))
+    backbone: Backbone = hooks.sinder_backbone(request=request, weights=Weights.of(source, request.branch))
+    _require_branch(request, backbone.weights)
+    request.emit(Noted(_matched(backbone.weights)))
     return backbone
+
+
+def _require_branch(request: ModelRequest, weights: Weights) -> None:
+    """Refuse a branch that nobody has looked for, so that nobody believes to have got it. Raises `UsageError`."""
+    if request.branch and request.branch not in (weights.prefix.rstrip("."), *weights.prefix.split(".")):
+        what, why = f"cannot use branch {request.branch!r}", f"{weights.source.label} has one backbone and no branches"
+        raise UsageError(what, why, "leave --branch out")
+
+
+def _matched(weights: Weights) -> str:
+    """One line: how many tensors were found, under what prefix, beside what, and what is left out."""
+    under = f" under {weights.prefix!r}" if weights.prefix else ""
+    if weights.others:
+        listed = ", ".join(repr(other) for other in weights.others)
+        under += f", one of several backbones (--branch takes another: {listed})"
+    ignored = weights.ignored
+    names = f" ({', '.join(ignored[:3])}{', …' if len(ignored) > 3 else ''})" if ignored else ""
+    left_out = f", {len(ignored)} outside it ignored{names}" if ignored else ""
+    return f"{weights.source.label}: matched {len(weights.names)} tensors{under}{left_out}"
 
 
 def _require_revisions(hooks: Hooks, request: ModelRequest) -> None:

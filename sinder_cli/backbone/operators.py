@@ -33,9 +33,10 @@ def define_torchvision_operators() -> Library | None:
         return None
     import torch
 
-    for compiled in Path(spec.origin).parent.glob("_C.*"):
-        with suppress(OSError, ImportError):
-            torch.ops.load_library(str(compiled))
+    for compiled in sorted(Path(spec.origin).parent.iterdir()):  # whatever the libraries with operators are called
+        if compiled.suffix in (".so", ".pyd", ".dylib"):
+            with suppress(OSError, ImportError):
+                torch.ops.load_library(str(compiled))
     missing = {name: schema for name, schema in SCHEMAS.items() if not hasattr(torch.ops.torchvision, name)}
     if not missing:
         return None

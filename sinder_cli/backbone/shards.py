@@ -48,9 +48,19 @@ def weights_in(folder: Path) -> Path:
     """The weights file or the index in a folder. Raises `NoInputError` where there is neither."""
     found = next((folder / name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
     if found is None:
-        why = f"the folder has neither {SINGLE} nor {INDEX}"
-        raise NoInputError(f"cannot read weights {folder}", why, "convert its weights to safetensors, or name a file")
+        why, remedy = _told(folder)
+        raise NoInputError(f"cannot read weights {folder}", why, remedy)
     return found
+
+
+def _told(folder: Path) -> tuple[str, str]:
+    """Why a folder has no weights that can be read, and what to do."""
+    if (folder / ".metadata").is_file() or any(folder.glob("*.distcp")):
+        turn = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pth"
+        return "it is a distributed checkpoint of torch", f"turn it into one file: {turn}"
+    if (folder / "adapter_config.json").is_file():
+        return "it is an adapter of peft", "put it into its model with merge_and_unload(), and save that"
+    return f"the folder has neither {SINGLE} nor {INDEX}", "convert its weights to safetensors, or name a file"
 
 
 def open_shards(index: Path) -> Shards:

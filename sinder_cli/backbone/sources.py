@@ -23,6 +23,8 @@ SAFETENSORS_DTYPES = {
 }  # fmt: skip
 
 TORCH_MAGIC = (b"PK", b"\x80")  # a zip archive, or the pickle of torch before 1.6
+TORCH_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".ckpt", ".tar"})
+ACCEPTED = "give --weights a file of safetensors, or of torch.save (.pth, .pt, .bin, .ckpt)"
 
 
 @dataclass(frozen=True)
@@ -100,27 +102,41 @@ class MemoryTensors:
 
 
 def open_checkpoint(path: Path) -> TensorSource:
-    """Open a weights file, or a folder that has one, by its suffix; only names, shapes and dtypes are read.
+    """Open a weights file, or a folder that has one; what it holds decides, not its suffix.
 
-    Raises `NoInputError` where there is no file and `BadInputError` for one that is no checkpoint;
-    an `OSError`, such as that of a file one may not read, passes.
+    Only names, shapes and dtypes are read. Raises `NoInputError` where there is no file and `BadInputError` for one
+    that is no checkpoint; an `OSError`, such as that of a file one may not read, passes.
     """
     from sinder_cli.backbone.shards import INDEX_SUFFIX, open_shards, weights_in
 
     if path.is_dir():
         return open_checkpoint(weights_in(path))
     if not path.is_file():
-        remedy = "give --weights a .safetensors, .pth or .pt file"
-        raise NoInputError(f"cannot read weights {path}", "there is no such file", remedy)
+        raise NoInputError(f"cannot read weights {path}", "there is no such file", _elsewhere(path))
     if path.name.endswith(INDEX_SUFFIX):
         return open_shards(path)
-    if path.suffix == ".safetensors":
-        return open_safetensors(path)
-    if path.suffix in {".pth", ".pt", ".bin"}:
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start.startswith(TORCH_MAGIC) and not start.endswith(b"{"):
         return TorchFile(path, infos_of(_load_torch(path)))
-    raise BadInputError(
-        f"cannot read weights {path}", f"unknown suffix {path.suffix!r}", "use .safetensors, .pth or .pt"
-    )
+    if start[8:] == b"{" or path.suffix.lower() == ".safetensors":
+        return open_safetensors(path)
+    why, remedy = "it is neither a safetensors file nor one that torch.save wrote", ACCEPTED
+    if path.suffix.lower() in TORCH_SUFFIXES:
+        why, remedy = "torch.save did not write this file", "is it whole? fetch it again"
+    raise BadInputError(f"cannot read weights {path}", why, remedy)
+
+
+def _elsewhere(path: Path) -> str:
+    """What may have been meant by a file that is not there."""
+    text = str(path)
+    if "://" in text or text.startswith(("http:/", "https:/")):
+        return "fetch it first, and give --weights the file"
+    if text.startswith("~"):
+        return "the shell expands ~ only at the start of a word: write --weights ~/… with a space, or the whole path"
+    if any(sign in text for sign in "*?["):
+        return "no file matches this pattern, or it was quoted: give --weights one file"
+    return ACCEPTED
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:
@@ -157,6 +173,9 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
     import torch
 
     def load(mmap: bool) -> Any:
+        if path.suffix.lower() == ".safetensors":  # torch goes by the suffix of a path
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
     try:

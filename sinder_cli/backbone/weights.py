@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from sinder_cli.backbone.sources import TensorInfo, TensorSource
@@ -15,7 +14,27 @@ from sinder_cli.errors import BadInputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Segments of names that come of wrapping a module in torch.compile or FSDP, or its blocks in recomputation.
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+AVERAGED = ("teacher", "ema", "model_ema", "ema_model", "state_dict_ema", "target_encoder")  # in this order
+
 BATCH_BYTES = 128 << 20  # about one block of a ViT-g: a .pth file is listed anew at every read, so read several at once
+
+
+def unusable(weights: Weights, why: str, remedy: str) -> BadInputError:
+    """The error for weights that do not hold the backbone; where their names tell what they are, it says so."""
+    names = weights.source.infos
+    if any(".lora_" in name or name.startswith("base_model.") for name in names):
+        why, remedy = "it holds a LoRA of peft", "put it into its model with merge_and_unload(), and save that"
+    elif any("_flat_param" in name for name in names):
+        why = "it holds flat parameters of FSDP, one shard of them"
+        remedy = "use the whole checkpoint that was saved beside it, such as teacher_checkpoint.pth"
+    return BadInputError(f"cannot use weights {weights.source.label}", why, remedy)
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without what wrappers around modules have put into it: `a._orig_mod.b` → `a.b`."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 @dataclass(frozen=True)
@@ -26,11 +45,16 @@ class Weights:
     stored_names: Mapping[str, str] = field(repr=False)  # canonical name → name in the source
     prefix: str = ""
     ignored: tuple[str, ...] = ()
+    branch: str | None = None  # which backbone of several the user wants
+    others: tuple[str, ...] = ()  # prefixes of backbones beside this one
 
     @classmethod
-    def of(cls, source: TensorSource) -> Weights:
-        """Every tensor of the source under its own name."""
-        return cls(source, {name: name for name in source.infos})
+    def of(cls, source: TensorSource, branch: str | None = None) -> Weights:
+        """Every tensor of the source under its own name, less what wrappers around modules have put into it.
+
+        `branch` names one of several backbones that the source may hold: a part of its prefix, such as `student`.
+        """
+        return cls(source, {name: name for name in source.infos}, branch=branch).renamed(unwrapped)
 
     @property
     def names(self) -> list[str]:
@@ -47,7 +71,7 @@ class Weights:
 
     def output_name(self, name: str) -> str:
         """The name under which a canonical tensor is exported: as stored, without the wrapper it was found under."""
-        return self.stored_names[name].removeprefix(self.prefix)
+        return unwrapped(self.stored_names[name]).removeprefix(self.prefix)
 
     def output_infos(self) -> dict[str, TensorInfo]:
         """Shape and dtype of every tensor by the name under which it is exported, in the order of the source."""
@@ -77,32 +101,46 @@ class Weights:
         for name in names:
             yield name, tensors.pop(name)
 
+    def holds(self, anchor: str) -> bool:
+        """Whether there is a tensor of this name, with or without a prefix."""
+        return bool(self._prefixes(anchor))
+
     def located(self, anchor: str) -> Weights:
         """Find the backbone inside a nested checkpoint by a tensor that every such backbone has.
 
-        `teacher.backbone.patch_embed.proj.weight` puts the backbone under `teacher.backbone.`; where both a
-        student and a teacher are stored, the teacher is meant. Raises `BadInputError` if it is not found or not unique.
+        `teacher.backbone.patch_embed.proj.weight` puts the backbone under `teacher.backbone.`. Of several, that of
+        `branch` is taken, or else the teacher, or what else is an average over the steps of a training. Raises
+        `BadInputError` if it is not found or not unique.
         """
-        prefixes = [name.removesuffix(anchor) for name in self.names if name == anchor or name.endswith("." + anchor)]
+        prefixes = self._prefixes(anchor)
         if not prefixes:
-            raise BadInputError(
-                f"cannot use weights {self.source.label}",
-                f"none of its {len(self.names)} tensors is {anchor!r}, with or without a prefix",
-                "is it a checkpoint of this model?",
-            )
-        chosen = (
-            [p for p in prefixes if {"teacher", "ema"} & set(re.split(r"[._]", p))] if len(prefixes) > 1 else prefixes
-        )
-        if len(chosen) != 1:
-            raise BadInputError(
-                f"cannot use weights {self.source.label}", f"it holds several backbones: {', '.join(prefixes)}"
-            )
-        prefix = chosen[0]
+            why = f"none of its {len(self.names)} tensors is {anchor!r}, with or without a prefix"
+            raise unusable(self, why, "is it a checkpoint of this model?")
+        prefix = self._chosen(prefixes)
         inside = {
             name.removeprefix(prefix): stored for name, stored in self.stored_names.items() if name.startswith(prefix)
         }
         outside = tuple(name for name in self.names if not name.startswith(prefix))
-        return Weights(self.source, inside, prefix, outside)
+        others = tuple(other for other in prefixes if other != prefix)
+        return replace(self, stored_names=inside, prefix=prefix, ignored=self.ignored + outside, others=others)
+
+    def _prefixes(self, anchor: str) -> list[str]:
+        return [name.removesuffix(anchor) for name in self.names if name == anchor or name.endswith("." + anchor)]
+
+    def _chosen(self, prefixes: list[str]) -> str:
+        """The prefix that is meant. Raises `BadInputError` with all of them where there is not one."""
+        names = (self.branch,) if self.branch else AVERAGED if len(prefixes) > 1 else ()
+        among = ([prefix for prefix in prefixes if name in (prefix.rstrip("."), *prefix.split("."))] for name in names)
+        chosen = next(filter(None, among), []) if names else prefixes
+        if len(chosen) == 1:
+            return chosen[0]
+        listed = ", ".join(prefix.rstrip(".") or "one without a prefix" for prefix in prefixes)
+        if self.branch and not chosen:
+            what, why = f"cannot use branch {self.branch!r} of {self.source.label}", f"its backbones are {listed}"
+            raise BadInputError(what, why, "name one of these with --branch")
+        raise BadInputError(
+            f"cannot use weights {self.source.label}", f"it holds several backbones: {listed}", "choose with --branch"
+        )
 
     def renamed(self, rename: Callable[[str], str]) -> Weights:
         """The same tensors under other canonical names; two that become one are refused."""
@@ -114,13 +152,13 @@ class Weights:
                     f"cannot use weights {self.source.label}", f"{names[canonical]} and {stored} both mean {canonical}"
                 )
             names[canonical] = stored
-        return Weights(self.source, names, self.prefix, self.ignored)
+        return replace(self, stored_names=names)
 
     def without(self, unwanted: Callable[[str], bool]) -> Weights:
         """The same but for tensors that are no part of the backbone, such as a head; they count as ignored."""
         kept = {name: stored for name, stored in self.stored_names.items() if not unwanted(name)}
         dropped = tuple(stored for name, stored in self.stored_names.items() if name not in kept)
-        return Weights(self.source, kept, self.prefix, self.ignored + dropped)
+        return replace(self, stored_names=kept, ignored=self.ignored + dropped)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes of all tensors, sorted by canonical name, one at a time."""

@@ -14,6 +14,7 @@ from sinder_cli.cli.display import display
 from sinder_cli.cli.options import (
     AdapterFile,
     Attention,
+    Branch,
     Data,
     Format,
     Heads,
@@ -45,6 +46,7 @@ def command(
     adapter: AdapterFile = None,
     heads: Heads = None,
     revision: Revision = None,
+    branch: Branch = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -93,7 +95,7 @@ def command(
     with shared() as ranks, display(ranks.writes) as emit:
         if folder and ranks.writes:
             require_new_folder(folder)
-        request = model_request(model, weights, adapter, heads, emit, attention, revision)
+        request = model_request(model, weights, adapter, heads, emit, attention, revision, branch)
         second = (compare_weights, compare_adapter, compare_heads)
         other = model_request(compare, *second, emit, attention) if compare else None
         places = [*(data or []), *(more_data or [])]

@@ -8,7 +8,7 @@ import typer
 
 from sinder_cli import api
 from sinder_cli.cli.display import display
-from sinder_cli.cli.options import Format, Heads, WeightsFile, model_request
+from sinder_cli.cli.options import Branch, Format, Heads, WeightsFile, model_request
 from sinder_cli.cli.output import show
 from sinder_cli.errors import BadInputError
 
@@ -17,6 +17,7 @@ def command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A model's name, as `sinder backbones` lists them.")],
     weights: WeightsFile = None,
     heads: Heads = None,
+    branch: Branch = None,
     format: Format = None,
 ) -> None:
     """Check that a plugin describes a model as sinder needs it; exit 65 if it does not."""
@@ -24,7 +25,7 @@ def command(
     from sinder_cli.report.tables import conformance_table
 
     with display() as emit:
-        result = api.check_backbone(model_request(name, weights, None, heads, emit), emit)
+        result = api.check_backbone(model_request(name, weights, None, heads, emit, branch=branch), emit)
     show(format, lambda: conformance_table(result), lambda: conformance_document(result))
     if result.failed:
         names = ", ".join(check.name for check in result.failed)

@@ -10,7 +10,7 @@ import typer
 
 from sinder_cli import api
 from sinder_cli.cli.display import display
-from sinder_cli.cli.options import AdapterFile, Data, Format, Heads, Revision, WeightsFile, model_request
+from sinder_cli.cli.options import AdapterFile, Branch, Data, Format, Heads, Revision, WeightsFile, model_request
 from sinder_cli.cli.output import show
 from sinder_cli.export.settings import DtypeName, ExportSettings, TargetName, parse_size
 
@@ -47,6 +47,7 @@ def command(
     ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     revision: Revision = None,
+    branch: Branch = None,
     format: Format = None,
 ) -> None:
     """Write the weights of a run or a model in a format that others load; checked before it gets its name."""
@@ -57,6 +58,6 @@ def command(
     shard = None if max_shard_size is None else parse_size(max_shard_size)
     settings = ExportSettings(to, dtype, image_size, dynamic_size, shard, verify, force)
     with display() as emit:
-        request = model_request(source, weights, adapter, heads, emit, revision=revision)
+        request = model_request(source, weights, adapter, heads, emit, revision=revision, branch=branch)
         result = api.export(request, out, settings, data or (), sys.stdin, export_card)
     show(format, lambda: export_table(result), lambda: export_document(result))

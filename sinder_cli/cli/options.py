@@ -31,6 +31,10 @@ Revision = Annotated[
     str | None,
     typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a model that comes from a hub."),
 ]
+Branch = Annotated[
+    str | None,
+    typer.Option("--branch", metavar="NAME", help="Which of several backbones in the file, such as teacher, student."),
+]
 AdapterFile = Annotated[
     Path | None,
     typer.Option(
@@ -64,9 +68,10 @@ def model_request(
     emit: Emit,
     attention: AttentionName = "auto",
     revision: str | None = None,
+    branch: str | None = None,
 ) -> ModelRequest:
     """What the user said about the model."""
-    return ModelRequest(model, weights, heads, attention, emit, adapter, revision)
+    return ModelRequest(model, weights, heads, attention, emit, adapter, revision, branch=branch)
 
 
 def with_settings(kind: type[DetectionSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:

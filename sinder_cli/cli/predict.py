@@ -11,7 +11,7 @@ import typer
 
 from sinder_cli import api
 from sinder_cli.cli.display import display
-from sinder_cli.cli.options import AdapterFile, Format, Heads, Model, Revision, WeightsFile, model_request
+from sinder_cli.cli.options import AdapterFile, Branch, Format, Heads, Model, Revision, WeightsFile, model_request
 from sinder_cli.cli.output import show
 from sinder_cli.files import require_writable_file
 
@@ -35,6 +35,7 @@ def command(
     adapter: AdapterFile = None,
     heads: Heads = None,
     revision: Revision = None,
+    branch: Branch = None,
     out: Annotated[
         str | None,
         typer.Option("-o", "--out", metavar="FILE", help="Write the directions as safetensors; - for stdout."),
@@ -52,7 +53,7 @@ def command(
         require_writable_file(Path(out))
     stages = cast("list[Stage]", [name.value for name in StageName if name in (stage or StageName)])
     with display() as emit:
-        request = model_request(model, weights, adapter, heads, emit, revision=revision)
+        request = model_request(model, weights, adapter, heads, emit, revision=revision, branch=branch)
         prediction = api.predict(request, stages, emit)
     if out:
         _write_directions(out, prediction)

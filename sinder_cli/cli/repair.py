@@ -17,6 +17,7 @@ from sinder_cli.cli.logs import logged
 from sinder_cli.cli.options import (
     AdapterFile,
     Attention,
+    Branch,
     Data,
     Format,
     Heads,
@@ -52,6 +53,7 @@ def command(
     adapter: AdapterFile = None,
     heads: Heads = None,
     revision: Revision = None,
+    branch: Branch = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Run directory; default: sinder-runs/MODEL.")
     ] = None,
@@ -80,7 +82,7 @@ def command(
         raise UsageError("cannot try a resumed run", "--resume and --dry-run exclude each other", "give one")
     stop = context.obj.stop if context.obj else Stop()
     places = [*(data or []), *(more_data or [])]
-    request = model_request(model, weights, adapter, heads, silent, attention, revision)
+    request = model_request(model, weights, adapter, heads, silent, attention, revision, branch)
     if out is None and resume and (called := api.run_as_called(Path(model), request, settings)):
         out, (request, settings) = Path(model), called
     folder = out or Path("sinder-runs", model.replace("/", "-"))

@@ -233,6 +233,13 @@ class RunFolder:
             if stored[name] != config[name]:
                 emit(Warned(f"{name} were {stored[name]} and are {config[name]}: the last bits may differ"))
 
+    @property
+    def branch(self) -> str | None:
+        """Which of several backbones in the file was repaired, where the user said so."""
+        call = self.read_config().get("call")
+        named = call.get("branch") if isinstance(call, dict) else None
+        return named if isinstance(named, str) else None
+
     def repaired_model(self) -> tuple[str, int | None]:
         """The name of the model that was repaired here, and the heads that its user gave.
 

@@ -24,6 +24,7 @@ def call_of(request: ModelRequest, places: Sequence[str]) -> dict[str, Any]:
     return {
         "model": str(Path(request.model).absolute()) if is_run else request.model,
         "weights": _absolute(request.weights),
+        "branch": request.branch,
         "adapter": _absolute(request.adapter),
         "data": [place if place == "-" else str(Path(place).absolute()) for place in places],
     }
@@ -42,6 +43,7 @@ def as_called(folder: RunFolder, given: ModelRequest, settings: RepairSettings) 
             model=call["model"],
             weights=given.weights or _path(call["weights"]),
             adapter=given.adapter or _path(call["adapter"]),
+            branch=given.branch or call.get("branch"),
             heads=given.heads or config["heads"],
             revision=given.revision or config["revision"],
             attention=config["attention"] if given.attention == "auto" else given.attention,

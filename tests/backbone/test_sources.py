@@ -140,8 +140,45 @@ def test_missing_files_folders_and_unknown_suffixes_are_told_apart(tmp_path: Pat
     with pytest.raises(NoInputError, match="the folder has neither model"):
         open_checkpoint(tmp_path)
     (tmp_path / "a.h5").write_bytes(b"x")
-    with pytest.raises(BadInputError, match=r"unknown suffix '\.h5'"):
+    with pytest.raises(BadInputError, match="neither a safetensors file nor"):
         open_checkpoint(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.bin", "a.pth.tar", "A.PTH", "weights", "a.safetensors", "a.h5"])
+def test_what_a_file_holds_decides_and_not_its_suffix(name: str, tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(3.0)}
+    torch.save(tensors, tmp_path / name)
+    assert open_checkpoint(tmp_path / name).read(["a"])["a"].tolist() == [0, 1, 2]
+    save_file(tensors, tmp_path / name)
+    assert open_checkpoint(tmp_path / name).read(["a"])["a"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("https://a.org/b.pth", "fetch it first"),
+        ("~/b.pth", "the shell expands ~"),
+        ("runs/*.pth", "no file matches this pattern"),
+        ("b.pth", "give --weights a file of safetensors"),
+    ],
+)
+def test_a_file_that_is_not_there_may_have_been_meant_otherwise(path: str, remedy: str) -> None:
+    with pytest.raises(NoInputError, match=remedy):
+        open_checkpoint(Path(path))
+
+
+@pytest.mark.parametrize(
+    ("inside", "remedy"),
+    [
+        (".metadata", "dcp_to_torch"),
+        ("__0_0.distcp", "dcp_to_torch"),
+        ("adapter_config.json", r"merge_and_unload\(\)"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_told_by_what_it_is(inside: str, remedy: str, tmp_path: Path) -> None:
+    (tmp_path / inside).write_bytes(b"{}")
+    with pytest.raises(NoInputError, match=remedy):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("failure", [PermissionError("not yours"), MemoryError("no more")])

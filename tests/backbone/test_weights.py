@@ -56,8 +56,55 @@ def test_the_teacher_is_preferred_to_the_student(other: str, meant: str) -> None
 
 @pytest.mark.parametrize("prefixes", [("left.", "right."), ("teacher.a.", "teacher.b.")])
 def test_several_backbones_none_of_which_is_meant_are_refused(prefixes: tuple[str, str]) -> None:
-    with pytest.raises(BadInputError, match=f"several backbones: {prefixes[0]}, {prefixes[1]}"):
+    first, second = (prefix.rstrip(".") for prefix in prefixes)
+    with pytest.raises(BadInputError, match=f"several backbones: {first}, {second}; choose with --branch"):
         weights_of(*(prefix + ANCHOR for prefix in prefixes)).located(ANCHOR)
+
+
+def branches(branch: str | None = None) -> Weights:
+    """A converted distributed checkpoint."""
+    names = ("student", "teacher", "model_ema", "gram_teacher")
+    tensors = {f"model.{name}.backbone.{ANCHOR}": torch.full((2,), float(i)) for i, name in enumerate(names)}
+    return Weights.of(MemoryTensors("memory", tensors), branch)
+
+
+def test_the_teacher_is_taken_among_many_and_the_others_are_known() -> None:
+    found = branches().located(ANCHOR)
+    assert found.prefix == "model.teacher.backbone."
+    assert found.others == ("model.student.backbone.", "model.model_ema.backbone.", "model.gram_teacher.backbone.")
+    assert found.read([ANCHOR])[ANCHOR].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(("branch", "value"), [("student", 0), ("gram_teacher", 3), ("model.model_ema.backbone", 2)])
+def test_a_branch_is_taken_by_a_part_of_its_prefix_or_by_all_of_it(branch: str, value: int) -> None:
+    assert branches(branch).located(ANCHOR).read([ANCHOR])[ANCHOR].tolist() == [value, value]
+
+
+def test_a_branch_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(BadInputError, match=r"its backbones are model\.student\.backbone, .*; name one of these"):
+        branches("pupil").located(ANCHOR)
+
+
+def test_wrappers_are_seen_through_anywhere_and_exported_under_plain_names() -> None:
+    stored = ("_orig_mod.blocks.0._checkpoint_wrapped_module.w", "_orig_mod._fsdp_wrapped_module." + ANCHOR)
+    found = weights_of(*stored).located(ANCHOR)
+    assert found.names == ["blocks.0.w", ANCHOR]
+    assert [found.output_name(name) for name in found.names] == found.names
+    assert found.read(["blocks.0.w"])["blocks.0.w"].tolist() == [0, 0]
+    with pytest.raises(BadInputError, match=r"a and _orig_mod\.a both mean a"):
+        weights_of("a", "_orig_mod.a")
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("base_model.model.blocks.0.attn.q.lora_A.default.weight",), r"LoRA of peft; .*merge_and_unload"),
+        (("blocks.0._flat_param", "_flat_param"), r"flat parameters of FSDP.*teacher_checkpoint\.pth"),
+    ],
+)
+def test_what_cannot_be_read_safely_is_told_by_what_it_is(names: tuple[str, ...], told: str) -> None:
+    with pytest.raises(BadInputError, match=told):
+        weights_of(*names).located(ANCHOR)
 
 
 def test_a_checkpoint_of_something_else_is_refused() -> None:

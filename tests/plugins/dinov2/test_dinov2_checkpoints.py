@@ -93,6 +93,40 @@ def test_a_block_that_is_stored_both_chunked_and_not_is_refused(describe: Descri
         describe(tensors)
 
 
+def test_a_head_is_left_out_and_counted(describe: Describe, tensors: dict[str, Tensor]) -> None:
+    backbone = describe(tensors | {"head.weight": torch.ones(2, 128), "linear_head.bias": torch.ones(2)})
+    assert backbone.weights.ignored == ("head.weight", "linear_head.bias")
+    assert backbone.weights.names == list(tensors)
+
+
+def test_gate_and_up_that_are_stored_apart_become_one(
+    describe: Describe, drawn: Callable[[Config], dict[str, Tensor]]
+) -> None:
+    tensors = drawn(Config(width=128, depth=3, hidden=344, mlp="SwiGLU", grid=5))
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if ".w12." in name:
+            apart[name.replace("w12", "w1")], apart[name.replace("w12", "w2")] = tensor.chunk(2)
+        else:
+            apart[name] = tensor
+    backbone = describe({f"teacher.backbone.{name}": tensor for name, tensor in apart.items()})
+    assert backbone.weights.names == list(tensors)
+    for name, tensor in backbone.weights.read(tensors).items():
+        assert torch.equal(tensor, tensors[name]), name
+    assert [backbone.weights.output_name(name) for name in tensors] == list(tensors)
+    torch.testing.assert_close(load_module(backbone).state_dict(), tensors)
+    del apart["blocks.1.mlp.w2.bias"]
+    with pytest.raises(BadInputError, match=r"blocks\.1\.mlp\.w2\.bias is no match for blocks\.1\.mlp\.w1\.bias"):
+        describe(apart)
+
+
+def test_a_dinov3_is_told_by_the_name_under_which_it_can_be_used(
+    describe: Describe, tensors: dict[str, Tensor]
+) -> None:
+    with pytest.raises(BadInputError, match=r"it is a DINOv3; name the model timm/vit_SIZE_patch14_dinov3, or .*_qkvb"):
+        describe(tensors | {"storage_tokens": torch.ones(1, 4, 128)})
+
+
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", "teacher"])
 def test_a_backbone_nested_beside_other_tensors_is_found_and_the_others_counted(
     tmp_path: Path, describe: Describe, tensors: dict[str, Tensor], wrapper: str
@@ -108,6 +142,7 @@ def test_a_backbone_nested_beside_other_tensors_is_found_and_the_others_counted(
     assert backbone.weights.ignored == tuple(f"{wrapper}.{name}" for name in heads)
     assert [event.text for event in events if isinstance(event, Noted)] == [
         f"{tmp_path / 'nested.pth'}: matched {len(tensors)} tensors under '{wrapper}.backbone.', 2 outside it ignored"
+        f" ({', '.join(backbone.weights.ignored)})"
     ]
     assert backbone.weights.output_name("blocks.0.norm1.weight") == "blocks.0.0.norm1.weight"
     loaded = load_module(backbone).state_dict()
@@ -245,7 +280,7 @@ def test_a_missing_block_is_refused_by_name(describe: Describe, tensors: dict[st
         describe({name: tensor for name, tensor in tensors.items() if not name.startswith("blocks.1.")})
 
 
-@pytest.mark.parametrize("name", ["head.weight", "blocks.1.attn.extra", "blocks.2.mlp.w12.weight"])
+@pytest.mark.parametrize("name", ["tail.weight", "blocks.1.attn.extra", "blocks.2.mlp.w12.weight"])
 def test_an_unexpected_tensor_is_refused_by_name(describe: Describe, tensors: dict[str, Tensor], name: str) -> None:
     with pytest.raises(BadInputError, match=f"1 unexpected: {name}"):
         describe(tensors | {name: torch.ones(2)})

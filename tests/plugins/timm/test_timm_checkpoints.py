@@ -12,7 +12,6 @@ import timm
 import torch
 from safetensors.torch import save_file
 from sinder_plugins.dinov2.config import Config, tensor_shapes
-from timm.layers import resample_abs_pos_embed
 from timm.models import _builder
 from timm_samples import made, random_tensors
 from torch import Tensor
@@ -165,7 +164,7 @@ def test_an_official_clip_is_converted_its_text_and_projection_left_out(describe
     official["visual.positional_embedding"] = official["visual.positional_embedding"][0]
     official |= {"visual.proj": torch.zeros(64, 32), "token_embedding.weight": torch.zeros(9, 32)}
     backbone = describe("clip", saved(tmp_path / "official.pt", official))
-    assert sorted(backbone.weights.ignored) == ["head.bias", "head.weight"]
+    assert sorted(backbone.weights.ignored) == ["head.bias", "head.weight", "token_embedding.weight"]
     holds(backbone, tensors)
 
 
@@ -208,14 +207,61 @@ def test_an_official_eva02_is_converted(describe: Describe, tmp_path: Path) -> N
     holds(describe("eva02", saved(tmp_path / "official.pth", {"module": official})), tensors)
 
 
-def test_positions_of_another_size_are_resized_as_timm_does_it(describe: Describe, tmp_path: Path) -> None:
-    tensors = small("plain", img_size=112)
+def test_positions_of_another_size_are_refused_and_never_resampled(describe: Describe, tmp_path: Path) -> None:
+    save_file(small("plain", img_size=112), tmp_path / "larger.safetensors")
+    with pytest.raises(BadInputError, match=r"pos_embed is 1×50×64, and the model's is 1×26×64; name the model"):
+        describe("plain", tmp_path / "larger.safetensors")
+
+
+def test_patches_of_another_size_are_refused_and_never_resampled(describe: Describe, tmp_path: Path) -> None:
+    tensors = small("plain") | {"patch_embed.proj.weight": torch.randn(64, 3, 8, 8)}
+    save_file(tensors, tmp_path / "finer.safetensors")
+    with pytest.raises(BadInputError, match=r"patch_embed\.proj\.weight is 64×3×8×8, and the model's is 64×3×16×16"):
+        describe("plain", tmp_path / "finer.safetensors")
+
+
+def test_the_name_that_fits_the_stored_sizes_is_said(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        module = timm.create_model("vit_tiny_patch16_384", num_classes=0)
+    stored = {name: torch.zeros(tensor.shape) for name, tensor in module.state_dict().items()}
     path = tmp_path / "larger.safetensors"
-    save_file(tensors, path)
-    backbone = describe("plain", path)
-    assert was_converted(backbone)
-    resized = resample_abs_pos_embed(tensors["pos_embed"], (5, 5), num_prefix_tokens=1)
-    holds(backbone, tensors | {"pos_embed": resized})
+    save_file(stored, path)
+    with pytest.raises(BadInputError, match=r"name the model timm/vit_tiny_patch16_384$"):
+        api.open_model(ModelRequest("timm/vit_tiny_patch16_224", path))
+
+
+def test_biases_that_the_model_has_no_place_for_are_not_dropped(describe: Describe, tmp_path: Path) -> None:
+    official = renamed(
+        small("dinov3"), (r"^reg_token", "storage_tokens"), (r"gamma_1$", "ls1.gamma"), (r"gamma_2$", "ls2.gamma")
+    )
+    biases = {f"blocks.{i}.attn.qkv.bias": torch.randn(192) for i in range(3)}
+    with pytest.raises(BadInputError, match=r"no place for blocks\.0\.attn\.qkv\.bias and 2 more, which are not zero"):
+        describe("dinov3", saved(tmp_path / "official.pth", official | biases))
+
+
+def test_biases_of_keys_are_dropped_only_where_they_are_zero(describe: Describe, tmp_path: Path) -> None:
+    tensors = small("dinov3_qkv_bias")
+    official = {
+        name: tensor
+        for name, tensor in renamed(tensors, (r"^reg_token", "storage_tokens"), (r"gamma_(\d)$", r"ls\1.gamma")).items()
+        if "_bias" not in name
+    }
+    official |= {f"blocks.{i}.attn.qkv.bias": torch.randn(192) for i in range(3)}
+    with pytest.raises(BadInputError, match=r"64 of the 192 numbers of blocks\.0\.attn\.qkv\.bias, which are not zero"):
+        describe("dinov3_qkv_bias", saved(tmp_path / "official.pth", official))
+
+
+def test_clip_trained_in_parallel_is_seen_through(describe: Describe, tmp_path: Path) -> None:
+    tensors = small("clip")
+    official = renamed(tensors, *CLIP)
+    official["visual.class_embedding"] = official["visual.class_embedding"][0, 0]
+    official["visual.positional_embedding"] = official["visual.positional_embedding"][0]
+    for stored in (
+        {"state_dict": {f"module.{name}": tensor for name, tensor in official.items()}, "epoch": 3},
+        {f"model.{name}": tensor for name, tensor in official.items()},
+        {"model": {f"_orig_mod.module.{name}": tensor for name, tensor in official.items()}},
+    ):
+        holds(describe("clip", saved(tmp_path / "official.pt", stored)), tensors)
 
 
 def test_a_missing_and_a_strange_tensor_are_counted_and_named(describe: Describe, tmp_path: Path) -> None:
