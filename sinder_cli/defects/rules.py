@@ -11,3 +11,4 @@ NORM_FACTOR = 3.0  # × the median patch norm of the image: the rule of thumb fo
 Mark = Literal["auto", "weights", "norm"]
 Stage = Literal["attention", "mlp", "block", "cumulative"]
 STAGES: tuple[Stage, ...] = ("attention", "mlp", "block", "cumulative")
+SLACK = 0.005  # of a cosine: what a state may lie further from the inpainted original than the original itself

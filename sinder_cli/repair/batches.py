@@ -29,6 +29,7 @@ class Batch:
 
     pixels: Tensor  # [b, 3, H, W]
     names: tuple[str, ...]
+    places: tuple[int, ...]  # in the source
 
 
 MOST_UNREADABLE = 0.01  # of all images
@@ -46,8 +47,8 @@ def step_batches(
     """Endless batches, that of step `steps_done` + 1 first.
 
     Step s takes the images `(s − 1)·B … s·B − 1` of endless passes, of which a rank has every `ranks.size`-th; passes
-    over all images are shuffled, those over defective ones keep their order.
-    those that cannot be decoded are named once, added to `unreadable`, and missing from their batch (b < B, even 0).
+    over all images are shuffled, those over defective ones keep their order. Those that cannot be decoded are named
+    once, added to `unreadable`, and missing from their batch (b < B, even 0).
     """
     B = settings.batch_size
     done = steps_done * B
@@ -56,10 +57,11 @@ def step_batches(
     loaded = load_in_order(source, preprocess, mine, worker_count(settings.workers, ranks.local_size))
     empty = torch.zeros(0, 3, preprocess.size, preprocess.size)
     while True:
-        share = islice(loaded, len(range(ranks.rank, B, ranks.size)))
+        share = list(islice(loaded, len(range(ranks.rank, B, ranks.size))))
         images = list(readable(share, unreadable, emit))
         pixels = torch.stack([image for _, image in images]) if images else empty
-        yield Batch(pixels, tuple(name for name, _ in images))
+        places = {image.name: image.index for image in share}
+        yield Batch(pixels, tuple(name for name, _ in images), tuple(places[name] for name, _ in images))
 
 
 def forget_mended(source: ImageSource, preprocess: Preprocessing, unreadable: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ dropped on the way. Shapes: B images still in the pass, T tokens, N width, h × 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -81,10 +81,10 @@ class BlockDefects:
 
 @dataclass(frozen=True)
 class Interest:
-    """What is to be done with the images that are defective at a block."""
+    """What is to be done with an image that is defective at a block."""
 
     gradient: bool  # whether one is to be taken there
-    onward: bool  # whether they go on to later blocks, which may have a defect of their own
+    onward: bool  # whether it goes on to later blocks, which may have a defect of their own
 
 
 FIRST_ALONE = Interest(gradient=True, onward=False)
@@ -109,9 +109,11 @@ def first_defects(
     rule: DetectionRule,
     window: int,
     known: Tensor | None = None,
-    interest: Callable[[BlockDefects], Interest] = lambda _: FIRST_ALONE,
+    interest: Callable[[BlockDefects], Sequence[Interest]] = lambda found: [FIRST_ALONE] * len(found.images),
 ) -> Iterator[BlockDefects]:
     """Run a batch `[B, 3, H, W]` block by block; an image leaves it at its first defective block of `interest`.
+
+    `interest` gives one answer for each image of what is found; those of images without a defect do not count.
 
     `known`, bool `[B, blocks, h, w]`, are tokens that the original marks: they stay defective until they have settled
     among their neighbours. An image whose tokens are not finite leaves the batch too, with nothing masked: its loss is
@@ -150,13 +152,15 @@ def first_defects(
             continue
         found = BlockDefects(block, places, list(behind), tokens, logits, masks, defective, context)
         wanted = interest(found)
-        if not wanted.gradient:
+        asked = torch.tensor([each.gradient for each in wanted], device=defective.device) & defective
+        if not asked.any():
             continue
-        stay = torch.ones_like(defective) if wanted.onward else ~defective
+        found = replace(found, defective=asked)
+        stay = torch.tensor([each.onward for each in wanted], device=defective.device) | ~defective
         behind = deque(passed.of(stay) for passed in behind)  # its graphs are spent on what is found
         tokens, start, places = tokens[stay], start[stay], places[stay]
         known = None if known is None else known[stay]
-        if defective.float().mean() < RECORDED_SHARE:
+        if asked.float().mean() < RECORDED_SHARE:
             found = found.alone()
         yield found
         if not len(tokens):

@@ -48,6 +48,10 @@ class Observed:
     responses: Tensor  # sum over the probes, for δ
     probes: int
 
+    def is_enough(self, images: int, least: int = SURE) -> bool:
+        """Whether so many steps have been observed, or one of each image where there are fewer images to visit."""
+        return self.weight >= _weight_after(min(least, images)) - 1e-6
+
     def anew(self) -> Observed:
         """The same with the shares forgotten: once what wrote the defect is gone, they have to be seen again."""
         nothing = torch.zeros_like(self.shares)
@@ -95,8 +99,7 @@ class Observations:
         at, gain, lead = _best(seen, targets, part.excess / len(part.losses))
         target, index = _place(targets, at)
         clear = lead >= LEAD or bool(target.delta[index] < 0)  # or it has been chosen before
-        enough = _weight_after(min(SURE if clear else TO_GATHER, images)) - 1e-6
-        if gain < settings.min_gain or seen.weight < enough:
+        if gain < settings.min_gain or not seen.is_enough(images, SURE if clear else TO_GATHER):
             return seen, None, gain
         start, stop = next((run for run in target.basis.groups if run[0] <= index < run[1]), (index, index + 1))
         mean = (seen.shares[at] / seen.weight).item()
@@ -108,10 +111,10 @@ class Observations:
     def interest(
         self, block: int, excess: float, targets: Sequence[Target] | None, settings: RepairSettings
     ) -> Interest:
-        """What to do with images that are defective at a block, given the mean excess of their losses there.
+        """What to do with an image that is defective at a block, given the excess of its loss there.
 
-        Where what was observed promises no gain, the images go on to later blocks; a gradient is still taken there, to
-        learn more, unless their tokens are nearly as near to their neighbours as ordinary ones. `targets` are those of
+        Where what was observed promises no gain, the image goes on to later blocks; a gradient is still taken there, to
+        learn more, unless its tokens are nearly as near to their neighbours as ordinary ones. `targets` are those of
         the window, None while some are not decomposed yet. What is not finite goes no further: the gradient tells, and
         the step is skipped.
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +18,11 @@ from torch.nn.functional import cosine_similarity
 from sinder_cli.backbone.describe import Backbone
 from sinder_cli.defects.detection import DetectionRule
 from sinder_cli.defects.inpainting import inpainted
+from sinder_cli.defects.rules import SLACK
 from sinder_cli.defects.tokens import last_tokens, patch_grid
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, silent, tracked
+from sinder_cli.images.choosing import shuffled
 from sinder_cli.repair.forward import Directions
 from sinder_cli.repair.scan import Seen, see
 
@@ -28,8 +31,8 @@ if TYPE_CHECKING:
 
     from sinder_cli.repair.loop import Best
 
+LEAST_GUARD = 4  # images, where as many can be spared or drawn
 SAMPLES = 6  # images whose patch tokens are kept for pictures
-SLACK = 0.005  # of a cosine: what a state may lie further from the inpainted original than the original itself
 NEARER = 0.75  # of the original's distance to the inpainted original: what lies nearer need not reach the floor
 
 
@@ -61,9 +64,12 @@ class Fidelity:
     def holds(self, original: Fidelity, floor: float) -> bool:
         """Whether a state of this fidelity spoils neither cls nor good tokens, given the original's own.
 
-        Neither may lie further from the yardstick than the original does; and each reaches the floor, or is nearer by
-        a quarter of the way: where outliers are many, the yardstick itself is off by more than the floor allows.
+        Neither may lie further from the yardstick than the original does, by more than `SLACK`; and each reaches the
+        floor, or is nearer by a quarter of the way: where outliers are many, the yardstick itself is off by more than
+        the floor allows. The worst hundredth of good tokens may not fall under both the original's and the floor.
         """
+        if self.good_p01 < min(original.good_p01, floor) - SLACK:
+            return False
         pairs = [(self.good, original.good), *([(self.cls, original.cls)] if self.cls is not None else [])]
         return all(
             now >= was - SLACK and (now >= floor or 1 - now <= NEARER * (1 - was))
@@ -263,18 +269,21 @@ def _cosines(tokens: Tensor, reference: Tensor) -> Tensor:
 
 def guard_size(count: int, asked: int | None) -> int:
     """How many of so many images the guard takes: a tenth, at least 4 and at most 64; never more than half."""
-    wanted = asked if asked is not None else min(max(4, round(0.1 * count)), 64)
+    wanted = asked if asked is not None else min(max(LEAST_GUARD, round(0.1 * count)), 64)
     return min(wanted, count // 2)
 
 
-def guarded(kinds: Sequence[int], size: int) -> list[int]:
+def guarded(kinds: Sequence[int], size: int, seed: int = 0) -> list[int]:
     """Which images the guard takes, by index, in their order: every kind, and half of them with a defect if there are.
+
+    Within a kind they are drawn by the seed: images that follow one another may show the same thing.
 
     `kinds` are the first defective blocks, −1 without one. At least half of the images of a kind are left for training,
     so that one of which there is a single image is not on the guard.
     """
     by_kind: dict[int, list[int]] = {}
-    for index, kind in enumerate(kinds):
+    for index in islice(shuffled(len(kinds), seed), len(kinds)):
+        kind = kinds[index]
         by_kind.setdefault(kind, []).append(index)
     clean = by_kind.pop(-1, [])
     offered = [indices[: len(indices) // 2] for _, indices in sorted(by_kind.items(), key=lambda each: len(each[1]))]

@@ -65,7 +65,11 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class Best:
-    """The best state that the guard has seen: its step, what it was judged by, and every ε but zeros, by target."""
+    """The best state that the guard has seen: its step, what it was judged by, and every ε but zeros, by target.
+
+    The cosines are the highest of all states with as few outlying tokens: a later one is held against these, so that
+    no number of states, each nearly as good as the one before, leads downhill.
+    """
 
     step: int
     outlying: int
@@ -74,12 +78,31 @@ class Best:
     marked: float | None
     deltas: dict[str, Tensor]
 
+    @classmethod
+    def of(cls, look: Evaluation, deltas: dict[str, Tensor], before: Best | None) -> Best:
+        """The state of a look that is the best now, and was another before."""
+        if before is None or before.outlying != look.outlying:
+            return cls(look.step, look.outlying, look.cls, look.good, look.marked, deltas)
+        highest = [
+            max((value for value in pair if value is not None), default=None)
+            for pair in ((look.cls, before.cls), (look.marked, before.marked))
+        ]
+        return cls(look.step, look.outlying, highest[0], max(look.good, before.good), highest[1], deltas)
+
     def is_beaten_by(self, look: Evaluation) -> bool:
         """Whether a later state has fewer outlying tokens; or as few, and no lower fidelity."""
         if look.outlying != self.outlying:
             return look.outlying < self.outlying
+        return all(now >= was - EQUAL_FIDELITY for now, was in self._pairs(look))
+
+    def is_bettered_by(self, look: Evaluation) -> bool:
+        """Whether a later state has fewer outlying tokens, or more than just noticeably higher fidelity."""
+        fewer = look.outlying < self.outlying
+        return fewer or any(now > was + EQUAL_FIDELITY for now, was in self._pairs(look))
+
+    def _pairs(self, look: Evaluation) -> list[tuple[float, float]]:
         pairs = ((look.cls, self.cls), (look.good, self.good), (look.marked, self.marked))
-        return all(now >= was - EQUAL_FIDELITY for now, was in pairs if now is not None and was is not None)
+        return [(now, was) for now, was in pairs if now is not None and was is not None]
 
 
 @dataclass
@@ -121,9 +144,10 @@ class Progress:
         self.last_look = look.step
         self.clean_looks = self.clean_looks + 1 if look.outlying == 0 else 0
         self.spoilt_looks = self.spoilt_looks + 1 if look.spoilt else 0
-        self.idle_looks = 0 if look.best else self.idle_looks + 1
+        better = look.best and (self.best is None or self.best.is_bettered_by(look))
+        self.idle_looks = 0 if better else self.idle_looks + 1
         if look.best:
-            self.best = Best(look.step, look.outlying, look.cls, look.good, look.marked, values)
+            self.best = Best.of(look, values, self.best)
         if not stops:
             return
         if self.spoilt_looks >= SPOILT_LOOKS:
@@ -236,7 +260,7 @@ def _local(
     device = directions.nu.device
     probes = None
     if settings.step == "greedy":
-        seeds = [zlib.crc32(f"{settings.seed} {progress.steps} {name}".encode()) for name in batch.names]
+        seeds = [zlib.crc32(f"{settings.seed} {progress.steps} {place}".encode()) for place in batch.places]
         probes = Probes(seeds, {block: seen.probes for block, seen in progress.observed.by_block.items()})
     marks = None if known is None else torch.stack([known(name) for name in batch.names]).to(device)
     pixels = batch.pixels.to(device)
@@ -271,7 +295,7 @@ def _move(gradient: StepGradient, deltas: Deltas, progress: Progress, images: in
         if shrinkage is not None and shrinkage.target.name not in changed:
             changed[shrinkage.target.name] = shrinkage.delta()
             moved = moved or shrinkage.target.name
-        elif gain < settings.min_gain:
+        elif gain < settings.min_gain and seen.is_enough(images):
             helpless += part.leaving
     return Move(changed, observed, moved, best, helpless)
 

@@ -72,16 +72,28 @@ def run_config(
 VerdictWord = Literal["healthy", "repaired", "improved", "not improved"]
 
 
-def verdict_of(scan: Scan, before: Snapshot, after: Snapshot, changed: bool, floor: float) -> VerdictWord:
+@dataclass(frozen=True)
+class Elsewhere:
+    """Defective tokens on images that were trained on, of kinds of which the guard has no image."""
+
+    images: int
+    before: int
+    after: int
+
+
+def verdict_of(
+    scan: Scan, before: Snapshot, after: Snapshot, changed: bool, floor: float, elsewhere: Elsewhere | None = None
+) -> VerdictWord:
     """What came of a repair, by the outlying tokens of the guard's images at any block.
 
-    A state in which cls or good tokens are spoilt (`Fidelity.holds`) is no improvement, whatever has become of those.
+    A state in which cls or good tokens are spoilt (`Fidelity.holds`) is no improvement, whatever has become of those;
+    and one that leaves a kind of defect that the guard does not show is no more than an improvement.
     """
     if scan.healthy:
         return "healthy"
     if not changed or after.left >= before.left or not after.fidelity().holds(before.fidelity(), floor):
         return "not improved"
-    return "improved" if after.left else "repaired"
+    return "improved" if after.left or (elsewhere and elsewhere.after) else "repaired"
 
 
 def stop_reason(scan: Scan, after: Snapshot, progress: Progress, settings: RepairSettings) -> str:
@@ -101,6 +113,7 @@ def run_summary(
     after: Snapshot,
     scan: Scan,
     also_trained: int,
+    elsewhere: Elsewhere | None,
     progress: Progress,
     deltas: Deltas,
     settings: RepairSettings,
@@ -111,7 +124,7 @@ def run_summary(
     to_original = after.fidelity("original")
     return {
         "model": backbone.name,
-        "verdict": verdict_of(scan, before, after, bool(changed), settings.min_fidelity),
+        "verdict": verdict_of(scan, before, after, bool(changed), settings.min_fidelity, elsewhere),
         "recipe": settings.recipe,
         "defects": {"before": before.defects(), "after": after.defects()},
         "fidelity": {
@@ -123,6 +136,7 @@ def run_summary(
         "tapped": "residual stream after each block, before the final norm; cosines: after the last block",
         "evaluation_images": before.norms.shape[1],
         "also_trained": also_trained,
+        "kinds_not_on_the_guard": asdict(elsewhere) if elsewhere else None,
         "scan": {
             "images": len(scan.images),
             "defective_images": sum(bool(image.blocks) for image in scan.images),
@@ -136,7 +150,7 @@ def run_summary(
         "skipped_steps": progress.nonfinite,
         "changed_weights": len(changed),
         "trained_values": sum(int(target.delta.count_nonzero()) for target in changed),
-        "clean_share": progress.density,
+        "clean_share": 1.0 if scan.healthy else progress.density,
         "stopped_by": stop_reason(scan, after, progress, settings),
         "data": config["images"] | {"places": config["call"]["data"]},  # none: drawn
         "settings": {name: value for name, value in config["settings"].items() if name not in WITHOUT_EFFECT},

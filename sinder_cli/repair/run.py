@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from sinder_cli.repair.batches import forget_mended, require_readable
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.folder import RunFolder
 from sinder_cli.repair.forward import Directions
-from sinder_cli.repair.guard import SAMPLES, Evaluation, Guard, Snapshot, guard_size, guarded
+from sinder_cli.repair.guard import LEAST_GUARD, SAMPLES, Evaluation, Guard, Snapshot, guard_size, guarded
 from sinder_cli.repair.imagelist import listed_images
 from sinder_cli.repair.loop import (
     ANEW,
@@ -40,8 +41,8 @@ from sinder_cli.repair.loop import (
     repair_steps,
     size_of_step,
 )
-from sinder_cli.repair.results import RepairResult, run_summary, write_model
-from sinder_cli.repair.scan import ImageOutliers, Scan, rarest_first, scan
+from sinder_cli.repair.results import Elsewhere, RepairResult, run_summary, write_model
+from sinder_cli.repair.scan import ImageOutliers, Scan, rarest_first, scan, see
 from sinder_cli.repair.session import checkpointed, restored, saved_if_it_fails
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.stopping import Stop
@@ -84,6 +85,7 @@ class Repair:
     training: ImageSource  # what steps are taken on; without an image where there is nothing to repair
     guard: Guard | None  # on rank 0
     also_trained: int  # images of the guard that are trained on, since no other shows a defect
+    unjudged: tuple[ImageOutliers, ...]  # with a defect of a kind of which the guard has no image
     progress: Progress
 
     @property
@@ -138,12 +140,14 @@ def ready(prepared: Prepared, folder: RunFolder, resume: bool) -> Repair:
     if len(chosen) < len(source):
         prepared.emit(Noted(f"looking at {len(chosen):,} of {len(source):,} images (--scan-images)"))
     if ranks.once(lambda: resume and folder.outliers.is_file()):
-        found = ranks.once(lambda: Scan.read(folder.outliers))
+        found = ranks.once(lambda: Scan.read(folder.outliers)).named_as_in(source)
+        unreadable |= {source.name(place): why for place, why in found.unreadable.items()}
+        require_readable(source, unreadable, settings.strict)
     else:
         found = _scanned(prepared, chosen, unreadable)
-    index_of = {source.name(index): index for index in chosen}
-    images = [image for image in found.images if image.name in index_of]
-    indices = [index_of[image.name] for image in images]
+    found.require_finite()
+    images = list(found.images)
+    indices = [image.place for image in images]
     guard_indices, also = _guard_indices(start, found, images, indices)
     held = set(guard_indices) - set(also)
     if found.healthy:
@@ -157,7 +161,9 @@ def ready(prepared: Prepared, folder: RunFolder, resume: bool) -> Repair:
     guard = _guard(prepared, guard_indices, progress) if ranks.writes else None
     if also:
         prepared.emit(Noted("the one image with a defect is trained on and judged on: more images would tell more"))
-    return Repair(prepared, found, SomeImages(source, training), guard, len(also), progress)
+    judged = {image.kind for image in images if image.place in set(guard_indices)}
+    unjudged = tuple(image for image in images if image.blocks and image.kind not in judged)
+    return Repair(prepared, found, SomeImages(source, training), guard, len(also), unjudged, progress)
 
 
 def _scanned(prepared: Prepared, chosen: Sequence[int], unreadable: dict[str, str]) -> Scan:
@@ -186,21 +192,26 @@ def _guard_indices(
 ) -> tuple[list[int], list[int]]:
     """The images of the guard, by index in the source; and those of them that are trained on too, for want of others.
 
-    They are images that the user gave, if there are two or more of them.
+    They are images that the user gave, if there are two or more of them, and drawn ones up to four. If none of them has
+    a defect, one that has comes to them, though a step could be taken on it.
     """
-    offered = [(image, at) for image, at in zip(images, indices, strict=True) if at < start.given]
-    if guard_size(len(offered), start.settings.eval_images) == 0:
-        offered = list(zip(images, indices, strict=True))
-    size = guard_size(len(offered), start.settings.eval_images)
-    places = guarded([image.kind for image, _ in offered], size)
-    chosen = [offered[place][1] for place in places]
+    settings = start.settings
+    given = [(image.kind, at) for image, at in zip(images, indices, strict=True) if at < start.given]
+    drawn = [(image.kind, at) for image, at in zip(images, indices, strict=True) if at >= start.given]
+    asked = settings.eval_images
+    size = guard_size(len(given), asked)
+    chosen = [given[place][1] for place in guarded([kind for kind, _ in given], size, settings.seed)]
+    if size == 0 or (asked is None and size < LEAST_GUARD):
+        more = min(guard_size(len(drawn), asked), LEAST_GUARD - size if size else len(drawn))
+        chosen += [drawn[place][1] for place in guarded([kind for kind, _ in drawn], more, settings.seed)]
     if found.healthy:
         return chosen or list(indices[:1]), []
-    shown = {at for image, at in zip(images, indices, strict=True) if image.blocks}
-    if shown & set(chosen):
+    defective = [(image.kind, at) for image, at in zip(images, indices, strict=True) if image.blocks]
+    shown = Counter(kind for kind, _ in defective)
+    if {at for _, at in defective} & set(chosen):
         return chosen, []
-    also = sorted(shown)[:1]
-    return [*chosen, *also], also
+    commonest = max(defective, key=lambda each: shown[each[0]])[1]
+    return [*chosen, commonest], [commonest] if len(defective) == 1 else []
 
 
 def _guard(prepared: Prepared, indices: Sequence[int], progress: Progress) -> Guard:
@@ -319,6 +330,23 @@ def _evaluation(repair: Repair) -> Evaluation:
     return repair.guard.evaluation(progress.steps, repair.guard.look(), settings.min_fidelity, progress.best)
 
 
+def _left_elsewhere(repair: Repair) -> Elsewhere | None:
+    """What is left on images with a defect of a kind that the guard does not show; they were trained on."""
+    if not repair.unjudged:
+        return None
+    start, ready = repair.prepared.start, repair.prepared
+    running = in_precision(start.backbone, start.settings.dtype, start.settings.tf32)
+    rule = DetectionRule.of(start.settings)
+    loaded = load_in_order(start.source, start.preprocess, [image.place for image in repair.unjudged])
+    left = images = 0
+    for _, pixels in readable(loaded, repair.progress.unreadable, ready.emit):
+        seen = see(running, ready.module, ready.directions, pixels[None].to(start.device), rule)
+        left += int(seen.defective.any(dim=0).sum())
+        images += 1
+    before = sum(len({at for places in image.blocks.values() for at in places}) for image in repair.unjudged)
+    return Elsewhere(images, before, left)
+
+
 def _written(
     repair: Repair, folder: RunFolder, guard: Guard, after: Snapshot, seconds: Callable[[], float]
 ) -> RepairResult:
@@ -330,8 +358,18 @@ def _written(
     repair.prepared.emit(Noted(f"writing {folder.model}"))
     write_model(folder.model, backbone.weights, deltas)
     write_adapter(folder.adapter, backbone.name, config["weights"]["fingerprint"], deltas, settings)
+    elsewhere = _left_elsewhere(repair) if deltas.changed else None
     summary = run_summary(
-        backbone, guard.before, after, repair.scan, repair.also_trained, repair.progress, deltas, settings, config
+        backbone,
+        guard.before,
+        after,
+        repair.scan,
+        repair.also_trained,
+        elsewhere,
+        repair.progress,
+        deltas,
+        settings,
+        config,
     )
     summary["seconds"] = round(seconds(), 3)
     write_json(folder.summary, summary)

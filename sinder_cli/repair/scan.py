@@ -9,7 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ class ImageOutliers:
     """The defective tokens of one image in the original: row-major indices of patches, by block that has some."""
 
     name: str
+    place: int  # in the source, whatever the images are called when a run goes on from elsewhere
     grid: tuple[int, int]
     finite: bool
     blocks: dict[int, tuple[int, ...]]
@@ -87,6 +88,7 @@ class Scan:
     images: tuple[ImageOutliers, ...]
     blocks: tuple[BlockOutliers, ...]
     tokens: int  # patch tokens that were looked at, in each block
+    unreadable: dict[int, str] = field(default_factory=dict)  # why, by the place in the source
 
     @property
     def healthy(self) -> bool:
@@ -97,6 +99,19 @@ class Scan:
     def by_name(self) -> dict[str, ImageOutliers]:
         """The images by name."""
         return {image.name: image for image in self.images}
+
+    def named_as_in(self, source: ImageSource) -> Scan:
+        """The same with the images called what they are called now. Raises `BadInputError` for other images."""
+        if any(image.place >= len(source) for image in self.images):
+            raise BadInputError("cannot go on", "the list of images is shorter than it was", "start anew with --force")
+        return replace(self, images=tuple(replace(image, name=source.name(image.place)) for image in self.images))
+
+    def require_finite(self) -> None:
+        """Raises `BadInputError` for a model whose tokens are not finite on an image: nothing can be said of it."""
+        broken = [image.name for image in self.images if not image.finite]
+        if broken:
+            why = f"its tokens are not finite on {len(broken)} of {len(self.images)} images, such as {broken[0]}"
+            raise BadInputError("the backbone is broken", why, "give other weights, or a --dtype of more range")
 
     def write(self, path: Path) -> None:
         """Write `outliers.json`."""
@@ -110,13 +125,15 @@ class Scan:
             images = tuple(
                 ImageOutliers(
                     each["name"],
+                    each["place"],
                     (each["grid"][0], each["grid"][1]),
                     each["finite"],
                     {int(block): tuple(places) for block, places in each["blocks"].items()},
                 )
                 for each in stored["images"]
             )
-            return cls(images, tuple(BlockOutliers(**each) for each in stored["blocks"]), stored["tokens"])
+            blocks = tuple(BlockOutliers(**each) for each in stored["blocks"])
+            return cls(images, blocks, stored["tokens"], {int(at): why for at, why in stored["unreadable"].items()})
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise BadInputError(f"cannot read {path}", str(error), "start anew with --force") from error
 
@@ -201,8 +218,7 @@ def scan(
 ) -> Scan:
     """Look at the chosen images of a source; each rank at its share, and all have the result.
 
-    Those that cannot be decoded are named and added to `unreadable`. Raises `BadInputError` for a backbone whose tokens
-    are not finite in the original.
+    Those that cannot be decoded are named and added to `unreadable`.
     """
     running, rule = in_precision(backbone, settings.dtype, settings.tf32), DetectionRule.of(settings)
     mine = SomeImages(source, ranks.share(chosen))
@@ -213,6 +229,7 @@ def scan(
     largest = [0.0] * backbone.depth
     B = max(1, settings.batch_size // ranks.size)
     batch: list[tuple[str, Tensor]] = []
+    place_of = {source.name(place): place for place in chosen}
 
     def take() -> None:
         seen = see(
@@ -224,7 +241,7 @@ def scan(
             largest[block] = max(largest[block], ratio)
         finite = seen.last.flatten(1).isfinite().all(dim=1).tolist()
         for image, (name, _) in enumerate(batch):
-            found.append(_outliers(name, seen.defective[:, image], finite[image]))
+            found.append(_outliers(name, place_of[name], seen.defective[:, image], finite[image]))
         batch.clear()
 
     for name, pixels in tracked(
@@ -244,21 +261,21 @@ def scan(
         by_weights.update(counts)
         largest = [max(pair) for pair in zip(largest, most, strict=True)]
         unreadable.update(broken)
-    images = tuple(sorted((each for part in parts for each in part[0]), key=lambda image: image.name))
+    images = tuple(sorted((each for part in parts for each in part[0]), key=lambda image: image.place))
     blocks = tuple(
         _block(block, images, by_weights[block], largest[block], directions, shared, rule)
         for block in range(backbone.depth)
     )
     tokens = sum(image.grid[0] * image.grid[1] for image in images)
-    return Scan(images, blocks, tokens)
+    failed = {place_of[name]: why for name, why in unreadable.items() if name in place_of}
+    return Scan(images, blocks, tokens, failed)
 
 
-def _outliers(name: str, masks: Tensor, finite: bool) -> ImageOutliers:
+def _outliers(name: str, place: int, masks: Tensor, finite: bool) -> ImageOutliers:
     """One image, from its masks bool `[blocks, h, w]`."""
     found = {block: tuple(mask.flatten().nonzero()[:, 0].tolist()) for block, mask in enumerate(masks.cpu())}
-    return ImageOutliers(
-        name, (masks.shape[1], masks.shape[2]), finite, {block: places for block, places in found.items() if places}
-    )
+    blocks = {block: places for block, places in found.items() if places}
+    return ImageOutliers(name, place, (masks.shape[1], masks.shape[2]), finite, blocks)
 
 
 def _block(

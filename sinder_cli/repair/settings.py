@@ -48,7 +48,7 @@ class RepairSettings(DetectionSettings):
     scan_images: int = Field(
         1000, ge=1, description="Images that are looked at before the first step, drawn by the seed."
     )
-    max_steps: int = Field(1000, ge=1, description="Steps at most; images are gone through again in a new order.")
+    max_steps: int = Field(1000, ge=1, description="Steps at most; those images are gone through again and again.")
     stop_density: float = Field(
         1.0, gt=0, le=1, description="Stop when this share of the latest images had no defect that a step can help."
     )
@@ -63,7 +63,8 @@ class RepairSettings(DetectionSettings):
         0.95,
         ge=0,
         le=1,
-        description="Cosine to the inpainted original that cls and good tokens of the guard must keep.",
+        description="Cosine to the inpainted original that cls and good tokens of the guard must reach, or come a quarter"
+        " of the way nearer; nor may they be further from it than the original is.",
     )
     keep: Literal["best", "last"] = Field(
         "best",
@@ -81,9 +82,8 @@ class RepairSettings(DetectionSettings):
     @classmethod
     def _of_the_recipe(cls, given: Any) -> Any:
         """Under what is given lie the values of the recipe that is named."""
-        if not isinstance(given, dict) or given.get("recipe") not in RECIPES:
-            return given
-        return {**RECIPES[given["recipe"]], **given}
+        recipe = given.get("recipe") if isinstance(given, dict) else None
+        return {**RECIPES[recipe], **given} if isinstance(recipe, str) and recipe in RECIPES else given
 
     @model_validator(mode="after")
     def _consistent(self) -> RepairSettings:

@@ -116,8 +116,8 @@ def step_gradient(
     """The projected gradient of a batch `[B, 3, H, W]`, each image in its own window.
 
     `known` are the tokens that the original marks, bool `[B, blocks, h, w]`. `probes` draws the random directions of
-    ordinary tokens whose responses a greedy step needs. `interest` says of a block and the mean excess of its losses
-    whether a gradient is needed, and whether later blocks are looked at too.
+    ordinary tokens whose responses a greedy step needs. `interest` says of a block and the excess of an image's
+    loss there whether a gradient is needed, and whether later blocks are looked at too.
     """
     running = in_precision(backbone, settings.dtype, settings.tf32)
     rule = DetectionRule.of(settings)
@@ -126,24 +126,30 @@ def step_gradient(
     idle: list[float] = []
     masked = 0
     met = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    latest: list[tuple[list[float], float, Tensor, Interest]] = []
+    latest: list[tuple[dict[int, tuple[Loss, Interest]], Tensor]] = []  # by place in the batch
 
-    def wanted(found: BlockDefects) -> Interest:
+    def wanted(found: BlockDefects) -> list[Interest]:
         nonlocal masked
         masked += int(found.masks[found.defective].sum())
-        met[found.images[found.defective]] = True
-        losses, excess, gradient = _loss_gradient(running, found, images, settings, scale)
-        chosen = interest(found.block, excess / len(losses))
-        latest[:] = [(losses, excess, gradient[found.defective], chosen)]
-        if not chosen.gradient:
-            idle.extend(losses)
-        return chosen
+        numbers = found.images[found.defective].tolist()
+        met[numbers] = True
+        losses, gradient = _losses(running, found, images, settings, scale)
+        each = [interest(found.block, loss.excess) for loss in losses]
+        ways = zip(numbers, losses, each, strict=True)
+        asked = {number: (loss, way) for number, loss, way in ways if way.gradient}
+        idle.extend(loss.value for loss, way in zip(losses, each, strict=True) if not way.gradient)
+        latest[:] = [(asked, gradient)]
+        answers = iter(each)
+        return [next(answers) if defective else FIRST_ALONE for defective in found.defective.tolist()]
 
     with _trained(backbone, module):
         for found in first_defects(running, module, directions, images, rule, settings.window, known, wanted):
-            losses, excess, gradient, chosen = latest.pop()
+            asked, gradient = latest.pop()
+            losses = [loss for loss, _ in asked.values()]
             seed = torch.zeros_like(found.tokens)
-            seed[found.defective] = gradient
+            for at, number in enumerate(found.images.tolist()):
+                if number in asked:
+                    seed[at] = gradient[asked[number][0].at]
             seeds = [seed, *(probes.drawn(running, found, images) if probes else [])]
             gradients: dict[str, Tensor] = {}
             responses: dict[str, Tensor] = {}
@@ -151,9 +157,16 @@ def step_gradient(
                 gradients[name] = slope / scale
                 if answers:
                     responses[name] = torch.stack(answers)
-            leaving = 0 if chosen.onward else len(losses)
             parts.append(
-                BlockGradient(found.block, tuple(losses), leaving, excess, gradients, responses, len(seeds) - 1)
+                BlockGradient(
+                    found.block,
+                    tuple(loss.value for loss in losses),
+                    sum(not way.onward for _, way in asked.values()),
+                    sum(loss.excess for loss in losses),
+                    gradients,
+                    responses,
+                    len(seeds) - 1,
+                )
             )
     return StepGradient(tuple(parts), masked, int(met.sum()), tuple(idle))
 
@@ -206,21 +219,29 @@ def _trained(backbone: Backbone, module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _loss_gradient(
-    backbone: Backbone, found: BlockDefects, images: Tensor, settings: RepairSettings, scale: float
-) -> tuple[list[float], float, Tensor]:
-    """The loss of each defective image, their excess, and scale · ∂(sum of losses)/∂tokens `[B, T, N]`.
+@dataclass(frozen=True)
+class Loss:
+    """The loss of one image at one block."""
 
-    The gradient is zero for other images. The excess is what the losses have above those of ordinary tokens.
-    """
+    at: int  # the image, among those that came to the block
+    value: float
+    excess: float  # above that of ordinary tokens
+
+
+def _losses(
+    backbone: Backbone, found: BlockDefects, images: Tensor, settings: RepairSettings, scale: float
+) -> tuple[list[Loss], Tensor]:
+    """The loss of each defective image, and scale · ∂(sum of losses)/∂tokens `[B, T, N]`, zero for other images."""
     tokens = found.tokens.detach().requires_grad_()
     defective = found.defective.nonzero()[:, 0].tolist()
     with torch.enable_grad():
         grids = patch_grid(backbone, tokens, images)
         losses = torch.stack([_loss(grids[i], found.logits[i], found.masks[i], settings) for i in defective])
         (gradient,) = torch.autograd.grad(losses.sum() * scale, tokens)
-    usual = sum(float(ordinary_loss(grids[i].detach(), found.masks[i])) for i in defective)
-    return losses.tolist(), float(losses.sum()) - usual, gradient
+    usual = [float(ordinary_loss(grids[i].detach(), found.masks[i])) for i in defective]
+    return [
+        Loss(at, value, value - least) for at, value, least in zip(defective, losses.tolist(), usual, strict=True)
+    ], gradient
 
 
 def _loss(patches: Tensor, logits: Tensor, mask: Tensor, settings: RepairSettings) -> Tensor:

@@ -77,7 +77,7 @@ def repair(small: Path, photos: Path) -> tuple[str, ...]:
         "--stop-density",
         "1",
         "--lr",
-        "0.05",
+        "0.2",
         "--eval-images",
         "2",
         "--workers",
@@ -160,6 +160,29 @@ def test_a_run_of_the_default_recipe_that_is_killed_after_some_steps_ends_with_t
     assert "sinder: going on after step " in ended.stderr
     assert finished(run) == finished(default_uninterrupted)
     assert temporaries(run) == []
+
+
+@pytest.mark.parametrize("checkpoints", ["1", "100"], ids=["after a step", "before a checkpoint"])
+def test_a_run_over_a_folder_named_from_where_it_was_called_goes_on_from_elsewhere(
+    checkpoints: str, warm: Server, small: Path, photos: Path, default_uninterrupted: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(photos, tmp_path / "few")
+    (tmp_path / "elsewhere").mkdir()
+    call = ("repair", "dinov2_custom", "--weights", str(small), "--data", "few", "--workers", "0", "--out", "run")
+    running = warm.start(*call, "--checkpoint-every", checkpoints, cwd=tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    awaited = tmp_path / "run" / "checkpoints" / "step-000003" if checkpoints == "1" else metrics
+    until(awaited.exists, running)
+    running.send(signal.SIGKILL)
+    running.wait()
+    ended = warm.run("repair", "../run", "--resume", cwd=tmp_path / "elsewhere")
+    assert ended.returncode == 0, ended.stderr
+    ours, theirs = finished(tmp_path / "run"), finished(default_uninterrupted)
+    for found in (ours, theirs):  # names and places differ, and nothing else
+        images = json.loads(found.pop("outliers"))["images"]
+        found["outliers"] = [{key: value for key, value in image.items() if key != "name"} for image in images]
+        del found["summary"]["data"]
+    assert ours == theirs
 
 
 @pytest.mark.slow

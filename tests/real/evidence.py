@@ -59,6 +59,8 @@ class Row:
     cls: float
     good: float  # mean over the patches that the planted model never marks
     marked: float | None
+    inpainted: tuple[float, float]  # cls and good to the inpainted original
+    original: tuple[float, float]  # and to the planted model as it is
     verdict: str = ""
     steps: int | None = None
     seconds: float | None = None
@@ -76,10 +78,16 @@ def some(paths: Sequence[Path], count: int | None) -> list[Path]:
 
 
 @torch.no_grad()
-def judged(plant: str, what: str, model: Any, twin: Sequence[Tensor], marks: Sequence[Tensor], images: Any) -> Row:
-    """A model `(backbone, module)` against the twin's last tokens `[T, N]`, one image at a time."""
+def judged(
+    plant: str, what: str, model: Any, references: Sequence[Sequence[Tensor]], marks: Sequence[Tensor], images: Any
+) -> Row:
+    """A model `(backbone, module)` on one image at a time.
+
+    `references` are the last tokens `[T, N]` of each image: the twin's, the inpainted original's, the original's.
+    """
     cls, good, marked, ever, last, count = [], [], [], 0, 0, 0
-    for image, reference, mark in zip(images, twin, marks, strict=True):
+    others: list[list[tuple[Tensor, Tensor]]] = [[], []]
+    for index, (image, reference, mark) in enumerate(zip(images, references[0], marks, strict=True)):
         tokens = stream(*model, image)
         norms = tokens[:, 1:].norm(dim=-1)
         out = norms > FACTOR * norms.median(dim=1, keepdim=True).values
@@ -88,6 +96,9 @@ def judged(plant: str, what: str, model: Any, twin: Sequence[Tensor], marks: Seq
         cls.append(cosine[0])
         good.append(cosine[1:][~mark])
         marked.append(cosine[1:][mark])
+        for found, other in zip(others, references[1:], strict=True):
+            to_other = cosine_similarity(tokens[-1], other[index], dim=-1)
+            found.append((to_other[0], to_other[1:][~mark]))
     spoilt = torch.cat(marked)
     return Row(
         plant,
@@ -97,6 +108,13 @@ def judged(plant: str, what: str, model: Any, twin: Sequence[Tensor], marks: Seq
         torch.stack(cls).mean().item(),
         torch.cat(good).mean().item(),
         spoilt.mean().item() if len(spoilt) else None,
+        *(
+            (
+                torch.stack([head for head, _ in found]).mean().item(),
+                torch.cat([each for _, each in found]).mean().item(),
+            )
+            for found in others
+        ),
     )
 
 
@@ -120,14 +138,15 @@ def rows_of(name: str, ways: Sequence[str], folder: Path) -> list[Row]:
     twin = [last_tokens(backbone, twin_module, image[None])[0] for image in images]
     seen: list[Tensor] = []
     yardstick = inpainted(backbone, FACTOR, lambda _, mask: seen.append(mask))
-    marks = []
+    marks, without = [], []
     for image in images:
         seen.clear()
-        last_tokens(yardstick, module, image[None])
+        without.append(last_tokens(yardstick, module, image[None])[0])
         marks.append(torch.stack(seen).flatten(2).any(dim=0)[0])
+    references = (twin, without, [last_tokens(backbone, module, image[None])[0] for image in images])
     found = [
-        judged(name, "before", (backbone, module), twin, marks, images),
-        judged(name, "inpainted original", (yardstick, module), twin, marks, images),
+        judged(name, "before", (backbone, module), references, marks, images),
+        judged(name, "inpainted original", (yardstick, module), references, marks, images),
     ]
     for way in ways:
         count, chosen = WAYS[way]
@@ -145,7 +164,7 @@ def rows_of(name: str, ways: Sequence[str], folder: Path) -> list[Row]:
         assert result is not None
         assert name != HEALTHY or not way.startswith("sinder") or not result.summary["changed_weights"]
         repaired = plants.opened(run / "model.safetensors")
-        row = judged(name, way, repaired, twin, marks, images)
+        row = judged(name, way, repaired, references, marks, images)
         numbers = {"verdict": result.summary["verdict"], "steps": result.summary["steps"], "seconds": seconds}
         found.append(Row(**(asdict(row) | numbers)))
         shutil.rmtree(run)
@@ -161,24 +180,30 @@ def document(rows: Sequence[Row]) -> str:
         " (`tests/real/plants.py`), repaired on 38 crops of photographs at 518 px with the recipe's defaults, judged on"
         " 12 other photographs; with fewer than 16, pictures are drawn to make up for it. Cosines are"
         " those of the last block's tokens, before the final norm, to the twin that"
-        " lacks nothing but the defect; *good* patches are never above 3 × the median in the planted model, *marked*"
+        " lacks nothing but the defect (two columns: to others); *good* patches are never above 3 × the median in the"
+        " planted model, *marked*"
         " ones are at some block. Outliers are patch tokens above 3 × the median norm of their image, in % of all. The"
         " paper's recipe is stopped after 40 steps and keeps its last state (`--keep last`).",
         "",
         f"Machine: {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}. Seconds are"
         " whole calls of `api.repair`, on a machine that may have been busy.",
         "",
-        "| plant | row | verdict | outliers at any block, % | at the last, % | cls | good | marked | steps | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| plant | row | verdict | outliers at any block, % | at the last, % | cls | good | marked | cls, good to the"
+        " inpainted original | to the original | steps | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         marked = "–" if row.marked is None else f"{row.marked:.4f}"
         steps, seconds = ("", "") if row.steps is None else (str(row.steps), f"{row.seconds:.0f}")
         lines.append(
             f"| {row.plant} | {row.what} | {row.verdict} | {row.outliers:.3f} | {row.outliers_last:.3f} | {row.cls:.4f}"
-            f" | {row.good:.4f} | {marked} | {steps} | {seconds} |"
+            f" | {row.good:.4f} | {marked} | {_pair(row.inpainted)} | {_pair(row.original)} | {steps} | {seconds} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _pair(cosines: tuple[float, float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in cosines)
 
 
 def main() -> None:
@@ -188,7 +213,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", default=list(WAYS))
     parser.add_argument("--anew", action="store_true")
     arguments = parser.parse_args()
-    kept = cache_folder() / "evidence.json"
+    kept = cache_folder() / "evidence-2.json"  # 2: the version of its rows
     stored = [Row(**each) for each in json.loads(kept.read_text())] if kept.is_file() else []
     if arguments.anew:
         again = ("before", "inpainted original", *arguments.ways)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,21 +145,38 @@ def test_an_image_whose_tokens_are_not_finite_is_told_apart(single_writer: Any) 
 
 
 def test_the_marks_of_an_image_are_masks_again() -> None:
-    image = ImageOutliers("a", (2, 3), True, {1: (0, 5), 3: (4,)})
+    image = ImageOutliers("a", 0, (2, 3), True, {1: (0, 5), 3: (4,)})
     assert image.first_marks(4).nonzero().tolist() == [[1, 0, 0], [1, 1, 2], [3, 1, 1]]
-    assert (image.kind, ImageOutliers("b", (2, 3), True, {}).kind) == (1, -1)
+    assert (image.kind, ImageOutliers("b", 4, (2, 3), True, {}).kind) == (1, -1)
 
 
 EXAMPLE = Scan(
-    (ImageOutliers("größer \udcff.png", (2, 3), True, {1: (0, 5), 10: (4,)}), ImageOutliers("b", (2, 3), False, {})),
+    (
+        ImageOutliers("größer \udcff.png", 2, (2, 3), True, {1: (0, 5), 10: (4,)}),
+        ImageOutliers("b", 4, (2, 3), False, {}),
+    ),
     (BlockOutliers(0, 0, 0, 0, 1.5, 1e12, None, False), BlockOutliers(1, 2, 1, 1, 9.5, 2.0, 12.5, True)),
     12,
+    {3: "it is broken"},
 )
 
 
 def test_a_scan_is_read_as_it_was_written(tmp_path: Path) -> None:
     EXAMPLE.write(tmp_path / "outliers.json")
     assert Scan.read(tmp_path / "outliers.json") == EXAMPLE
+
+
+def test_a_scan_goes_by_places_whatever_the_images_are_called_now() -> None:
+    source = Pictures(*[torch.zeros(3, 4, 4)] * 5)
+    assert [image.name for image in EXAMPLE.named_as_in(source).images] == ["picture 2", "picture 4"]
+    with pytest.raises(BadInputError, match="the list of images is shorter than it was"):
+        EXAMPLE.named_as_in(Pictures(*[torch.zeros(3, 4, 4)] * 4))
+
+
+def test_a_model_that_is_not_finite_on_an_image_is_never_called_healthy() -> None:
+    with pytest.raises(BadInputError, match=r"the backbone is broken: .* on 1 of 2 images, such as b"):
+        EXAMPLE.require_finite()
+    replace(EXAMPLE, images=EXAMPLE.images[:1]).require_finite()
 
 
 def test_a_scan_of_a_model_is_read_as_it_was_written(single_writer: Any, tmp_path: Path) -> None:
@@ -197,7 +215,7 @@ def test_a_file_of_another_form_is_bad_input(place: str, value: object, tmp_path
 
 def test_images_come_one_of_each_kind_in_turn_the_rarest_first() -> None:
     kinds = [4, 4, 4, 2, 7, 7]
-    images = [ImageOutliers(str(at), (1, 1), True, {kind: (0,)}) for at, kind in enumerate(kinds)]
+    images = [ImageOutliers(str(at), at, (1, 1), True, {kind: (0,)}) for at, kind in enumerate(kinds)]
     indices = [10 * at for at in range(6)]
     assert rarest_first(images, indices) == [30, 40, 0, 50, 10, 20]
     assert rarest_first([], []) == []

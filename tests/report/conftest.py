@@ -79,7 +79,7 @@ def make_result(tmp_path: Path) -> MakeResult:
         deltas: Any = SimpleNamespace(changed=[SimpleNamespace(delta=torch.ones(192))] * changed)
         progress = progress_of(steps, stopped_by, last, bool(changed), chosen)
         found = scan_of(first if before else snapshot_of(clean, original, elsewhere, has_cls), shown)
-        summary = run_summary(backbone, first, last, found, also_trained, progress, deltas, chosen, config)
+        summary = run_summary(backbone, first, last, found, also_trained, None, progress, deltas, chosen, config)
         summary["seconds"] = 66.2
         return RepairResult(
             folder, model, summary, config, first, last, list(normalized[:SAMPLES]), shown[:SAMPLES], MEAN, STD

@@ -86,6 +86,7 @@ def scan_of(before: Snapshot, names: Sequence[str]) -> Scan:
     images = tuple(
         ImageOutliers(
             name,
+            index,
             (marks.shape[2], marks.shape[3]),
             True,
             {

@@ -37,6 +37,7 @@ def render_card(result: RepairResult) -> str:
         window=result.config["settings"]["window"],
         verdict=facts.verdict(result),
         changed=bool(result.summary["changed_weights"]),
+        title=facts.title(result.summary),
         comparison=facts.comparison(result),
         run=facts.run_facts(result),
         settings=facts.setting_facts(result),

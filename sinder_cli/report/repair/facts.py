@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from sinder_cli.defects.rules import NORM_FACTOR
+from sinder_cli.defects.rules import NORM_FACTOR, SLACK
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.report.wording import NOTHING, Named, counted, degrees, duration, number, percent, setting_rows
 
@@ -93,9 +93,25 @@ def verdict(result: Recorded) -> RepairVerdict:
         return RepairVerdict(KINDS[word], _title(word), f"{why}, and {AS_IT_WAS}: {found}.", advice)
     change = (
         f"outlying tokens at any block {before['tokens']:,} → {after['tokens']:,}{_of_all(summary)};"
-        f" largest norm {_ratio(before)} → {_ratio(after)}; {_fidelity(summary, True)}."
+        f" largest norm {_ratio(before)} → {_ratio(after)}; {_fidelity(summary, True)}{_elsewhere(summary)}."
     )
     return RepairVerdict(KINDS[word], _title(word), change, advice)
+
+
+def title(summary: dict[str, Any]) -> str:
+    """What stands behind the model's name: nothing is called repaired that was not improved."""
+    if not summary["changed_weights"]:
+        return ", unchanged"
+    return ", changed" if summary["verdict"] == "not improved" else ", repaired"
+
+
+def _elsewhere(summary: dict[str, Any]) -> str:
+    """What is left on images of kinds that the guard does not show, if there are any."""
+    found = summary.get("kinds_not_on_the_guard")
+    if not found:
+        return ""
+    images = counted(found["images"], "image")
+    return f"; on {images} with a defect of another kind, trained on, {found['before']:,} → {found['after']:,}"
 
 
 def _healthy(summary: dict[str, Any], settings: dict[str, Any]) -> RepairVerdict:
@@ -131,14 +147,21 @@ def _advice(summary: dict[str, Any], settings: dict[str, Any]) -> str:
         if greedy
         else f"a higher --stop-density (now {number(settings['stop_density'])})",
     }
-    stopped = summary["stopped_by"]
+    stopped = "fidelity" if _spoilt(summary) else summary["stopped_by"]
+    by_norm = "--mark norm" + ("" if settings["norm_factor"] else f" --norm-factor {number(NORM_FACTOR)}")
     ways = [
         *([first[stopped]] if stopped in first else []),
         *([] if settings["recipe"] == "sinder" else ["--recipe sinder"]),
         "more images",
-        *([] if settings["mark"] == "norm" else ["--mark norm"]),
+        *([] if settings["mark"] == "norm" else [by_norm]),
     ]
     return f"Try {_listed(ways)}. Run sinder analyze to see which tokens stand out, and at which blocks."
+
+
+def _spoilt(summary: dict[str, Any]) -> bool:
+    """Whether the state that is kept lies further from the yardstick than the original does."""
+    was, now = (summary["fidelity"]["to_inpainted"][side] for side in ("before", "after"))
+    return any(now[key] is not None and now[key] < was[key] - SLACK for key in ("cls", "good", "good_p01"))
 
 
 def _listed(parts: list[str]) -> str:
@@ -327,7 +350,7 @@ def run_facts(result: Recorded) -> list[Named]:
         for key, noun in (("skipped_steps", "step"), ("skipped_images", "image"))
     ]
     scan = summary["scan"]
-    kept = summary["best_step"]
+    kept = summary["steps"] if result.config["settings"]["keep"] == "last" else summary["best_step"]
     return [
         Named("Recipe", str(summary["recipe"])),
         Named("Steps", f"{summary['steps']:,}{skipped[0]}"),

@@ -16,7 +16,10 @@ def trial_facts(trial: Trial) -> list[Named]:
     return [
         Named("Model", trial.model),
         Named("Recipe", trial.recipe),
-        Named("Images", f"{trial.training_images:,} to train on, {trial.evaluation_images:,} on the guard"),
+        Named(
+            "Images",
+            f"{trial.training_images:,} to train on, those with a defect; {trial.evaluation_images:,} on the guard",
+        ),
         Named("Blocks", _runs(trial.blocks), "that a step may change"),
         Named("Weights", f"{trial.weights:,}", "value, output and MLP weights of these blocks"),
         Named("Singular values", f"{trial.values:,}", "all that is trained"),
