@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from sinder_cli.backbone.describe import ModelRequest
 from sinder_cli.errors import ConflictError
+from sinder_cli.faults import first_fault
 from sinder_cli.images.finding import find_images
 from sinder_cli.images.sources import ImageFiles
 from sinder_cli.repair.folder import RunFolder
@@ -47,8 +48,8 @@ def as_called(folder: RunFolder, given: ModelRequest, settings: RepairSettings) 
             attention=config["attention"] if given.attention == "auto" else given.attention,
         )
         stored = RepairSettings.model_validate(config["settings"])
-    except (KeyError, TypeError, ValidationError) as error:
-        why = "its config.json is of another version of sinder"
+    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+        why = f"its config.json is of another version of sinder, or damaged{_fault(error)}"
         raise ConflictError(
             f"cannot resume {folder.path}", why, "use that version, or start anew with --force"
         ) from error
@@ -81,6 +82,14 @@ def other_options(folder: RunFolder, settings: RepairSettings) -> list[str]:
                 elif value is not False and value is not None:  # the default
                     words += [flag, str(value)]
     return words
+
+
+def _fault(error: Exception) -> str:
+    """Which of the settings does not fit, and why."""
+    if not isinstance(error, ValidationError):
+        return ""
+    place, why = first_fault(error, RepairSettings.model_fields)
+    return f": setting {place[0]}, {why}" if place else f": {why}"
 
 
 def _absolute(path: Path | None) -> str | None:
