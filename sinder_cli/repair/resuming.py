@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sinder_cli.backbone.attention import AttentionName
 from sinder_cli.backbone.describe import ModelRequest
 from sinder_cli.errors import ConflictError
 from sinder_cli.faults import first_fault
@@ -35,25 +36,51 @@ def as_called(folder: RunFolder, given: ModelRequest, settings: RepairSettings) 
 
     Raises `ConflictError` for the run of another version, and `BadInputError` for a `config.json` that is torn.
     """
+    stored = _stored(folder)
+    request = replace(
+        given,
+        model=stored.call.model,
+        weights=given.weights or _path(stored.call.weights),
+        adapter=given.adapter or _path(stored.call.adapter),
+        heads=given.heads or stored.heads,
+        revision=given.revision or stored.revision,
+        attention=stored.attention if given.attention == "auto" else given.attention,
+    )
+    return request, stored.settings.model_copy(update=settings.model_dump(exclude_unset=True))
+
+
+class _Call(BaseModel):
+    """How a run was called, as `call_of` has it."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str
+    weights: str | None
+    adapter: str | None
+    data: list[str]
+
+
+class _Stored(BaseModel):
+    """What of a `config.json` it takes to go on with a run."""
+
+    call: _Call
+    heads: Annotated[int | None, Field(ge=1)]
+    revision: str | None
+    attention: AttentionName
+    settings: RepairSettings
+
+
+def _stored(folder: RunFolder) -> _Stored:
+    """Read it. Raises `ConflictError` where a part is missing or of another kind, and names it."""
     config = folder.read_config()
     try:
-        call = config["call"]
-        request = replace(
-            given,
-            model=call["model"],
-            weights=given.weights or _path(call["weights"]),
-            adapter=given.adapter or _path(call["adapter"]),
-            heads=given.heads or config["heads"],
-            revision=given.revision or config["revision"],
-            attention=config["attention"] if given.attention == "auto" else given.attention,
-        )
-        stored = RepairSettings.model_validate(config["settings"])
-    except (KeyError, TypeError, AttributeError, ValidationError) as error:
-        why = f"its config.json is of another version of sinder, or damaged{_fault(error)}"
+        return _Stored.model_validate(config)
+    except ValidationError as error:
+        place, why = first_fault(error)
+        what = f"its config.json is of another version of sinder, or damaged ({'.'.join(place)}: {why})"
         raise ConflictError(
-            f"cannot resume {folder.path}", why, "use that version, or start anew with --force"
+            f"cannot resume {folder.path}", what, "use that version, or start anew with --force"
         ) from error
-    return request, stored.model_copy(update=settings.model_dump(exclude_unset=True))
 
 
 def images_of(folder: RunFolder) -> ImageFiles | None:
@@ -62,7 +89,7 @@ def images_of(folder: RunFolder) -> ImageFiles | None:
     One that was killed before it had listed them has their places.
     """
     if not folder.images.is_file():
-        places = folder.read_config().get("call", {}).get("data", [])
+        places = _stored(folder).call.data if "call" in folder.read_config() else []
         return find_images(places) if places else None
     return ImageFiles(tuple(Path(image.path) for image in read_list(folder.images)))
 
@@ -82,14 +109,6 @@ def other_options(folder: RunFolder, settings: RepairSettings) -> list[str]:
                 elif value is not False and value is not None:  # the default
                     words += [flag, str(value)]
     return words
-
-
-def _fault(error: Exception) -> str:
-    """Which of the settings does not fit, and why."""
-    if not isinstance(error, ValidationError):
-        return ""
-    place, why = first_fault(error, RepairSettings.model_fields)
-    return f": setting {place[0]}, {why}" if place else f": {why}"
 
 
 def _absolute(path: Path | None) -> str | None:

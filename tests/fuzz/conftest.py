@@ -1,4 +1,4 @@
-"""How many rounds the fuzz runs, and small files that are whole: `pytest tests/fuzz --fuzz-rounds 50` is `make fuzz`."""
+"""How many rounds the fuzz runs (`make fuzz`: many), and small files that are whole."""
 
 from __future__ import annotations
 

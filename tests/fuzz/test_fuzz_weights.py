@@ -82,7 +82,7 @@ def test_a_safetensors_header_with_other_fields(whole: Path, tmp_path: Path) -> 
             cases.append(
                 Case(f"{'.'.join(place)}: {told}", opened(tmp_path / "a.safetensors", with_header(content, text)))
             )
-    for length in EXTREMES:
+    for length in EXTREMES:  # noqa: PERF401
         cases.append(
             Case(
                 f"length {length}",
@@ -221,7 +221,7 @@ def test_an_index_of_shards_with_other_fields_and_paths_that_climb_out(
     name = next(iter(tensors))
     climbing = [
         "../outside/secret.safetensors", str(outside / "secret.safetensors"), "./../outside/secret.safetensors",
-        "a/../../outside/secret.safetensors", "link.safetensors", "loop.safetensors", "inner.safetensors", "..", ".", "",
+        "a/../../outside/secret.safetensors", "link.safetensors", "loop.safetensors", "inner.safetensors", "..", "",
         "a.safetensors\0", "\x1b.safetensors", "a" * 5000 + ".safetensors", "/dev/zero", "/dev/zero.safetensors",
         "//outside.safetensors", "~/a.safetensors", "missing.safetensors", "\udcff.safetensors", "C:\\a.safetensors",
     ]  # fmt: skip
