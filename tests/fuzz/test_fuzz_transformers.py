@@ -20,7 +20,7 @@ BYTES = 60  # random cases a round
 KNOWN = {
     r"(vision_config\.)?num_hidden_layers: (many|huge)": "plugins/hf/config.py: the depth is not held"
     " against the file's own tensors, and memory runs out",
-    r".*tell its author": "plugins/hf: what transformers refuses, or what it trips over, passes for a bug of the plugin",
+    r".*tell its author": "plugins/hf: what transformers refuses or trips over passes for a bug of the plugin",
 }
 
 
