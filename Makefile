@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_RUN := sinder-runs/demo
+FUZZ_ROUNDS ?= 50
 
-.PHONY: demo test lint man bench evidence clean
+.PHONY: demo test fuzz lint man bench evidence clean
 
 # torch is installed by its pinned version first: a looser range may fetch gigabytes of CUDA packages.
 $(BIN)/sinder: pyproject.toml constraints.txt
@@ -27,6 +28,9 @@ demo: $(BIN)/sinder  ## predict, repair and export the demo backbone
 
 test: $(VENV)/.tested  ## the whole suite
 	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/.tested  ## damaged input of every kind, FUZZ_ROUNDS times what the suite has
+	$(BIN)/python -m pytest tests/fuzz --fuzz-rounds $(FUZZ_ROUNDS) --timeout 0 -s
 
 lint: $(VENV)/.tested  ## style, types, layers
 	$(BIN)/ruff check .

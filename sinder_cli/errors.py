@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+MOST_LETTERS = 160  # of another library's words in a message of ours; `--debug` shows all of them
+
+
+def excerpt(words: str) -> str:
+    """Return the beginning of the first line of what another library says, to be quoted in a message."""
+    line = (words.strip().splitlines() or [""])[0]
+    return line if len(line) <= MOST_LETTERS else f"{line[: MOST_LETTERS - 1].rstrip()}…"
+
 
 class SinderError(Exception):
     """A failure told in one line: what failed, why, and what to do about it."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from sinder_cli.errors import CannotCreateError, SinderError, StorageError
 
+WEIGHTS_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".json"}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 
@@ -172,6 +173,34 @@ def require_writable_file(path: Path) -> None:
 def printable(text: str) -> str:
     """Text that any file can hold, on one line: what of a file's name is no character is told as `\\udcff`."""
     return " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())
+
+
+def public_model(name: str) -> str:
+    """A model's name for others to read: of a folder of this machine (`hf//home/me/vit`), its last part alone."""
+    plugin, slash, place = name.partition("/")
+    return f"{plugin}/{Path(place).resolve().name}" if slash and place.startswith(("/", ".", "~")) else name
+
+
+def public_place(place: str) -> str:
+    """The name of a file or folder for others to read, without those that it lies in on this machine."""
+    return Path(place).name or "a folder" if "/" in place else place
+
+
+def public_source(label: str) -> str:
+    """Where weights were read from, for others to read: names of files, and of models as they are.
+
+    >>> public_source("/home/me/vit.pth, adapted by runs/mine/adapter.safetensors")
+    'vit.pth, adapted by adapter.safetensors'
+    """
+    return ", ".join(_public_part(part) for part in label.split(", "))
+
+
+def _public_part(part: str) -> str:
+    verb = "adapted by "
+    if part.startswith(verb):
+        return f"{verb}{public_place(part.removeprefix(verb))}"
+    is_file = part.startswith(("/", ".", "~")) or Path(part).suffix in WEIGHTS_SUFFIXES or Path(part).exists()
+    return public_place(part) if is_file else part
 
 
 def sha256_of(path: Path) -> str:

@@ -15,6 +15,21 @@ class Ended(BaseException):
         self.number = signal.Signals(number)
 
 
+def death_words(returncode: int) -> str:
+    """What a child died of, from its negative return code: `it died of SIGSEGV (Segmentation fault)`."""
+    number = -returncode
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # a real-time signal has no name
+        return f"it died of signal {number}"
+    return f"it died of {name} ({signal.strsignal(number)})"
+
+
+def was_sent(returncode: int) -> bool:
+    """Whether the signal that a child died of comes from outside; the others are raised by what a process does."""
+    return -returncode in {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGKILL}
+
+
 class Stop:
     """Turns signals into `Ended`; while it is deferred, the first one only leaves word in `asked`.
 

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from warm import start_children_with_default_handlers
 
 from sinder_cli import define_torchvision_operators
 
 define_torchvision_operators()  # before a test imports timm or transformers
+
+start_children_with_default_handlers()  # a suite under nohup tests what signals do, too
 
 Completed = subprocess.CompletedProcess[str]
 COMMAND = (sys.executable, "-m", "sinder_cli")

@@ -14,6 +14,8 @@ import pytest
 from sinder_cli.errors import CannotCreateError, StorageError
 from sinder_cli.files import (
     output_error,
+    public_model,
+    public_source,
     replacing,
     replacing_folder,
     require_creatable_folder,
@@ -279,3 +281,23 @@ def test_all_that_is_in_a_folder_is_flushed_and_has_the_usual_permissions(
     places = [tmp_path, tmp_path / "out", tmp_path / "out" / "a", tmp_path / "out" / "a" / "b"]
     assert {place.stat().st_ino for place in places} == set(flushed)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize(
+    ("label", "told"),
+    [
+        ("demo_vit", "demo_vit"),
+        ("timm/vit_small_patch14_dinov2.lvd142m", "timm/vit_small_patch14_dinov2.lvd142m"),
+        ("/home/me/my files/vit.pth, converted by timm", "vit.pth, converted by timm"),
+        ("mine/vit.pth, adapted by runs/secret/adapter.safetensors", "vit.pth, adapted by adapter.safetensors"),
+        ("~/vit", "vit"),
+    ],
+)
+def test_a_source_is_told_without_the_folders_of_this_machine(label: str, told: str) -> None:
+    assert public_source(label) == told
+
+
+def test_a_model_in_a_folder_of_this_machine_is_told_by_its_last_part() -> None:
+    assert public_model("hf//home/me/vit") == "hf/vit"
+    assert public_model("hf/facebook/dinov2-small") == "hf/facebook/dinov2-small"
+    assert public_model("demo_vit") == "demo_vit"

@@ -24,6 +24,17 @@ from typing import Any
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate"}  # of Python's audit events
 
 
+def start_children_with_default_handlers() -> None:
+    """Let every process that is started from here take SIGINT and SIGHUP as one started from a terminal does.
+
+    `nohup` and a shell's background have them ignored, and what is ignored stays so in a new program. What a handler
+    catches does not: it is the default there. This process goes on to do nothing about them.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: None)
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a command ended: exit code, or minus the signal that it died by; what it printed, and what it changed."""

@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from sinder_cli.defects.settings import DetectionSettings
+from sinder_cli.defects.settings import MOST, DetectionSettings
 from sinder_cli.images.preprocessing import Resize
 
 
 def _split(value: object) -> object:
     """Numbers between commas, as an option gives them."""
     parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, list | tuple) or not parts or not all(str(part).strip().isdigit() for part in parts):
+    if not isinstance(parts, list | tuple) or not parts or not all(str(part).strip().isdecimal() for part in parts):
         raise ValueError("give numbers of blocks, as 9,19,29,39")
     return parts
 
@@ -23,7 +23,7 @@ Blocks = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_spl
 
 def _count_or_all(value: object) -> object:
     """A number of figures, or all of them."""
-    if value == "all" or (str(value).isdigit() and not isinstance(value, bool)):
+    if value == "all" or (str(value).isdecimal() and not isinstance(value, bool)):
         return value if value == "all" else int(str(value))
     raise ValueError("give 0 or more, or all")
 
@@ -38,7 +38,7 @@ class AnalyzeSettings(DetectionSettings):
         "short",
         description="short: shorter side to the image size, shape kept; square: and the centre cropped out; none.",
     )
-    limit: int | None = Field(None, ge=1, description="Run so many images, drawn by the seed; default: all.")
+    limit: int | None = Field(None, ge=1, le=MOST, description="Run so many images, drawn by the seed; default: all.")
     norm_threshold: float | None = Field(
         None, gt=0, description="Mark tokens above this norm too, and take the observed direction from them."
     )
@@ -48,7 +48,7 @@ class AnalyzeSettings(DetectionSettings):
     figures: Figures = Field(8, description="Images to draw, spread evenly; all draws every one; needs --out.")
     exclude_masked: bool = Field(False, description="Leave marked tokens out of the basis of the PCA pictures.")
     clamp: int | None = Field(
-        None, ge=1, description="Compare with the weights whose singular values are clamped to their K-th."
+        None, ge=1, le=MOST, description="Compare with the weights whose singular values are clamped to their K-th."
     )
     inpaint: bool = Field(
         True,

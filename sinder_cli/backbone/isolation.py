@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from sinder_cli.backbone.describe import Backbone, ModelRequest
 from sinder_cli.errors import BadInputError, SinderError, UnavailableError
+from sinder_cli.faults import first_fault
 from sinder_cli.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ def _words(error: BaseException) -> str:
 
 
 def _first_fault(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    place, why = first_fault(error)
+    return f"{'.'.join(place)}: {why}" if place else why
 
 
 @contextmanager

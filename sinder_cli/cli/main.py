@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import typer
+from pydantic import ValidationError
 
 from sinder_cli.cli.app import Invocation, command
 from sinder_cli.cli.sharing import tell
 from sinder_cli.errors import SinderError, StorageError, TryAgainError, UsageError
 from sinder_cli.events import silent
+from sinder_cli.faults import first_fault
 from sinder_cli.memory import is_out_of_memory
 from sinder_cli.ranks import launched
 from sinder_cli.stopping import Ended, Stop
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in a script's background
             signal.signal(number, lambda received, _: invocation.stop.hear(received))
     warnings.filterwarnings("ignore", module="PIL")  # remarks on odd metadata of images that decode all the same
+    warnings.filterwarnings("ignore", message="Detected pickle protocol")  # of torch.load; the file is read or refused
     try:
         code = command().main(args=given, prog_name="sinder", standalone_mode=False, obj=invocation)
         sys.stdout.flush()
@@ -60,13 +63,21 @@ def as_failure(error: Exception) -> SinderError:
     if isinstance(error, SinderError):
         return error
     if isinstance(error, typer.TyperException):
-        return UsageError("bad command line", error.format_message().rstrip("."), "see --help")
+        return UsageError("bad command line", _parser_words(error), "see --help")
     text = str(error).split("\n")[0]
     if is_out_of_memory(error):
         return TryAgainError("out of memory", text or "no more to be had", "lower --image-size or --batch-size")
     if isinstance(error, OSError):
         return StorageError("input or output failed", str(error), "check the disk and the path")
     return SinderError("internal error", f"{type(error).__name__}: {text}", "run `sinder --debug …` and report it")
+
+
+def _parser_words(error: typer.TyperException) -> str:
+    """What the parser says, with pydantic's words for a value that is no number in ours."""
+    words = error.format_message().rstrip(".")
+    if isinstance(error.__cause__, ValidationError):
+        return words.replace(error.message.rstrip("."), first_fault(error.__cause__).why)
+    return words
 
 
 def _say_at_once(text: str) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sinder_cli.defects.rules import MIN_GAP, NORM_FACTOR, Mark
-from sinder_cli.errors import NoInputError, UsageError
+from sinder_cli.errors import NoInputError, UsageError, excerpt
+from sinder_cli.faults import first_fault, quoted
+
+MOST = 10**9  # of anything that is counted: what PyTorch and the operating system take
 
 
 class DetectionSettings(BaseModel):
@@ -29,22 +33,31 @@ class DetectionSettings(BaseModel):
     mask_threshold: float = Field(
         4.0, gt=0, description="Standard deviations of equation (5) beyond which a token is marked."
     )
-    min_tokens: int = Field(3, ge=1, description="Marked tokens that make a block defective.")
+    min_tokens: int = Field(3, ge=1, le=MOST, description="Marked tokens that make a block defective.")
     min_gap: float = Field(
         MIN_GAP, ge=0, description="σ₁/σ₂ that a direction needs to be trusted; 0: the paper's rule."
     )
     kernel: Literal[3, 5] = Field(3, description="Side of the neighbourhood, in patches; half of it is the border.")
-    image_size: int | None = Field(None, ge=1, description="Side of the images in pixels; default: the model's.")
-    batch_size: int = Field(1, ge=1, description="Images at a time; of a repair, in all processes together.")
+    image_size: int | None = Field(
+        None, ge=1, le=MOST, description="Side of the images in pixels; default: the model's."
+    )
+    batch_size: int = Field(1, ge=1, le=MOST, description="Images at a time; of a repair, in all processes together.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Precision of the forward passes; deltas and weights stay float32."
     )
     tf32: bool = Field(False, description="Allow TF32 in the float32 products of a pass, on CUDA devices that have it.")
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")
-    seed: int = Field(0, ge=0, description="Seed of the order or choice of images, and of drawn ones.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of the order or choice of images, and of drawn ones.")
     workers: int | None = Field(
         None, ge=0, le=64, description="Processes that decode images; 0: none; default: one a spare core, at most 4."
     )
+
+    @field_validator("device")
+    @classmethod
+    def _of_a_kind(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", value):
+            raise ValueError(f"it must be auto, cpu, cuda, cuda:N or mps, not {quoted(value)}")
+        return value
 
 
 Settings = TypeVar("Settings", bound=DetectionSettings)
@@ -59,11 +72,9 @@ def read_settings(kind: type[Settings], given: dict[str, object], file: Path | N
     try:
         return kind.model_validate(stored | given)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        what = f"bad setting {name!r}" if name else "settings contradict each other"
-        where = f" in {file}" if file and not {*first["loc"][:1]} & given.keys() else ""
-        why = first["msg"].removeprefix("Value error, ")
+        place, why = first_fault(error, kind.model_fields)
+        what = f"bad setting {place[0]!r}" if place else "settings contradict each other"
+        where = f" in {file}" if file and not {*place[:1]} & given.keys() else ""
         raise UsageError(f"{what}{where}", why, "--help lists the settings") from error
 
 
@@ -76,5 +87,5 @@ def _read_toml(file: Path) -> dict[str, object]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise NoInputError(f"cannot read settings {file}", error.strerror or str(error), "check --config") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read settings {file}", str(error), "it must be TOML") from error
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, numbers of too many digits, too deep
+        raise UsageError(f"cannot read settings {file}", excerpt(str(error)), "it must be TOML") from error

@@ -11,7 +11,7 @@ from sinder_cli.backbone.opening import require_loadable
 from sinder_cli.events import Noted, Warned
 from sinder_cli.export.placing import FORMAT, MANIFEST, placed
 from sinder_cli.export.targets import Check, Plan, Target
-from sinder_cli.files import json_text, sha256_of
+from sinder_cli.files import json_text, public_model, sha256_of
 
 if TYPE_CHECKING:
     from sinder_cli.export.settings import TargetName
@@ -80,7 +80,7 @@ def _manifest(plan: Plan, check: Check, files: tuple[Written, ...]) -> dict[str,
     return {
         "format": FORMAT,
         "target": plan.settings.to,
-        "model": plan.backbone.name,
+        "model": public_model(plan.backbone.name),
         "verified": check.verified,
         "check": check.told,
         "versions": dict(check.versions),

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinder_cli.backbone.opening import load_module
-from sinder_cli.errors import BadInputError, SinderError, UnavailableError, UsageError
+from sinder_cli.errors import BadInputError, SinderError, UnavailableError, UsageError, excerpt
 from sinder_cli.export.targets import Check, Plan, Target
-from sinder_cli.export.verifying import by_kind, normalized_tokens, square_images, verify_features
+from sinder_cli.export.verifying import NOT_LOADED, by_kind, normalized_tokens, square_images, verify_features
 from sinder_cli.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -76,8 +76,10 @@ def _write(plan: Plan, path: Path) -> None:
         except Exception as error:  # the exporter can raise anything
             if is_out_of_memory(error):
                 raise
-            why = str(error).strip().split("\n")[0]
-            raise _refused(plan, f"PyTorch's exporter says: {why}") from error
+            why = "PyTorch's exporter" + (
+                " needs one size" if plan.settings.dynamic_size else f" says: {excerpt(str(error))}"
+            )
+            raise _refused(plan, why) from error
         assert program is not None
         program.save(path, external_data=False)
 
@@ -136,7 +138,8 @@ def _verify(plan: Plan, path: Path) -> Check:
     try:
         return verify_features(plan, path, CHECK, RUNTIME, _ours, batches, TOLERANCE)
     except BadInputError as error:  # most exporters take a position embedding of one size for all
-        raise _refused(plan, f"the graph is not right at every size: {error.why}") from error
+        detail = "at one of them it cannot be run" if NOT_LOADED in error.why else error.why
+        raise _refused(plan, f"the graph is not right at three sizes that were tried: {detail}") from error
 
 
 TARGET = Target(

@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.backbone.sources import infos_of
 from sinder_cli.backbone.storing import write_safetensors
-from sinder_cli.errors import BadInputError, TryAgainError
+from sinder_cli.errors import BadInputError, SinderError, TryAgainError, UnavailableError, excerpt
 from sinder_cli.events import Finished, Started
 from sinder_cli.export.targets import Check, Plan
 from sinder_cli.images.decoding import UnreadableImageError
 from sinder_cli.images.drawn import DrawnPictures
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import DrawnImages, ImageSource
+from sinder_cli.stopping import death_words, was_sent
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 IMAGES = 2
 DRAWN_SIDE = 640  # pixels
 TOLERANCE = 1e-5  # relative, in float32
+NOT_LOADED = "it cannot be loaded"  # or run
 CHECKS = Path(__file__).parent / "checks"
 
 
@@ -67,7 +69,7 @@ def verify_features(
     given = list(batches) if batches is not None else [square_images(plan)]
     expected = _our_features(plan, given, ours)
     plan.emit(Started("checking what was written"))
-    found, versions = _their_features(written, CHECKS / script, given, plan.backbone.name)
+    found, versions = _their_features(written, CHECKS / script, given, plan.backbone.name, libraries)
     plan.emit(Finished("checking what was written"))
     what = f"export of {plan.backbone.name} failed"
     if found.keys() != expected.keys():
@@ -148,8 +150,17 @@ def _our_features(plan: Plan, batches: Sequence[Tensor], ours: Ours) -> dict[str
     return features
 
 
+def _died(returncode: int, libraries: Sequence[str], model: str, last: str) -> SinderError:
+    """A check that a signal has ended: somebody else's, or that of a library which crashes."""
+    what, why = f"cannot check the export of {model}", f"the process that loads it is gone, {death_words(returncode)}"
+    if was_sent(returncode):
+        return TryAgainError(what, why, "run again, or give --no-verify")
+    names = " and ".join(libraries) or "torch"
+    return UnavailableError(what, f"{why}: {excerpt(last)}", f"reinstall {names}, or give --no-verify")
+
+
 def _their_features(
-    written: Path, script: Path, batches: Sequence[Tensor], model: str
+    written: Path, script: Path, batches: Sequence[Tensor], model: str, libraries: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors.torch import load_file
 
@@ -159,10 +170,9 @@ def _their_features(
         write_safetensors(pixels, infos_of(named), named.values())
         command = [sys.executable, str(script), str(written), str(pixels), str(features)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        last = (done.stderr.strip().splitlines() or ["it gives no reason"])[-1]
         if done.returncode < 0:
-            why = f"its check was killed by signal {-done.returncode}"
-            raise TryAgainError(f"cannot check the export of {model}", why, "free memory, or give --no-verify")
+            raise _died(done.returncode, libraries, model, last)
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["it gives no reason"])[-1]
-            raise BadInputError(f"export of {model} failed", f"it cannot be loaded: {last}", "report it")
+            raise BadInputError(f"export of {model} failed", f"{NOT_LOADED}: {excerpt(last)}", "report it")
         return load_file(features), json.loads(done.stdout.splitlines()[-1])

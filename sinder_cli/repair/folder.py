@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinder_cli.errors import BadInputError, CannotCreateError, ConflictError, NoInputError
+from sinder_cli.errors import BadInputError, CannotCreateError, ConflictError, NoInputError, excerpt
 from sinder_cli.events import Emit, Warned, silent
 from sinder_cli.files import flush, output_error, remove_leftovers, require_writable_folder, write_json, write_text
 from sinder_cli.images.sources import ImageSource, files_of
@@ -284,8 +284,8 @@ class RunFolder:
         try:
             config: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
             str(config["model"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            why = f"{type(error).__name__}: {error}"
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = excerpt(f"{type(error).__name__}: {error}")
             raise BadInputError(f"cannot read {self.config}", why, "is it a run directory?") from error
         return config
 

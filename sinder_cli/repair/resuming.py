@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sinder_cli.backbone.attention import AttentionName
 from sinder_cli.backbone.describe import ModelRequest
 from sinder_cli.errors import ConflictError
+from sinder_cli.faults import first_fault
 from sinder_cli.images.finding import find_images
 from sinder_cli.images.sources import ImageFiles
 from sinder_cli.repair.folder import RunFolder
@@ -35,26 +37,53 @@ def as_called(folder: RunFolder, given: ModelRequest, settings: RepairSettings) 
 
     Raises `ConflictError` for the run of another version, and `BadInputError` for a `config.json` that is torn.
     """
+    stored = _stored(folder)
+    request = replace(
+        given,
+        model=stored.call.model,
+        weights=given.weights or _path(stored.call.weights),
+        adapter=given.adapter or _path(stored.call.adapter),
+        branch=given.branch or stored.call.branch,
+        heads=given.heads or stored.heads,
+        revision=given.revision or stored.revision,
+        attention=stored.attention if given.attention == "auto" else given.attention,
+    )
+    return request, stored.settings.model_copy(update=settings.model_dump(exclude_unset=True))
+
+
+class _Call(BaseModel):
+    """How a run was called, as `call_of` has it."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str
+    weights: str | None
+    adapter: str | None
+    data: list[str]
+    branch: str | None = None
+
+
+class _Stored(BaseModel):
+    """What of a `config.json` it takes to go on with a run."""
+
+    call: _Call
+    heads: Annotated[int | None, Field(ge=1)]
+    revision: str | None
+    attention: AttentionName
+    settings: RepairSettings
+
+
+def _stored(folder: RunFolder) -> _Stored:
+    """Read it. Raises `ConflictError` where a part is missing or of another kind, and names it."""
     config = folder.read_config()
     try:
-        call = config["call"]
-        request = replace(
-            given,
-            model=call["model"],
-            weights=given.weights or _path(call["weights"]),
-            adapter=given.adapter or _path(call["adapter"]),
-            branch=given.branch or call.get("branch"),
-            heads=given.heads or config["heads"],
-            revision=given.revision or config["revision"],
-            attention=config["attention"] if given.attention == "auto" else given.attention,
-        )
-        stored = RepairSettings.model_validate(config["settings"])
-    except (KeyError, TypeError, ValidationError) as error:
-        why = "its config.json is of another version of sinder"
+        return _Stored.model_validate(config)
+    except ValidationError as error:
+        place, why = first_fault(error)
+        what = f"its config.json is of another version of sinder, or damaged ({'.'.join(place)}: {why})"
         raise ConflictError(
-            f"cannot resume {folder.path}", why, "use that version, or start anew with --force"
+            f"cannot resume {folder.path}", what, "use that version, or start anew with --force"
         ) from error
-    return request, stored.model_copy(update=settings.model_dump(exclude_unset=True))
 
 
 def images_of(folder: RunFolder) -> ImageFiles | None:
@@ -63,7 +92,7 @@ def images_of(folder: RunFolder) -> ImageFiles | None:
     One that was killed before it had listed them has their places.
     """
     if not folder.images.is_file():
-        places = folder.read_config().get("call", {}).get("data", [])
+        places = _stored(folder).call.data if "call" in folder.read_config() else []
         return find_images(places) if places else None
     return ImageFiles(tuple(Path(image.path) for image in read_list(folder.images)))
 

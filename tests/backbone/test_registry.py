@@ -69,8 +69,8 @@ def test_required_modules_that_are_not_installed_are_missing(
 
 BROKEN_ROWS = [
     (7, "TypeError: 7 is no Listing"),
-    (Listing("toy_small", "", parameters="many"), "parameters: Input should be a valid integer"),  # type: ignore[arg-type]
-    (Listing("toy_small", "", requires="timm"), "requires: Input should be a valid tuple"),  # type: ignore[arg-type]
+    (Listing("toy_small", "", parameters="many"), "parameters: it must be a whole number"),  # type: ignore[arg-type]
+    (Listing("toy_small", "", requires="timm"), "requires: it must be a list"),  # type: ignore[arg-type]
     (Listing("demo_vit", ""), "model 'demo_vit' does not begin with 'toy'"),
 ]
 

@@ -370,3 +370,24 @@ def test_clamping_that_changes_nothing_is_told(sinder: Sinder, with_registers: P
     run = sinder("analyze", CUSTOM, "--weights", with_registers, photographs / "rocket.jpg", "--clamp", "999")
     assert run.returncode == 0, run.stderr
     assert "sinder: warning: clamping to singular value 999 changes nothing" in run.stderr
+
+
+def test_out_with_the_name_of_a_json_file_writes_the_document_alone(sinder: Sinder, tmp_path: Path) -> None:
+    run = sinder("analyze", "demo_vit", "--limit", "1", "-o", tmp_path / "x.json")
+    assert run.returncode == 0, run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    assert json.loads((tmp_path / "x.json").read_text()) == json.loads(run.stdout)
+
+
+def test_a_json_file_in_no_folder_is_told_before_any_work(sinder: Sinder, tmp_path: Path) -> None:
+    run = sinder("analyze", "demo_vit", "-o", tmp_path / "nowhere" / "x.json")
+    assert run.returncode == 73
+    assert run.stderr.count("\n") == 1
+    assert "there is no folder" in run.stderr
+
+
+def test_a_folder_with_the_name_of_a_file_is_used_where_it_is_there(sinder: Sinder, tmp_path: Path) -> None:
+    (tmp_path / "x.json").mkdir()
+    run = sinder("analyze", "demo_vit", "--limit", "1", "--figures", "0", "-o", tmp_path / "x.json")
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "x.json" / "report.json").is_file()

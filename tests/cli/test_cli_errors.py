@@ -40,12 +40,21 @@ CASES = {
     "an unknown command": Case("mend demo_vit", 2, "mend"),
     "an unknown option": Case("repair demo_vit --steps 3", 2, "--steps"),
     "no model": Case("repair", 2, "MODEL"),
-    "a value that is no number": Case("repair demo_vit --batch-size many", 2, "--batch-size"),
-    "a value out of range": Case("repair demo_vit --out {new} --lr 0", 2, "lr"),
-    "an infinite value": Case("repair demo_vit --out {new} --lr inf", 2, "lr"),
-    "a value that is no choice": Case("analyze demo_vit --kernel 4", 2, "kernel"),
+    "a value that is no number": Case("repair demo_vit --batch-size many", 2, "it must be a whole number, not 'many'"),
+    "a value out of range": Case("repair demo_vit --out {new} --lr 0", 2, "it must be above 0, not 0"),
+    "an infinite value": Case("repair demo_vit --out {new} --lr inf", 2, "it must be a finite number"),
+    "a learning rate that spoils all": Case(
+        "repair demo_vit --out {new} --lr 100", 2, "it must be 10 or less, not 100"
+    ),
+    "a recipe that is none": Case("repair demo_vit --out {new} --recipe mine", 2, "'sinder', 'polyak' or 'paper'"),
+    "a log of no kind": Case("repair demo_vit --out {new} --log foo", 2, "'log': it must be 'tensorboard' or 'wandb'"),
+    "a number that no computer counts": Case(
+        "repair demo_vit --batch-size 9999999999999999999", 2, "1000000000 or less"
+    ),
+    "a report under the name of a page": Case("analyze demo_vit -o {new}.html", 2, "give --out"),
+    "a value that is no choice": Case("analyze demo_vit --kernel 4", 2, "it must be 3 or 5, not 4"),
     "an unknown stage": Case("predict-defects demo_vit --stage last", 2, "--stage"),
-    "a device of no kind": Case("analyze demo_vit --device tpu", 2, "device"),
+    "a device of no kind": Case("analyze demo_vit --device tpu", 2, "cuda:N or mps, not 'tpu'"),
     "an unknown export format": Case("export demo_vit --to tflite --out {new}.pth", 2, "native"),
     "an unknown suffix to export": Case("export demo_vit --to native --out {new}.zip", 2, ".safetensors"),
     "an image size of too few patches": Case("analyze {model} --data {photos} --image-size 60", 2, "--image-size 70"),
@@ -160,6 +169,16 @@ def test_no_mistake_leaves_a_file_or_a_folder_behind(places: dict[str, Path], re
     before = places["before"].read_text().splitlines()
     request.getfixturevalue("endings")
     assert [str(path) for path in everything_in(places["new"].parent)] == before
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_checkpoint_of_another_pickle_protocol_brings_out_no_warning_of_torch(
+    protocol: int, sinder: Sinder, tmp_path: Path
+) -> None:
+    torch.save({"a": torch.zeros(2)}, tmp_path / "new.pth", pickle_protocol=protocol)
+    run = sinder("predict-defects", CUSTOM, "--weights", tmp_path / "new.pth")
+    require_one_line(run, 65, "new.pth")
+    assert len(run.stderr.splitlines()) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -131,3 +131,26 @@ def test_a_run_that_was_changed_further_does_not_show_its_own_table_as_that_of_t
         card = (tmp_path / "hub" / "README.md").read_text()
         assert "# `demo_vit`, repaired" in card
         assert ("| before | after |" in card) is shown
+
+
+def test_a_card_tells_no_folder_of_this_machine(export: Export, plain: Path, tmp_path: Path) -> None:
+    export(CUSTOM, "torchhub", tmp_path / "hub", plain, verify=False)
+    for path in (tmp_path / "hub").rglob("*"):
+        if path.suffix in {".md", ".json", ".py"}:
+            assert str(plain.parent) not in path.read_text()
+    assert f"| Read from | `{plain.name}` |" in (tmp_path / "hub" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [("hf/facebook/dinov2-small", "facebook/dinov2-small"), ("hf/./vit", None), ("hf//home/me/vit", None)],
+)
+def test_only_a_model_of_a_hub_is_a_base_model(name: str, base: str | None, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    backbone = replace(api.open_model(ModelRequest("demo_vit")), name=name)
+    card = render_export_card(
+        Plan(backbone, ExportSettings("transformers"), silent), TARGET, Check("x", True), tmp_path.name
+    )
+    assert header(card).get("base_model") == base
+    assert "/home/me" not in card

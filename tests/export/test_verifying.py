@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from PIL import Image
 
 from sinder_cli import ModelRequest, api
-from sinder_cli.errors import BadInputError
+from sinder_cli.errors import BadInputError, SinderError, TryAgainError, UnavailableError
 from sinder_cli.events import silent
+from sinder_cli.export import verifying
 from sinder_cli.export.settings import ExportSettings
 from sinder_cli.export.targets import Plan
 from sinder_cli.export.verifying import by_kind, relative_difference, square_images
@@ -53,3 +55,30 @@ def test_images_that_were_named_are_looked_at_and_the_unreadable_left_out(plan: 
     named = replace(plan, images=find_images([str(tmp_path)], None, silent))
     with pytest.raises(BadInputError, match="no image could be decoded; name others with --data"):
         square_images(named)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [
+        (signal.SIGABRT, UnavailableError, "it died of SIGABRT (Aborted): terminate called; reinstall timm, or"),
+        (signal.SIGSEGV, UnavailableError, "it died of SIGSEGV (Segmentation fault)"),
+        (signal.SIGKILL, TryAgainError, "it died of SIGKILL (Killed); run again, or give --no-verify"),
+        (signal.SIGTERM, TryAgainError, "it died of SIGTERM (Terminated)"),
+    ],
+)
+def test_a_check_that_dies_of_a_signal_is_told_by_that_signal_and_never_as_memory(
+    number: signal.Signals,
+    kind: type[SinderError],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = tmp_path / "check.py"
+    script.write_text(
+        f"import os, sys\nprint('terminate called', file=sys.stderr, flush=True)\nos.kill(os.getpid(), {int(number)})\n"
+    )
+    monkeypatch.setattr(verifying, "CHECKS", tmp_path)
+    with pytest.raises(kind) as failure:
+        verifying._their_features(tmp_path, script, [torch.zeros(1)], "a model", ["timm"])
+    assert words in str(failure.value)
+    assert "memory" not in str(failure.value)

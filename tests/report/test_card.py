@@ -13,6 +13,7 @@ from sinder_cli.repair.folder import RunFolder
 from sinder_cli.repair.results import RepairResult
 from sinder_cli.report.pages.templates import code_span, table_cell
 from sinder_cli.report.repair.card import FILES, render_card
+from sinder_cli.report.repair.page import render_repair_page
 
 MakeResult = Callable[..., RepairResult]
 
@@ -41,8 +42,19 @@ def test_the_card_tells_where_the_images_come_from(make_result: MakeResult) -> N
     ways: list[dict[str, Any]] = [{}, {"data": ["/a/photos", "-"], "given": 64}, {"data": ["/a"], "given": 10}]
     drawn, named, mixed = (" ".join(render_card(make_result(**how)).split()) for how in ways)
     assert "64 images, all drawn by the program; labels are not used. The list has the fingerprint `a7a7" in drawn
-    assert "64 images; labels are not used. Given: `/a/photos`, `standard input`. The list has" in named
-    assert "64 images: 10 given, 54 drawn by the program; labels are not used. Given: `/a`. The list" in mixed
+    assert "64 images; labels are not used. Given: `photos`, `standard input`. The list has" in named
+    assert "64 images: 10 given, 54 drawn by the program; labels are not used. Given: `a`. The list" in mixed
+
+
+def test_card_and_page_tell_no_folder_of_this_machine(make_result: MakeResult) -> None:
+    result = make_result(model="hf//home/someone/secret/vit", data=["/home/someone/secret/photos"], given=4)
+    source = "/home/someone/secret/vit/model.safetensors, adapted by /home/someone/secret/run/adapter.safetensors"
+    result.config["weights"]["source"] = source
+    for text in (render_card(result), render_repair_page(result)):
+        assert "secret" not in text
+        assert "someone" not in text
+        assert "model.safetensors, adapted by adapter.safetensors" in text
+        assert "hf/vit" in text
 
 
 def test_no_template_is_left_unrendered(outcome: RepairResult) -> None:

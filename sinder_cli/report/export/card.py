@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinder_cli import __version__
+from sinder_cli.files import public_model, public_source
 from sinder_cli.report import wording
 from sinder_cli.report.export.pictures import run_pictures
 from sinder_cli.report.pages.templates import markdown_template
@@ -41,7 +44,7 @@ def render_export_card(
     """The card in Markdown, with the metadata that a hub reads; `pictures` are files of the folder by name."""
     backbone, run = plan.backbone, _run_of(plan)
     return markdown_template("export/card.md.jinja").render(
-        model=backbone.name,
+        model=public_model(backbone.name),
         license=backbone.license,
         metadata=[line for line in _metadata(plan, check) if line],
         target=plan.settings.to,
@@ -71,19 +74,26 @@ def _metadata(plan: Plan, check: Check) -> list[str]:
     backbone = plan.backbone
     return [
         f"license: {json.dumps(backbone.license)}" if backbone.license else "",
-        f"base_model: {json.dumps(backbone.name.removeprefix('hf/'))}" if backbone.name.startswith("hf/") else "",
+        f"base_model: {json.dumps(backbone.name.removeprefix('hf/'))}" if _is_of_a_hub(backbone.name) else "",
         "pipeline_tag: image-feature-extraction",
         f"verified: {json.dumps(check.verified)}",
     ]
+
+
+def _is_of_a_hub(model: str) -> bool:
+    """Whether a model is `hf/OWNER/NAME`, and no folder of this machine: a hub refuses a base model that it lacks."""
+    place = model.removeprefix("hf/")
+    named = model.startswith("hf/") and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place)
+    return bool(named) and not Path(place).is_dir()
 
 
 def _facts(plan: Plan) -> list[Named]:
     backbone, repaired = plan.backbone, plan.repaired
     registers = backbone.prefix_tokens - backbone.has_cls
     rows = [
-        Named("Model", backbone.name),
+        Named("Model", public_model(backbone.name)),
         Named("Licence of the weights", backbone.license or "that of the base model, which does not name one here"),
-        Named("Read from", backbone.weights.source.label),
+        Named("Read from", public_source(backbone.weights.source.label)),
         Named("Blocks, width", f"{backbone.depth}, {backbone.width}"),
         Named("Patches", f"{backbone.patch_size} × {backbone.patch_size} pixels"),
         Named("Prefix tokens", f"{'cls' if backbone.has_cls else 'no cls'}, {wording.counted(registers, 'register')}"),

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sinder_cli.files import public_model, public_place, public_source
 from sinder_cli.report import wording
 from sinder_cli.report.pages.templates import markdown_template
 from sinder_cli.report.repair import facts
@@ -32,7 +33,7 @@ FILES = {
 def render_card(result: RepairResult) -> str:
     """The card in Markdown; it says only what the result holds."""
     return markdown_template("repair/card.md.jinja").render(
-        model=result.model,
+        model=public_model(result.model),
         folder=shlex.quote(result.folder.resolve().name),
         window=result.config["settings"]["window"],
         verdict=facts.verdict(result),
@@ -41,9 +42,9 @@ def render_card(result: RepairResult) -> str:
         comparison=facts.comparison(result),
         run=facts.run_facts(result),
         settings=facts.setting_facts(result),
-        weights=result.config["weights"],
+        weights=result.config["weights"] | {"source": public_source(result.config["weights"]["source"])},
         images=result.config["images"],
-        places=["standard input" if place == "-" else place for place in result.config["call"]["data"]],
+        places=["standard input" if place == "-" else public_place(place) for place in result.config["call"]["data"]],
         versions=result.config["versions"],
         device=result.config["device"],
         summary=result.summary,

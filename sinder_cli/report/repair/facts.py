@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from sinder_cli.defects.rules import NORM_FACTOR, SLACK
+from sinder_cli.files import public_model, public_source
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.report.wording import NOTHING, Named, counted, degrees, duration, number, percent, setting_rows
 
@@ -405,8 +406,8 @@ def origin_facts(result: RepairResult) -> list[Named]:
     """The model, the images and the program that this result comes from."""
     config = result.config
     return [
-        Named("Model", result.model),
-        Named("Weights", str(config["weights"]["source"])),
+        Named("Model", public_model(result.model)),
+        Named("Weights", public_source(str(config["weights"]["source"]))),
         Named("Fingerprint of the weights", str(config["weights"]["fingerprint"])),
         Named("Images", image_words(result)),
         Named("Fingerprint of the images", str(config["images"]["fingerprint"])),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sinder_cli.files import public_model
 from sinder_cli.report import wording
 from sinder_cli.report.drawing.pictures import data_uri
 from sinder_cli.report.pages.templates import html_template
@@ -22,7 +23,7 @@ def render_repair_page(result: RepairResult) -> str:
     """The whole page as one string of HTML that loads nothing: styles, drawings and pictures are inside."""
     samples = samples_of(result)
     return html_template("repair/page.html.jinja").render(
-        model=result.model,
+        model=public_model(result.model),
         verdict=facts.verdict(result),
         changed=bool(result.summary["changed_weights"]),
         comparison=facts.comparison(result),
