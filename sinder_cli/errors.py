@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from sinder_cli.escaping import printable
+
 
 class SinderError(Exception):
-    """A failure told in one line: what failed, why, and what to do about it."""
+    """A failure told in one line: what failed, why, and what to do about it.
+
+    A library's reason over several lines is joined to one; what else no terminal should get is escaped.
+    """
 
     exit_code: ClassVar[int] = 70
 
@@ -15,8 +20,8 @@ class SinderError(Exception):
         self.what, self.why, self.remedy = what, why, remedy
 
     def __str__(self) -> str:
-        line = f"{self.what}: {self.why}" + (f"; {self.remedy}" if self.remedy else "")
-        return " ".join(line.split())
+        reason = self.why + (f"; {self.remedy}" if self.remedy else "")
+        return f"{printable(self.what)}: {printable(' '.join(reason.split()))}"
 
 
 class UsageError(SinderError):
