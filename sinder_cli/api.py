@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from io import StringIO
+from io import BytesIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from sinder_cli.events import Emit, Noted, Warned, silent
 from sinder_cli.images.choosing import sampled
 from sinder_cli.images.drawn import DrawnPictures
 from sinder_cli.images.finding import find_images
+from sinder_cli.images.lists import read_bytes
 from sinder_cli.images.loading import require_some
 from sinder_cli.images.preprocessing import MIN_PATCHES, Preprocessing, Resize
 from sinder_cli.images.sources import DrawnImages, ImageSource, JoinedImages
@@ -210,7 +211,7 @@ def _named_images(places: Sequence[str], stdin: IO[str] | None, emit: Emit, rank
     if not places:
         return None
     if "-" in places and ranks.size > 1:
-        stdin = StringIO(ranks.once(lambda: (stdin or sys.stdin).read()))
+        return find_images(places, BytesIO(ranks.once(lambda: read_bytes(stdin or sys.stdin))), emit)
     return find_images(places, stdin, emit)
 
 
