@@ -76,10 +76,11 @@ def decode(path: Path) -> Image:
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """Why a file could not be decoded; of a text, what was probably meant."""
+    """Why a file could not be decoded; of a text that is not called an image, what was probably meant."""
+    from PIL import Image as pillow
     from PIL import UnidentifiedImageError
 
-    if isinstance(error, UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError) and path.suffix.lower() not in pillow.registered_extensions():
         with suppress(OSError, UnicodeDecodeError), path.open("rb") as file:
             start = file.read(FIRST_BOX)
             if start and all(letter.isprintable() or letter.isspace() for letter in start.decode("ascii")):
