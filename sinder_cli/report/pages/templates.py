@@ -31,7 +31,7 @@ def markdown_template(name: str) -> Template:
 
 def code_span(text: object) -> str:
     """Text as inline code on one line, fenced by one backtick more than the longest run of them in it."""
-    line = printable(" ".join(str(text).split())) or " "
+    line = " ".join(printable(str(text)).split()) or " "
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     padding = " " if "`" in (line[0], line[-1]) else ""
     return f"{fence}{padding}{line}{padding}{fence}"
@@ -39,7 +39,7 @@ def code_span(text: object) -> str:
 
 def table_cell(text: object) -> str:
     """Text on one line whose pipes do not end the cell."""
-    return printable(" ".join(str(text).split())).replace("|", "\\|")
+    return printable(re.sub(r"[ \t\n]+", " ", str(text)).strip()).replace("|", "\\|")
 
 
 def _without_controls(value: object) -> object:
