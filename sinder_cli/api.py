@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from io import StringIO
+from io import BytesIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from sinder_cli.events import Emit, Noted, Warned, silent
 from sinder_cli.images.choosing import sampled
 from sinder_cli.images.drawn import DrawnPictures
 from sinder_cli.images.finding import find_images
+from sinder_cli.images.lists import read_bytes
 from sinder_cli.images.loading import require_some
 from sinder_cli.images.preprocessing import MIN_PATCHES, Preprocessing, Resize
 from sinder_cli.images.sources import DrawnImages, ImageSource, JoinedImages
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 DRAWN_IMAGES = 64  # how many a backbone draws that brings its own
 FEW_IMAGES = 16  # under which drawn pictures are added to those that a repair is given
+MOST_SQUARES = 4  # tokens of a long image at most, in squares of the model's size: up to 4:1 nothing is scaled down
+MOST_CHEAP = 2048  # tokens that are let be in any case: attention is the smaller part of a block under 6 × width tokens
 TO_TRAIN_ON = 32  # images, with those that are drawn
 
 
@@ -144,7 +147,7 @@ def analyze(
     backbones = _compared(open_model(request), other, settings.clamp, emit)
     first = backbones[0]
     shown = shown_blocks(first.depth, settings.blocks)
-    preprocess = preprocessing(first, settings.image_size, settings.resize)
+    preprocess = preprocessing(first, settings.image_size, settings.resize, settings.max_tokens)
     source = named or drawn_images(first, settings.seed)
     require_alike({"images": source.fingerprint()}, ranks)
     chosen = sampled(len(source), settings.limit, settings.seed)
@@ -161,13 +164,18 @@ def analyze(
         drawing = draw and settings.figures != 0
         kept = files.write if files is not None else None
         surveys = survey(subjects, images.share(), grid, settings, device, drawing, ranks, kept)
-    images.gather_skipped()
+    images.gather()
     if surveys is None:
         return None
     require_some(surveys.images, len(images.skipped))
     drawn, again = images.again(settings.figures if surveys.basis else 0)
     resolved = settings.model_copy(
-        update={"device": device, "blocks": shown, "image_size": None if settings.resize == "none" else preprocess.size}
+        update={
+            "device": device,
+            "blocks": shown,
+            "image_size": None if settings.resize == "none" else preprocess.size,
+            "max_tokens": preprocess.max_tokens,
+        }
     )
     return AnalysisResult(
         analysis=analysis_of(subjects, surveys, resolved, grid, images.skipped),
@@ -210,7 +218,7 @@ def _named_images(places: Sequence[str], stdin: IO[str] | None, emit: Emit, rank
     if not places:
         return None
     if "-" in places and ranks.size > 1:
-        stdin = StringIO(ranks.once(lambda: (stdin or sys.stdin).read()))
+        return find_images(places, BytesIO(ranks.once(lambda: read_bytes(stdin or sys.stdin))), emit)
     return find_images(places, stdin, emit)
 
 
@@ -456,8 +464,13 @@ def drawn_images(backbone: Backbone, seed: int) -> ImageSource:
     return DrawnImages(tuple(backbone.sample_images(DRAWN_IMAGES, seed)), backbone.name)
 
 
-def preprocessing(backbone: Backbone, image_size: int | None, resize: Resize = "square") -> Preprocessing:
-    """The model's normalization, and a size rounded down to whole patches. Raises `UsageError` for under 5 × 5."""
+def preprocessing(
+    backbone: Backbone, image_size: int | None, resize: Resize = "square", max_tokens: int | None = None
+) -> Preprocessing:
+    """The model's normalization, a size rounded down to whole patches, and a bound on tokens for what keeps its shape.
+
+    Raises `UsageError` for under 5 × 5 patches.
+    """
     size = image_size or backbone.image_size
     rounded = size - size % backbone.patch_size
     if rounded < MIN_PATCHES * backbone.patch_size:
@@ -466,4 +479,6 @@ def preprocessing(backbone: Backbone, image_size: int | None, resize: Resize = "
             f"it makes under {MIN_PATCHES} × {MIN_PATCHES} patches of {backbone.patch_size} pixels",
             f"use --image-size {MIN_PATCHES * backbone.patch_size} or more",
         )
-    return Preprocessing(rounded, backbone.mean, backbone.std, resize, backbone.patch_size)
+    if resize == "short" and max_tokens is None:
+        max_tokens = max(MOST_CHEAP, MOST_SQUARES * (rounded // backbone.patch_size) ** 2)
+    return Preprocessing(rounded, backbone.mean, backbone.std, resize, backbone.patch_size, max_tokens)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from sinder_cli.escaping import printable
+
 MOST_LETTERS = 160  # of another library's words in a message of ours; `--debug` shows all of them
 
 
@@ -14,7 +16,10 @@ def excerpt(words: str) -> str:
 
 
 class SinderError(Exception):
-    """A failure told in one line: what failed, why, and what to do about it."""
+    """A failure told in one line: what failed, why, and what to do about it.
+
+    A library's reason over several lines is joined to one; what else no terminal should get is escaped.
+    """
 
     exit_code: ClassVar[int] = 70
 
@@ -23,8 +28,8 @@ class SinderError(Exception):
         self.what, self.why, self.remedy = what, why, remedy
 
     def __str__(self) -> str:
-        line = f"{self.what}: {self.why}" + (f"; {self.remedy}" if self.remedy else "")
-        return " ".join(line.split())
+        reason = self.why + (f"; {self.remedy}" if self.remedy else "")
+        return f"{printable(self.what)}: {printable(' '.join(reason.split()))}"
 
 
 class UsageError(SinderError):

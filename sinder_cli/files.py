@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sinder_cli.errors import CannotCreateError, SinderError, StorageError
+from sinder_cli.escaping import json_escaped
 
 WEIGHTS_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".json"}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
@@ -114,10 +115,9 @@ def write_json(path: Path, document: Any) -> None:
 def json_text(document: Any) -> str:
     """A document as files and standard output have it: indented, letters as they are, NaN refused.
 
-    What of a file's name is no character becomes an escape of JSON, `\\udcff`.
+    What of a file's name is no character, or would steer a terminal, becomes an escape of JSON: `\\udcff`, `\\u009b`.
     """
-    text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return json_escaped(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def make_folder(folder: Path) -> None:
@@ -168,11 +168,6 @@ def require_writable_file(path: Path) -> None:
     if not path.parent.is_dir():
         raise CannotCreateError(what, f"there is no folder {path.parent}", "create it first")
     require_creatable_folder(path.parent)
-
-
-def printable(text: str) -> str:
-    """Text that any file can hold, on one line: what of a file's name is no character is told as `\\udcff`."""
-    return " ".join(text.encode("utf-8", "backslashreplace").decode("utf-8").split())
 
 
 def public_model(name: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.events import Emit, tracked
 from sinder_cli.images.choosing import spread
-from sinder_cli.images.loading import LoadedImage, load_in_order, readable, skip_all
+from sinder_cli.images.loading import Changes, LoadedImage, load_in_order, readable, skip_all
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.processes import worker_count
 from sinder_cli.images.sources import ImageSource
@@ -36,6 +36,7 @@ class ImageBatches:
     emit: Emit
     ranks: Ranks = ALONE
     skipped: dict[str, str] = field(default_factory=dict)
+    changes: Changes = field(default_factory=Changes)
 
     def share(self) -> Iterator[tuple[list[str], Tensor]]:
         """Named batches `[B, 3, H, W]` of the images that are this rank's, with progress."""
@@ -48,9 +49,13 @@ class ImageBatches:
         """The names of all images of all ranks."""
         return [self.source.name(index) for index in self.indices]
 
-    def gather_skipped(self) -> None:
-        """Let rank 0 know, and tell, what the others could not decode."""
+    def gather(self) -> None:
+        """Let rank 0 know, and tell, what the others could not decode, and how many images were changed."""
         skip_all(self.ranks.at_first(self.skipped), self.skipped, self.emit)
+        for other in self.ranks.at_first(self.changes):
+            self.changes.merge(other)
+        if self.ranks.writes:
+            self.changes.tell(self.emit, self.preprocess.max_tokens)
 
     def again(self, most: int | Literal["all"]) -> tuple[int, Iterator[tuple[list[str], Tensor]]]:
         """At most so many of the images that could be decoded, evenly spread: their number, and named batches."""
@@ -64,7 +69,7 @@ class ImageBatches:
         )
 
     def _batched(self, loaded: Iterator[LoadedImage]) -> Iterator[tuple[list[str], Tensor]]:
-        return equal_shapes(readable(loaded, self.skipped, self.emit), self.settings.batch_size)
+        return equal_shapes(readable(loaded, self.skipped, self.emit, self.changes), self.settings.batch_size)
 
 
 def equal_shapes(images: Iterable[tuple[Key, Tensor]], size: int) -> Iterator[tuple[list[Key], Tensor]]:

@@ -12,7 +12,8 @@ from sinder_cli.backbone.describe import Backbone
 from sinder_cli.backbone.sources import infos_of
 from sinder_cli.backbone.storing import write_safetensors
 from sinder_cli.errors import CannotCreateError
-from sinder_cli.files import make_folder, output_error, printable, require_creatable_folder
+from sinder_cli.escaping import printable
+from sinder_cli.files import make_folder, output_error, require_creatable_folder
 
 MOST_BYTES = 200  # of a file's name without its ending: a temporary name beside it needs some, too
 TAKEN = "after the last block and the final norm"

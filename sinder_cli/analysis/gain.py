@@ -17,7 +17,6 @@ from sinder_cli.analysis.tokens import BlockTokens, Subject
 from sinder_cli.defects.detection import norm_ratios
 from sinder_cli.defects.inpainting import inpainted
 from sinder_cli.defects.tokens import last_tokens, patch_grid
-from sinder_cli.files import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,7 +121,7 @@ class InpaintingCollector:
                 self.cls.add(cls.to(self.device))
             self.by_image.append(
                 ImageInpainting(
-                    image=printable(names[at]),
+                    image=names[at],
                     tokens=int(out.sum()),
                     max_ratio=largest[at],
                     block=block[at],

@@ -14,7 +14,7 @@ from sinder_cli.analysis.survey import Survey, Surveys
 from sinder_cli.analysis.tokens import Subject
 from sinder_cli.analysis.verdict import judge
 from sinder_cli.defects.inpainting import outlying_factor
-from sinder_cli.files import printable
+from sinder_cli.escaping import printable
 
 if TYPE_CHECKING:
     from sinder_cli.defects.prediction import Prediction
@@ -47,7 +47,7 @@ def analysis_of(
         **dict(first),
         sinder=__version__,
         images=surveys.images,
-        skipped={printable(name): printable(why) for name, why in skipped.items()},
+        skipped=dict(skipped),
         grid=grid,
         settings=settings.model_dump(exclude={"workers"}),
         other=others[0] if others else None,

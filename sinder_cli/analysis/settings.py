@@ -38,6 +38,13 @@ class AnalyzeSettings(DetectionSettings):
         "short",
         description="short: shorter side to the image size, shape kept; square: and the centre cropped out; none.",
     )
+    max_tokens: int | None = Field(
+        None,
+        ge=25,
+        description="Scale an image of more patch tokens down to that many, its shape kept: time grows with their"
+        " square. Default: 4 x those of a square of the image size, which leaves shapes up to 4:1 alone, or 2048 if"
+        " that is more; with --resize none, no bound.",
+    )
     limit: int | None = Field(None, ge=1, le=MOST, description="Run so many images, drawn by the seed; default: all.")
     norm_threshold: float | None = Field(
         None, gt=0, description="Mark tokens above this norm too, and take the observed direction from them."
@@ -64,6 +71,8 @@ class AnalyzeSettings(DetectionSettings):
     def _consistent(self) -> AnalyzeSettings:
         if self.resize == "none" and self.image_size is not None:
             raise ValueError("resize none leaves every image its size: give no image_size")
+        if self.resize == "square" and self.max_tokens is not None:
+            raise ValueError("resize square has the tokens of its image_size: give no max_tokens")
         if self.method != "none" and self.clamp is not None:
             raise ValueError(f"one comparison at a time: give method {self.method} or clamp")
         return self

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from sinder_cli.escaping import printable
 from sinder_cli.events import Advanced, Emit, Event, Finished, Noted, Started, Warned, silent
 from sinder_cli.memory import peak_memory
 
@@ -71,7 +72,7 @@ class _Bars:
             if event.phase in self.tasks:
                 self.progress.remove_task(self.tasks.pop(event.phase))
         elif text := message(event):
-            self.progress.console.print(text, soft_wrap=True, markup=False)
+            self.progress.console.print(printable(text), soft_wrap=True, markup=False)
         elif step := _step(event):
             for phase in self.tasks:
                 self.progress.update(self.tasks[phase], completed=step[0], detail=step[1])
@@ -108,9 +109,12 @@ class _Lines:
 
 
 def say(text: str) -> None:
-    """A line on standard error, where that is still open: nobody who listens is no reason to stop."""
+    """A line on standard error, where that is still open: nobody who listens is no reason to stop.
+
+    Control characters in it, as names of files may have, are escaped.
+    """
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def message(event: Event) -> str:

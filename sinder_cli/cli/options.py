@@ -49,9 +49,13 @@ Heads = Annotated[
 Attention = Annotated[AttentionName, typer.Option("--attention", help="Attention kernel.")]
 Data = Annotated[
     list[str] | None,
-    typer.Option("--data", metavar="PATH", help="Folder or image; repeatable; - reads paths from standard input."),
+    typer.Option(
+        "--data",
+        metavar="PATH",
+        help="Folder, image, or list of images (.txt); repeatable; - reads a list from standard input.",
+    ),
 ]
-MoreData = Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help="More folders or images.")]
+MoreData = Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help="More folders, images or lists.")]
 Format = Annotated[
     OutputFormat | None, typer.Option("--format", help="Default: table on a terminal, else one JSON document.")
 ]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.segment import Segment
 
 from sinder_cli.cli.options import OutputFormat
+from sinder_cli.escaping import printable_lines
 from sinder_cli.files import json_text
 
 
@@ -20,4 +23,15 @@ def show(chosen: OutputFormat | None, table: Callable[[], RenderableType], docum
         return
     colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"  # Rich alone keeps bold and italic
     console = Console(color_system=colours, highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
-    console.print(table())  # without markup, since names and paths may hold [brackets]
+    console.print(_Escaped(table()))  # without markup, since names and paths may hold [brackets]
+
+
+@dataclass(frozen=True)
+class _Escaped:
+    """What Rich makes of a table, with the control characters of its texts escaped; its own colours stay."""
+
+    table: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for part in console.render(self.table, options):
+            yield part if part.control else Segment(printable_lines(part.text), part.style)

@@ -31,6 +31,7 @@ from sinder_cli.cli.options import (
 from sinder_cli.cli.output import show
 from sinder_cli.cli.sharing import shared
 from sinder_cli.errors import UsageError
+from sinder_cli.escaping import printable
 from sinder_cli.events import Noted, silent
 from sinder_cli.files import write_text
 from sinder_cli.repair.settings import RepairSettings
@@ -126,7 +127,7 @@ def _end(summary: dict[str, Any]) -> None:
 def _show_finished(summary: dict[str, Any], folder: Path, format: Format) -> None:
     from sinder_cli.report.documents import repair_document
 
-    said = f"{folder}: finished already, nothing to resume"
+    said = f"{printable(str(folder))}: finished already, nothing to resume"
     show(format, lambda: said, lambda: repair_document(summary, folder))
 
 

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import errno
 import stat
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from sinder_cli.errors import TryAgainError
 from sinder_cli.images.colours import to_rgb
+from sinder_cli.images.metadata import upright, without_bad_chunks
 from sinder_cli.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "PPM")  # what Pillow may try; MPO opens as JPEG
+BRANDS = {  # in the first box of such a file
+    "AVIF": {b"avif", b"avis"},
+    "HEIF": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"},
+}
+FIRST_BOX = 64  # bytes of it that are looked at
+REMEDIES = {
+    "HEIF": "HEIC is read by an extra: pip install 'sinder-cli[heic]'",
+    "AVIF": "AVIF is read by newer versions of Pillow: pip install --upgrade pillow",
+}
+LATER_PAGES = "later pages"  # in the `info` of an image that is the first of several in its file
 MAX_PIXELS = 178_956_970  # Pillow's own limit, by header, which a program may have lifted; no resizing beyond it
 PLAIN_PIXELS = 2**24  # 4096 × 4096, which may come from however few bytes
 PIXELS_PER_BYTE = 2000  # of the file, beyond that; flat colour makes 1032 at most as PNG, 350 as JPEG, photographs 100
@@ -25,30 +37,32 @@ class UnreadableImageError(Exception):
 
 
 def decode(path: Path) -> Image:
-    """One regular file of the formats above as an RGB image, EXIF rotation applied; the first frame of an animation.
+    """One regular file of the formats above as an RGB image, EXIF rotation applied.
+
+    Of an animation, or of several pages, it is the first, with `LATER_PAGES` in its `info`, which has nothing else.
 
     - 16-bit greyscale is scaled (65535 is white), and so is float (1 is white, or the largest value above that);
       of 16-bit colour the upper 8 bits are kept.
     - A palette is looked up; transparency, of whatever kind, is laid over white.
     - CMYK, YCbCr and L*a*b* are converted; an Adobe JPEG's inverted inks are put right. ICC profiles are not applied.
+    - Metadata that is odd or too large is left out.
 
     Raises `UnreadableImageError` for everything that goes wrong with the file, `TryAgainError` where too many are open,
     and what means that memory has run out: neither says anything about the image. Pillow's warnings about odd metadata
     are left to the filters of the program.
     """
-    from PIL import Image as pillow
-    from PIL import ImageOps
-
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device would block, and is never opened
             raise UnreadableImageError("not a regular file")
-        pillow.init()
-        formats = [name for name in FORMATS if name in pillow.OPEN]  # one that it was built without is a KeyError
-        with pillow.open(path, formats=formats) as file:
-            _require_plausible(file.width, file.height, path.stat().st_size)
-            file.load()
-            ImageOps.exif_transpose(file, in_place=True)
-            return to_rgb(file)
+        formats = _formats(path)
+        try:
+            return _decoded(path, formats, path.stat().st_size)
+        except Exception as error:
+            refused = isinstance(error, UnreadableImageError) or is_out_of_memory(error)
+            mended = None if refused else without_bad_chunks(path)
+            if mended is None:
+                raise
+        return _decoded(mended, formats, path.stat().st_size)
     except UnreadableImageError:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, … on bad files
@@ -58,7 +72,71 @@ def decode(path: Path) -> Image:
             raise TryAgainError(
                 f"cannot open {path}", str(error.strerror), "raise ulimit -n, or lower --workers"
             ) from error
-        raise UnreadableImageError(str(error) or type(error).__name__) from error
+        raise UnreadableImageError(_reason(error, path)) from error
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """Why a file could not be decoded; of a text that is not called an image, what was probably meant."""
+    from PIL import Image as pillow
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError) and path.suffix.lower() not in pillow.registered_extensions():
+        with suppress(OSError, UnicodeDecodeError), path.open("rb") as file:
+            start = file.read(FIRST_BOX)
+            if start and all(letter.isprintable() or letter.isspace() for letter in start.decode("ascii")):
+                return "this is text; a list of images ends in .txt, or comes on standard input: --data - < LIST"
+    return str(error) or type(error).__name__
+
+
+def _formats(path: Path) -> list[str]:
+    """What Pillow may try on a file: one that it was built without would be a KeyError.
+
+    The library for HEIC is loaded for such a file alone. Raises `UnreadableImageError` where it is missing, or Pillow
+    is too old for AVIF.
+    """
+    from PIL import Image as pillow
+
+    pillow.init()
+    with path.open("rb") as file:
+        needed = _needed(file.read(FIRST_BOX))
+    if needed == "HEIF":
+        with suppress(ImportError):
+            from pillow_heif import register_heif_opener
+
+            register_heif_opener()
+    if needed and needed not in pillow.OPEN:
+        raise UnreadableImageError(REMEDIES[needed])
+    return [name for name in dict.fromkeys((*FORMATS, needed)) if name in pillow.OPEN]
+
+
+def _needed(start: bytes) -> str | None:
+    """The format of a file, by its first bytes, where it is one that Pillow may lack."""
+    if start[4:8] != b"ftyp":
+        return None
+    end = min(int.from_bytes(start[:4], "big"), len(start))
+    brands = {start[at : at + 4] for at in range(8, end, 4)}
+    return next((name for name, of in BRANDS.items() if brands & of), None)
+
+
+def _decoded(source: Path | IO[bytes], formats: list[str], bytes_of_file: int) -> Image:
+    from PIL import Image as pillow
+
+    with pillow.open(source, formats=formats) as file:
+        _require_plausible(file.width, file.height, bytes_of_file)
+        file.load()
+        rgb = to_rgb(upright(file))
+        rgb.info = {LATER_PAGES: True} if _has_more(file) else {}
+        return rgb
+
+
+def _has_more(file: Image) -> bool:
+    """Whether pages or frames come after the first; a photograph's previews, in MPO, are none."""
+    try:
+        return file.format != "MPO" and bool(getattr(file, "is_animated", False))
+    except Exception as error:  # GIF looks for the second frame now, which may be broken
+        if is_out_of_memory(error):
+            raise
+        return False
 
 
 def _require_plausible(width: int, height: int, bytes_of_file: int) -> None:

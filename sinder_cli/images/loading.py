@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Literal
 
 from sinder_cli.ahead import loaded_ahead
 from sinder_cli.errors import BadInputError
-from sinder_cli.events import Emit, Warned
-from sinder_cli.images.decoding import UnreadableImageError
+from sinder_cli.events import Emit, Noted, Warned
+from sinder_cli.images.decoding import LATER_PAGES, UnreadableImageError
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.processes import in_processes
 from sinder_cli.images.sources import ImageSource
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from sinder_cli.images.preprocessing import Pixels
 
+Change = Literal["first page", "scaled down"]  # what was done to an image beyond what is done to all
 READ_AHEAD = 4  # images decoded ahead of the computation, by each process where there are several
 
 
@@ -31,6 +34,7 @@ class LoadedImage:
     name: str
     pixels: Tensor | None
     problem: str = ""
+    changes: tuple[Change, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class FittedImage:
     index: int
     pixels: Pixels | None
     problem: str = ""
+    changes: tuple[Change, ...] = ()
 
 
 def load_in_order(
@@ -60,20 +65,64 @@ def load_in_order(
 
 def _fit(source: ImageSource, preprocess: Preprocessing, index: int) -> FittedImage:
     try:
-        return FittedImage(index, preprocess.fit(source.load(index)))
+        image = source.load(index)
+        return FittedImage(index, preprocess.fit(image), changes=tuple(_changes(image, preprocess)))
     except UnreadableImageError as error:
         return FittedImage(index, None, str(error))
 
 
+def _changes(image: Image, preprocess: Preprocessing) -> Iterator[Change]:
+    if LATER_PAGES in image.info:
+        yield "first page"
+    if preprocess.bounded_size(*image.size) is not None:
+        yield "scaled down"
+
+
 def _loaded(source: ImageSource, preprocess: Preprocessing, fitted: FittedImage) -> LoadedImage:
     pixels = None if fitted.pixels is None else preprocess.normalize(fitted.pixels)
-    return LoadedImage(fitted.index, source.name(fitted.index), pixels, fitted.problem)
+    return LoadedImage(fitted.index, source.name(fitted.index), pixels, fitted.problem, fitted.changes)
 
 
-def readable(loaded: Iterable[LoadedImage], unreadable: dict[str, str], emit: Emit) -> Iterator[tuple[str, Tensor]]:
-    """Name and pixels of the images that could be decoded; each other one is told once and added to `unreadable`."""
+@dataclass
+class Changes:
+    """The names of the images that were changed, by what was done, each once however often it is loaded."""
+
+    names: dict[Change, dict[str, None]] = field(default_factory=dict)
+
+    def add(self, image: LoadedImage) -> None:
+        for change in image.changes:
+            self.names.setdefault(change, {})[image.name] = None
+
+    def merge(self, other: Changes) -> None:
+        """Take in what another process has loaded."""
+        for change, names in other.names.items():
+            self.names.setdefault(change, {}).update(names)
+
+    def tell(self, emit: Emit, max_tokens: int | None = None) -> None:
+        """Note in one line for each kind of change how many images it was made to."""
+        if names := self.names.get("first page"):
+            emit(Noted(f"of {_counted(names)} with several pages or frames, only the first is used"))
+        if names := self.names.get("scaled down"):
+            emit(Noted(f"{_counted(names)} scaled down to at most {max_tokens:,} patch tokens (--max-tokens)"))
+
+
+def _counted(names: Mapping[str, None]) -> str:
+    """1 image (a.tif); 3 images (a.tif, …)."""
+    first = PurePath(next(iter(names))).name
+    return f"1 image ({first})" if len(names) == 1 else f"{len(names):,} images ({first}, …)"
+
+
+def readable(
+    loaded: Iterable[LoadedImage], unreadable: dict[str, str], emit: Emit, changes: Changes | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and pixels of the images that could be decoded, with what was done to them added to `changes`.
+
+    Each other one is told once and added to `unreadable`.
+    """
     for image in loaded:
         if image.pixels is not None:
+            if changes is not None:
+                changes.add(image)
             yield image.name, image.pixels
         else:
             skip(image.name, image.problem, unreadable, emit)

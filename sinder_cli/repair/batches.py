@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sinder_cli.errors import BadInputError
+from sinder_cli.escaping import printable
 from sinder_cli.events import Emit
 from sinder_cli.images.choosing import cycled, shuffled
 from sinder_cli.images.loading import load_in_order, readable, require_some
@@ -87,6 +88,6 @@ def require_readable(source: ImageSource, unreadable: dict[str, str], strict: bo
     lost = [name for name, problem in unreadable.items() if problem.startswith(CHANGED)]
     most = 0 if strict else int(MOST_UNREADABLE * len(source))
     if len(unreadable) > (most if lost or strict else max(1, most)):
-        named = next(reversed(lost or list(unreadable)))
+        named = printable(next(reversed(lost or list(unreadable))))
         why = f"{len(unreadable)} of {len(source)} cannot be read, among them {named}"
         raise BadInputError("too many images are missing or broken", why, "mend them, or leave them out of a new run")

@@ -10,6 +10,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from sinder_cli.errors import BadInputError
+from sinder_cli.escaping import printable
 from sinder_cli.events import Emit, tracked
 from sinder_cli.files import write_text
 from sinder_cli.images.sources import FileState, ImageFiles
@@ -68,16 +69,17 @@ def first_difference(images: Sequence[ListedImage], files: ImageFiles, emit: Emi
             return _difference(image, path, state[0])
     counts = f"there were {len(images)} images and are {len(files)}"
     if len(files) > len(images):
-        return f"{counts}, {files.paths[len(images)]} is new"
+        return f"{counts}, {printable(str(files.paths[len(images)]))} is new"
     if len(files) < len(images):
-        return f"{counts}, {images[len(files)].path} is gone"
+        return f"{counts}, {printable(images[len(files)].path)} is gone"
     return None
 
 
 def _difference(image: ListedImage, path: Path, size: int) -> str:
-    now = str(path.absolute())
-    if now != image.path:
-        return f"image {image.path} is now {now}, which is another"
+    place = str(path.absolute())
+    now = printable(place)
+    if place != image.path:
+        return f"image {printable(image.path)} is now {now}, which is another"
     if size != image.bytes:
         return f"image {now} had {image.bytes} bytes and has {size}"
     return f"image {now} has other contents of the same size"

@@ -28,7 +28,7 @@ from sinder_cli.defects.tokens import in_precision, patch_grid
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, tracked
 from sinder_cli.files import write_text
-from sinder_cli.images.loading import load_in_order, readable
+from sinder_cli.images.loading import Changes, load_in_order, readable
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.processes import worker_count
 from sinder_cli.images.sources import ImageSource, SomeImages
@@ -244,16 +244,17 @@ def scan(
             found.append(_outliers(name, place_of[name], seen.defective[:, image], finite[image]))
         batch.clear()
 
-    for name, pixels in tracked(
-        readable(loaded, unreadable, emit), emit, "looking at the original", len(mine), "images"
-    ):
+    changes = Changes()
+    read = readable(loaded, unreadable, emit, changes)
+    for name, pixels in tracked(read, emit, "looking at the original", len(mine), "images"):
         batch.append((name, pixels))
         if len(batch) == B:
             take()
     if batch:
         take()
-    parts = ranks.every((found, shared if ranks.size > 1 else None, dict(by_weights), largest, dict(unreadable)))
-    for rank, (_, other, counts, most, broken) in enumerate(parts):
+    sharing = shared if ranks.size > 1 else None
+    parts = ranks.every((found, sharing, dict(by_weights), largest, dict(unreadable), changes))
+    for rank, (_, other, counts, most, broken, changed) in enumerate(parts):
         if rank == ranks.rank:
             continue
         if other is not None:
@@ -261,6 +262,8 @@ def scan(
         by_weights.update(counts)
         largest = [max(pair) for pair in zip(largest, most, strict=True)]
         unreadable.update(broken)
+        changes.merge(changed)
+    changes.tell(emit)
     images = tuple(sorted((each for part in parts for each in part[0]), key=lambda image: image.place))
     blocks = tuple(
         _block(block, images, by_weights[block], largest[block], directions, shared, rule)

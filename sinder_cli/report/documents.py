@@ -53,7 +53,8 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
 
 def analysis_document(analysis: Analysis) -> dict[str, Any]:
     """`sinder analyze --format json`, and `report.json`: sinder-analysis(5) describes it."""
-    return finite(analysis.model_dump(mode="json"))
+    document = analysis.model_dump(mode="json")
+    return finite(document | {"skipped": analysis.skipped})  # Pydantic spoils names that are no UTF-8
 
 
 def repair_document(summary: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from sinder_cli.backbone.registry import InstalledBackbone
 from sinder_cli.defects.rules import MIN_GAP
+from sinder_cli.escaping import printable
 from sinder_cli.report.analysis.facts import norm_factor
 from sinder_cli.report.repair import facts
 from sinder_cli.report.repair.trial import trial_facts
@@ -98,9 +99,11 @@ def analysis_table(analysis: Analysis, folder: Path | None = None, features: Pat
     if analysis.other:
         parts += _verdict_words(f"{analysis.other.model}, the second", analysis.other)
     if folder:
-        parts.append(f"report: {folder / 'report.html'}, {counted(len(analysis.figures), 'figure')} beside it")
+        parts.append(
+            f"report: {printable(str(folder / 'report.html'))}, {counted(len(analysis.figures), 'figure')} beside it"
+        )
     if features:
-        parts.append(f"features: {features}, {counted(analysis.images, 'file')}")
+        parts.append(f"features: {printable(str(features))}, {counted(analysis.images, 'file')}")
     return Group(*parts)
 
 
@@ -204,9 +207,9 @@ def repair_table(result: RepairResult) -> RenderableType:
         Text("Good tokens are marked by the original at no block, marked ones at some block.", "dim"),
         Text("Nearness to the original is no goal: outliers spoil its cls.", "dim"),
         *([_repaired_blocks(rows)] if rows else []),
-        f"run directory: {result.folder}",
+        f"run directory: {printable(str(result.folder))}",
         f"outlying tokens {defects['before']['tokens']:,} → {defects['after']['tokens']:,},"
-        f" report: {result.folder / 'report.html'}",
+        f" report: {printable(str(result.folder / 'report.html'))}",
     )
 
 
@@ -228,7 +231,7 @@ def _repaired_blocks(rows: Sequence[facts.BlockRow]) -> RenderableType:
 def export_table(result: ExportResult) -> RenderableType:
     """What was written where, and how it was checked."""
     return Group(
-        f"{result.path}: {counted(len(result.files), 'file')}, {result.bytes:,} bytes",
+        f"{printable(str(result.path))}: {counted(len(result.files), 'file')}, {result.bytes:,} bytes",
         ("verified" if result.check.verified else "not verified") + f": {result.check.told}",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ from sinder_cli.analysis.results import AnalysisResult
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import Subject
 from sinder_cli.defects.spectrum import angle_between
-from sinder_cli.events import Warned
+from sinder_cli.events import Noted, Warned
+from sinder_cli.files import json_text
+from sinder_cli.report.documents import analysis_document
 
 DRAWN = 6
 
@@ -238,3 +241,47 @@ def test_so_many_portraits_are_drawn_as_were_asked_for(
         h, w = portrait.image.shape[1] // 14, portrait.image.shape[2] // 14
         assert portrait.sides[0].norms.shape == (h, w)
         assert torch.isfinite(portrait.sides[0].components).all()
+
+
+@pytest.mark.parametrize(("size", "most"), [(112, 2048), (518, 4 * 37 * 37)])
+def test_the_default_bound_is_four_squares_or_2048_tokens(size: int, most: int, random_model: ModelRequest) -> None:
+    backbone = api.open_model(random_model)
+    assert api.preprocessing(backbone, size, "short").max_tokens == most
+    assert api.preprocessing(backbone, size, "short", 100).max_tokens == 100
+    assert [api.preprocessing(backbone, size, resize).max_tokens for resize in ("square", "none")] == [None, None]
+
+
+def test_a_long_image_is_scaled_down_and_a_line_says_so(random_model: ModelRequest, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, shape in (("four.png", (70, 280)), ("long.png", (70, 2240)), ("line.png", (1, 5000))):
+        Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(tmp_path / name)
+    told: list[object] = []
+    result = api.analyze(random_model, [str(tmp_path)], settings(image_size=112, max_tokens=1000), told.append)
+    assert result is not None
+    assert result.analysis.settings["max_tokens"] == 1000
+    assert list(result.analysis.skipped) == [str(tmp_path / "line.png")]
+    assert "too narrow: scaled down to 1000 tokens" in result.analysis.skipped[str(tmp_path / "line.png")]
+    assert told.count(Noted("1 image (long.png) scaled down to at most 1,000 patch tokens (--max-tokens)")) == 1
+    norm = result.analysis.blocks[0].patch_norm
+    assert norm is not None
+    assert norm.count == 8 * 32 + 5 * 178  # √(1000 / 32) = 5.6 patches, 178.9 patches
+    untouched = api.analyze(random_model, [str(tmp_path / "long.png")], settings(image_size=112), told.append)
+    assert untouched is not None
+    assert untouched.analysis.blocks[0].patch_norm.count == 8 * 256
+
+
+def test_a_bound_is_refused_where_it_would_do_nothing() -> None:
+    with pytest.raises(ValueError, match="square has the tokens of its image_size"):
+        settings(resize="square", max_tokens=100)
+    assert settings(resize="none", max_tokens=100).max_tokens == 100
+
+
+def test_names_of_skipped_images_are_exact_in_the_document(random_model: ModelRequest, tmp_path: Path) -> None:
+    names = ["new\nline.png", "esc\x1b[31m.png", "u\u2028x  y.png", "b\udcff.png"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"no image")
+    Image.new("RGB", (70, 70)).save(tmp_path / "a.png")
+    result = api.analyze(random_model, [str(tmp_path)], settings(image_size=70))
+    assert result is not None
+    document = json.loads(json_text(analysis_document(result.analysis)))
+    assert set(document["skipped"]) == {str(tmp_path / name) for name in names}

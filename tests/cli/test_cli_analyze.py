@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -326,7 +327,8 @@ def test_a_corrupt_image_whose_name_is_no_text_is_named_all_the_same(
     Path(odd).write_bytes(b"no image")
     run = sinder("analyze", CUSTOM, "--weights", with_registers, photographs / "rocket.jpg", odd)
     assert run.returncode == 0, run.stderr
-    assert [name.split("/")[-1] for name in analysed(run)["skipped"]] == ["caf\\udce9.png"]
+    assert list(analysed(run)["skipped"]) == [odd]
+    assert r"caf\udce9.png" in run.stderr
 
 
 def test_figures_are_drawn_of_images_that_could_be_decoded(
@@ -391,3 +393,25 @@ def test_a_folder_with_the_name_of_a_file_is_used_where_it_is_there(sinder: Sind
     run = sinder("analyze", "demo_vit", "--limit", "1", "--figures", "0", "-o", tmp_path / "x.json")
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "x.json" / "report.json").is_file()
+
+
+def test_odd_names_and_lists_go_from_the_shell_to_the_document(
+    sinder: Sinder, with_registers: Path, photographs: Path, tmp_path: Path
+) -> None:
+    names = ["new\nline.png", "esc\x1b[31m.png", "u\u2028x.png", "v\u0085.png"]
+    for name in names:
+        shutil.copy(photographs / "rocket.jpg", tmp_path / name)
+    (tmp_path / "gone\x1b.png").symlink_to(tmp_path / "nowhere")
+    listed = "".join(f"{tmp_path / name}\0" for name in [*names, "missing\n.png"])
+    (tmp_path / "list.txt").write_bytes(f"{tmp_path / names[2]}\r\n".encode("utf-16"))
+    model = ("analyze", CUSTOM, "--weights", with_registers, "--resize", "square")
+    for arguments, stdin, images in (("-", listed, 4), (tmp_path / "list.txt", "", 1), (tmp_path, "", 4)):
+        run = sinder(*model, "--data", arguments, stdin=stdin)
+        assert run.returncode == 0, run.stderr
+        assert analysed(run)["images"] == images
+        assert "\x1b" not in run.stdout + run.stderr
+        assert all(line.startswith("sinder: ") for line in run.stderr.splitlines())
+        if stdin:
+            assert list(analysed(run)["skipped"]) == [str(tmp_path / "missing\n.png")]
+            assert rf"skipped {tmp_path}/missing\n.png: " in run.stderr
+    assert r"passed over: 1 dangling link (gone\x1b.png), 1 text file (list.txt)" in run.stderr

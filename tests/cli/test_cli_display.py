@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from sinder_cli.cli import display
-from sinder_cli.events import Advanced, Started
+from sinder_cli.events import Advanced, Started, Warned
 from sinder_cli.repair.loop import StepRecord
 
 
@@ -70,3 +70,12 @@ def test_a_listener_that_has_gone_is_no_reason_to_stop(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("builtins.print", broken)
     display.say("nobody hears this")
+
+
+def test_names_in_messages_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    display._Lines().hear(Warned("skipped a\nb\x1b[31m.png: broken"))
+    with Progress(console=Console()) as progress:
+        display._Bars(progress).hear(Warned("skipped a\nb\x1b[31m.png: broken"))
+    captured = capsys.readouterr()
+    assert captured.err == "sinder: warning: skipped a\\nb\\x1b[31m.png: broken\n"
+    assert captured.out.startswith(captured.err)

@@ -47,3 +47,13 @@ def test_a_number_that_json_does_not_know_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     with pytest.raises(ValueError, match="not JSON compliant"):
         show("json", lambda: "", lambda: {"loss": float("nan")})
+
+
+def test_control_characters_in_names_reach_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("model")
+    table.add_row("esc\x1b]0;title\x07\x9b31m")
+    show("table", lambda: table, dict)
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert r"esc\x1b]0;title" in shown
+    assert r"\x9b31m" in shown

@@ -7,6 +7,7 @@ import io
 import os
 import resource
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from sinder_cli.errors import TryAgainError
 from sinder_cli.images import decoding
-from sinder_cli.images.decoding import UnreadableImageError, decode
+from sinder_cli.images.decoding import LATER_PAGES, UnreadableImageError, decode
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -213,3 +214,148 @@ def test_a_format_that_is_not_listed_is_not_decoded(astronaut: Image.Image, tmp_
     astronaut.save(tmp_path / "page.png", "PCX")
     with pytest.raises(UnreadableImageError, match="cannot identify"):
         decode(tmp_path / "page.png")
+
+
+TURN, RESOLUTION = 0x0112, 0x011A
+
+
+def exif_of(*entries: bytes, data: bytes = b"") -> bytes:
+    """EXIF of one directory; what does not fit an entry of 12 bytes comes after it, at 14 + 12 × entries."""
+    head = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries))
+    return head + b"".join(entries) + struct.pack("<I", 0) + data
+
+
+ODD_EXIF = {
+    "one over none, negative": exif_of(
+        struct.pack("<HHIHH", TURN, 3, 1, 6, 0), struct.pack("<HHII", RESOLUTION, 10, 1, 38),
+        data=struct.pack("<ii", -1, 0),
+    ),
+    "two orientations": exif_of(struct.pack("<HHIHH", TURN, 3, 2, 6, 6)),
+}  # fmt: skip
+NO_EXIF = {
+    "cut short": b"Exif\0\0II*\0\x08",
+    "no directory": b"Exif\0\0" + b"\xff" * 40,
+    "an orientation in words": exif_of(struct.pack("<HHI4s", TURN, 2, 4, b"six\0")),
+    "an orientation that there is not": exif_of(struct.pack("<HHIHH", TURN, 3, 1, 99, 0)),
+}
+
+
+def saved(image: Image.Image, path: Path, exif: bytes) -> Path:
+    """In WebP, EXIF goes in as it is; for JPEG and PNG as well."""
+    image.save(path, exif=exif, **({"lossless": True} if path.suffix == ".webp" else {}))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:Metadata Warning")
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("name", ODD_EXIF)
+def test_an_odd_tag_costs_neither_pixels_nor_the_turn(name: str, suffix: str, cat: Image.Image, tmp_path: Path) -> None:
+    plain, odd = saved(cat, tmp_path / f"plain{suffix}", b""), saved(cat, tmp_path / f"odd{suffix}", ODD_EXIF[name])
+    np.testing.assert_array_equal(pixels_of(odd), np.rot90(pixels_of(plain), -1))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("name", NO_EXIF)
+def test_exif_that_says_nothing_turns_nothing(name: str, suffix: str, cat: Image.Image, tmp_path: Path) -> None:
+    plain, odd = saved(cat, tmp_path / f"plain{suffix}", b""), saved(cat, tmp_path / f"odd{suffix}", NO_EXIF[name])
+    np.testing.assert_array_equal(pixels_of(odd), pixels_of(plain))
+
+
+def chunk(kind: bytes, data: bytes, checksum: int | None = None) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum or zlib.crc32(kind + data))
+
+
+LARGE = zlib.compress(b"x" * 2_000_000)
+BAD_CHUNKS = {
+    "2 MB of text": chunk(b"zTXt", b"prompt\0\0" + LARGE),
+    "2 MB of international text": chunk(b"iTXt", b"prompt\0\1\0\0\0" + LARGE),
+    "2 MB of colour profile": chunk(b"iCCP", b"icc\0\0" + LARGE),
+    "70 MB of text in parts": b"".join(
+        chunk(b"zTXt", b"%d\0\0" % at + zlib.compress(b"x" * 1_000_000)) for at in range(70)
+    ),
+    "text packed in a way that there is not": chunk(b"zTXt", b"prompt\0\7text"),
+    "text with another checksum": chunk(b"tEXt", b"prompt\0text", checksum=1),
+    "half a gamma": chunk(b"gAMA", b"\0\1"),
+}
+
+
+@pytest.mark.parametrize("place", ["before the pixels", "after them"])
+@pytest.mark.parametrize("name", BAD_CHUNKS)
+def test_a_pngs_metadata_costs_no_pixels(name: str, place: str, cat: Image.Image, tmp_path: Path) -> None:
+    clear = cat.quantize(32)
+    turned = Image.Exif()
+    turned[TURN] = 6
+    clear.save(tmp_path / "plain.png", transparency=3, exif=turned)
+    data = (tmp_path / "plain.png").read_bytes()
+    at = data.index(b"IDAT" if place == "before the pixels" else b"IEND") - 4
+    (tmp_path / "odd.png").write_bytes(data[:at] + BAD_CHUNKS[name] + data[at:])
+    np.testing.assert_array_equal(pixels_of(tmp_path / "odd.png"), pixels_of(tmp_path / "plain.png"))
+
+
+def test_a_bomb_is_refused_with_bad_metadata_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = png_of(60_000, 60_000)
+    (tmp_path / "bomb.png").write_bytes(bomb[:33] + BAD_CHUNKS["2 MB of text"] + bomb[33:])
+    with pytest.raises(UnreadableImageError, match="decompression bomb"):
+        decode(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(UnreadableImageError, match="60000×60000 pixels are too many"):
+        decode(tmp_path / "bomb.png")
+
+
+def test_a_broken_png_says_what_is_broken_and_not_that_its_text_is_large(cat: Image.Image, tmp_path: Path) -> None:
+    cat.save(tmp_path / "whole.png")
+    data = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(data[:33] + BAD_CHUNKS["2 MB of text"] + data[33 : len(data) // 2])
+    with pytest.raises(UnreadableImageError, match="truncated"):
+        decode(tmp_path / "half.png")
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".gif", ".webp", ".png"])
+def test_the_first_of_several_pages_says_so(suffix: str, tmp_path: Path) -> None:
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / f"one{suffix}")
+    first.save(tmp_path / f"two{suffix}", save_all=True, append_images=[second], lossless=True)
+    assert (pixels_of(tmp_path / f"two{suffix}") == (255, 0, 0)).all()
+    assert decode(tmp_path / f"two{suffix}").info == {LATER_PAGES: True}
+    assert decode(tmp_path / f"one{suffix}").info == {}
+
+
+def test_a_photograph_with_previews_is_one_page(cat: Image.Image, tmp_path: Path) -> None:
+    cat.save(tmp_path / "stereo.jpg", "MPO", save_all=True, append_images=[cat.resize((90, 60))])
+    assert decode(tmp_path / "stereo.jpg").info == {}
+
+
+def test_a_broken_second_frame_costs_nothing(tmp_path: Path) -> None:
+    first, second = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / "moving.gif", save_all=True, append_images=[second])
+    data = (tmp_path / "moving.gif").read_bytes()
+    for left_out in (1, 5, 20):
+        (tmp_path / "cut.gif").write_bytes(data[:-left_out])
+        assert (pixels_of(tmp_path / "cut.gif") == (255, 0, 0)).all()
+
+
+HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(100)
+AVIF = b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf" + bytes(100)
+
+
+def test_heic_and_avif_that_nothing_reads_say_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.init()
+    for name in ("HEIF", "AVIF"):
+        monkeypatch.delitem(Image.OPEN, name, raising=False)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    for content, how in ((HEIC, r"pip install 'sinder-cli\[heic\]'"), (AVIF, "pip install --upgrade pillow")):
+        (tmp_path / "photo.jpg").write_bytes(content)
+        with pytest.raises(UnreadableImageError, match=how):
+            decode(tmp_path / "photo.jpg")
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_heic_is_read_upright_with_the_extra(orientation: int, cat: Image.Image, tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    turned = Image.Exif()
+    turned[TURN] = orientation
+    for name, exif in (("plain", None), ("turned", turned.tobytes())):
+        heif.from_pillow(cat).save(tmp_path / f"{name}.heic", quality=95, exif=exif)
+    plain, found = pixels_of(tmp_path / "plain.heic"), pixels_of(tmp_path / "turned.heic")
+    expected = np.rot90(plain, {1: 0, 3: 2, 6: -1}[orientation])
+    assert np.abs(found.astype(int) - expected).mean() < 3  # colours are stored at half the resolution

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from sinder_cli.errors import NoInputError
-from sinder_cli.events import Warned
+from sinder_cli.events import Noted, Warned
+from sinder_cli.images import finding
+from sinder_cli.images.decoding import UnreadableImageError
 from sinder_cli.images.finding import find_images
 
 
@@ -22,11 +24,11 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def test_folders_are_searched_in_sorted_order_for_the_suffixes_of_images(tmp_path: Path) -> None:
-    touch(tmp_path, "b.JPG", "a.png", "notes.txt", "._a.png", "sub/c.webp", "sub/.d.jpeg/e.gif", "a/z.tiff")
+    touch(tmp_path, "b.JPG", "a.png", "notes.txt", "._a.png", "sub/c.webp", "sub/d.jpeg/e.gif", "a/z.tiff", "f.JFIF")
     (tmp_path / "folder.png").mkdir()
     found = find_images([str(tmp_path)]).paths
     names = [path.relative_to(tmp_path).as_posix() for path in found]
-    assert names == ["a/z.tiff", "a.png", "b.JPG", "sub/.d.jpeg/e.gif", "sub/c.webp"]
+    assert names == ["a/z.tiff", "a.png", "b.JPG", "f.JFIF", "sub/c.webp", "sub/d.jpeg/e.gif"]
 
 
 def names_in(*places: Path) -> list[str]:
@@ -130,3 +132,58 @@ def test_nothing_found_is_no_input(listed: str | None, tmp_path: Path) -> None:
     touch(tmp_path, "notes.txt")
     with pytest.raises(NoInputError, match="no images in"):
         find_images([str(tmp_path)] if listed is None else ["-"], io.StringIO(listed or ""))
+
+
+def test_hidden_folders_are_searched_only_if_they_are_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", ".ipynb_checkpoints/a.png", "@eaDir/a.png", "sub/.git/b.png", "sub/.hidden.png")
+    assert names_in(tmp_path) == ["a.png", "sub/.hidden.png"]
+    hidden = [tmp_path / ".ipynb_checkpoints", tmp_path / "@eaDir"]
+    assert [path.parent for path in find_images([str(folder) for folder in hidden]).paths] == hidden
+
+
+@pytest.fixture
+def without_heif(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finding, "find_spec", lambda _: None)
+
+
+def noted_in(folder: Path) -> list[object]:
+    told: list[object] = []
+    find_images([str(folder)], emit=told.append)
+    return told
+
+
+@pytest.mark.usefixtures("without_heif")
+def test_what_is_passed_over_is_counted_by_kind_in_one_line(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "x.txt", "y.TXT", "sub/z.txt", "p.heic", "q.HEIC", "._a.png", "Makefile", ".eaDir/b.png")
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert noted_in(tmp_path) == [
+        Noted(
+            "passed over: 3 text files, 2 .heic (pip install 'sinder-cli[heic]' to read them),"
+            " 1 dangling link (gone.jpg), 1 hidden folder (.eaDir), 1 macOS companion file (._a.png),"
+            " 1 other file (Makefile), 1 special file (pipe.png)"
+        )
+    ]
+
+
+def test_of_many_kinds_the_rarest_are_only_counted(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", *(f"{at}.k{kind}" for kind in range(10) for at in range(12 - kind)))
+    (told,) = noted_in(tmp_path)
+    assert told == Noted("passed over: " + ", ".join(f"{12 - kind} .k{kind}" for kind in range(8)) + ", 7 others")
+
+
+def test_nothing_is_said_where_nothing_is_passed_over(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "sub/b.jpg")
+    assert noted_in(tmp_path) == []
+
+
+def test_heic_counts_where_the_extra_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finding, "find_spec", lambda _: object())
+    touch(tmp_path, "a.HEIC", "b.heif", "c.png")
+    assert names_in(tmp_path) == ["a.HEIC", "b.heif", "c.png"]
+
+
+def test_a_text_that_is_no_list_by_its_name_is_told_how(tmp_path: Path) -> None:
+    (tmp_path / "photos").write_text("a.png\nb.png\n")
+    with pytest.raises(UnreadableImageError, match=r"a list of images ends in \.txt, or comes on standard input"):
+        find_images([str(tmp_path / "photos")]).load(0)

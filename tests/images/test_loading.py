@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from sinder_cli.errors import BadInputError, TryAgainError
-from sinder_cli.images.loading import load_in_order, require_some
+from sinder_cli.events import Noted
+from sinder_cli.images.loading import Changes, load_in_order, readable, require_some
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.processes import default_workers
 from sinder_cli.images.sources import DrawnImages, ImageFiles
@@ -302,3 +303,38 @@ def test_not_one_readable_image_is_bad_input() -> None:
     assert caught.value.exit_code == 65
     require_some(1, 4)
     require_some(0, 0)
+
+
+@pytest.fixture
+def odd_files(tmp_path: Path) -> ImageFiles:
+    """A plain square, a strip, and a TIFF of two pages, which is a strip as well."""
+    square, strip = Image.new("RGB", (80, 80)), Image.new("RGB", (800, 80))
+    square.save(tmp_path / "square.png")
+    strip.save(tmp_path / "strip.png")
+    strip.copy().save(tmp_path / "pages.tif", save_all=True, append_images=[square.copy()])
+    return ImageFiles(tuple(tmp_path / name for name in ("square.png", "strip.png", "pages.tif")))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_was_done_to_images_is_said_in_a_line_each(odd_files: ImageFiles, workers: int) -> None:
+    preprocess, told = Preprocessing(80, (0, 0, 0), (1, 1, 1), "short", 8, max_tokens=400), []
+    changes, other = Changes(), Changes()
+    for indices, into in (([0, 1, 1, 0], changes), ([1, 2], other)):
+        loaded = load_in_order(odd_files, preprocess, indices, workers)
+        assert len(list(readable(loaded, {}, told.append, into))) == len(indices)
+    changes.tell(told.append, 400)
+    assert told == [Noted("1 image (strip.png) scaled down to at most 400 patch tokens (--max-tokens)")]
+    changes.merge(other)
+    told.clear()
+    changes.tell(told.append, 1400)
+    assert told == [
+        Noted("of 1 image (pages.tif) with several pages or frames, only the first is used"),
+        Noted("2 images (strip.png, …) scaled down to at most 1,400 patch tokens (--max-tokens)"),
+    ]
+
+
+def test_nothing_is_said_of_images_that_are_used_as_they_are(files: ImageFiles) -> None:
+    changes, told = Changes(), []
+    assert list(readable(load_in_order(files, PLAIN, [0, 1]), {}, told.append, changes))
+    changes.tell(told.append)
+    assert told == []

@@ -88,3 +88,55 @@ def test_preprocessing_normalizes_channel_by_channel(cat: Image.Image) -> None:
     for channel in range(3):
         expected = (crop[..., channel].astype(np.float64) / 255 - MEAN[channel]) / STD[channel]
         np.testing.assert_allclose(found[channel].numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("resize", ["short", "none"])
+@pytest.mark.parametrize("shape", [(700, 700), (710, 3000), (4000, 301), (900, 1411)])
+@pytest.mark.parametrize("most", [100, 400, 1601])
+def test_an_image_of_too_many_tokens_is_scaled_down_in_its_shape(
+    resize: Resize, shape: tuple[int, int], most: int
+) -> None:
+    preprocess = Preprocessing(280, MEAN, STD, resize, 14, most)
+    unbounded = Preprocessing(280, MEAN, STD, resize, 14).fit(Image.new("RGB", shape)).shape
+    bounded = preprocess.bounded_size(*shape)
+    if unbounded[0] * unbounded[1] <= most * 14**2:
+        assert bounded is None
+        return
+    assert bounded is not None
+    if min(bounded) < 5 * 14:
+        with pytest.raises(UnreadableImageError, match=r"too narrow: scaled down to .* tokens .*; raise --max-tokens"):
+            preprocess.fit(Image.new("RGB", shape))
+        return
+    height, width, _ = preprocess.fit(Image.new("RGB", shape)).shape
+    assert (width % 14, height % 14) == (0, 0)
+    assert bounded[0] - 14 < width <= bounded[0]
+    assert bounded[1] - 14 < height <= bounded[1]
+    assert (width // 14) * (height // 14) <= most
+    assert bounded[0] * bounded[1] > 0.95 * most * 14**2
+    assert bounded[0] / bounded[1] == pytest.approx(shape[0] / shape[1], rel=0.02)
+
+
+def test_a_bounded_image_is_resized_once_from_its_own_pixels(cat: Image.Image) -> None:
+    preprocess = Preprocessing(280, MEAN, STD, "short", 14, 100)  # 451 × 300 → 420.9 × 280 → 171 × 114
+    resized = np.asarray(cat.resize((171, 114), Image.Resampling.BICUBIC))
+    assert preprocess.bounded_size(*cat.size) == (171, 114)
+    np.testing.assert_array_equal(preprocess.fit(cat), resized[1:113, 1:169])
+
+
+def test_an_image_within_the_bound_has_the_bits_that_it_had(cat: Image.Image) -> None:
+    for resize in ("short", "none"):
+        unbounded = Preprocessing(280, MEAN, STD, resize, 14)
+        tokens = unbounded.fit(cat).shape[0] * unbounded.fit(cat).shape[1] // 14**2
+        np.testing.assert_array_equal(Preprocessing(280, MEAN, STD, resize, 14, tokens).fit(cat), unbounded.fit(cat))
+
+
+def test_a_square_has_the_tokens_of_its_size() -> None:
+    assert Preprocessing(280, MEAN, STD, "square", 14, 25).bounded_size(300, 9000) is None
+
+
+@pytest.mark.timeout(20)
+def test_a_line_of_pixels_is_refused_and_a_strip_is_not() -> None:
+    preprocess = Preprocessing(280, MEAN, STD, "short", 14, 1600)
+    with pytest.raises(UnreadableImageError, match="1×5000 pixels are too narrow"):
+        preprocess.fit(Image.new("RGB", (1, 5000)))
+    assert preprocess.fit(Image.new("RGB", (1024, 32))).shape == (98, 3164, 3)

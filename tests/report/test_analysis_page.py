@@ -10,6 +10,7 @@ from html_page import Page
 from made_analysis import Made
 
 from sinder_cli.analysis.records import VerdictKind
+from sinder_cli.escaping import printable_lines
 from sinder_cli.events import silent
 from sinder_cli.report.analysis.facts import COLOUR_OF
 from sinder_cli.report.analysis.folder import write_analysis
@@ -206,3 +207,13 @@ def test_a_page_of_finite_tokens_has_no_word_of_others(compared: tuple[str, Page
 
 def test_every_verdict_has_a_colour() -> None:
     assert set(COLOUR_OF) == set(get_args(VerdictKind))
+
+
+def test_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
+    name = "new\nline\x1b[31m\u2028.png"
+    shown = r"new\nline\x1b[31m\u2028.png"
+    made = Made(depth=1, drawn=1, names=(name,), models=("vit\x1b[1m",), skipped={name: "broken\x9b"})
+    html, page = page_of(made, tmp_path)
+    assert printable_lines(html) == html
+    assert page.text.count(shown) >= 2
+    assert r"broken\x9b" in page.text

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sinder_cli.escaping import printable_lines
 from sinder_cli.repair.folder import RunFolder
 from sinder_cli.repair.results import RepairResult
 from sinder_cli.report.pages.templates import code_span, table_cell
@@ -96,7 +97,7 @@ def test_a_backbone_without_cls_and_a_folder_with_a_space(make_result: MakeResul
 
 @pytest.mark.parametrize(
     ("text", "span"),
-    [("a", "`a`"), ("a`b", "``a`b``"), ("`", "`` ` ``"), ("a\nb", "`a b`"), ("a``b`", "``` a``b` ```")],
+    [("a", "`a`"), ("a`b", "``a`b``"), ("`", "`` ` ``"), ("a\nb", r"`a\nb`"), ("a``b`", "``` a``b` ```")],
 )
 def test_a_code_span_holds_any_text(text: str, span: str) -> None:
     assert code_span(text) == span
@@ -104,3 +105,13 @@ def test_a_code_span_holds_any_text(text: str, span: str) -> None:
 
 def test_a_cell_stays_in_its_row() -> None:
     assert table_cell("a|b\n| c") == r"a\|b \| c"
+
+
+def test_control_characters_in_names_are_escaped_in_markdown(make_result: MakeResult) -> None:
+    assert code_span("a\x1b[31m`\u2028b") == r"``a\x1b[31m`\u2028b``"
+    assert table_cell("a\x9b|b") == r"a\x9b\|b"
+    result = make_result()
+    result.config["weights"]["source"] = "vit\x1b[31m.pth"
+    card = render_card(result)
+    assert r"vit\x1b[31m.pth" in card
+    assert printable_lines(card) == card

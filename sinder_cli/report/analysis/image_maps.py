@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sinder_cli.files import printable
+from sinder_cli.escaping import printable
 from sinder_cli.report.analysis.facts import sides_of
 from sinder_cli.report.drawing.pictures import LabelledPicture, clip_range, pca_map, picture, reduced, resized
 from sinder_cli.report.drawing.scales import ANGLES, ColourScale, attention_scale, cosine_scale, norm_scale

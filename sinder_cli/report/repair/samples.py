@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from sinder_cli.escaping import printable
 from sinder_cli.report.drawing.pictures import data_uri, enlarged, pca_maps, picture
 from sinder_cli.report.drawing.scales import FIDELITY, NormSpread, norm_scale
 from sinder_cli.report.pages.panels import Panel
@@ -48,7 +49,7 @@ def samples_of(result: RepairResult) -> Samples:
     pca["original"] = pca["before"]
     images = []
     for index, path in enumerate(result.names):
-        name = Path(path).name
+        name = printable(Path(path).name)
         shown = picture(result.pictures[index], result.mean, result.std)
         rows = [_maps(name, side, of, index, blocks, ratios, pca[side][index]) for side, of in sides.items()]
         images.append(
