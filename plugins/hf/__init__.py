@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from sinder_cli import (
     Backbone,
+    BadInputError,
     Listing,
     ModelRequest,
     NoInputError,
@@ -67,7 +68,15 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
     attention = _attention(request)
 
     def build() -> nn.Module:
-        module: nn.Module = _module().build(config, fused, attention)
+        library = _module()
+        try:
+            module: nn.Module = library.build(config, fused, attention)
+        except MemoryError:
+            raise
+        except Exception as error:  # it checks its configurations itself, in many ways
+            line = (str(error).strip().splitlines() or [""])[-1].strip()
+            why = f"transformers cannot build what its config.json describes ({type(error).__name__}: {line})"
+            raise BadInputError(f"cannot use {place}", why, "is it the right config.json?") from error
         return module
 
     return Backbone(

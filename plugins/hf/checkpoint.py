@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from sinder_cli import Weights, require_matching
+from sinder_cli import BadInputError, Weights, require_matching
 
 from .config import Config
 from .families import Family
@@ -51,5 +51,11 @@ def is_fused(config: Config, weights: Weights) -> bool:
 
 
 def require_whole(config: Config, fused: bool, weights: Weights, model: str) -> None:
-    """Raises `BadInputError` for an encoder that lacks a tensor, has one too many, or one of another shape."""
+    """Raises `BadInputError` for an encoder that lacks a tensor, has one too many, or one of another shape.
+
+    Its depth is held against the number of tensors first, so that nothing of a size that nobody has is made.
+    """
+    if config.depth > len(weights.names):
+        why = f"its config.json says {config.depth} blocks, and its weights have {len(weights.names)} tensors"
+        raise BadInputError(f"cannot use {model}", why, "is it the right config.json?")
     require_matching(tensor_shapes(config, fused), weights, model)

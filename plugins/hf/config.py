@@ -106,7 +106,7 @@ def read_config(text: str, place: str) -> Config:
         heads=heads,
         hidden=_hidden(given, width, parts.gated),
         activation=_activation(given, parts.gated),
-        eps=given.number("layer_norm_eps"),
+        eps=given.share("layer_norm_eps"),
         patch=patch,
         grid=_grid(given, patch),
         registers=given.size("num_register_tokens", 0, least=0) if family.stem.registers else 0,
@@ -118,7 +118,7 @@ def read_table(text: str, path: str) -> dict[str, Any]:
     """The table in a JSON text. Raises `BadInputError` where it is none."""
     try:
         table = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInputError(f"cannot read {path}", str(error), "fetch it again") from error
     if not isinstance(table, dict):
         raise BadInputError(f"cannot read {path}", f"it holds {type(table).__name__}, no table", "fetch it again")
@@ -174,6 +174,12 @@ class _Given:
             raise _bad(self.place, f"{key} is {value!r}, no number")
         return float(value)
 
+    def share(self, key: str) -> float:
+        value = self.number(key)
+        if value >= 1:
+            raise _bad(self.place, f"{key} is {value:g}, and no norm has one of 1 or more")
+        return value
+
     def switch(self, switch: str | bool | None) -> bool | None:
         if not isinstance(switch, str):
             return switch
@@ -192,7 +198,7 @@ def _hidden(given: _Given, width: int, gated: bool | None) -> int:
 def _activation(given: _Given, gated: bool | None) -> str:
     """The activation as the layer map calls it; DINOv2's gated MLP has SiLU, whatever the configuration says."""
     name = "silu" if gated and "mlp_ratio" in given.values else given.values.get("hidden_act")
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise _bad(given.place, f"its activation {name!r} is none of those known", f"they are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 

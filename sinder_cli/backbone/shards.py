@@ -83,7 +83,7 @@ def shard_names(index: Path) -> dict[str, str]:
     """Which tensor lies in which shard, as an index says. Raises `BadInputError` for a file that is no index."""
     try:
         located = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _bad(index, f"it is no index of shards ({type(error).__name__}: {error})") from error
     if not isinstance(located, dict) or not located:
         raise _bad(index, "its weight_map is no table of tensors")
@@ -98,10 +98,14 @@ def shard_names(index: Path) -> dict[str, str]:
 def _inside(index: Path, shard: str) -> Path:
     """The path of a shard, once it is sure to lie in the index's folder, or where the hub's cache keeps its files."""
     path = index.parent / shard
-    resolved = path.resolve()
+    try:
+        resolved = path.resolve()
+        there = resolved.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a link to itself
+        raise _bad(index, f"shard {shard[:60]!r} is no file ({type(error).__name__})") from error
     if not any(resolved.is_relative_to(root.resolve()) for root in _roots(index.parent.absolute())):
         raise _leaving(index, shard)
-    if not resolved.is_file():
+    if not there:
         raise NoInputError(f"cannot read weights {index}", f"there is no shard {shard}", "fetch the missing file")
     return path
 

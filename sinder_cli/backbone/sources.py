@@ -24,6 +24,7 @@ SAFETENSORS_DTYPES = {
 
 TORCH_MAGIC = (b"PK", b"\x80")  # a zip archive, or the pickle of torch before 1.6
 TORCH_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".ckpt", ".tar"})
+SMALL = 64 << 20  # bytes: a file of fewer that asks for more memory than there is lies about its sizes
 ACCEPTED = "give --weights a file of safetensors, or of torch.save (.pth, .pt, .bin, .ckpt)"
 
 
@@ -189,12 +190,15 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
                 raise
             stored = load(mmap=False)  # files older than torch 1.6 are no zip archives and cannot be mapped
     except pickle.UnpicklingError as error:
+        if "protocol" in str(error) or "Unsupported operand" in str(error):
+            why, remedy = "it was pickled in a way that cannot be read safely", "save it again with torch.save as it is"
+            raise BadInputError(f"cannot read weights {path}", why, remedy) from error
         remedy = "save the state dict alone: torch.save(model.state_dict(), …), better yet as .safetensors"
         raise BadInputError(
             f"cannot read weights {path}", "it holds more than tensors, and pickles are never trusted", remedy
         ) from error
     except Exception as error:  # a broken pickle can raise anything
-        if _is_of_the_machine(error):
+        if _is_of_the_machine(error) and not (isinstance(error, MemoryError) and path.stat().st_size < SMALL):
             raise
         why = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         raise BadInputError(f"cannot read weights {path}", why, "is it whole? fetch it again") from error

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sinder_cli import BadInputError, MemoryTensors, NoInputError
+from sinder_cli.backbone import sources
 from sinder_cli.backbone.sources import TensorInfo, open_checkpoint
 
 
@@ -192,5 +193,6 @@ def test_a_failure_of_the_machine_is_not_blamed_on_the_file(
     (tmp_path / name).write_bytes(b"PK")
     monkeypatch.setattr("safetensors.safe_open", fail)
     monkeypatch.setattr("torch.load", fail)
+    monkeypatch.setattr(sources, "SMALL", 1)  # bytes: of a small file the sizes that it claims are to blame
     with pytest.raises(type(failure), match=str(failure)):
         open_checkpoint(tmp_path / name)

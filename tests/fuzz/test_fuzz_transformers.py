@@ -17,11 +17,6 @@ from hf_samples import SAMPLES
 
 FAMILIES = ("DINOv2", "CLIP with its text", "DINOv3 gated", "BEiT")  # after the first, in `make fuzz`
 BYTES = 60  # random cases a round
-KNOWN = {
-    r"(vision_config\.)?num_hidden_layers: (many|huge)": "plugins/hf/config.py: the depth is not held"
-    " against the file's own tensors, and memory runs out",
-    r".*tell its author": "plugins/hf: what transformers refuses or trips over passes for a bug of the plugin",
-}
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
@@ -68,17 +63,12 @@ def _text(document: Any) -> bytes:
     return json.dumps(document).encode()
 
 
-@pytest.mark.parametrize("pattern", KNOWN)
-def test_a_known_failure(pattern: str) -> None:
-    pytest.skip(f"known to fail: {KNOWN[pattern]}")
-
-
 def test_a_configuration_with_any_field_of_any_kind(folder: Path) -> None:
-    require_ours(cases_of(folder, "config.json"), least_refused=0.2, known=KNOWN)
+    require_ours(cases_of(folder, "config.json"), least_refused=0.2)
 
 
 def test_a_preprocessor_with_any_field_of_any_kind(folder: Path) -> None:
-    require_ours(cases_of(folder, "preprocessor_config.json"), least_refused=0.1, known=KNOWN)
+    require_ours(cases_of(folder, "preprocessor_config.json"), least_refused=0.1)
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
@@ -97,4 +87,4 @@ def test_a_configuration_with_other_bytes(name: str, folder: Path, rounds: range
         ("null", b"null"),
     ):
         cases.append(Case(told, described(folder, name, text)))
-    require_ours(cases, known=KNOWN)
+    require_ours(cases)
