@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from in_turn import unseen
 from safetensors.torch import save_file
 from sinder_plugins.dinov2 import sinder_backbone
 from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
@@ -370,3 +371,13 @@ def test_heads_of_an_official_model_cannot_be_changed() -> None:
     assert sinder_backbone(ModelRequest("dinov2_vits14", heads=6), weights).depth == 12
     with pytest.raises(UsageError, match="cannot use 12 heads: dinov2_vits14 has 6"):
         sinder_backbone(ModelRequest("dinov2_vits14", heads=12), weights)
+
+
+def test_each_tensor_in_turn_is_used_or_named_or_the_file_is_refused(config: Config, drawn: Any) -> None:
+    def read(weights: Weights) -> Weights:
+        found: Weights = sinder_backbone(ModelRequest("dinov2_custom"), weights).weights
+        return found
+
+    tried, missed = unseen(drawn(config), read)
+    assert tried >= 3 * 40
+    assert missed == []

@@ -13,11 +13,14 @@ import pytest
 import torch
 import transformers
 from hf_samples import SAMPLES
+from in_turn import unseen
 from safetensors.torch import load_file, save_file
+from sinder_plugins.hf.checkpoint import as_stored, encoder, is_fused, require_whole
+from sinder_plugins.hf.config import read_config
 from sinder_plugins.hf.families import FAMILIES
 from torch import Tensor
 
-from sinder_cli import Backbone, BadInputError, ModelRequest, UsageError, api
+from sinder_cli import Backbone, BadInputError, ModelRequest, UsageError, Weights, api
 from sinder_cli.backbone.opening import require_loadable
 from sinder_cli.defects.prediction import predict
 
@@ -188,3 +191,19 @@ def official(backbone: Backbone) -> dict[str, Tensor]:
             name = name.replace(old, new)
         converted[name] = tensor
     return converted
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_each_tensor_in_turn_is_used_or_named_or_the_file_is_refused(name: str, saved: Saved) -> None:
+    folder = saved(name)
+    described = read_config((folder / "config.json").read_text(), "file")
+
+    def read(weights: Weights) -> Weights:
+        found = encoder(weights, described)
+        config = as_stored(described, found)
+        require_whole(config, is_fused(config, found), found, "file")
+        return found
+
+    tried, missed = unseen(load_file(folder / "model.safetensors"), read)
+    assert tried >= 3 * 40
+    assert missed == []
