@@ -25,7 +25,7 @@ from real_files import cache_folder, photographs, real_weights
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from sinder_cli import ModelRequest, api
+from sinder_cli import Backbone, ModelRequest, api
 from sinder_cli.defects.inpainting import inpainted
 from sinder_cli.defects.tokens import last_tokens, residual_stream
 from sinder_cli.images.decoding import decode
@@ -119,6 +119,19 @@ def judged(
 
 
 @torch.no_grad()
+def marked(backbone: Backbone, module: Any, images: Sequence[Tensor]) -> tuple[Backbone, list[Tensor], list[Tensor]]:
+    """The inpainted original; what it ever replaces in each image, bool `[patches]`; and its last tokens `[T, N]`."""
+    seen: list[Tensor] = []
+    yardstick = inpainted(backbone, FACTOR, lambda _, mask: seen.append(mask))
+    marks, last = [], []
+    for image in images:
+        seen.clear()
+        last.append(last_tokens(yardstick, module, image[None])[0])
+        marks.append(torch.stack(seen).flatten(2).any(dim=0)[0])
+    return yardstick, marks, last
+
+
+@torch.no_grad()
 def rows_of(name: str, ways: Sequence[str], folder: Path) -> list[Row]:
     """All rows of one plant."""
     pictures = photographs()
@@ -136,13 +149,7 @@ def rows_of(name: str, ways: Sequence[str], folder: Path) -> list[Row]:
     _, twin_module = plants.opened(weights)
     twin_module.load_state_dict(twin_state)
     twin = [last_tokens(backbone, twin_module, image[None])[0] for image in images]
-    seen: list[Tensor] = []
-    yardstick = inpainted(backbone, FACTOR, lambda _, mask: seen.append(mask))
-    marks, without = [], []
-    for image in images:
-        seen.clear()
-        without.append(last_tokens(yardstick, module, image[None])[0])
-        marks.append(torch.stack(seen).flatten(2).any(dim=0)[0])
+    yardstick, marks, without = marked(backbone, module, images)
     references = (twin, without, [last_tokens(backbone, module, image[None])[0] for image in images])
     found = [
         judged(name, "before", (backbone, module), references, marks, images),

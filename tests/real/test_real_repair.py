@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import plants
 import pytest
 import torch
-from evidence import judged
+from evidence import judged, marked
 from real_files import NotToBeHadError, Photographs, photographs, real_weights
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sinder_cli import ModelRequest, api
-from sinder_cli.defects.inpainting import inpainted
 from sinder_cli.defects.tokens import last_tokens
 from sinder_cli.images.decoding import decode
 from sinder_cli.repair.settings import RepairSettings
@@ -50,15 +48,17 @@ def test_a_planted_defect_goes_and_the_features_come_back_to_the_twins(
     backbone, module = plants.opened(twins[0])
     preprocess = api.preprocessing(backbone, SIZE)
     images = [preprocess(decode(path)) for path in pictures.held_out]
-    twin = reference(twins[1], images)
-    yardstick, marks = marked(backbone, module, images)
-    before = judged("", "", (backbone, module), twin, marks, images)
-    filled = judged("", "", (yardstick, module), twin, marks, images)
+    yardstick, marks, without = marked(backbone, module, images)
+    original = [last_tokens(backbone, module, image[None])[0] for image in images]
+    references = (last_of(twins[1], images), without, original)
+    before = judged("", "", (backbone, module), references, marks, images)
+    filled = judged("", "", (yardstick, module), references, marks, images)
+    assert (before.original, filled.inpainted) == (pytest.approx((1, 1)), pytest.approx((1, 1)))
     settings = RepairSettings(image_size=SIZE, workers=0)
     request = ModelRequest(plants.MODEL, weights=twins[0])
     result = api.repair(request, [str(path) for path in pictures.training], tmp_path / "run", settings)
     assert result is not None
-    after = judged("", "", plants.opened(tmp_path / "run" / "model.safetensors"), twin, marks, images)
+    after = judged("", "", plants.opened(tmp_path / "run" / "model.safetensors"), references, marks, images)
     assert result.summary["verdict"] == "repaired"
     assert before.outliers > 0.3
     assert after.outliers <= 0.02 * before.outliers
@@ -83,19 +83,7 @@ def test_the_real_model_as_it_is_is_healthy_and_is_left_as_it_is(
     assert all(torch.equal(original[name], written[name]) for name in original)
 
 
-def reference(checkpoint: Path, images: list[Tensor]) -> list[Tensor]:
+def last_of(checkpoint: Path, images: list[Tensor]) -> list[Tensor]:
     """The last tokens `[T, N]` of a checkpoint."""
     backbone, module = plants.opened(checkpoint)
     return [last_tokens(backbone, module, image[None])[0] for image in images]
-
-
-def marked(backbone: Any, module: Any, images: list[Tensor]) -> tuple[Any, list[Tensor]]:
-    """The inpainted original, and what it ever replaces in each image, bool `[patches]`."""
-    seen: list[Tensor] = []
-    yardstick = inpainted(backbone, 3.0, lambda _, mask: seen.append(mask))
-    marks = []
-    for image in images:
-        seen.clear()
-        last_tokens(yardstick, module, image[None])
-        marks.append(torch.stack(seen).flatten(2).any(dim=0)[0])
-    return yardstick, marks
