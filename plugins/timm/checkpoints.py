@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import timm
@@ -209,6 +210,7 @@ def nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return dict(tensors)
 
 
+@cache  # a module is made for it
 def filter_of(name: str) -> Filter:
     """The function that timm applies to pretrained tensors of this model, with the options that it binds to it.
 

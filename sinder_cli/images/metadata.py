@@ -72,11 +72,12 @@ def without_bad_chunks(path: Path) -> io.BytesIO | None:
 
 def _chunks(file: io.BufferedReader) -> Iterator[tuple[bytes, bytes, bytes]]:
     """The kind, data and checksum of each chunk, as far as they are whole."""
+    size = os.fstat(file.fileno()).st_size
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
-        data, checksum = file.read(length), file.read(4)
-        if len(checksum) < 4:
+        if length + 4 > size - file.tell():  # reading makes room for as many bytes as it is asked for
             return
+        data, checksum = file.read(length), file.read(4)
         yield kind, data, checksum
 
 

@@ -86,7 +86,9 @@ CASES = {
     ),
     "another model's checkpoint": Case("predict-defects dinov2_vits14 --weights {small}", 65, "dinov2_custom takes"),
     "no checkpoint of a transformer": Case("predict-defects dinov2_custom --weights {foreign}", 65, "patch_embed"),
-    "weights of a suffix nobody knows": Case("predict-defects dinov2_custom --weights {readme}", 65, ".safetensors"),
+    "weights of a suffix nobody knows": Case(
+        "predict-defects dinov2_custom --weights {readme}", 65, "neither a safetensors"
+    ),
     "a run directory under a file": Case("repair demo_vit --out {readme}/run", 73, "cannot create"),
     "a run directory that is a file": Case("repair demo_vit --out {readme}", 73, "cannot create"),
     "directions under a file": Case("predict-defects demo_vit -o {readme}/nu.safetensors", 73, "cannot create"),

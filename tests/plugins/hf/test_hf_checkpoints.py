@@ -204,6 +204,8 @@ def test_each_tensor_in_turn_is_used_or_named_or_the_file_is_refused(name: str, 
         require_whole(config, is_fused(config, found), found, "file")
         return found
 
-    tried, missed = unseen(load_file(folder / "model.safetensors"), read)
-    assert tried >= 3 * 40
+    tensors = load_file(folder / "model.safetensors")
+    later = {key: tensor for key, tensor in tensors.items() if re.search(r"\blayers?\.[12]\.", key)}
+    tried, missed = unseen(tensors, read, beside=later)
+    assert tried >= 3 * 15
     assert missed == []

@@ -303,14 +303,14 @@ def test_timms_loader_is_its_own_again_after_it_gave_a_function_away(describe: D
 
 
 def test_each_tensor_in_turn_is_used_or_named_or_the_file_is_refused(kind: str) -> None:
-    """The first and last block of every kind, by timm's own names; others are too many to be made anew each time."""
+    """The stem, the first block and the norm of every kind, by timm's own names; all blocks would take long."""
     described = architecture(NAMES[kind])
     tensors = random_tensors(made(NAMES[kind]))
-    rest = {name: tensor for name, tensor in tensors.items() if name.startswith("blocks.1.")}
+    rest = {name: tensor for name, tensor in tensors.items() if name.startswith(("blocks.1.", "blocks.2."))}
 
     def read(weights: Weights) -> Weights:
         return backbone_weights(NAMES[kind], described, weights)
 
     tried, missed = unseen(tensors, read, beside=rest)
-    assert tried >= 3 * 19
+    assert tried >= 3 * 12
     assert missed == []
