@@ -17,6 +17,8 @@ from torch import Tensor
 
 from sinder_cli import ModelRequest, api
 from sinder_cli.backbone.opening import load_module
+from sinder_cli.repair.loop import DivergedError
+from sinder_cli.repair.settings import RepairSettings
 
 Sinder = Callable[..., subprocess.CompletedProcess[str]]
 CUSTOM = "dinov2_custom"
@@ -148,14 +150,12 @@ def test_a_bad_settings_file_is_refused_by_the_name_of_the_setting(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_repair_that_diverges_says_so_and_writes_no_model(
-    sinder: Sinder, small: Path, photographs: Path, tmp_path: Path
-) -> None:
-    options = ("--weights", small, "--max-steps", "2", *FEW, "--lr", "1e15", "--out", tmp_path / "run")
-    run = sinder("repair", CUSTOM, photographs, *options)
-    assert run.returncode == 65
-    assert run.stderr.splitlines()[-1].startswith("sinder: error: the repair has diverged: ")
-    assert "start anew with a lower --trust, or --lr, and --force" in run.stderr
+def test_a_repair_that_diverges_says_so_and_writes_no_model(small: Path, photographs: Path, tmp_path: Path) -> None:
+    few = {"recipe": "paper", "keep": "last", "max_steps": 2, "eval_images": 2, "stop_density": 1.0, "workers": 0}
+    settings = RepairSettings.model_validate(few).model_copy(update={"lr": 1e15})  # more than a user may ask for
+    request = ModelRequest(CUSTOM, small)
+    with pytest.raises(DivergedError, match="start anew with a lower --trust, or --lr, and --force"):
+        api.repair(request, [str(photographs)], tmp_path / "run", settings)
     left = {path.name for path in (tmp_path / "run").iterdir()}
     begun = {"config.json", "images.jsonl", "outliers.json", "metrics.jsonl"}
     assert begun <= left <= begun | {"evaluations.jsonl", "checkpoints"}

@@ -27,6 +27,8 @@ from sinder_cli import ModelRequest, api
 from sinder_cli.errors import BadInputError
 from sinder_cli.images.choosing import shuffled
 from sinder_cli.repair.deltas import Deltas
+from sinder_cli.repair.guard import guarded
+from sinder_cli.repair.loop import DivergedError
 from sinder_cli.repair.settings import RepairSettings
 
 STEPS = 12
@@ -277,7 +279,7 @@ def test_settings_without_effect_on_the_result_may_change(
 
 
 OTHER = {
-    "--lr 0.01": "setting lr was 0.05 and is 0.01",
+    "--lr 0.01": "setting lr was 0.2 and is 0.01",
     "--batch-size 2": "setting batch_size was 1 and is 2",
     "--seed 3": "setting seed was 0 and is 3",
     "--dtype bfloat16": "setting dtype was float32 and is bfloat16",
@@ -374,7 +376,7 @@ def test_a_finished_run_is_not_resumed_again_and_not_under_other_settings(
     assert document["steps"] == STEPS
     other = warm.run(*repair, "--out", uninterrupted, "--resume", "--lr", "0.01", cwd=tmp_path)
     assert other.returncode == 78
-    assert "setting lr was 0.05 and is 0.01" in other.stderr
+    assert "setting lr was 0.2 and is 0.01" in other.stderr
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
 
 
@@ -738,15 +740,20 @@ def own(repair: tuple[str, ...], photos: Path, tmp_path: Path) -> tuple[str, ...
     return (*repair[:4], "--data", "photos", *repair[6:], "--max-steps", "36", "--out", "run")
 
 
+def trained(photos: Path) -> list[Path]:
+    """The photos that are not on the guard of two; all of them have the defect."""
+    paths = sorted(photos.iterdir())
+    held = guarded([2] * len(paths), 2)
+    return [path for index, path in enumerate(paths) if index not in held]
+
+
 @pytest.mark.parametrize("damage", [Path.unlink, Path.touch, lambda path: path.write_bytes(b"rotten")])
 def test_an_image_that_vanishes_changes_or_rots_during_the_run_is_skipped_and_named_if_it_is_one_in_a_hundred(
     damage: Callable[[Path], None], warm: Server, own: tuple[str, ...], tmp_path: Path
 ) -> None:
     for number in range(94):
         os.link(tmp_path / "photos" / "rocket.png", tmp_path / "photos" / f"z{number}.png")
-    guard = 2  # the first two photos, of which all have the defect
-    late = next(islice(shuffled(100 - guard, 0), 30, None))
-    seen_late = sorted((tmp_path / "photos").iterdir())[guard + late]
+    seen_late = trained(tmp_path / "photos")[next(islice(shuffled(98, 0), 30, None))]
     whole = seen_late.read_bytes()
     seen_late.unlink()
     seen_late.write_bytes(whole)
@@ -762,10 +769,11 @@ def test_an_image_that_vanishes_changes_or_rots_during_the_run_is_skipped_and_na
 def test_strict_saves_and_ends_a_run_that_loses_an_image(warm: Server, own: tuple[str, ...], tmp_path: Path) -> None:
     running = warm.start(*own, "--strict", cwd=tmp_path)
     until(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), running)
-    (tmp_path / "photos" / "coffee.png").unlink()
+    gone = trained(tmp_path / "photos")[-1]
+    gone.unlink()
     ended = running.wait()
     assert ended.returncode == 65, ended.stderr
-    assert "1 of 6 cannot be read, among them photos/coffee.png" in ended.stderr.splitlines()[-1]
+    assert f"1 of 6 cannot be read, among them photos/{gone.name}" in ended.stderr.splitlines()[-1]
     assert len(steps_of(tmp_path / "run")) == 1
 
 
@@ -921,10 +929,11 @@ def test_a_dry_run_touches_no_run_that_is_there(warm: Server, stopped: Path, rep
     assert state() == before
 
 
-def test_a_run_that_diverges_keeps_the_last_good_state(warm: Server, repair: tuple[str, ...], tmp_path: Path) -> None:
-    every = ("--checkpoint-every", "1", "--max-steps", "40", "--out", "run")
-    ended = warm.run(*repair, "--lr", "1e38", *every, cwd=tmp_path)
-    assert ended.returncode == 65, ended.stderr
-    assert ended.stderr.splitlines()[-1].endswith("; start anew with a lower --trust, or --lr, and --force")
+def test_a_run_that_diverges_keeps_the_last_good_state(small: Path, photos: Path, tmp_path: Path) -> None:
+    given = {"recipe": "paper", "keep": "last", "max_steps": 40, "stop_density": 1.0, "eval_images": 2, "workers": 0}
+    settings = RepairSettings.model_validate(given | {"checkpoint_every": "1"})
+    too_fast = settings.model_copy(update={"lr": 1e38})  # more than a user may ask for
+    with pytest.raises(DivergedError, match="; start anew with a lower --trust, or --lr, and --force"):
+        api.repair(ModelRequest("dinov2_custom", small), [str(photos)], tmp_path / "run", too_fast)
     assert not {"model.safetensors", "summary.json"} & {path.name for path in (tmp_path / "run").iterdir()}
     assert steps_of(tmp_path / "run") == []  # nothing but the beginning was good
