@@ -19,7 +19,7 @@ from sinder_cli.defects.inpainting import inpainted
 from sinder_cli.defects.rules import SLACK
 from sinder_cli.defects.tokens import last_tokens
 from sinder_cli.errors import BadInputError
-from sinder_cli.repair.guard import Evaluation, Fidelity, Guard, Snapshot, guard_size, guarded
+from sinder_cli.repair.guard import WORST, Evaluation, Fidelity, Guard, Snapshot, guard_size, guarded
 from sinder_cli.repair.loop import CLEAN_LOOKS, EQUAL_FIDELITY, IDLE_LOOKS, SPOILT_LOOKS, Best, Progress
 from sinder_cli.repair.scan import see
 
@@ -88,12 +88,12 @@ def test_images_that_follow_one_another_are_not_all_of_the_guard() -> None:
 
 
 def test_the_worst_hundredth_of_good_tokens_may_not_be_spoilt() -> None:
-    original = Fidelity(0.99, 0.99, 0.9, None)
-    assert Fidelity(1.0, 1.0, 0.9 - 0.9 * SLACK, None).holds(original, FLOOR)
-    assert not Fidelity(1.0, 1.0, 0.9 - 1.1 * SLACK, None).holds(original, FLOOR)
+    original = Fidelity(0.99, 0.99, 0.3, None)
+    assert Fidelity(1.0, 1.0, 0.3 - 0.9 * SLACK, None).holds(original, FLOOR)
+    assert not Fidelity(1.0, 1.0, 0.3 - 1.1 * SLACK, None).holds(original, FLOOR)
     healthy = Fidelity(1.0, 1.0, 1.0, None)
-    assert Fidelity(1.0, 1.0, FLOOR, None).holds(healthy, FLOOR)
-    assert not Fidelity(1.0, 1.0, FLOOR - 2 * SLACK, None).holds(healthy, FLOOR)
+    assert Fidelity(1.0, 1.0, WORST, None).holds(healthy, FLOOR)
+    assert not Fidelity(1.0, 1.0, WORST - 2 * SLACK, None).holds(healthy, FLOOR)
 
 
 def test_states_each_nearly_as_good_as_the_one_before_do_not_lead_downhill() -> None:
