@@ -10,7 +10,7 @@ from sinder_cli.backbone.describe import Backbone, ModelRequest
 from sinder_cli.backbone.isolation import Hooks
 from sinder_cli.backbone.layermap import BlockMap, GatedMlpMap, WeightRef, references
 from sinder_cli.backbone.sources import open_checkpoint
-from sinder_cli.backbone.weights import Weights
+from sinder_cli.backbone.weights import Weights, is_branch
 from sinder_cli.errors import BadInputError, UsageError
 from sinder_cli.events import Noted
 
@@ -49,7 +49,7 @@ def describe(hooks: Hooks, request: ModelRequest) -> Backbone:
 
 def _require_branch(request: ModelRequest, weights: Weights) -> None:
     """Refuse a branch that nobody has looked for, so that nobody believes to have got it. Raises `UsageError`."""
-    if request.branch and request.branch not in (weights.prefix.rstrip("."), *weights.prefix.split(".")):
+    if request.branch and not is_branch(request.branch, weights.prefix):
         what, why = f"cannot use branch {request.branch!r}", f"{weights.source.label} has one backbone and no branches"
         raise UsageError(what, why, "leave --branch out")
 

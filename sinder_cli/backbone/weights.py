@@ -32,6 +32,11 @@ def unusable(weights: Weights, why: str, remedy: str) -> BadInputError:
     return BadInputError(f"cannot use weights {weights.source.label}", why, remedy)
 
 
+def is_branch(name: str, prefix: str) -> bool:
+    """Whether a name is that of the branch under a prefix: all of it, or one of its parts."""
+    return name in (prefix.rstrip("."), *prefix.split("."))
+
+
 def unwrapped(name: str) -> str:
     """A tensor's name without what wrappers around modules have put into it: `a._orig_mod.b` → `a.b`."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
@@ -130,7 +135,7 @@ class Weights:
     def _chosen(self, prefixes: list[str]) -> str:
         """The prefix that is meant. Raises `BadInputError` with all of them where there is not one."""
         names = (self.branch,) if self.branch else AVERAGED if len(prefixes) > 1 else ()
-        among = ([prefix for prefix in prefixes if name in (prefix.rstrip("."), *prefix.split("."))] for name in names)
+        among = ([prefix for prefix in prefixes if is_branch(name, prefix)] for name in names)
         chosen = next(filter(None, among), []) if names else prefixes
         if len(chosen) == 1:
             return chosen[0]

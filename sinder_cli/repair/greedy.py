@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 
 KEPT = 0.9  # of the weight of the steps before, at each step
 TO_GATHER = 8  # steps at a block before a move there, or one pass where there are fewer images
-SURE, LEAD = (
-    4,
-    3.0,
-)  # fewer where the largest gain is so many times the next, more than chance in the probes makes of two alike
+SURE = 4  # the same where the largest gain is clear: `LEAD` times the next
+LEAD = 3.0  # more than chance in the probes makes of two singular values that are alike
 FLOOR = 0.1  # of the mean response: a singular value that seems to move nothing is not known that well
 NEARLY_SETTLED = 0.5  # of the mean ordinary norm: an excess that tokens of three median norms are far above
 GONE = 0.999  # of a singular value: shrunk to 0, up to rounding

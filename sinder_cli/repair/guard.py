@@ -275,6 +275,15 @@ def guard_size(count: int, asked: int | None) -> int:
     return min(wanted, count // 2)
 
 
+def guard_sizes(given: int, drawn: int, asked: int | None) -> tuple[int, int]:
+    """How many of the user's images the guard takes, and how many drawn ones: these alone, or to make up for few."""
+    own = guard_size(given, asked)
+    if own == 0:
+        return 0, guard_size(drawn, asked)
+    more = max(0, LEAST_GUARD - own) if asked is None else 0
+    return own, min(guard_size(drawn, asked), more)
+
+
 def guarded(kinds: Sequence[int], size: int, seed: int = 0) -> list[int]:
     """Which images the guard takes, by index, in their order: every kind, and half of them with a defect if there are.
 

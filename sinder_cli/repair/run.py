@@ -29,7 +29,7 @@ from sinder_cli.repair.batches import forget_mended, require_readable
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.folder import RunFolder
 from sinder_cli.repair.forward import Directions
-from sinder_cli.repair.guard import LEAST_GUARD, SAMPLES, Evaluation, Guard, Snapshot, guard_size, guarded
+from sinder_cli.repair.guard import SAMPLES, Evaluation, Guard, Snapshot, guard_sizes, guarded
 from sinder_cli.repair.imagelist import listed_images
 from sinder_cli.repair.loop import (
     ANEW,
@@ -198,12 +198,11 @@ def _guard_indices(
     settings = start.settings
     given = [(image.kind, at) for image, at in zip(images, indices, strict=True) if at < start.given]
     drawn = [(image.kind, at) for image, at in zip(images, indices, strict=True) if at >= start.given]
-    asked = settings.eval_images
-    size = guard_size(len(given), asked)
-    chosen = [given[place][1] for place in guarded([kind for kind, _ in given], size, settings.seed)]
-    if size == 0 or (asked is None and size < LEAST_GUARD):
-        more = min(guard_size(len(drawn), asked), LEAST_GUARD - size if size else len(drawn))
-        chosen += [drawn[place][1] for place in guarded([kind for kind, _ in drawn], more, settings.seed)]
+    chosen = [
+        offered[place][1]
+        for offered, size in zip((given, drawn), guard_sizes(len(given), len(drawn), settings.eval_images), strict=True)
+        for place in guarded([kind for kind, _ in offered], size, settings.seed)
+    ]
     if found.healthy:
         return chosen or list(indices[:1]), []
     defective = [(image.kind, at) for image, at in zip(images, indices, strict=True) if image.blocks]

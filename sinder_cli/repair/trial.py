@@ -18,7 +18,7 @@ from sinder_cli.ranks import ALONE
 from sinder_cli.repair.basis import SingularBasis, blank_basis
 from sinder_cli.repair.batches import step_batches
 from sinder_cli.repair.forward import Directions
-from sinder_cli.repair.guard import LEAST_GUARD, guard_size
+from sinder_cli.repair.guard import guard_sizes
 from sinder_cli.repair.loop import size_of_step
 from sinder_cli.repair.run import Prepared, Start, prepared
 from sinder_cli.repair.settings import RepairSettings
@@ -86,8 +86,8 @@ def _tried(repair: Prepared, emit: Emit) -> Trial:
     shapes = _shapes(repair, [ref for refs in references.values() for ref in refs])
     later = 0 if _waits_elsewhere(repair) else sum(map(_held_floats, _shapes(repair, untouched))) * FLOAT_BYTES
     looked_at = min(len(start.source), settings.scan_images)
-    held = guard_size(min(start.given, looked_at), settings.eval_images) or guard_size(looked_at, settings.eval_images)
-    held = max(held, min(LEAST_GUARD, looked_at - start.given) if settings.eval_images is None else 0)
+    given = min(start.given, looked_at)
+    held = sum(guard_sizes(given, looked_at - given, settings.eval_images))
     return Trial(
         model=start.backbone.name,
         device=start.device,
