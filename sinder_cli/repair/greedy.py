@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 KEPT = 0.9  # of the weight of the steps before, at each step
 TO_GATHER = 8  # steps at a block before a move there, or one pass where there are fewer images
-SURE = 4  # the same where the largest gain is clear: `LEAD` times the next
+SURE = 4  # the same where the largest gain is clear: `LEAD` times the next, or of what answers for `ALL`
 LEAD = 3.0  # more than chance in the probes makes of two singular values that are alike
+ALL = 0.95  # of the loss, in all images alike: what a singular value answers for that writes the defect alone
 FLOOR = 0.1  # of the mean response: a singular value that seems to move nothing is not known that well
 NEARLY_SETTLED = 0.5  # of the mean ordinary norm: an excess that tokens of three median norms are far above
 GONE = 0.999  # of a singular value: shrunk to 0, up to rounding
@@ -96,7 +97,8 @@ class Observations:
         seen = self._with(part, targets)
         at, gain, lead = _best(seen, targets, part.excess / len(part.losses))
         target, index = _place(targets, at)
-        clear = lead >= LEAD or bool(target.delta[index] < 0)  # or it has been chosen before
+        chosen_before = bool(target.delta[index] < 0)
+        clear = lead >= LEAD or chosen_before or _shares(seen)[at].item() >= ALL
         if gain < settings.min_gain or not seen.is_enough(images, SURE if clear else TO_GATHER):
             return seen, None, gain
         start, stop = next((run for run in target.basis.groups if run[0] <= index < run[1]), (index, index + 1))

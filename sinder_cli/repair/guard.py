@@ -172,6 +172,7 @@ class Guard:
     device: str
     emit: Emit = silent
     before: Snapshot = field(init=False)
+    latest: Snapshot | None = field(init=False, default=None)  # of the last look
     _references: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)  # inpainted, original [B, T, N]
     _marked: list[Tensor] = field(init=False, default_factory=list)  # bool [B, h, w]
 
@@ -192,7 +193,8 @@ class Guard:
 
     def look(self) -> Snapshot:
         """The guard's images as the module shows them now."""
-        return self._snapshot([self._see(pixels) for pixels in self._batches()])
+        self.latest = self._snapshot([self._see(pixels) for pixels in self._batches()])
+        return self.latest
 
     def _snapshot(self, seen: Sequence[Seen]) -> Snapshot:
         """What batches of the guard's images show, held against the references."""

@@ -266,9 +266,19 @@ def _repaired(repair: Repair, folder: RunFolder, stop: Stop) -> Snapshot | None:
         deltas.put_back(progress.best.deltas if progress.best else {})
     if repair.guard is None:
         return None
-    after = repair.guard.look()
+    after = _seen_already(repair) or repair.guard.look()
     after.require_finite("the repair has diverged", ANEW, DivergedError)
     return after
+
+
+def _seen_already(repair: Repair) -> Snapshot | None:
+    """What the guard has seen of the state that is kept, if it has: it needs no second look."""
+    deltas, progress, guard = repair.prepared.deltas, repair.progress, repair.guard
+    assert guard is not None  # rank 0 has it
+    if not deltas.changed:
+        return guard.before
+    kept = progress.best.step if repair.prepared.start.settings.keep == "best" and progress.best else progress.last_look
+    return guard.latest if kept == progress.last_look >= progress.last_move else None
 
 
 def _take_steps(repair: Repair, folder: RunFolder, stop: Stop) -> None:

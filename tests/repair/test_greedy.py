@@ -21,6 +21,7 @@ from sinder_cli.repair.basis import SingularBasis
 from sinder_cli.repair.deltas import Deltas, Target
 from sinder_cli.repair.forward import FIRST_ALONE, Interest
 from sinder_cli.repair.greedy import (
+    ALL,
     FLOOR,
     KEPT,
     LEAD,
@@ -256,6 +257,14 @@ def test_no_move_is_made_before_enough_steps(images: int, next_best: float, leas
         observations.by_block[0], move, _ = observations.step(one, [found], images, chosen)
         moves.append(move is not None)
     assert moves == [step >= least for step in range(1, TO_GATHER + 3)]
+
+
+@pytest.mark.parametrize(("share", "least"), [(ALL + 0.01, SURE), (ALL - 0.01, TO_GATHER)])
+def test_what_answers_for_all_of_the_loss_moves_sooner(share: float, least: int) -> None:
+    found = target([5.0, 3.0, 1.0])
+    one = part([found], torch.tensor([10 * share, 8.0, 1.0]), torch.full((3,), 1e-4), 10.0)
+    moves = [after([one] * steps, [found])[0] is not None for steps in range(1, TO_GATHER + 1)]
+    assert moves == [step >= least for step in range(1, TO_GATHER + 1)]
 
 
 @pytest.mark.parametrize(("excess", "moves"), [(1.0, False), (10.0, True)])
