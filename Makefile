@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_RUN := sinder-runs/demo
 FUZZ_ROUNDS ?= 50
 
-.PHONY: demo test fuzz lint man bench evidence clean
+.PHONY: demo test test-newest test-lowest fuzz lint man bench evidence clean
 
 # torch is installed by its pinned version first: a looser range may fetch gigabytes of CUDA packages.
 $(BIN)/sinder: pyproject.toml constraints.txt
@@ -29,6 +29,21 @@ demo: $(BIN)/sinder  ## predict, repair and export the demo backbone
 test: $(VENV)/.tested  ## the whole suite
 	$(BIN)/python -m pytest
 
+test-newest:  ## every plugin and export once, with every extra, the newest of everything (gigabytes, minutes)
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip
+	.venv-newest/bin/python -m pip install --quiet '.[all]'
+	.venv-newest/bin/python tests/install/smoke.py
+
+test-lowest:  ## the same with the lowest versions that pyproject.toml allows
+	rm -rf .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) tests/install/lowest.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --quiet --upgrade pip
+	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt '.[all]'
+	.venv-lowest/bin/python tests/install/smoke.py
+
 fuzz: $(VENV)/.tested  ## damaged input of every kind, FUZZ_ROUNDS times what the suite has
 	$(BIN)/python -m pytest tests/fuzz --fuzz-rounds $(FUZZ_ROUNDS) --timeout 0 -s
 
@@ -50,4 +65,4 @@ evidence: $(VENV)/.tested  ## repairs of a real model, into tests/real/EVIDENCE.
 	$(BIN)/python tests/real/evidence.py --anew
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache sinder-runs
+	rm -rf $(VENV) .venv-newest .venv-lowest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache sinder-runs

@@ -28,6 +28,8 @@ WRAPPERS = ("model_ema", "model", "module", "state_dict")  # that timm's functio
 ENCODER = "encoder"  # of I-JEPA, the same
 # What a backbone does without when it runs: a token for masked patches, a mask of biases, angles that are computed.
 UNUSED = ("mask_token", "bias_mask", "periods", "relative_position_index", "freqs_cos", "freqs_sin")
+SIZES = r"(_?(reg)?\d+)+"  # in a name of timm's, with the word for registers
+REGISTERS = ("reg_token", "register_tokens")  # timm's name, and the official one
 ROUNDING = 0.01  # of a tag, where a function resamples a tensor that is the same all over
 
 Filter = Callable[[dict[str, Any], nn.Module], Mapping[str, Tensor]]
@@ -47,7 +49,7 @@ def backbone_weights(name: str, described: Architecture, weights: Weights) -> We
         with contextlib.suppress(LookupError):
             convert = filter_of(name)
             left_out = require_as_stored(name, located, described, convert)
-            found = without(converted(located, described.module, convert), described.classifiers)
+            found = without(converted(name, located, described.module, convert), described.classifiers)
             found = replace(found, ignored=(*found.ignored, *left_out))
     require_matching(shapes, found, f"timm/{name}")
     return found
@@ -74,7 +76,7 @@ def require_as_stored(name: str, weights: Weights, described: Architecture, conv
     sizes = {stored: math.prod(weights.shape(stored)) for stored in weights.names}
     tags = {stored: tag for tag, stored in enumerate(sizes, start=1)}
     tagged = {stored: torch.tensor(float(tag)).expand(weights.shape(stored)) for stored, tag in tags.items()}
-    used = _used(name, weights, described, tags, _converted(weights, described.module, convert, tagged))
+    used = _used(name, weights, described, tags, _converted(name, weights, described.module, convert, tagged))
     for stored in sizes:
         if used[stored] > sizes[stored]:
             raise _resized(name, weights, described, stored)
@@ -119,7 +121,7 @@ def _require_rest_zero(name: str, weights: Weights, described: Architecture, con
     places = {key: torch.zeros(()).expand(weights.shape(key)) for key in weights.names}
     places[stored] = torch.arange(1.0, size + 1).reshape(weights.shape(stored))
     found: set[float] = set()
-    for values in _converted(weights, described.module, convert, places).values():
+    for values in _converted(name, weights, described.module, convert, places).values():
         found |= set(values.float().unique().tolist()) - {0.0}
     if not found <= set(map(float, range(1, size + 1))):
         raise _resized(name, weights, described, stored)
@@ -156,15 +158,20 @@ def _changed(name: str, weights: Weights, why: str, remedy: str = "is it a check
 
 
 def fitting_names(name: str, weights: Weights) -> list[str]:
-    """Names of timm's that differ from this one in sizes alone, and whose patches and positions are those stored."""
-    skeleton = re.sub(r"\d+", "#", name.partition(".")[0])
-    near = [other for other in timm.list_models(module="vision_transformer") if re.sub(r"\d+", "#", other) == skeleton]
+    """Names of timm's that differ from this one in sizes and registers alone, and fit what is stored.
+
+    That is the patches, the positions, and whether there are registers.
+    """
+    skeleton = re.sub(SIZES, "#", name.partition(".")[0])
+    near = [other for other in timm.list_models(module="vision_transformer") if re.sub(SIZES, "#", other) == skeleton]
+    registers = any(key in weights for key in REGISTERS)
     fitting = []
     for other in near:
         with contextlib.suppress(Exception), torch.device("meta"):
             shapes = {key: tuple(value.shape) for key, value in create(other).state_dict().items()}
             stored = {key: weights.shape(key) for key in ("pos_embed", ANCHOR, "cls_token") if key in weights}
-            if stored and all(shapes.get(key) == shape for key, shape in stored.items()):
+            alike = any(key in shapes for key in REGISTERS) == registers
+            if stored and alike and all(shapes.get(key) == shape for key, shape in stored.items()):
                 fitting.append(f"timm/{other}")
     return fitting
 
@@ -177,14 +184,16 @@ def without(weights: Weights, layers: tuple[str, ...]) -> Weights:
     return replace(weights, stored_names=kept, ignored=(*weights.ignored, *left_out))
 
 
-def converted(weights: Weights, module: nn.Module, convert: Filter) -> Weights:
+def converted(name: str, weights: Weights, module: nn.Module, convert: Filter) -> Weights:
     """The weights as timm's function makes them of these, held in memory."""
-    tensors = _converted(weights, module, convert, weights.read(weights.names))
+    tensors = _converted(name, weights, module, convert, weights.read(weights.names))
     found = Weights.of(MemoryTensors(f"{weights.source.label}, converted by timm", tensors))
     return replace(found, ignored=weights.ignored)
 
 
-def _converted(weights: Weights, module: nn.Module, convert: Filter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _converted(
+    name: str, weights: Weights, module: nn.Module, convert: Filter, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """What timm's function makes of tensors by the names of `weights`."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # standard output is for results
@@ -193,7 +202,9 @@ def _converted(weights: Weights, module: nn.Module, convert: Filter, tensors: di
             raise ValueError(f"{strange[0]} is no tensor")
     except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         why = f"timm's function for this model cannot convert it ({type(error).__name__}: {_first_line(error)})"
-        raise BadInputError(f"cannot use weights {weights.source.label}", why, "is it a checkpoint of it?") from error
+        fitting = fitting_names(name, weights)
+        remedy = f"name the model {' or '.join(fitting)}" if fitting else "is it a checkpoint of it?"
+        raise BadInputError(f"cannot use weights {weights.source.label}", why, remedy) from error
     return made
 
 

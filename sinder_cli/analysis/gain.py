@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,8 +14,8 @@ from sinder_cli.analysis.histogram import Histogram, LinearScale
 from sinder_cli.analysis.records import Distribution, Gain, ImageInpainting, Inpainting
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import BlockTokens, Subject
-from sinder_cli.defects.detection import norm_ratios
-from sinder_cli.defects.inpainting import inpainted
+from sinder_cli.defects.detection import DetectionRule, certain, norm_ratios
+from sinder_cli.defects.inpainting import inpainted, outlying_factor
 from sinder_cli.defects.tokens import last_tokens, patch_grid
 
 if TYPE_CHECKING:
@@ -30,23 +30,32 @@ MOST_IMAGES = 1000  # with a record of their own: memory does not grow with the 
 
 
 class Outliers:
-    """Which patch tokens of one batch are outlying in any block, and how far out, as the blocks go by."""
+    """Which patch tokens of one batch are outlying in any block by the rule, and how far out, as the blocks go by.
 
-    def __init__(self) -> None:
+    They are those of `detection.defective_somewhere`, which needs all blocks at once. A `norm_factor` of 0, the paper's
+    rule, marks tokens of any norm: those are no outliers, and the default factor is taken.
+    """
+
+    def __init__(self, settings: AnalyzeSettings) -> None:
+        self.rule = replace(DetectionRule.of(settings), norm_factor=outlying_factor(settings.norm_factor))
         self.marked: Tensor = torch.empty(0)  # bool [B, h, w]
         self.largest: Tensor = torch.empty(0)  # [B]: norm ÷ median of the image
         self.block: Tensor = torch.empty(0)  # [B]: where
+        self._before: Tensor = torch.empty(0)  # bool [B, h, w]: outlying by norm in the block before
 
     def add(self, block: int, side: BlockTokens) -> None:
         """Take in the next block."""
-        now = side.masks["outlying"]
-        most = norm_ratios(side.norms).nan_to_num(0.0, posinf=math.inf).flatten(1).amax(dim=1)
+        out, ratios = side.masks["outlying"], norm_ratios(side.norms)
+        now = certain(out, ratios, side.masks.get("equation_5", torch.zeros_like(out)), self.rule)
+        most = ratios.nan_to_num(0.0, posinf=math.inf).flatten(1).amax(dim=1)
         if block == 0:
             self.marked, self.largest, self.block = now, most, torch.zeros_like(most, dtype=torch.int64)
-            return
-        self.marked = self.marked | now
-        self.block = torch.where(most > self.largest, block, self.block)
-        self.largest = torch.maximum(self.largest, most)
+        else:
+            stays = out & self._before if self.rule.mark == "auto" else torch.zeros_like(out)
+            self.marked = self.marked | now | stays
+            self.block = torch.where(most > self.largest, block, self.block)
+            self.largest = torch.maximum(self.largest, most)
+        self._before = out
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def _run(
     angles: dict[int, Tensor] = {}
     masks: dict[int, Tensor] = {}
     targets: list[TargetMaps | None] = [None] * len(images)
-    outliers = Outliers()
+    outliers = Outliers(settings)
     with ClsAttention() as watched:
         for block, side in enumerate(block_by_block(subject, images, nu, settings)):
             outliers.add(block, side)

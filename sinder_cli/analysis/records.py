@@ -116,7 +116,7 @@ class ImageInpainting(Record):
     """One image that has outlying tokens: what they do to it. Cosines are those of the last block."""
 
     image: str = Field(description="Its name.")
-    tokens: int = Field(description="Patch tokens that are outlying in some block.")
+    tokens: int = Field(description="Patch tokens that are outlying in some block by the rule of `mark`.")
     max_ratio: float = Field(description="The largest norm of a patch token ÷ the median of the image, in any block.")
     block: int = Field(description="The block of that token.")
     cls_cosine: float | None = Field(description="Cosine of cls to that of the inpainted original; null without.")
@@ -128,13 +128,14 @@ class Inpainting(Record):
     """The last block's tokens, before the final norm, against the inpainted original: what a repair could change."""
 
     gain: Gain | None = Field(
-        description="`healthy`: no token is outlying in any block, a repair would train nothing; `none`: there are "
-        "outlying tokens, and they cost little: the 1st percentiles of `cls_cosine` and `good_cosine` and the median "
-        "of `marked_cosine` reach 0.999; `marked`: only the last does not, so that a repair could change outlying "
-        "tokens alone; `features`: it could change cls or good tokens; null where tokens are not finite."
+        description="`healthy`: no token is outlying in any block by the rule of `mark`, a repair would train nothing; "
+        "`none`: there are outlying tokens, and they cost little: the 1st percentiles of `cls_cosine` and `good_cosine`"
+        " and the median of `marked_cosine` reach 0.999; `marked`: only the last does not, so that a repair could"
+        " change outlying tokens alone; `features`: it could change cls or good tokens; null where tokens are not"
+        " finite."
     )
     sentence: str = Field(description="The same in words.")
-    tokens: int = Field(description="Patch tokens that are outlying in some block, over all images.")
+    tokens: int = Field(description="Patch tokens outlying in some block by the rule of `mark`, over all images.")
     images: int = Field(
         description="Images that have such tokens; only these are run again, all others stay as they are."
     )

@@ -116,7 +116,7 @@ def _collected(
     for names, batch in batches:
         images = batch.to(device)
         count += len(images)
-        outliers = [Outliers() for _ in subjects]
+        outliers = [Outliers(settings) for _ in subjects]
         streams = [block_by_block(each, images, nu, settings) for each, nu in zip(subjects, directions, strict=True)]
         for block, sides in enumerate(zip(*streams, strict=True)):
             for side, blocks, seen in zip(sides, collectors, outliers, strict=True):

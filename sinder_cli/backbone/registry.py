@@ -20,6 +20,7 @@ from sinder_cli.backbone.isolation import BrokenPluginError, Hooks, PluginEntry,
 from sinder_cli.errors import ConflictError, SinderError, UnavailableError, UsageError
 
 OWN_DISTRIBUTION = "sinder-cli"  # its plugins are the built-in ones
+CHECKPOINT_ENDINGS = (".pth", ".pt", ".safetensors", ".bin", ".ckpt", ".tar", ".npz", ".onnx")
 ALLOWED = "SINDER_PLUGINS"  # the environment variable that names the plugins that may load, with commas between
 
 
@@ -164,15 +165,33 @@ def _checked(row: Any, plugin: PluginEntry) -> Listing:
 
 def unknown_model(model: str, listings: list[Listing]) -> UsageError:
     """The error for a model that nobody offers, suggesting the nearest names of these listings."""
-    near = difflib.get_close_matches(model, [listing.name for listing in listings], n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else "`sinder backbones` lists the models"
-    return UsageError(f"unknown model {model!r}", "no installed plugin offers it", hint)
+    return UsageError(f"unknown model {model!r}", "no installed plugin offers it", _hint(model, listings))
+
+
+def _hint(model: str, listings: list[Listing]) -> str:
+    """What may have been meant by a name that nobody offers."""
+    names = [listing.name for listing in listings]
+    if "://" in model:
+        return "name an architecture, download the file, and give it with --weights"
+    if model.lower().endswith(CHECKPOINT_ENDINGS):
+        return "name an architecture that `sinder backbones` lists, and give the file with --weights"
+    kind = "/OWNER/NAME" if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else "/NAME"
+    taking = [name.removesuffix(kind[1:]) + model for name in names if re.fullmatch(rf"[^/]+{kind}", name)]
+    if kind != "/NAME" and taking:
+        return f"a repository is named {taking[0]}"
+    plain = [name for name in names if ("/" in name) == ("/" in model)]
+    near = difflib.get_close_matches(model.lower(), plain, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    others = f"; a name of another library takes its prefix, as in {taking[0]}" if taking and "/" not in model else ""
+    return f"`sinder backbones` lists the models{others}"
 
 
 def _near_listings(model: str, plugins: Mapping[str, PluginEntry]) -> list[Listing]:
-    """What those plugins list whose name is nearly what the model's begins with; those that break are passed over."""
-    near = difflib.get_close_matches(re.split("[_/]", model)[0], list(plugins), cutoff=0.5)
-    return [row.listing for name in near for row in _rows_of(plugins[name]) if row.listing]
+    """What the built-in plugins list, and those whose name is nearly what the model's begins with, if they load."""
+    near = difflib.get_close_matches(re.split("[_/]", model.lower())[0], list(plugins), cutoff=0.5)
+    asked = [plugin for name, plugin in plugins.items() if name in near or _is_built_in(plugin)]
+    return [row.listing for plugin in asked for row in _rows_of(plugin) if row.listing]
 
 
 def installed_backbones() -> Iterator[InstalledBackbone]:

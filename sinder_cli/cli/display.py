@@ -141,8 +141,7 @@ def _step(event: Event) -> tuple[int, str] | None:
 
     if not isinstance(event, StepRecord):
         return None
-    where = "nearly settled" if event.block is None else f"block {event.block}"
-    found = f"{where}, loss {event.loss:.3g}" if event.loss is not None else "no defect"
+    found = f"block {event.block}, loss {event.loss:.3g}" if event.loss is not None else "no defect"
     found += f", shrinks {event.moved}" if event.moved else ""
     return event.step, f"{found}, {event.density:.0%} clean, {_memory()}"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group
 
 from sinder_cli import api
 from sinder_cli.cli.display import display
@@ -125,10 +126,16 @@ def _end(summary: dict[str, Any]) -> None:
 
 
 def _show_finished(summary: dict[str, Any], folder: Path, format: Format) -> None:
+    from sinder_cli.repair.folder import RunFolder
     from sinder_cli.report.documents import repair_document
+    from sinder_cli.report.tables import repair_table
 
     said = f"{printable(str(folder))}: finished already, nothing to resume"
-    show(format, lambda: said, lambda: repair_document(summary, folder))
+    show(
+        format,
+        lambda: Group(said, repair_table(RunFolder(folder).read_finished())),
+        lambda: repair_document(summary, folder),
+    )
 
 
 def _show_trial(trial: Trial, format: Format) -> None:

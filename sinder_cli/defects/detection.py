@@ -99,7 +99,11 @@ def defective_now(ratios: Tensor, start: Tensor, predicted: Tensor, rule: Detect
     """
     if rule.norm_factor == 0:
         return predicted
-    out = outlying(ratios, start, rule.norm_factor)
+    return certain(outlying(ratios, start, rule.norm_factor), ratios, predicted, rule)
+
+
+def certain(out: Tensor, ratios: Tensor, predicted: Tensor, rule: DetectionRule) -> Tensor:
+    """Those of the outlying tokens that are marked by what one block shows of them, bool of the shape of `out`."""
     if rule.mark == "norm":
         return out
     if rule.mark == "weights":

@@ -27,6 +27,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class FinishedRun:
+    """A repair that has ended, by its records alone."""
+
+    folder: Path
+    summary: dict[str, Any]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """The names inside a run directory."""
 
@@ -119,6 +128,10 @@ class RunFolder:
         except ValueError as error:
             raise BadInputError(f"cannot read {self.summary}", str(error), "is it a run directory?") from error
         return summary
+
+    def read_finished(self) -> FinishedRun:
+        """What a finished run says of itself. Raises `BadInputError` where it cannot be read."""
+        return FinishedRun(self.path, self.read_summary(), self.read_config())
 
     def record(self, line: StepRecord | Evaluation) -> None:
         """Append one line to the metrics, or the evaluations. Raises `StorageError` where the disk is full."""

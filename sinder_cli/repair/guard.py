@@ -19,6 +19,7 @@ from sinder_cli.backbone.describe import Backbone
 from sinder_cli.defects.detection import DetectionRule
 from sinder_cli.defects.inpainting import inpainted
 from sinder_cli.defects.rules import SLACK
+from sinder_cli.defects.shift import CELLS, Retrieval, found_again, shifted
 from sinder_cli.defects.tokens import last_tokens, patch_grid
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, silent, tracked
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 WORST = 0.5  # the cosine under which the worst hundredth of good tokens is spoilt, whatever the median is
 LEAST_GUARD = 4  # images, where as many can be spared or drawn
 SAMPLES = 6  # images whose patch tokens are kept for pictures
+SHIFTED = 2  # of these, with a marked token, are looked at in a shifted view too
+LEAST_GRID = 5  # patches on a side that every backbone takes
 NEARER = 0.75  # of the original's distance to the inpainted original: what lies nearer need not reach the floor
 
 
@@ -173,6 +176,7 @@ class Guard:
     emit: Emit = silent
     before: Snapshot = field(init=False)
     latest: Snapshot | None = field(init=False, default=None)  # of the last look
+    found_before: Retrieval | None = field(init=False, default=None)  # shift retrieval in the original
     _references: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)  # inpainted, original [B, T, N]
     _marked: list[Tensor] = field(init=False, default_factory=list)  # bool [B, h, w]
 
@@ -190,6 +194,7 @@ class Guard:
             self._marked.append(ever.cpu())
             original.append(seen)
         self.before = self._snapshot(original)
+        self.found_before = self.found_again(self.before)
 
     def look(self) -> Snapshot:
         """The guard's images as the module shows them now."""
@@ -215,6 +220,22 @@ class Guard:
             cls_to_original=cls_to_original,
             ever=torch.cat(self._marked),
         )
+
+    @torch.no_grad()
+    def found_again(self, now: Snapshot) -> Retrieval | None:
+        """Shift retrieval of a few images with a marked token, as the module is now; None where no image has one."""
+        height, width = now.ever.shape[1:]
+        if min(height, width) < LEAST_GRID + CELLS:
+            return None
+        shown = [at for at in range(len(now.samples)) if bool(now.ever[at].any())][:SHIFTED]
+        pixels = list(self.images.values())
+        found, marked = [], []
+        for at in shown:
+            view = shifted(pixels[at][None].to(self.device), self.backbone.patch_size)
+            tokens = patch_grid(self.backbone, last_tokens(self.backbone, self.module, view), view)[0].cpu()
+            found.append(found_again(now.samples[at], tokens))
+            marked.append(now.ever[at, CELLS:, CELLS:])
+        return Retrieval.of(torch.stack(found), torch.stack(marked)) if shown else None
 
     def _cosines(self, last: Sequence[Tensor], which: int) -> tuple[Tensor, Tensor | None]:
         """Of batches of last tokens `[B, T, N]` to a reference of theirs: of patches `[K, h, w]`, of cls `[K]`."""

@@ -219,7 +219,7 @@ def repair_steps(
                 else:
                     deltas.put(move.deltas)
                 progress.observed.by_block.update(move.observed)
-        losses = [*step.gradient.losses, *step.gradient.idle]
+        losses = [*step.gradient.losses, *(loss for _, loss in step.gradient.idle)]
         defective = step.gradient.defective
         helpless = move.helpless + defective - sum(part.leaving for part in step.gradient.parts)
         if move.deltas or (settings.step == "sgd" and defective and finite):

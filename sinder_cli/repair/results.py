@@ -13,6 +13,7 @@ from sinder_cli.backbone.blocks import rows_of
 from sinder_cli.backbone.describe import Backbone, ModelRequest
 from sinder_cli.backbone.storing import stored_as, write_safetensors
 from sinder_cli.backbone.weights import Weights
+from sinder_cli.defects.shift import Retrieval
 from sinder_cli.images.sources import ImageSource
 from sinder_cli.repair.deltas import Deltas, Target
 from sinder_cli.repair.guard import Snapshot
@@ -114,6 +115,7 @@ def run_summary(
     scan: Scan,
     also_trained: int,
     elsewhere: Elsewhere | None,
+    found_again: tuple[Retrieval | None, Retrieval | None],
     progress: Progress,
     deltas: Deltas,
     settings: RepairSettings,
@@ -131,6 +133,9 @@ def run_summary(
             "to_inpainted": {"before": before.fidelity().as_dict(), "after": after.fidelity().as_dict()},
             "to_original": to_original.as_dict(),
             "floor": settings.min_fidelity,
+        },
+        "shift_retrieval": {
+            side: asdict(found) if found else None for side, found in zip(("before", "after"), found_again, strict=True)
         },
         "cls_cosine": to_original.cls,
         "tapped": "residual stream after each block, before the final norm; cosines: after the last block",

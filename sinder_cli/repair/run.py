@@ -375,6 +375,7 @@ def _written(
         repair.scan,
         repair.also_trained,
         elsewhere,
+        (guard.found_before, guard.found_again(after) if deltas.changed else guard.found_before),
         repair.progress,
         deltas,
         settings,

@@ -45,7 +45,7 @@ class _Told:
     parts: dict[int, _Part]  # by defective block
     masked_tokens: int
     defective: int
-    idle: tuple[float, ...]
+    idle: tuple[tuple[int, float], ...]
     blocks: frozenset[int]  # that it has touched
     unreadable: dict[str, str]
 
@@ -74,7 +74,7 @@ def gathered(
         _reduced(local, told, deltas, window, ranks),
         sum(each.masked_tokens for each in told),
         sum(each.defective for each in told),
-        tuple(loss for each in told for loss in each.idle),
+        tuple(pair for each in told for pair in each.idle),
     )
     return SharedStep(whole, sum(each.images for each in told))
 

@@ -74,7 +74,7 @@ class StepGradient:
     parts: tuple[BlockGradient, ...] = ()
     masked_tokens: int = 0
     defective: int = 0  # images
-    idle: tuple[float, ...] = ()  # losses at blocks where no gradient is worth its cost
+    idle: tuple[tuple[int, float], ...] = ()  # blocks and losses where no gradient is worth its cost
 
     @property
     def losses(self) -> tuple[float, ...]:
@@ -84,7 +84,7 @@ class StepGradient:
     @property
     def first_block(self) -> int | None:
         """The first defective block of these images."""
-        return min((part.block for part in self.parts), default=None)
+        return min((*(part.block for part in self.parts), *(block for block, _ in self.idle)), default=None)
 
     @property
     def gradients(self) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ def step_gradient(
     rule = DetectionRule.of(settings)
     scale = LOSS_SCALES.get(settings.dtype, 1.0)
     parts: list[BlockGradient] = []
-    idle: list[float] = []
+    idle: list[tuple[int, float]] = []
     masked = 0
     met = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     latest: list[tuple[dict[int, tuple[Loss, Interest]], Tensor]] = []  # by place in the batch
@@ -137,7 +137,7 @@ def step_gradient(
         each = [interest(found.block, loss.excess) for loss in losses]
         ways = zip(numbers, losses, each, strict=True)
         asked = {number: (loss, way) for number, loss, way in ways if way.gradient}
-        idle.extend(loss.value for loss, way in zip(losses, each, strict=True) if not way.gradient)
+        idle.extend((found.block, loss.value) for loss, way in zip(losses, each, strict=True) if not way.gradient)
         latest[:] = [(asked, gradient)]
         answers = iter(each)
         return [next(answers) if defective else FIRST_ALONE for defective in found.defective.tolist()]

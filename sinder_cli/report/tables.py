@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from sinder_cli.defects.positions import PositionCheck
     from sinder_cli.defects.prediction import BlockSpectrum, Prediction
     from sinder_cli.export.exporting import ExportResult
-    from sinder_cli.repair.results import RepairResult
     from sinder_cli.repair.trial import Trial
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -189,7 +188,7 @@ def _tokens(marked: Marked | None) -> str:
     return "–" if marked is None else str(marked.tokens)
 
 
-def repair_table(result: RepairResult) -> RenderableType:
+def repair_table(result: facts.Recorded) -> RenderableType:
     """The verdict, before and after, the blocks with outlying tokens, and where the run directory is."""
     verdict = facts.verdict(result)
     table = _table("")
@@ -219,11 +218,11 @@ def _repaired_blocks(rows: Sequence[facts.BlockRow]) -> RenderableType:
     table.padding = (0, 1, 0, 0)
     for name in ("block", "outlying\nbefore", "\nafter", "÷ median\nbefore", "\nafter", "seen\n"):
         table.add_column(name, justify="right")
-    for name in ("along\nν", "angle\nto ν", "σ₁/σ₂\n", "predicted\n"):
+    for name in ("along\nν", "angle\nto ν", "σ₁/σ₂\n", "pre-\ndicted", "trained\nby"):
         table.add_column(name, justify="right")
     for row in rows:
         cells = [f"{row.before:,}", f"{row.after:,}", row.ratio_before, row.ratio_after, f"{row.seen:,}"]
-        table.add_row(str(row.block), *cells, row.along, row.angle, row.gap, row.predicted)
+        table.add_row(str(row.block), *cells, row.along, row.angle, row.gap, row.predicted, row.rule)
     words = "seen: in all images of the first look; along ν: of these, marked by the predicted direction ν."
     return Group("", table, Text(words, "dim"))
 

@@ -26,8 +26,9 @@ from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.survey import Surveys, survey
 from sinder_cli.analysis.tokens import Subject, block_by_block
 from sinder_cli.analysis.verdict import judge
+from sinder_cli.defects.detection import DetectionRule, defective_somewhere, outlying
 from sinder_cli.defects.prediction import BlockSpectrum, Prediction
-from sinder_cli.defects.rules import STAGES
+from sinder_cli.defects.rules import STAGES, Mark
 from sinder_cli.defects.spectrum import LeadingPair
 
 NAMES = ("chelsea.png", "coffee.png", "rocket.jpg")
@@ -85,7 +86,7 @@ def test_on_the_demo_every_number_is_that_of_a_notebook(
     factor: float, demo: Subject, photographs: Path, naive: Any
 ) -> None:
     images = [naive.pixels(Image.open(photographs / name), demo.backbone, 280) for name in NAMES]
-    found = gain(surveyed([demo], images, norm_factor=factor))
+    found = gain(surveyed([demo], images, norm_factor=factor, mark="norm"))
     expected = [Expected(demo, image, factor) for image in images]
     assert found.tokens == sum(len(each.ever) for each in expected) > 0
     assert found.replaced == sum(each.replaced for each in expected)
@@ -276,7 +277,7 @@ def test_collectors_of_two_ranks_add_up_to_one() -> None:
     parts = [InpaintingCollector("cpu"), InpaintingCollector("cpu")]
     for part, chosen in zip(parts, (images[:3], images[3:]), strict=True):
         batch = torch.stack(chosen)
-        outliers = module.Outliers()
+        outliers = module.Outliers(settings)
         nu = subject.directions("cpu")
         names = [f"{at}.png" for at, image in enumerate(images) if any(image is each for each in chosen)]
         for block, side in enumerate(block_by_block(subject, batch, nu, settings)):
@@ -285,6 +286,24 @@ def test_collectors_of_two_ranks_add_up_to_one() -> None:
     first = parts[0].to_cpu()
     first.merge(parts[1].to_cpu())
     assert first.record(finite=True) == whole
+
+
+@pytest.mark.parametrize("mark", ["auto", "weights", "norm"])
+@pytest.mark.parametrize("predicted", [True, False])
+def test_outliers_are_the_tokens_that_a_repair_would_mark(mark: Mark, predicted: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    ratios = torch.randn(6, 4, 9, 9, generator=generator).exp().square()  # [blocks, B, h, w]
+    ratios /= ratios.flatten(2).median(dim=2).values[..., None, None]
+    along = torch.rand(ratios.shape, generator=generator) < 0.3
+    start = torch.full((4, 9, 9), 0.5)
+    rule = DetectionRule(mark=mark)
+    outliers = module.Outliers(AnalyzeSettings(mark=mark))
+    for block, (each, seen) in enumerate(zip(ratios, along, strict=True)):
+        masks = {"outlying": outlying(each, start, 3.0)} | ({"equation_5": seen} if predicted else {})
+        outliers.add(block, SimpleNamespace(norms=each, masks=masks))  # type: ignore[arg-type]
+    expected = defective_somewhere(ratios, start, along & predicted, rule)
+    assert torch.equal(outliers.marked, expected.any(dim=0))
+    assert bool(expected.any()) is (predicted or mark != "weights")
 
 
 # --- words

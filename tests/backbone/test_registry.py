@@ -15,7 +15,7 @@ import pytest
 from sinder_cli import Listing, UnavailableError, UsageError, hookimpl
 from sinder_cli.backbone import registry
 from sinder_cli.backbone.isolation import PluginEntry, contained
-from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, owner_of
+from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, owner_of, unknown_model
 
 
 def plugin_of(monkeypatch: pytest.MonkeyPatch, *names: Any) -> None:
@@ -37,6 +37,22 @@ def test_a_listed_name_is_taken_and_a_near_one_refused_with_it(monkeypatch: pyte
     assert hooks_for("toy_small").sinder_listing()
     with pytest.raises(UsageError, match=r"unknown model 'toy_smal': .*did you mean toy_small"):
         hooks_for("toy_smal")
+
+
+@pytest.mark.parametrize(
+    ("model", "hint"),
+    [
+        ("somebody/something", "a repository is named toy/somebody/something"),
+        ("something.PTH", "give the file with --weights"),
+        ("https://example.org/something.pth", "download the file, and give it with --weights"),
+        ("STOY_SMALL", r"did you mean toy_small\?"),
+        ("something", "takes its prefix, as in toy/something"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_what_may_have_been_meant(model: str, hint: str) -> None:
+    listings = [Listing(name, "") for name in ("toy_small", "toy/OWNER/NAME", "toy/NAME")]
+    with pytest.raises(UsageError, match=rf"unknown model '{model}': no installed plugin offers it; .*{hint}"):
+        raise unknown_model(model, listings)
 
 
 def test_a_plugin_of_open_names_is_left_to_judge_them(monkeypatch: pytest.MonkeyPatch) -> None:

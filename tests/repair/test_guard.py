@@ -17,6 +17,7 @@ from torch.nn.functional import cosine_similarity
 from sinder_cli.defects.detection import DetectionRule, norm_ratios
 from sinder_cli.defects.inpainting import inpainted
 from sinder_cli.defects.rules import SLACK
+from sinder_cli.defects.shift import Retrieval, found_again
 from sinder_cli.defects.tokens import last_tokens
 from sinder_cli.errors import BadInputError
 from sinder_cli.repair.guard import WORST, Evaluation, Fidelity, Guard, Snapshot, guard_size, guarded
@@ -24,6 +25,7 @@ from sinder_cli.repair.loop import CLEAN_LOOKS, EQUAL_FIDELITY, IDLE_LOOKS, SPOI
 from sinder_cli.repair.scan import see
 
 FLOOR = 0.95
+PATCH = 2  # pixels
 
 
 @pytest.mark.parametrize(
@@ -307,6 +309,27 @@ def test_a_look_sees_what_has_become_of_the_module_and_keeps_the_yardstick(singl
     assert torch.equal(now.ever, guard.before.ever)
     found = guard.evaluation(5, now, FLOOR, None)
     assert (found.step, found.outlying, found.holds, found.best) == (5, 0, True, True)
+
+
+def test_marked_tokens_are_found_again_in_a_shifted_view_once_the_writer_is_gone(single_writer: Any) -> None:
+    guard = guard_of(single_writer)
+    guard.remember()
+    was = guard.found_before
+    assert was == guard.found_again(guard.before)
+    assert was is not None
+    images = [image for image, ever in zip(guard.images.values(), guard.before.ever, strict=True) if ever.any()]
+    expected = []
+    for image in images:
+        whole, view = (
+            last_tokens(guard.backbone, guard.module, image[None, :, cut:, cut:])[0, 1:] for cut in (0, 2 * PATCH)
+        )
+        expected.append(found_again(whole.unflatten(0, (12, 12)), view.unflatten(0, (10, 10))))
+    marks = guard.before.ever[guard.before.ever.flatten(1).any(dim=1)][:, 2:, 2:]
+    assert was == Retrieval.of(torch.stack(expected), marks)
+    single_writer.module.blocks[1].down.weight[:, 0] *= 0  # the writer
+    now = guard.found_again(guard.look())
+    assert now is not None
+    assert now.marked >= was.marked
 
 
 def test_a_ruined_model_is_never_the_best_though_no_token_stands_out(single_writer: Any) -> None:

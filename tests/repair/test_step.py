@@ -269,6 +269,7 @@ def test_an_image_that_goes_on_shows_its_later_defects_too(planted: Any, gradien
     else:
         assert {part.block for part in both.parts} == {LATE}
         assert len(both.idle) >= 2
+        assert both.first_block == EARLY
     assert late.leaving == len(late.losses)
 
 

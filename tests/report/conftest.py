@@ -24,6 +24,7 @@ from made_repair import (
     write_lines,
 )
 
+from sinder_cli.defects.shift import Retrieval
 from sinder_cli.repair.guard import SAMPLES
 from sinder_cli.repair.results import RepairResult, run_summary
 from sinder_cli.repair.settings import RepairSettings
@@ -79,7 +80,8 @@ def make_result(tmp_path: Path) -> MakeResult:
         deltas: Any = SimpleNamespace(changed=[SimpleNamespace(delta=torch.ones(192))] * changed)
         progress = progress_of(steps, stopped_by, last, bool(changed), chosen)
         found = scan_of(first if before else snapshot_of(clean, original, elsewhere, has_cls), shown)
-        summary = run_summary(backbone, first, last, found, also_trained, None, progress, deltas, chosen, config)
+        again = (Retrieval(0.125, 0.5), Retrieval(0.5 if changed else 0.125, 0.5))
+        summary = run_summary(backbone, first, last, found, also_trained, None, again, progress, deltas, chosen, config)
         summary["seconds"] = 66.2
         return RepairResult(
             folder, model, summary, config, first, last, list(normalized[:SAMPLES]), shown[:SAMPLES], MEAN, STD

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from html_page import Page
-from made_repair import DEPTH, OUTCOMES, WORST
+from made_repair import DEPTH, FIRST, OUTCOMES, WORST
 from matplotlib import colormaps
 from PIL import Image
 from rich.console import Console
 
 from sinder_cli.repair.results import RepairResult
+from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.report.repair import facts
 from sinder_cli.report.repair.card import render_card
 from sinder_cli.report.repair.line_chart import LEFT
@@ -145,9 +146,42 @@ def test_each_block_has_a_row_with_what_the_weights_say_of_it(make_result: MakeR
     assert [(row.before, row.after) for row in rows] == [(0, 0), (8, 2), (8, 2), (8, 2)]
     assert [row.predicted for row in rows] == ["–", "yes", "no", "no"]
     assert [row.along for row in rows] == ["–", "8 of 8", "0 of 8", "0 of 8"]
+    assert [row.rule for row in rows] == ["–", "weights", "norm", "norm"]
     assert [row.angle for row in rows] == ["–", "12°", "72°", "72°"]
     assert [row.gap for row in rows] == ["1.02*", "2.50", "2.50", "∞"]
     assert [row.stands_out for row in rows] == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("mark", "along", "expected"),
+    [("auto", 0, "norm"), ("auto", 5, "both"), ("auto", 8, "weights"), ("norm", 8, "norm"), ("weights", 8, "weights")],
+)
+def test_the_rule_that_trained_a_block_is_named(make_result: MakeResult, mark: str, along: int, expected: str) -> None:
+    result = make_result()
+    result.config["settings"]["mark"] = mark
+    result.summary["scan"]["blocks"][FIRST]["marked_by_weights"] = along
+    assert facts.block_rows(result)[FIRST].rule == expected
+
+
+def test_a_direction_that_is_not_determined_is_explained_where_there_is_one(make_result: MakeResult) -> None:
+    result = make_result()
+    assert "*: ν is not determined" in facts.block_words(result)
+    result.config["settings"]["min_gap"] = 0
+    assert "*" not in facts.block_words(result)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "sinder"),
+        ({"max_drift": 0.1, "seed": 4}, "sinder"),
+        ({"step": "polyak", "eval_every": 1}, "sinder, with step polyak, eval_every 1"),
+        ({"recipe": "paper"}, "paper"),
+        ({"recipe": "paper", "max_steps": 40}, "paper, with max_steps 40"),
+    ],
+)
+def test_the_recipe_is_named_with_what_is_not_of_it(given: dict[str, Any], expected: str) -> None:
+    assert facts.recipe_words(RepairSettings.model_validate(given).model_dump()) == expected
 
 
 def test_marked_tokens_are_followed_and_new_outliers_are_not_hidden(make_result: MakeResult) -> None:

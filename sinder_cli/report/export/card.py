@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sinder_cli import __version__
 from sinder_cli.files import public_model, public_source
+from sinder_cli.repair.folder import FinishedRun
 from sinder_cli.report import wording
 from sinder_cli.report.export.pictures import run_pictures
 from sinder_cli.report.pages.templates import markdown_template
@@ -20,14 +20,6 @@ from sinder_cli.report.wording import Named
 if TYPE_CHECKING:
     from sinder_cli.export.targets import Check, Plan, Target
     from sinder_cli.repair.folder import RunFolder
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What a run directory tells of itself."""
-
-    summary: dict[str, Any]
-    config: dict[str, Any]
 
 
 def export_card(plan: Plan, target: Target, check: Check, folder: str) -> dict[str, bytes]:
@@ -110,8 +102,8 @@ def _folder_of(plan: Plan) -> RunFolder | None:
     return run if run and run.finished else None
 
 
-def _run_of(plan: Plan) -> _Run | None:
+def _run_of(plan: Plan) -> FinishedRun | None:
     """What the run tells of itself; nothing where an earlier version of sinder wrote it, without a verdict."""
     run = _folder_of(plan)
     summary = run.read_summary() if run else {}
-    return _Run(summary, run.read_config()) if run and "verdict" in summary else None
+    return FinishedRun(run.path, summary, run.read_config()) if run and "verdict" in summary else None

@@ -6,10 +6,12 @@ long ago.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from sinder_cli.defects.rules import NORM_FACTOR, SLACK
+from sinder_cli.defects.rules import NORM_FACTOR, SLACK, Mark
 from sinder_cli.files import public_model, public_source
+from sinder_cli.repair.recipes import RECIPES
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.report.wording import NOTHING, Named, counted, degrees, duration, number, percent, setting_rows
 
@@ -36,6 +38,9 @@ class RepairVerdict(NamedTuple):
 
 class Recorded(Protocol):
     """A repair that has ended, as `summary.json` and `config.json` describe it."""
+
+    @property
+    def folder(self) -> Path: ...
 
     @property
     def summary(self) -> dict[str, Any]: ...
@@ -66,6 +71,7 @@ class BlockRow(NamedTuple):
     angle: str  # from the direction that they share to the predicted one
     gap: str  # σ₁/σ₂ of the predicted direction
     predicted: str  # whether the weights predict these outliers: yes or no
+    rule: str  # which one marked them: the weights, their norm, or both
 
     @property
     def stands_out(self) -> bool:
@@ -246,6 +252,11 @@ def comparison(result: Recorded) -> list[Compared]:
         cosines("Good tokens to it, 1st percentile", "good_p01", "one in a hundred is lower"),
         cosines("Marked tokens to it, mean cosine", "marked", "tokens that it marks at some block", NONE_MARKED),
     ]
+    shares = list((summary.get("shift_retrieval") or {}).values())  # a run of an earlier version has none
+    if shares and all(shares):
+        words = "nearest to the same place of a view shifted by two patches; a ruined model rises too"
+        found = [NOTHING if each["marked"] is None else percent(each["marked"]) for each in shares]
+        rows.append(Compared("Marked tokens found again, shifted (no goal)", found[0], found[1], words))
     to_original = summary["fidelity"]["to_original"]["cls"]
     if to_original is None:
         return rows
@@ -255,7 +266,7 @@ def comparison(result: Recorded) -> list[Compared]:
 
 def block_rows(result: Recorded) -> list[BlockRow]:
     """Every block: outlying tokens and norms of the guard before and after, and what the weights say of them."""
-    summary, min_gap = result.summary, result.config["settings"]["min_gap"]
+    summary, settings = result.summary, result.config["settings"]
     sides = (summary["defects"][side]["blocks"] for side in ("before", "after"))
     return [
         BlockRow(
@@ -267,11 +278,20 @@ def block_rows(result: Recorded) -> list[BlockRow]:
             seen=seen["tokens"],
             along=f"{seen['marked_by_weights']:,} of {seen['tokens']:,}" if seen["tokens"] else NOTHING,
             angle=degrees(seen["angle_deg"]),
-            gap=_gap(seen["gap"]) + ("" if seen["gap"] >= min_gap else "*"),
+            gap=_gap(seen["gap"]) + ("" if seen["gap"] >= settings["min_gap"] else "*"),
             predicted=NOTHING if seen["angle_deg"] is None else "yes" if seen["predicted"] else "no",
+            rule=_rule(seen, settings["mark"]),
         )
         for before, after, seen in zip(*sides, summary["scan"]["blocks"], strict=True)
     ]
+
+
+def _rule(seen: dict[str, Any], mark: Mark) -> str:
+    """By what the tokens of a block were marked."""
+    if not seen["tokens"]:
+        return NOTHING
+    along = 0 if mark == "norm" else seen["marked_by_weights"]
+    return "norm" if not along else "weights" if along == seen["tokens"] else "both"
 
 
 def _gap(gap: float) -> str:
@@ -280,12 +300,15 @@ def _gap(gap: float) -> str:
 
 def block_words(result: Recorded) -> str:
     """What the columns of `block_rows` that are not of the guard mean."""
-    images, settings = counted(result.summary["scan"]["images"], "image"), result.config["settings"]
+    scan, settings = result.summary["scan"], result.config["settings"]
+    weak = any(each["gap"] < settings["min_gap"] for each in scan["blocks"])
+    undetermined = f" *: ν is not determined, since σ₁/σ₂ is under {number(settings['min_gap'])}." if weak else ""
+    images = counted(scan["images"], "image")
     return (
-        f"The first look was at {images}. Along ν: marked by equation (5) with the direction ν that the weights"
-        " predict; the others are marked by their norm alone. Angle: from the direction that the tokens share to ν."
-        " Predicted: that angle is at most 30°, and ν is determined. *: it is not, since σ₁/σ₂ is under"
-        f" {number(settings['min_gap'])}."
+        f"The first look was at {images}. Along ν: those that equation (5) marks with the direction ν that the weights"
+        " predict. Angle: from the direction that the tokens share to ν. Predicted: that angle is at most 30°, and ν is"
+        " determined. Trained by: whether a token was marked, and so trained, for lying along ν (weights), for its norm"
+        f" alone (norm), or some for the one and some for the other (both).{undetermined}"
     )
 
 
@@ -353,7 +376,7 @@ def run_facts(result: Recorded) -> list[Named]:
     scan = summary["scan"]
     kept = summary["steps"] if result.config["settings"]["keep"] == "last" else summary["best_step"]
     return [
-        Named("Recipe", str(summary["recipe"])),
+        Named("Recipe", recipe_words(result.config["settings"])),
         Named("Steps", f"{summary['steps']:,}{skipped[0]}"),
         Named("State that is kept", "the original" if kept is None else f"after step {kept:,}"),
         Named("Stopped by", stop_reason(result)),
@@ -364,6 +387,14 @@ def run_facts(result: Recorded) -> list[Named]:
         Named("Weights changed", f"{summary['changed_weights']:,}"),
         Named("Singular values changed", f"{summary['trained_values']:,}"),
     ]
+
+
+def recipe_words(settings: dict[str, Any]) -> str:
+    """The name of the recipe, and which of the values that make it one are others."""
+    plain = RepairSettings.model_validate({"recipe": settings["recipe"]})
+    names = dict.fromkeys(name for values in RECIPES.values() for name in values)
+    others = [f"{name} {settings[name]}" for name in names if settings[name] != getattr(plain, name)]
+    return str(settings["recipe"]) + (f", with {', '.join(others)}" if others else "")
 
 
 def stop_reason(result: Recorded) -> str:

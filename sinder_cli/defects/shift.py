@@ -1,0 +1,54 @@
+"""Shift retrieval: is a token's nearest neighbour in a shifted view of its image the same place?
+
+It needs no labels and tells whether a token says where it is. It is shown and decides nothing: tokens that a repair
+brings back are found again, but a ruined model, whose tokens say little else than where they are, does even better.
+Shapes: h × w patches, N width; the shifted view lacks the first `CELLS` rows and columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import normalize
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CELLS = 2  # patches by which the view is shifted, down and to the right
+AT_A_TIME = 1024  # tokens that are held against all others
+NEAR = 1  # patches: what lies so near counts as found
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Shares of the tokens that are found again; None where there is no such token."""
+
+    marked: float | None
+    others: float | None
+
+    @classmethod
+    def of(cls, found: Tensor, marked: Tensor) -> Retrieval:
+        """From what is found and what is marked, bool of one shape."""
+        return cls(*(found[group].float().mean().item() if bool(group.any()) else None for group in (marked, ~marked)))
+
+
+def shifted(images: Tensor, patch_size: int) -> Tensor:
+    """The views of images `[B, 3, H, W]`, cut at whole patches: nothing wraps around."""
+    return images[..., CELLS * patch_size :, CELLS * patch_size :]
+
+
+def found_again(whole: Tensor, view: Tensor) -> Tensor:
+    """Which tokens of a view `[h − CELLS, w − CELLS, N]` are found in the image `[h, w, N]`; bool, as the view.
+
+    The nearest token is that of the highest cosine, once the mean token of either side is taken off.
+    """
+    h, w, _ = whole.shape
+    places, tokens = (normalize(each.flatten(0, 1) - each.mean(dim=(0, 1)), dim=-1) for each in (whole, view))
+    nearest = torch.cat([(part @ places.T).argmax(dim=1) for part in tokens.split(AT_A_TIME)])
+    nearest = nearest.view(h - CELLS, w - CELLS)
+    rows, columns = nearest // w - CELLS, nearest % w - CELLS  # in the view's own rows and columns
+    own_rows = torch.arange(h - CELLS, device=whole.device)[:, None]
+    own_columns = torch.arange(w - CELLS, device=whole.device)[None]
+    return ((rows - own_rows).abs() <= NEAR) & ((columns - own_columns).abs() <= NEAR)
