@@ -39,8 +39,9 @@ test-newest:  ## every plugin and export once, with every extra, the newest of e
 test-lowest:  ## the same with the lowest versions that pyproject.toml allows
 	rm -rf .venv-lowest
 	$(PYTHON) -m venv .venv-lowest
-	$(PYTHON) tests/install/lowest.py > .venv-lowest/constraints.txt
-	.venv-lowest/bin/python -m pip install --quiet --upgrade pip
+	.venv-lowest/bin/python -m pip install --quiet --upgrade pip uv
+	.venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct --extra all pyproject.toml \
+	  --output-file .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt '.[all]'
 	.venv-lowest/bin/python tests/install/smoke.py
 

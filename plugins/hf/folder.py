@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 CARD = "README.md"
 OPTIONAL = (*preprocessor.NAMES, CARD)
 MAX_BYTES = 4 << 20  # of a text file; the largest configurations, with a thousand labels, have a tenth of it
@@ -61,7 +62,10 @@ def read_texts(folder: Path) -> dict[str, str]:
     """The text files of a folder by name. Raises `NoInputError` where there is no `config.json`."""
     if not (folder / CONFIG).is_file():
         why = f"there is no {CONFIG}" if folder.is_dir() else "there is no such folder"
-        raise NoInputError(f"cannot use {folder}", why, "name a folder that save_pretrained wrote, or OWNER/NAME")
+        remedy = "name a folder that save_pretrained wrote, or OWNER/NAME"
+        if (folder / ADAPTER).is_file():
+            why, remedy = "it is an adapter of peft", "put it into its model with merge_and_unload(), and save that"
+        raise NoInputError(f"cannot use {folder}", why, remedy)
     return {name: _text(folder / name) for name in (CONFIG, *OPTIONAL) if (folder / name).is_file()}
 
 

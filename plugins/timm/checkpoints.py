@@ -171,9 +171,16 @@ def fitting_names(name: str, weights: Weights) -> list[str]:
             shapes = {key: tuple(value.shape) for key, value in create(other).state_dict().items()}
             stored = {key: weights.shape(key) for key in ("pos_embed", ANCHOR, "cls_token") if key in weights}
             alike = any(key in shapes for key in REGISTERS) == registers
+            if registers and stored.get("pos_embed") == _with_one_more(shapes.get("pos_embed")):
+                del stored["pos_embed"]  # the position of cls, which timm's models with registers do without
             if stored and alike and all(shapes.get(key) == shape for key, shape in stored.items()):
                 fitting.append(f"timm/{other}")
     return fitting
+
+
+def _with_one_more(positions: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """The shape of positions `[1, T, N]` with one token more."""
+    return positions and (positions[0], positions[1] + 1, *positions[2:])
 
 
 def without(weights: Weights, layers: tuple[str, ...]) -> Weights:

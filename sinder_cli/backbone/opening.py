@@ -10,7 +10,7 @@ from sinder_cli.backbone.describe import Backbone, ModelRequest
 from sinder_cli.backbone.isolation import Hooks
 from sinder_cli.backbone.layermap import BlockMap, GatedMlpMap, WeightRef, references
 from sinder_cli.backbone.sources import open_checkpoint
-from sinder_cli.backbone.weights import Weights, is_branch
+from sinder_cli.backbone.weights import Weights, is_branch, told_by_names
 from sinder_cli.errors import BadInputError, UsageError
 from sinder_cli.events import Noted
 
@@ -176,11 +176,9 @@ def require_matching(expected: Mapping[str, tuple[int, ...]], weights: Weights, 
     ]
     if problems:
         matched = len(expected) - len(missing) - len(misshaped)
-        raise BadInputError(
-            f"weights {weights.source.label} do not fit {model}",
-            f"{matched} tensors match, {'; '.join(problems)}".replace(";", ","),
-            "give the checkpoint of this model",
-        )
+        counted = f"{matched} tensors match, {'; '.join(problems)}".replace(";", ",")
+        why, remedy = told_by_names(weights) or (counted, "give the checkpoint of this model")
+        raise BadInputError(f"weights {weights.source.label} do not fit {model}", why, remedy)
 
 
 def _times(shape: tuple[int, ...]) -> str:

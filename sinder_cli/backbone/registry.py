@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -20,6 +21,7 @@ from sinder_cli.backbone.isolation import BrokenPluginError, Hooks, PluginEntry,
 from sinder_cli.errors import ConflictError, SinderError, UnavailableError, UsageError
 
 OWN_DISTRIBUTION = "sinder-cli"  # its plugins are the built-in ones
+FOLDER = "/./FOLDER"  # in the listing of a plugin that takes folders
 CHECKPOINT_ENDINGS = (".pth", ".pt", ".safetensors", ".bin", ".ckpt", ".tar", ".npz", ".onnx")
 ALLOWED = "SINDER_PLUGINS"  # the environment variable that names the plugins that may load, with commas between
 
@@ -171,6 +173,10 @@ def unknown_model(model: str, listings: list[Listing]) -> UsageError:
 def _hint(model: str, listings: list[Listing]) -> str:
     """What may have been meant by a name that nobody offers."""
     names = [listing.name for listing in listings]
+    if Path(model).is_dir():
+        taking = [name.removesuffix(FOLDER) for name in names if name.endswith(FOLDER)]
+        named = [f"; a model in a folder is named {prefix}/./{model}" for prefix in taking]
+        return f"the folder is no run directory{''.join(named)}"
     if "://" in model:
         return "name an architecture, download the file, and give it with --weights"
     if model.lower().endswith(CHECKPOINT_ENDINGS):

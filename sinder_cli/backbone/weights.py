@@ -21,14 +21,20 @@ AVERAGED = ("teacher", "ema", "model_ema", "ema_model", "state_dict_ema", "targe
 BATCH_BYTES = 128 << 20  # about one block of a ViT-g: a .pth file is listed anew at every read, so read several at once
 
 
-def unusable(weights: Weights, why: str, remedy: str) -> BadInputError:
-    """The error for weights that do not hold the backbone; where their names tell what they are, it says so."""
+def told_by_names(weights: Weights) -> tuple[str, str] | None:
+    """What weights are that no backbone takes as they are, and what to do, where their names tell."""
     names = weights.source.infos
     if any(".lora_" in name or name.startswith("base_model.") for name in names):
-        why, remedy = "it holds a LoRA of peft", "put it into its model with merge_and_unload(), and save that"
-    elif any("_flat_param" in name for name in names):
+        return "it holds a LoRA of peft", "put it into its model with merge_and_unload(), and save that"
+    if any("_flat_param" in name for name in names):
         why = "it holds flat parameters of FSDP, one shard of them"
-        remedy = "use the whole checkpoint that was saved beside it, such as teacher_checkpoint.pth"
+        return why, "use the whole checkpoint that was saved beside it, such as teacher_checkpoint.pth"
+    return None
+
+
+def unusable(weights: Weights, why: str, remedy: str) -> BadInputError:
+    """The error for weights that do not hold the backbone; where their names tell what they are, it says so."""
+    why, remedy = told_by_names(weights) or (why, remedy)
     return BadInputError(f"cannot use weights {weights.source.label}", why, remedy)
 
 
@@ -139,6 +145,10 @@ class Weights:
         chosen = next(filter(None, among), []) if names else prefixes
         if len(chosen) == 1:
             return chosen[0]
+        if self.branch and len(prefixes) == 1:
+            place = f"under {prefixes[0].rstrip('.')}" if prefixes[0] else "without a prefix"
+            what = f"cannot use branch {self.branch!r} of {self.source.label}"
+            raise BadInputError(what, f"it holds one backbone, {place}", "leave --branch out")
         listed = ", ".join(prefix.rstrip(".") or "one without a prefix" for prefix in prefixes)
         if self.branch and not chosen:
             what, why = f"cannot use branch {self.branch!r} of {self.source.label}", f"its backbones are {listed}"

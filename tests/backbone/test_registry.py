@@ -17,6 +17,8 @@ from sinder_cli.backbone import registry
 from sinder_cli.backbone.isolation import PluginEntry, contained
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, owner_of, unknown_model
 
+FOLDER = "tests"  # a folder where the tests run
+
 
 def plugin_of(monkeypatch: pytest.MonkeyPatch, *names: Any) -> None:
     """Install one plugin, `toy`, that lists these names and can do nothing else."""
@@ -47,10 +49,11 @@ def test_a_listed_name_is_taken_and_a_near_one_refused_with_it(monkeypatch: pyte
         ("https://example.org/something.pth", "download the file, and give it with --weights"),
         ("STOY_SMALL", r"did you mean toy_small\?"),
         ("something", "takes its prefix, as in toy/something"),
+        (FOLDER, f"is no run directory; a model in a folder is named toy/./{FOLDER}"),
     ],
 )
 def test_an_unknown_name_is_refused_with_what_may_have_been_meant(model: str, hint: str) -> None:
-    listings = [Listing(name, "") for name in ("toy_small", "toy/OWNER/NAME", "toy/NAME")]
+    listings = [Listing(name, "") for name in ("toy_small", "toy/OWNER/NAME", "toy/./FOLDER", "toy/NAME")]
     with pytest.raises(UsageError, match=rf"unknown model '{model}': no installed plugin offers it; .*{hint}"):
         raise unknown_model(model, listings)
 

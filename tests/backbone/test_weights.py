@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sinder_cli import BadInputError, MemoryTensors, Weights
+from sinder_cli import BadInputError, MemoryTensors, Weights, require_matching
 from sinder_cli.backbone import weights as module
 from sinder_cli.backbone.sources import open_checkpoint
 
@@ -85,6 +86,13 @@ def test_a_branch_that_is_not_there_is_refused_with_those_that_are() -> None:
         branches("pupil").located(ANCHOR)
 
 
+@pytest.mark.parametrize(("prefix", "place"), [("", "without a prefix"), ("model.visual.", r"under model\.visual")])
+def test_a_branch_of_a_file_of_one_backbone_is_refused(prefix: str, place: str) -> None:
+    weights = replace(weights_of(prefix + ANCHOR, "other"), branch="teacher")
+    with pytest.raises(BadInputError, match=rf"it holds one backbone, {place}; leave --branch out"):
+        weights.located(ANCHOR)
+
+
 def test_wrappers_are_seen_through_anywhere_and_exported_under_plain_names() -> None:
     stored = ("_orig_mod.blocks.0._checkpoint_wrapped_module.w", "_orig_mod._fsdp_wrapped_module." + ANCHOR)
     found = weights_of(*stored).located(ANCHOR)
@@ -99,12 +107,15 @@ def test_wrappers_are_seen_through_anywhere_and_exported_under_plain_names() -> 
     ("names", "told"),
     [
         (("base_model.model.blocks.0.attn.q.lora_A.default.weight",), r"LoRA of peft; .*merge_and_unload"),
+        (("blocks.0.attn.q.lora_B.weight",), r"LoRA of peft; .*merge_and_unload"),
         (("blocks.0._flat_param", "_flat_param"), r"flat parameters of FSDP.*teacher_checkpoint\.pth"),
     ],
 )
 def test_what_cannot_be_read_safely_is_told_by_what_it_is(names: tuple[str, ...], told: str) -> None:
     with pytest.raises(BadInputError, match=told):
         weights_of(*names).located(ANCHOR)
+    with pytest.raises(BadInputError, match=rf"do not fit a model: .*{told}"):
+        require_matching({"w": (2,)}, weights_of("w", *names), "a model")
 
 
 def test_a_checkpoint_of_something_else_is_refused() -> None:

@@ -18,11 +18,14 @@ from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 
+from sinder_cli import define_torchvision_operators
+
 NAMED = (
     *("torch", "torchvision", "numpy", "pillow", "matplotlib", "pydantic", "rich", "safetensors", "typer"),
     *("timm", "transformers", "onnx", "onnxruntime", "onnxscript", "pillow-heif", "tensorboard", "wandb", "xformers"),
 )
 SIZE = 112  # pixels
+ENDINGS = {"native": ".safetensors", "dinov2": ".pth", "onnx": ".onnx"}  # of targets that are one file
 STEPS = ("--max-steps", "2", "--eval-images", "1", "--image-size", str(SIZE))
 
 
@@ -100,7 +103,7 @@ def checks(folder: Path) -> dict[str, Callable[[], object]]:
         "demo": ("demo_vit",),
         "timm": ("timm/vit_tiny_patch16_224", "--weights", timm_file(folder)),
         "hf": (f"hf/{hf_folder(folder)}",),
-        "dinov2": ("dinov2_vits14", "--weights", dinov2_file(folder)),
+        "dinov2": ("dinov2_custom", "--weights", dinov2_file(folder)),
     }
     everything: dict[str, Callable[[], object]] = {"backbones": lambda: sinder("backbones")}
     for name, model in made.items():
@@ -117,7 +120,7 @@ def checks(folder: Path) -> dict[str, Callable[[], object]]:
     }
     for name, targets in exports.items():
         for target in targets:
-            written = ("--to", target, "--out", folder / f"{name}-{target}")
+            written = ("--to", target, "--out", folder / f"{name}-{target}{ENDINGS.get(target, '')}")
             everything[f"{name}: export --to {target}"] = partial(sinder, "export", folder / f"run-{name}", *written)
     logged = ("--log", "tensorboard", "--out", folder / "logged")
     everything["repair --log tensorboard"] = partial(sinder, "repair", "demo_vit", *logged, *STEPS, codes=(0, 1))
@@ -125,7 +128,8 @@ def checks(folder: Path) -> dict[str, Callable[[], object]]:
 
 
 def main() -> int:
-    installed = {each.metadata["Name"].lower(): each.version for each in distributions()}
+    define_torchvision_operators()  # for the models that are made here
+    installed = {each.metadata["Name"].lower().replace("_", "-"): each.version for each in distributions()}
     print(f"python {sys.version.split()[0]}, " + ", ".join(f"{name} {installed.get(name, '-')}" for name in NAMED))
     failed = []
     with tempfile.TemporaryDirectory() as temporary:

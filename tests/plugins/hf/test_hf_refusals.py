@@ -227,3 +227,10 @@ def test_listing_imports_neither_torch_nor_transformers(sinder: Callable[..., An
     rows = {row["name"]: row for row in json.loads(run.stdout)}
     assert rows["hf/OWNER/NAME"]["revisions"]
     assert rows["hf/OWNER/NAME"]["requires"] == ["transformers", "huggingface_hub"]
+
+
+def test_an_adapter_of_peft_is_told_by_its_configuration(tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    with pytest.raises(NoInputError, match=r"it is an adapter of peft; put it into its model with merge_and_unload"):
+        api.open_model(ModelRequest(f"hf/{tmp_path / 'lora'}"))

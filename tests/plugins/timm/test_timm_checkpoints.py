@@ -231,6 +231,14 @@ def test_of_a_file_without_registers_the_name_without_them_is_said(tmp_path: Pat
         api.open_model(ModelRequest("timm/vit_small_patch14_reg4_dinov2", tmp_path / "plain.safetensors"))
 
 
+def test_of_a_file_with_registers_the_name_with_them_is_said(tmp_path: Path) -> None:
+    module = timm.create_model("vit_small_patch14_dinov2", num_classes=0, depth=1)
+    stored = module.state_dict() | {"mask_token": torch.zeros(1, 384), "register_tokens": torch.ones(1, 4, 384)}
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, tmp_path / "registers.safetensors")
+    with pytest.raises(BadInputError, match=r"name the model timm/vit_small_patch14_reg4_dinov2$"):
+        api.open_model(ModelRequest("timm/vit_small_patch14_dinov2", tmp_path / "registers.safetensors"))
+
+
 def test_the_name_that_fits_the_stored_sizes_is_said(tmp_path: Path) -> None:
     with torch.device("meta"):
         module = timm.create_model("vit_tiny_patch16_384", num_classes=0)
