@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.attention import require_attention
-from sinder_cli.backbone.describe import Backbone, ModelRequest
+from sinder_cli.backbone.contract import Backbone, ModelRequest
 from sinder_cli.backbone.device import exact_device, resolve_device
 from sinder_cli.backbone.opening import describe, load_module, open_backbone
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones

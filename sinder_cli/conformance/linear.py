@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sinder_cli.backbone.blocks import BlockTensors, read_block
-from sinder_cli.backbone.layermap import BlockMap, WeightRef
+from sinder_cli.backbone.contract import BlockMap, WeightRef
+from sinder_cli.backbone.weights import BlockTensors, read_block
 from sinder_cli.conformance.formula import Part, sublayer
 from sinder_cli.conformance.records import NonconformityError
 from sinder_cli.conformance.subject import GRID, Subject, altered, gaussian, relative_error

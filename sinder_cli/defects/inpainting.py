@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import norm_ratios, outlying
 from sinder_cli.defects.rules import NORM_FACTOR
 from sinder_cli.defects.targets import neighbour_averages

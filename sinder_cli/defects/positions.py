@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.contract import Backbone
 
 OUTLIER_DEVIATIONS = 6.0  # robust standard deviations (1.4826 × median absolute deviation) above the median norm
 OUTLIER_FACTOR = 1.5  # and at least so many times the median norm

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from sinder_cli.ahead import loaded_ahead
-from sinder_cli.backbone.blocks import read_block
-from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.contract import Backbone
+from sinder_cli.backbone.weights import read_block
 from sinder_cli.defects.linearize import attention_part, block_part, mlp_part, plus_identity
 from sinder_cli.defects.positions import PositionCheck, check_positions
 from sinder_cli.defects.rules import MIN_GAP, STAGES, Stage

@@ -17,7 +17,7 @@ from sinder_cli.errors import UsageError
 from sinder_cli.export.settings import ExportSettings, TargetName
 
 if TYPE_CHECKING:
-    from sinder_cli.backbone.describe import Backbone
+    from sinder_cli.backbone.contract import Backbone
     from sinder_cli.events import Emit
     from sinder_cli.images.sources import ImageSource
     from sinder_cli.repair.changes import Change

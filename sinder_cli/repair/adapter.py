@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sinder_cli.backbone.blocks import rows_of
-from sinder_cli.backbone.describe import Backbone
-from sinder_cli.backbone.layermap import LayerMap, WeightRef, trained_references
+from sinder_cli.backbone.contract import Backbone, LayerMap, WeightRef, trained_references
 from sinder_cli.backbone.sources import TensorInfo, TensorSource, infos_of
 from sinder_cli.backbone.storing import stored_as, write_safetensors
-from sinder_cli.backbone.weights import Weights
+from sinder_cli.backbone.weights import Weights, rows_of
 from sinder_cli.errors import BadInputError, ConflictError
 from sinder_cli.events import Emit, Noted, tracked
 from sinder_cli.repair.basis import singular_basis

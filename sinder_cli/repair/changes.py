@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from sinder_cli.backbone.describe import Backbone
-from sinder_cli.backbone.layermap import LayerMap
+from sinder_cli.backbone.contract import Backbone, LayerMap
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit
 from sinder_cli.repair.adapter import FORMAT as ADAPTER

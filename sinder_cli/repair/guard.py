@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cosine_similarity
 
-from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import DetectionRule
 from sinder_cli.defects.inpainting import inpainted
 from sinder_cli.defects.rules import SLACK

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sinder_cli.backbone.describe import Backbone
-from sinder_cli.backbone.layermap import LayerMap
+from sinder_cli.backbone.contract import Backbone, LayerMap
 from sinder_cli.backbone.sources import SafetensorsFile, TensorInfo, TensorSource, open_checkpoint
 from sinder_cli.backbone.storing import write_safetensors
 from sinder_cli.backbone.weights import Weights

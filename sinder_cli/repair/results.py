@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sinder_cli import __version__
-from sinder_cli.backbone.blocks import rows_of
-from sinder_cli.backbone.describe import Backbone, ModelRequest
+from sinder_cli.backbone.contract import Backbone, ModelRequest
 from sinder_cli.backbone.storing import stored_as, write_safetensors
-from sinder_cli.backbone.weights import Weights
+from sinder_cli.backbone.weights import Weights, rows_of
 from sinder_cli.defects.shift import Retrieval
 from sinder_cli.images.sources import ImageSource
 from sinder_cli.repair.deltas import Deltas, Target

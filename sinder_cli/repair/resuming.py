@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sinder_cli.backbone.attention import AttentionName
-from sinder_cli.backbone.describe import ModelRequest
+from sinder_cli.backbone.contract import ModelRequest
 from sinder_cli.errors import ConflictError
 from sinder_cli.faults import first_fault
 from sinder_cli.images.finding import find_images

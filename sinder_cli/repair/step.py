@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sinder_cli.backbone.blocks import rows_of
-from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.contract import Backbone, trained_references
 from sinder_cli.backbone.device import float32_products
-from sinder_cli.backbone.layermap import trained_references
+from sinder_cli.backbone.weights import rows_of
 from sinder_cli.defects.detection import DetectionRule
 from sinder_cli.defects.targets import leaning
 from sinder_cli.defects.tokens import in_precision, patch_grid

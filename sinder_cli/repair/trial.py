@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sinder_cli.backbone.blocks import rows_of
-from sinder_cli.backbone.layermap import WeightRef, trained_references
+from sinder_cli.backbone.contract import WeightRef, trained_references
+from sinder_cli.backbone.weights import rows_of
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.memory import peak_memory, told_when_it_runs_out
 from sinder_cli.ranks import ALONE

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sinder_cli import Backbone, BlockMap, WeightRef
-from sinder_cli.backbone.layermap import references, trained_references
+from sinder_cli.backbone.contract import references, trained_references
 from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask
 from sinder_cli.defects.tokens import in_precision, patch_grid
 from sinder_cli.repair.forward import Directions
