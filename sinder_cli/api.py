@@ -19,13 +19,10 @@ from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed
 from sinder_cli.defects.settings import DetectionSettings
 from sinder_cli.errors import NoInputError, UsageError
 from sinder_cli.events import Emit, Noted, Warned, silent
-from sinder_cli.images.choosing import sampled
 from sinder_cli.images.drawn import DrawnPictures
-from sinder_cli.images.finding import find_images
-from sinder_cli.images.lists import read_bytes
-from sinder_cli.images.loading import require_some
+from sinder_cli.images.loading import require_some, sampled
 from sinder_cli.images.preprocessing import MIN_PATCHES, Preprocessing, Resize
-from sinder_cli.images.sources import DrawnImages, ImageSource, JoinedImages
+from sinder_cli.images.sources import DrawnImages, ImageSource, JoinedImages, find_images, read_bytes
 from sinder_cli.memory import told_when_it_runs_out
 from sinder_cli.ranks import ALONE, Ranks, require_alike
 from sinder_cli.repair.settings import RepairSettings

@@ -23,7 +23,7 @@ from sinder_cli.defects.shift import CELLS, Retrieval, found_again, shifted
 from sinder_cli.defects.tokens import last_tokens, patch_grid
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, silent, tracked
-from sinder_cli.images.choosing import shuffled
+from sinder_cli.images.loading import shuffled
 from sinder_cli.repair.forward import Directions
 from sinder_cli.repair.scan import Seen, see
 

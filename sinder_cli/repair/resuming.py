@@ -13,8 +13,7 @@ from sinder_cli.backbone.attention import AttentionName
 from sinder_cli.backbone.contract import ModelRequest
 from sinder_cli.errors import ConflictError
 from sinder_cli.faults import first_fault
-from sinder_cli.images.finding import find_images
-from sinder_cli.images.sources import ImageFiles
+from sinder_cli.images.sources import ImageFiles, find_images
 from sinder_cli.repair.folder import RunFolder
 from sinder_cli.repair.imagelist import read_list
 from sinder_cli.repair.settings import WITHOUT_EFFECT, RepairSettings

@@ -17,8 +17,7 @@ from sinder_cli.defects.prediction import predict
 from sinder_cli.defects.tokens import in_precision
 from sinder_cli.events import Emit, Finished, Noted, Started, Warned
 from sinder_cli.files import write_json, write_text
-from sinder_cli.images.choosing import sampled
-from sinder_cli.images.loading import load_in_order, readable, require_some
+from sinder_cli.images.loading import load_in_order, readable, require_some, sampled
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import ImageSource, SomeImages, files_of
 from sinder_cli.memory import told_when_it_runs_out

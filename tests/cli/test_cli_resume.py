@@ -25,7 +25,7 @@ from warm import Ended, Running, Server
 
 from sinder_cli import ModelRequest, api
 from sinder_cli.errors import BadInputError
-from sinder_cli.images.choosing import shuffled
+from sinder_cli.images.loading import shuffled
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.guard import guarded
 from sinder_cli.repair.loop import DivergedError
