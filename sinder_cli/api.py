@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.tokens import Subject
     from sinder_cli.conformance.records import Conformance
     from sinder_cli.defects.prediction import Prediction
-    from sinder_cli.defects.rules import Stage
+    from sinder_cli.defects.settings import Stage
     from sinder_cli.export.exporting import Card, ExportResult
     from sinder_cli.export.settings import ExportSettings
     from sinder_cli.export.targets import Plan

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sinder_cli.defects.rules import Stage
+from sinder_cli.defects.settings import Stage
 
 TAPPED = "residual stream after each block, before the final norm"
 

@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity
 from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import DetectionRule
 from sinder_cli.defects.inpainting import inpainted
-from sinder_cli.defects.rules import SLACK
+from sinder_cli.defects.settings import SLACK
 from sinder_cli.defects.shift import CELLS, Retrieval, found_again, shifted
 from sinder_cli.defects.tokens import last_tokens, patch_grid
 from sinder_cli.errors import BadInputError

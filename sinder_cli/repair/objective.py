@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sinder_cli.defects.detection import interior
-from sinder_cli.defects.targets import learning_targets, neighbour_averages, neighbour_distances
+from sinder_cli.defects.detection import interior, learning_targets, neighbour_averages, neighbour_distances
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,8 +20,7 @@ import torch
 from sinder_cli.backbone.contract import Backbone, trained_references
 from sinder_cli.backbone.device import float32_products
 from sinder_cli.backbone.weights import rows_of
-from sinder_cli.defects.detection import DetectionRule
-from sinder_cli.defects.targets import leaning
+from sinder_cli.defects.detection import DetectionRule, leaning
 from sinder_cli.defects.tokens import in_precision, patch_grid
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.forward import (

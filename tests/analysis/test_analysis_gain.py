@@ -28,7 +28,7 @@ from sinder_cli.analysis.tokens import Subject, block_by_block
 from sinder_cli.analysis.verdict import judge
 from sinder_cli.defects.detection import DetectionRule, defective_somewhere, outlying
 from sinder_cli.defects.prediction import BlockSpectrum, Prediction
-from sinder_cli.defects.rules import STAGES, Mark
+from sinder_cli.defects.settings import STAGES, Mark
 from sinder_cli.defects.spectrum import LeadingPair
 
 NAMES = ("chelsea.png", "coffee.png", "rocket.jpg")

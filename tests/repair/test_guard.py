@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from sinder_cli.defects.detection import DetectionRule, norm_ratios
 from sinder_cli.defects.inpainting import inpainted
-from sinder_cli.defects.rules import SLACK
+from sinder_cli.defects.settings import SLACK
 from sinder_cli.defects.shift import Retrieval, found_again
 from sinder_cli.defects.tokens import last_tokens
 from sinder_cli.errors import BadInputError

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from sinder_cli.defects.rules import NORM_FACTOR, SLACK, Mark
+from sinder_cli.defects.settings import NORM_FACTOR, SLACK, Mark
 from sinder_cli.files import public_model, public_source
 from sinder_cli.repair.recipes import RECIPES
 from sinder_cli.repair.settings import RepairSettings
