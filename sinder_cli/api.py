@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from sinder_cli.export.exporting import Card, ExportResult
     from sinder_cli.export.settings import ExportSettings
     from sinder_cli.export.targets import Plan
+    from sinder_cli.repair.dry_run import Trial
     from sinder_cli.repair.folder import RunFolder
     from sinder_cli.repair.results import RepairResult
     from sinder_cli.repair.run import Start
-    from sinder_cli.repair.trial import Trial
 
 DRAWN_IMAGES = 64  # how many a backbone draws that brings its own
 FEW_IMAGES = 16  # under which drawn pictures are added to those that a repair is given
@@ -72,7 +72,7 @@ def open_model(request: ModelRequest) -> Backbone:
     hooks = hooks_for(request.model)
     if request.adapter is None:
         return open_backbone(hooks, request)
-    from sinder_cli.repair.changes import read_change
+    from sinder_cli.repair.weight_changes import read_change
 
     change = read_change(request.adapter)  # before a checkpoint is read, or even downloaded
     return change.applied(open_backbone(hooks, request), request.emit)
@@ -244,8 +244,8 @@ def repair(
         raise UsageError(f"batch size {settings.batch_size} is too small", why, f"use --batch-size {ranks.size}")
     named = _named_images(places, stdin, emit, ranks)  # before a checkpoint is read, or even downloaded
     from sinder_cli.repair.folder import RunFolder
-    from sinder_cli.repair.resuming import images_of
     from sinder_cli.repair.run import run_repair
+    from sinder_cli.repair.run_identity import images_of
 
     folder = RunFolder(out)
     if force:
@@ -268,7 +268,7 @@ def run_as_called(
 ) -> tuple[ModelRequest, RepairSettings] | None:
     """What the run in a folder was called with, and over it what is given now; None where there is no run."""
     from sinder_cli.repair.folder import RunFolder
-    from sinder_cli.repair.resuming import as_called
+    from sinder_cli.repair.run_identity import as_called
 
     folder = RunFolder(out)
     return as_called(folder, given, settings) if folder.is_run else None
@@ -288,8 +288,8 @@ def try_repair(
     Nothing is written, and nothing that is there is touched.
     """
     named = find_images(places, stdin, emit) if places else None
+    from sinder_cli.repair.dry_run import trial
     from sinder_cli.repair.folder import RunFolder
-    from sinder_cli.repair.trial import trial
 
     folder = RunFolder(out)
     with folder.held(emit):
@@ -308,7 +308,7 @@ def finished_repair(
     """`summary.json` of the run that has ended in `out`. Raises `ConflictError` where this would be another run."""
     named = find_images(places, stdin, emit) if places else None
     from sinder_cli.repair.folder import RunFolder
-    from sinder_cli.repair.resuming import images_of
+    from sinder_cli.repair.run_identity import images_of
 
     folder = RunFolder(out)
     start = _start(request, named or images_of(folder), places, settings)
@@ -361,8 +361,8 @@ def export(
     `request.weights` are the weights that it repaired.
     """
     from sinder_cli.export.exporting import write_export
-    from sinder_cli.export.placing import require_place
     from sinder_cli.export.targets import require_options, require_suffix, target_of
+    from sinder_cli.folders import require_place
 
     target = target_of(settings.to)
     require_options(settings.to, target, settings)
@@ -384,7 +384,7 @@ def _export_plan(request: ModelRequest, settings: ExportSettings, of_changes: bo
     """The backbone as it is to be written, and how it came to be what it is."""
     from sinder_cli.export.casting import cast
     from sinder_cli.export.targets import Plan, Repaired
-    from sinder_cli.repair.changes import read_change
+    from sinder_cli.repair.weight_changes import read_change
 
     run = _run_named(request)
     named = replace(request, weights=None) if run and of_changes else request

@@ -11,13 +11,14 @@ import pluggy
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sinder_cli.backbone.attention import AttentionName
-from sinder_cli.backbone.sources import TensorSource
-from sinder_cli.backbone.weights import Weights
 from sinder_cli.events import Emit, silent
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
+
+    from sinder_cli.backbone.sources import TensorSource
+    from sinder_cli.backbone.weights import Weights
 
     ScalarFunction = Callable[[Tensor], Tensor]
 

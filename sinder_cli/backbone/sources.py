@@ -26,6 +26,7 @@ SAFETENSORS_DTYPES = {
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 
+DISTRIBUTED_SUFFIX = ".distcp"  # of each part of such a checkpoint
 TORCH_MAGIC = (b"PK", b"\x80")  # a zip archive, or the pickle of torch before 1.6
 TORCH_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".ckpt", ".tar"})
 SMALL = 64 << 20  # bytes: a file of fewer that asks for more memory than there is lies about its sizes
@@ -112,8 +113,6 @@ def open_checkpoint(path: Path) -> TensorSource:
     Only names, shapes and dtypes are read. Raises `NoInputError` where there is no file and `BadInputError` for one
     that is no checkpoint; an `OSError`, such as that of a file one may not read, passes.
     """
-    from sinder_cli.backbone.sources import INDEX_SUFFIX, open_shards, weights_in
-
     if path.is_dir():
         return open_checkpoint(weights_in(path))
     if not path.is_file():
@@ -127,7 +126,9 @@ def open_checkpoint(path: Path) -> TensorSource:
     if start[8:] == b"{" or path.suffix.lower() == ".safetensors":
         return open_safetensors(path)
     why, remedy = "it is neither a safetensors file nor one that torch.save wrote", ACCEPTED
-    if path.suffix.lower() in TORCH_SUFFIXES:
+    if path.suffix.lower() == DISTRIBUTED_SUFFIX:
+        why, remedy = _distributed(path.parent)
+    elif path.suffix.lower() in TORCH_SUFFIXES:
         why, remedy = "torch.save did not write this file", "is it whole? fetch it again"
     raise BadInputError(f"cannot read weights {path}", why, remedy)
 
@@ -265,11 +266,15 @@ def weights_in(folder: Path) -> Path:
     return found
 
 
+def _distributed(folder: Path) -> tuple[str, str]:
+    turn = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pth"
+    return "it is a distributed checkpoint of torch", f"turn its folder into one file: {turn}"
+
+
 def _told(folder: Path) -> tuple[str, str]:
     """Why a folder has no weights that can be read, and what to do."""
-    if (folder / ".metadata").is_file() or any(folder.glob("*.distcp")):
-        turn = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pth"
-        return "it is a distributed checkpoint of torch", f"turn it into one file: {turn}"
+    if (folder / ".metadata").is_file() or any(folder.glob(f"*{DISTRIBUTED_SUFFIX}")):
+        return _distributed(folder)
     if (folder / "adapter_config.json").is_file():
         return "it is an adapter of peft", "put it into its model with merge_and_unload(), and save that"
     return f"the folder has neither {SINGLE} nor {INDEX}", "convert its weights to safetensors, or name a file"

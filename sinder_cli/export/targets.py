@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from sinder_cli.backbone.contract import Backbone
     from sinder_cli.events import Emit
     from sinder_cli.images.sources import ImageSource
-    from sinder_cli.repair.changes import Change
     from sinder_cli.repair.folder import RunFolder
+    from sinder_cli.repair.weight_changes import Change
 
 
 @dataclass(frozen=True)

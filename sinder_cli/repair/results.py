@@ -15,8 +15,9 @@ from sinder_cli.backbone.weights import Weights, rows_of
 from sinder_cli.defects.shift import Retrieval
 from sinder_cli.images.sources import ImageSource
 from sinder_cli.repair.deltas import Deltas, Target
+from sinder_cli.repair.folder import RunFolder
 from sinder_cli.repair.guard import Snapshot
-from sinder_cli.repair.resuming import call_of
+from sinder_cli.repair.run_identity import call_of
 from sinder_cli.repair.scan import Scan
 from sinder_cli.repair.settings import WITHOUT_EFFECT, RepairSettings
 
@@ -56,7 +57,7 @@ def run_config(
 
     return {
         "model": backbone.name,
-        "call": call_of(request, places),
+        "call": call_of(request, places, RunFolder(Path(request.model)).is_run),
         "heads": request.heads,
         "revision": request.revision,
         "attention": "sdpa" if request.attention == "auto" else request.attention,

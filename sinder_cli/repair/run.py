@@ -22,14 +22,12 @@ from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import ImageSource, SomeImages, files_of
 from sinder_cli.memory import told_when_it_runs_out
 from sinder_cli.ranks import Ranks
-from sinder_cli.repair.adapter import write_adapter
 from sinder_cli.repair.basis import SingularBasis, singular_basis
 from sinder_cli.repair.batches import forget_mended, require_readable
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.folder import RunFolder
 from sinder_cli.repair.forward import Directions
 from sinder_cli.repair.guard import SAMPLES, Evaluation, Guard, Snapshot, guard_sizes, guarded
-from sinder_cli.repair.imagelist import listed_images
 from sinder_cli.repair.loop import (
     ANEW,
     DivergedError,
@@ -41,9 +39,11 @@ from sinder_cli.repair.loop import (
     size_of_step,
 )
 from sinder_cli.repair.results import Elsewhere, RepairResult, run_summary, write_model
+from sinder_cli.repair.run_identity import listed_images
 from sinder_cli.repair.scan import ImageOutliers, Scan, rarest_first, scan, see
 from sinder_cli.repair.session import checkpointed, restored, saved_if_it_fails
 from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repair.weight_changes import write_adapter
 from sinder_cli.stopping import Stop
 
 if TYPE_CHECKING:

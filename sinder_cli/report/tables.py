@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sinder_cli.conformance.records import Conformance
     from sinder_cli.defects.prediction import BlockSpectrum, PositionCheck, Prediction
     from sinder_cli.export.exporting import ExportResult
-    from sinder_cli.repair.trial import Trial
+    from sinder_cli.repair.dry_run import Trial
 
 BARS = "▁▂▃▄▅▆▇█"
 FLAT = 0.05  # a logarithmic range under which all bars are of one height: 5 %

@@ -27,6 +27,7 @@ from sinder_cli.repair.step import Probes, StepGradient, step_gradient
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 FLOAT_BYTES = 4
 MARKING = 0.5  # standard deviations beyond which some token of any image is marked
 
