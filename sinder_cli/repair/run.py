@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+MOST_ELSEWHERE = 64  # images with kinds of defects that the guard does not show, looked at in the end
+
+
 @dataclass(frozen=True)
 class Start:
     """What a repair starts from, and the `config.json` that says so."""
@@ -83,7 +86,8 @@ class Repair:
     scan: Scan
     training: ImageSource  # what steps are taken on; without an image where there is nothing to repair
     guard: Guard | None  # on rank 0
-    also_trained: int  # images of the guard that are trained on, since no other shows a defect
+    also_trained: int  # images of the guard that are trained on, since no other shows such a defect
+    drawn: int  # images of the guard that the program drew
     unjudged: tuple[ImageOutliers, ...]  # with a defect of a kind of which the guard has no image
     progress: Progress
 
@@ -159,10 +163,14 @@ def ready(prepared: Prepared, folder: RunFolder, resume: bool) -> Repair:
     progress = Progress(density_window(len(training), settings), unreadable=unreadable)
     guard = _guard(prepared, guard_indices, progress) if ranks.writes else None
     if also:
-        prepared.emit(Noted("the one image with a defect is trained on and judged on: more images would tell more"))
+        prepared.emit(
+            Noted("the one image with a defect of its kind is trained on and judged on: more images would tell more")
+        )
     judged = {image.kind for image in images if image.place in set(guard_indices)}
-    unjudged = tuple(image for image in images if image.blocks and image.kind not in judged)
-    return Repair(prepared, found, SomeImages(source, training), guard, len(also), unjudged, progress)
+    others = [image for image in images if image.blocks and image.kind not in judged]
+    unjudged = tuple(others[at] for at in sampled(len(others), MOST_ELSEWHERE, settings.seed))
+    drawn = sum(at >= start.given for at in guard_indices)
+    return Repair(prepared, found, SomeImages(source, training), guard, len(also), drawn, unjudged, progress)
 
 
 def _scanned(prepared: Prepared, chosen: Sequence[int], unreadable: dict[str, str]) -> Scan:
@@ -208,8 +216,8 @@ def _guard_indices(
     shown = Counter(kind for kind, _ in defective)
     if {at for _, at in defective} & set(chosen):
         return chosen, []
-    commonest = max(defective, key=lambda each: shown[each[0]])[1]
-    return [*chosen, commonest], [commonest] if len(defective) == 1 else []
+    kind, commonest = max(defective, key=lambda each: shown[each[0]])
+    return [*chosen, commonest], [commonest] if shown[kind] == 1 else []
 
 
 def _guard(prepared: Prepared, indices: Sequence[int], progress: Progress) -> Guard:
@@ -373,6 +381,7 @@ def _written(
         after,
         repair.scan,
         repair.also_trained,
+        repair.drawn,
         elsewhere,
         (guard.found_before, guard.found_again(after) if deltas.changed else guard.found_before),
         repair.progress,

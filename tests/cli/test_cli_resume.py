@@ -747,7 +747,7 @@ def own(repair: tuple[str, ...], photos: Path, tmp_path: Path) -> tuple[str, ...
 def trained(photos: Path) -> list[Path]:
     """The photos that are not on the guard of two; all of them have the defect."""
     paths = sorted(photos.iterdir())
-    held = guarded([2] * len(paths), 2)
+    held = guarded([(2,)] * len(paths), 2)
     return [path for index, path in enumerate(paths) if index not in held]
 
 
