@@ -14,24 +14,35 @@ and exit code; any other exception is told as a failure of the plugin. The READM
 """
 
 from sinder_cli.backbone.attention import attention_kernel
-from sinder_cli.backbone.describe import IMAGENET_MEAN, IMAGENET_STD, Backbone, Listing, ModelRequest
-from sinder_cli.backbone.download import download
-from sinder_cli.backbone.hookspecs import SINDER_API, hookimpl
-from sinder_cli.backbone.layermap import (
+from sinder_cli.backbone.contract import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SINDER_API,
     AttentionMap,
+    Backbone,
     BlockMap,
     GatedMlpMap,
     LayerMap,
+    Listing,
+    ModelRequest,
     NormMap,
     PlainMlpMap,
     PositionMap,
     StemMap,
     WeightRef,
+    hookimpl,
 )
+from sinder_cli.backbone.download import download
 from sinder_cli.backbone.opening import require_matching
 from sinder_cli.backbone.operators import define_torchvision_operators
-from sinder_cli.backbone.shards import shard_names, weights_in
-from sinder_cli.backbone.sources import MemoryTensors, TensorInfo, TensorSource, open_checkpoint
+from sinder_cli.backbone.sources import (
+    MemoryTensors,
+    TensorInfo,
+    TensorSource,
+    open_checkpoint,
+    shard_names,
+    weights_in,
+)
 from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError, NoInputError, SinderError, UnavailableError, UsageError
 

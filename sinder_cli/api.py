@@ -12,20 +12,17 @@ from typing import IO, TYPE_CHECKING, Any
 
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.attention import require_attention
-from sinder_cli.backbone.describe import Backbone, ModelRequest
+from sinder_cli.backbone.contract import Backbone, ModelRequest
 from sinder_cli.backbone.device import exact_device, resolve_device
 from sinder_cli.backbone.opening import describe, load_module, open_backbone
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
 from sinder_cli.defects.settings import DetectionSettings
 from sinder_cli.errors import NoInputError, UsageError
 from sinder_cli.events import Emit, Noted, Warned, silent
-from sinder_cli.images.choosing import sampled
 from sinder_cli.images.drawn import DrawnPictures
-from sinder_cli.images.finding import find_images
-from sinder_cli.images.lists import read_bytes
-from sinder_cli.images.loading import require_some
+from sinder_cli.images.loading import require_some, sampled
 from sinder_cli.images.preprocessing import MIN_PATCHES, Preprocessing, Resize
-from sinder_cli.images.sources import DrawnImages, ImageSource, JoinedImages
+from sinder_cli.images.sources import DrawnImages, ImageSource, JoinedImages, find_images, read_bytes
 from sinder_cli.memory import told_when_it_runs_out
 from sinder_cli.ranks import ALONE, Ranks, require_alike
 from sinder_cli.repair.settings import RepairSettings
@@ -36,14 +33,14 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.tokens import Subject
     from sinder_cli.conformance.records import Conformance
     from sinder_cli.defects.prediction import Prediction
-    from sinder_cli.defects.rules import Stage
+    from sinder_cli.defects.settings import Stage
     from sinder_cli.export.exporting import Card, ExportResult
     from sinder_cli.export.settings import ExportSettings
     from sinder_cli.export.targets import Plan
+    from sinder_cli.repair.dry_run import Trial
     from sinder_cli.repair.folder import RunFolder
     from sinder_cli.repair.results import RepairResult
     from sinder_cli.repair.run import Start
-    from sinder_cli.repair.trial import Trial
 
 DRAWN_IMAGES = 64  # how many a backbone draws that brings its own
 FEW_IMAGES = 16  # under which drawn pictures are added to those that a repair is given
@@ -75,7 +72,7 @@ def open_model(request: ModelRequest) -> Backbone:
     hooks = hooks_for(request.model)
     if request.adapter is None:
         return open_backbone(hooks, request)
-    from sinder_cli.repair.changes import read_change
+    from sinder_cli.repair.weight_changes import read_change
 
     change = read_change(request.adapter)  # before a checkpoint is read, or even downloaded
     return change.applied(open_backbone(hooks, request), request.emit)
@@ -247,8 +244,8 @@ def repair(
         raise UsageError(f"batch size {settings.batch_size} is too small", why, f"use --batch-size {ranks.size}")
     named = _named_images(places, stdin, emit, ranks)  # before a checkpoint is read, or even downloaded
     from sinder_cli.repair.folder import RunFolder
-    from sinder_cli.repair.resuming import images_of
     from sinder_cli.repair.run import run_repair
+    from sinder_cli.repair.run_identity import images_of
 
     folder = RunFolder(out)
     if force:
@@ -271,7 +268,7 @@ def run_as_called(
 ) -> tuple[ModelRequest, RepairSettings] | None:
     """What the run in a folder was called with, and over it what is given now; None where there is no run."""
     from sinder_cli.repair.folder import RunFolder
-    from sinder_cli.repair.resuming import as_called
+    from sinder_cli.repair.run_identity import as_called
 
     folder = RunFolder(out)
     return as_called(folder, given, settings) if folder.is_run else None
@@ -291,8 +288,8 @@ def try_repair(
     Nothing is written, and nothing that is there is touched.
     """
     named = find_images(places, stdin, emit) if places else None
+    from sinder_cli.repair.dry_run import trial
     from sinder_cli.repair.folder import RunFolder
-    from sinder_cli.repair.trial import trial
 
     folder = RunFolder(out)
     with folder.held(emit):
@@ -311,7 +308,7 @@ def finished_repair(
     """`summary.json` of the run that has ended in `out`. Raises `ConflictError` where this would be another run."""
     named = find_images(places, stdin, emit) if places else None
     from sinder_cli.repair.folder import RunFolder
-    from sinder_cli.repair.resuming import images_of
+    from sinder_cli.repair.run_identity import images_of
 
     folder = RunFolder(out)
     start = _start(request, named or images_of(folder), places, settings)
@@ -364,8 +361,8 @@ def export(
     `request.weights` are the weights that it repaired.
     """
     from sinder_cli.export.exporting import write_export
-    from sinder_cli.export.placing import require_place
     from sinder_cli.export.targets import require_options, require_suffix, target_of
+    from sinder_cli.folders import require_place
 
     target = target_of(settings.to)
     require_options(settings.to, target, settings)
@@ -387,7 +384,7 @@ def _export_plan(request: ModelRequest, settings: ExportSettings, of_changes: bo
     """The backbone as it is to be written, and how it came to be what it is."""
     from sinder_cli.export.casting import cast
     from sinder_cli.export.targets import Plan, Repaired
-    from sinder_cli.repair.changes import read_change
+    from sinder_cli.repair.weight_changes import read_change
 
     run = _run_named(request)
     named = replace(request, weights=None) if run and of_changes else request

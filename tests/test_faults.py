@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.backbone.layermap import BlockMap, LayerMap, NormMap, WeightRef
+from sinder_cli.backbone.contract import BlockMap, LayerMap, NormMap, WeightRef
 from sinder_cli.defects.settings import DetectionSettings, read_settings
 from sinder_cli.errors import UsageError
 from sinder_cli.faults import WANTED, first_fault, quoted

@@ -195,7 +195,7 @@ def converted(name: str, weights: Weights, module: nn.Module, convert: Filter) -
     """The weights as timm's function makes them of these, held in memory."""
     tensors = _converted(name, weights, module, convert, weights.read(weights.names))
     found = Weights.of(MemoryTensors(f"{weights.source.label}, converted by timm", tensors))
-    return replace(found, ignored=weights.ignored)
+    return replace(found, ignored=weights.ignored, prefix=weights.prefix, others=weights.others)
 
 
 def _converted(
@@ -208,11 +208,22 @@ def _converted(
         if strange := [key for key, value in made.items() if not isinstance(value, Tensor)]:
             raise ValueError(f"{strange[0]} is no tensor")
     except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
-        why = f"timm's function for this model cannot convert it ({type(error).__name__}: {_first_line(error)})"
+        sizes = _positions(weights, module)
+        why = (
+            sizes or f"timm's function for this model cannot convert it ({type(error).__name__}: {_first_line(error)})"
+        )
         fitting = fitting_names(name, weights)
         remedy = f"name the model {' or '.join(fitting)}" if fitting else "is it a checkpoint of it?"
         raise BadInputError(f"cannot use weights {weights.source.label}", why, remedy) from error
     return made
+
+
+def _positions(weights: Weights, module: nn.Module) -> str:
+    """The stored positions against the model's, where they differ; those are what the functions fail at."""
+    wanted = module.state_dict().get("pos_embed")
+    if wanted is None or "pos_embed" not in weights or weights.shape("pos_embed") == tuple(wanted.shape):
+        return ""
+    return f"pos_embed is {_times(weights.shape('pos_embed'))}, and the model's is {_times(tuple(wanted.shape))}"
 
 
 def _first_line(error: Exception) -> str:

@@ -10,8 +10,7 @@ import torch
 
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.events import Emit, tracked
-from sinder_cli.images.choosing import spread
-from sinder_cli.images.loading import Changes, LoadedImage, load_in_order, readable, skip_all
+from sinder_cli.images.loading import Changes, LoadedImage, load_in_order, readable, skip_all, spread
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.processes import worker_count
 from sinder_cli.images.sources import ImageSource

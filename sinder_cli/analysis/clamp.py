@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sinder_cli.backbone.blocks import rows_of
-from sinder_cli.backbone.describe import Backbone
-from sinder_cli.backbone.layermap import WeightRef, linear_references
+from sinder_cli.backbone.contract import Backbone, WeightRef, linear_references
 from sinder_cli.backbone.sources import TensorInfo, TensorSource
+from sinder_cli.backbone.weights import rows_of
 from sinder_cli.events import Emit, Warned, tracked
 
 if TYPE_CHECKING:

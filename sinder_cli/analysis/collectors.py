@@ -16,7 +16,7 @@ from sinder_cli.analysis.records import BlockRecord, PairRecord, Rule
 from sinder_cli.analysis.rules import RULES, RuleCounts, added, merge_overlaps, ratio
 from sinder_cli.analysis.tokens import BlockTokens
 from sinder_cli.defects.detection import DetectionRule
-from sinder_cli.defects.rules import STAGES, Stage
+from sinder_cli.defects.settings import STAGES, Stage
 from sinder_cli.ranks import Ranks
 
 if TYPE_CHECKING:

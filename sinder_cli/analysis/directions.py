@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sinder_cli.analysis.records import Observed
-from sinder_cli.defects.rules import Stage
+from sinder_cli.defects.settings import Stage
 from sinder_cli.defects.spectrum import angle_between, fixed_sign
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sinder_cli.analysis.tokens import BlockTokens, Subject
-from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.contract import Backbone
 from sinder_cli.backbone.sources import infos_of
 from sinder_cli.backbone.storing import write_safetensors
 from sinder_cli.errors import CannotCreateError

@@ -41,7 +41,8 @@ class Outliers:
         self.marked: Tensor = torch.empty(0)  # bool [B, h, w]
         self.largest: Tensor = torch.empty(0)  # [B]: norm ÷ median of the image
         self.block: Tensor = torch.empty(0)  # [B]: where
-        self._before: Tensor = torch.empty(0)  # bool [B, h, w]: outlying by norm in the block before
+        self.by_norm: Tensor = torch.empty(0)  # bool [B, h, w]: outlying by norm alone
+        self._before: Tensor = torch.empty(0)  # the same, in the block before
 
     def add(self, block: int, side: BlockTokens) -> None:
         """Take in the next block."""
@@ -50,9 +51,11 @@ class Outliers:
         most = ratios.nan_to_num(0.0, posinf=math.inf).flatten(1).amax(dim=1)
         if block == 0:
             self.marked, self.largest, self.block = now, most, torch.zeros_like(most, dtype=torch.int64)
+            self.by_norm = out
         else:
             stays = out & self._before if self.rule.mark == "auto" else torch.zeros_like(out)
             self.marked = self.marked | now | stays
+            self.by_norm = self.by_norm | out
             self.block = torch.where(most > self.largest, block, self.block)
             self.largest = torch.maximum(self.largest, most)
         self._before = out
@@ -94,6 +97,7 @@ class InpaintingCollector:
 
     device: str
     tokens: int = 0
+    unmarked: int = 0  # tokens that stand out by norm, and that the rule leaves
     replaced: int = 0
     images: int = 0  # with outlying tokens
     seen: int = 0  # all images
@@ -115,6 +119,7 @@ class InpaintingCollector:
         found = inpainted_cosines(subject, images, outliers, last, settings)
         self._add_unmoved(last, ~outliers.marked.flatten(1).any(dim=1))
         self.seen += len(images)
+        self.unmarked += int((outliers.by_norm & ~outliers.marked).sum())
         self.images += len(found.images)
         self.replaced += int(found.replaced.sum())
         if not found.images:
@@ -154,6 +159,7 @@ class InpaintingCollector:
         for mine, theirs in ((self.cls, other.cls), (self.good, other.good), (self.marked, other.marked)):
             mine.merge(theirs)
         self.tokens += other.tokens
+        self.unmarked += other.unmarked
         self.replaced += other.replaced
         self.images += other.images
         self.seen += other.seen
@@ -171,8 +177,9 @@ class InpaintingCollector:
         gain = gain_of(self.images, cls, good, marked) if finite else None
         return Inpainting(
             gain=gain,
-            sentence=gain_sentence(gain, self._counted(), cls, good, marked),
+            sentence=gain_sentence(gain, self._counted(), cls, good, marked, self.unmarked),
             tokens=self.tokens,
+            unmarked=self.unmarked,
             images=self.images,
             replaced=self.replaced,
             cls_cosine=cls,
@@ -200,10 +207,19 @@ def gain_sentence(
     cls: Distribution | None,
     good: Distribution | None,
     marked: Distribution | None,
+    unmarked: int = 0,
 ) -> str:
-    """The same in words; `counted` says how many tokens are outlying, in how many images."""
+    """The same in words; `counted` says how many tokens are outlying, in how many images.
+
+    `unmarked` tokens stand out by norm, and the rule leaves them.
+    """
     if gain is None:
         return "Tokens are not finite: what a repair could change cannot be said."
+    if gain == "healthy" and unmarked:
+        return (
+            f"A repair would train nothing: {unmarked:,} tokens stand out by norm, and none of them is certain to be a"
+            " defect (--mark norm takes them all)."
+        )
     if gain == "healthy":
         return "healthy: no token is outlying in any block; a repair would train nothing."
     whose = f"Without its outlying tokens ({counted})"

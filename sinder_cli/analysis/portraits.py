@@ -14,8 +14,8 @@ from sinder_cli.analysis.components import Basis
 from sinder_cli.analysis.gain import Outliers, inpainted_cosines
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import BlockTokens, Subject, block_by_block, in_basis
-from sinder_cli.defects.rules import STAGES
-from sinder_cli.defects.targets import learning_targets
+from sinder_cli.defects.detection import learning_targets
+from sinder_cli.defects.settings import STAGES
 from sinder_cli.errors import UsageError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sinder_cli.defects.rules import Stage
+from sinder_cli.defects.settings import Stage
 
 TAPPED = "residual stream after each block, before the final norm"
 
@@ -136,6 +136,9 @@ class Inpainting(Record):
     )
     sentence: str = Field(description="The same in words.")
     tokens: int = Field(description="Patch tokens outlying in some block by the rule of `mark`, over all images.")
+    unmarked: int = Field(
+        description="Patch tokens that stand out by norm in some block, and that the rule of `mark` leaves."
+    )
     images: int = Field(
         description="Images that have such tokens; only these are run again, all others stay as they are."
     )

@@ -14,9 +14,9 @@ from sinder_cli.analysis.gain import InpaintingCollector, Outliers
 from sinder_cli.analysis.records import BlockRecord, Inpainting, PairRecord, Rule
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import BlockTokens, Subject, block_by_block, featured, in_basis
-from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import DetectionRule
-from sinder_cli.defects.rules import STAGES
+from sinder_cli.defects.settings import STAGES
 from sinder_cli.errors import UsageError
 from sinder_cli.ranks import ALONE, Ranks
 

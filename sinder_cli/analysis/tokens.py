@@ -10,11 +10,11 @@ import torch
 
 from sinder_cli.analysis.records import Rule
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import DetectionRule, alignments, defect_mask, norm_ratios, outlying
 from sinder_cli.defects.inpainting import inpainted, outlying_factor
 from sinder_cli.defects.prediction import Prediction
-from sinder_cli.defects.rules import STAGES
+from sinder_cli.defects.settings import STAGES
 from sinder_cli.defects.tokens import in_precision, patch_grid
 
 if TYPE_CHECKING:

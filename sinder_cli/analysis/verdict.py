@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sinder_cli.analysis.records import BlockRecord, Marked, Rule, Verdict
-from sinder_cli.defects.rules import NORM_FACTOR
+from sinder_cli.defects.settings import NORM_FACTOR
 
 PREDICTED_DEGREES = 30.0  # an observed direction this near to a determined predicted one counts as predicted
 STRAY_SHARE = 1e-4  # of all tokens: fewer are strays, however many images are run

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from pydantic import ValidationError
 
-from sinder_cli.backbone.describe import Backbone, ModelRequest
+from sinder_cli.backbone.contract import Backbone, ModelRequest
 from sinder_cli.errors import BadInputError, SinderError, UnavailableError
 from sinder_cli.faults import first_fault
 from sinder_cli.memory import is_out_of_memory

@@ -6,9 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sinder_cli.backbone.describe import Backbone, ModelRequest
+from sinder_cli.backbone.contract import Backbone, BlockMap, GatedMlpMap, ModelRequest, WeightRef, references
 from sinder_cli.backbone.isolation import Hooks
-from sinder_cli.backbone.layermap import BlockMap, GatedMlpMap, WeightRef, references
 from sinder_cli.backbone.sources import open_checkpoint
 from sinder_cli.backbone.weights import Weights, is_branch, told_by_names
 from sinder_cli.errors import BadInputError, UsageError

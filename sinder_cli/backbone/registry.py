@@ -15,8 +15,8 @@ from typing import Any
 import pluggy
 from pydantic import TypeAdapter
 
-from sinder_cli.backbone import hookspecs
-from sinder_cli.backbone.describe import Listing
+from sinder_cli.backbone import contract
+from sinder_cli.backbone.contract import Listing
 from sinder_cli.backbone.isolation import BrokenPluginError, Hooks, PluginEntry, contained
 from sinder_cli.errors import ConflictError, SinderError, UnavailableError, UsageError
 
@@ -50,7 +50,7 @@ def _is_there(module: str) -> bool:
 def installed_plugins() -> dict[str, PluginEntry]:
     """Every plugin by name, none of them imported. Where two have one name, the entry of the first names its rivals."""
     found: dict[str, PluginEntry] = {}
-    for entry in sorted(entry_points(group=hookspecs.ENTRY_POINT_GROUP), key=lambda e: e.name):
+    for entry in sorted(entry_points(group=contract.ENTRY_POINT_GROUP), key=lambda e: e.name):
         distribution = entry.dist.name if entry.dist else "unknown"
         known = found.get(entry.name)
         if known is None:
@@ -108,11 +108,11 @@ def load_plugin(plugin: PluginEntry) -> Hooks:
     except BrokenPluginError as broken:
         raise UnavailableError(where, str(broken), "install or repair that package") from broken.__cause__
     api = getattr(module, "SINDER_API", 1)  # what says nothing was written for the first
-    if api != hookspecs.SINDER_API:
-        why = f"it is written for SINDER_API {api}, this is {hookspecs.SINDER_API}"
+    if api != contract.SINDER_API:
+        why = f"it is written for SINDER_API {api}, this is {contract.SINDER_API}"
         raise UnavailableError(where, why, f"install a version of {plugin.distribution} for this sinder")
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
+    manager = pluggy.PluginManager(contract.PROJECT)
+    manager.add_hookspecs(contract)
     try:
         manager.register(module, plugin.name)
         manager.check_pending()

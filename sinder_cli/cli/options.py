@@ -14,7 +14,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from sinder_cli.backbone.attention import AttentionName
-from sinder_cli.backbone.describe import ModelRequest
+from sinder_cli.backbone.contract import ModelRequest
 from sinder_cli.defects.settings import DetectionSettings, read_settings
 from sinder_cli.events import Emit
 

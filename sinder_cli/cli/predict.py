@@ -17,7 +17,7 @@ from sinder_cli.files import require_writable_file
 
 if TYPE_CHECKING:
     from sinder_cli.defects.prediction import Prediction
-    from sinder_cli.defects.rules import Stage
+    from sinder_cli.defects.settings import Stage
 
 
 class StageName(str, Enum):

@@ -39,9 +39,9 @@ from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.stopping import Ended, Stop
 
 if TYPE_CHECKING:
+    from sinder_cli.repair.dry_run import Trial
     from sinder_cli.repair.folder import RunFolder
     from sinder_cli.repair.results import RepairResult
-    from sinder_cli.repair.trial import Trial
 
 
 @with_settings(RepairSettings)
@@ -147,7 +147,7 @@ def _show_trial(trial: Trial, format: Format) -> None:
 
 def resuming_command(run: RunFolder, settings: RepairSettings) -> str:
     """The command line that goes on with a run, for the program as it was called."""
-    from sinder_cli.repair.resuming import other_options
+    from sinder_cli.repair.run_identity import other_options
 
     program, *arguments = sys.argv
     if Path(program).name == "__main__.py":  # python -m sinder_cli

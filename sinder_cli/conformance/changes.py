@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sinder_cli.backbone.blocks import rows_of
-from sinder_cli.backbone.layermap import LayerMap, WeightRef, trained_references
-from sinder_cli.backbone.weights import Weights
+from sinder_cli.backbone.contract import LayerMap, WeightRef, trained_references
+from sinder_cli.backbone.weights import Weights, rows_of
 from sinder_cli.conformance.records import NonconformityError
 from sinder_cli.conformance.subject import Subject, gaussian
 from sinder_cli.export.native import write_weights

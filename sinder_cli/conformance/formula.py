@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from sinder_cli.backbone.blocks import BlockTensors
-from sinder_cli.backbone.layermap import GatedMlpMap, NormMap
+from sinder_cli.backbone.contract import GatedMlpMap, NormMap
+from sinder_cli.backbone.weights import BlockTensors
 from sinder_cli.defects.gaussian import ACTIVATIONS
 
 if TYPE_CHECKING:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from sinder_cli.backbone.describe import Backbone
-from sinder_cli.backbone.layermap import BlockMap, WeightRef, references, trained_references
+from sinder_cli.backbone.contract import Backbone, BlockMap, WeightRef, references, trained_references
 from sinder_cli.backbone.opening import check_layer_map
 from sinder_cli.conformance.records import NonconformityError
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sinder_cli.backbone.blocks import rows_of
-from sinder_cli.backbone.layermap import trained_references
+from sinder_cli.backbone.contract import trained_references
+from sinder_cli.backbone.weights import rows_of
 from sinder_cli.conformance.records import NonconformityError
 from sinder_cli.conformance.subject import GRID, Subject, gaussian, relative_error
 from sinder_cli.defects.tokens import last_tokens

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.contract import Backbone
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.conformance import changes, linear, maps, passes, tokens
 from sinder_cli.conformance.records import Check, Conformance, NonconformityError

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sinder_cli.backbone.blocks import rows_of
-from sinder_cli.backbone.describe import Backbone
-from sinder_cli.backbone.layermap import WeightRef
+from sinder_cli.backbone.contract import Backbone, WeightRef
+from sinder_cli.backbone.weights import rows_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sinder_cli.backbone.describe import Backbone
-from sinder_cli.defects.detection import norm_ratios, outlying
-from sinder_cli.defects.rules import NORM_FACTOR
-from sinder_cli.defects.targets import neighbour_averages
+from sinder_cli.backbone.contract import Backbone
+from sinder_cli.defects.detection import neighbour_averages, norm_ratios, outlying
+from sinder_cli.defects.settings import NORM_FACTOR
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from sinder_cli.backbone.blocks import BlockTensors
-from sinder_cli.backbone.layermap import GatedMlpMap, NormMap
+from sinder_cli.backbone.contract import GatedMlpMap, NormMap
+from sinder_cli.backbone.weights import BlockTensors
 from sinder_cli.defects.gaussian import ACTIVATIONS, gated_gains, hidden_moments, linear_moments, plain_gains
 
 if TYPE_CHECKING:

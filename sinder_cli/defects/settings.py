@@ -1,4 +1,4 @@
-"""The settings of everything that runs images: the one source of defaults, help texts and TOML keys."""
+"""The settings of everything that runs images, and the limits that several stages share; free of torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,18 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from sinder_cli.defects.rules import MIN_GAP, NORM_FACTOR, Mark
 from sinder_cli.errors import NoInputError, UsageError, excerpt
 from sinder_cli.faults import first_fault, quoted
+
+MIN_GAP = 1.1  # σ₁/σ₂ under which a direction counts as not determined (ours; see DetectionRule)
+
+NORM_FACTOR = 3.0  # × the median patch norm of the image: the rule of thumb for "high-norm"
+
+Mark = Literal["auto", "weights", "norm"]
+Stage = Literal["attention", "mlp", "block", "cumulative"]
+STAGES: tuple[Stage, ...] = ("attention", "mlp", "block", "cumulative")
+SLACK = 0.005  # of a cosine: what a state may lie further from the inpainted original than the original itself
+
 
 MOST = 10**9  # of anything that is counted: what PyTorch and the operating system take
 

@@ -9,7 +9,7 @@ from sinder_cli.errors import BadInputError, UsageError
 from sinder_cli.events import silent
 from sinder_cli.export.delta import require_repaired
 from sinder_cli.export.targets import Check, Plan, Target
-from sinder_cli.repair.adapter import Adapter, read_adapter
+from sinder_cli.repair.weight_changes import Adapter, read_adapter
 
 TOLERANCE = 1e-5  # of float32: singular vectors of another machine differ in their last bits
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
-from sinder_cli.backbone.describe import Backbone
-from sinder_cli.backbone.layermap import BlockMap, GatedMlpMap, LayerMap, NormMap, StemMap, references
+from sinder_cli.backbone.contract import Backbone, BlockMap, GatedMlpMap, LayerMap, NormMap, StemMap, references
 from sinder_cli.errors import BadInputError
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.contract import Backbone
 from sinder_cli.backbone.sources import TensorInfo, TensorSource
 from sinder_cli.backbone.storing import stored_as
 

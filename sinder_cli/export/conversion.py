@@ -8,10 +8,9 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
-from sinder_cli.backbone.blocks import rows_of
-from sinder_cli.backbone.layermap import WeightRef
+from sinder_cli.backbone.contract import WeightRef
 from sinder_cli.backbone.sources import TensorInfo
-from sinder_cli.backbone.weights import Weights
+from sinder_cli.backbone.weights import Weights, rows_of
 
 if TYPE_CHECKING:
     import torch

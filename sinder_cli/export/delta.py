@@ -7,8 +7,7 @@ from pathlib import Path
 from sinder_cli.errors import UsageError
 from sinder_cli.events import silent
 from sinder_cli.export.targets import Check, Plan, Repaired, Target
-from sinder_cli.repair.changes import read_change
-from sinder_cli.repair.patch import write_patch
+from sinder_cli.repair.weight_changes import read_change, write_patch
 
 
 def require_repaired(plan: Plan) -> Repaired:

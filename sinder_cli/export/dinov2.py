@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.contract import Backbone
 from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError
 from sinder_cli.export.architecture import architecture_of

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from sinder_cli.backbone.opening import require_loadable
 from sinder_cli.events import Noted, Warned
-from sinder_cli.export.placing import FORMAT, MANIFEST, placed
 from sinder_cli.export.targets import Check, Plan, Target
 from sinder_cli.files import json_text, public_model, sha256_of
+from sinder_cli.folders import FORMAT, MANIFEST, placed
 
 if TYPE_CHECKING:
     from sinder_cli.export.settings import TargetName

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sinder_cli.backbone.describe import Backbone
-from sinder_cli.backbone.layermap import BlockMap, NormMap, WeightRef, references
+from sinder_cli.backbone.contract import Backbone, BlockMap, NormMap, WeightRef, references
 from sinder_cli.export.architecture import Architecture, stem_of
 from sinder_cli.export.conversion import Recipe, part, reshaped
 

@@ -20,7 +20,7 @@ from sinder_cli.memory import is_out_of_memory
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sinder_cli.backbone.describe import Backbone
+    from sinder_cli.backbone.contract import Backbone
 
 TOLERANCE = 1e-4  # relative, in float32: other kernels add up in another order
 MOST_BYTES = 2**31 - (1 << 24)  # of weights: one file is one message of protobuf, and that is under 2 GiB

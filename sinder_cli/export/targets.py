@@ -17,11 +17,11 @@ from sinder_cli.errors import UsageError
 from sinder_cli.export.settings import ExportSettings, TargetName
 
 if TYPE_CHECKING:
-    from sinder_cli.backbone.describe import Backbone
+    from sinder_cli.backbone.contract import Backbone
     from sinder_cli.events import Emit
     from sinder_cli.images.sources import ImageSource
-    from sinder_cli.repair.changes import Change
     from sinder_cli.repair.folder import RunFolder
+    from sinder_cli.repair.weight_changes import Change
 
 
 @dataclass(frozen=True)

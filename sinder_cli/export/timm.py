@@ -13,15 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sinder_cli.backbone.describe import Backbone
-from sinder_cli.backbone.storing import write_safetensors
+from sinder_cli.backbone.contract import Backbone
+from sinder_cli.backbone.storing import METADATA, write_safetensors
 from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Warned
 from sinder_cli.export.architecture import Architecture, architecture_of
 from sinder_cli.export.conversion import ConvertedTensors
 from sinder_cli.export.layouts import Layout, recipes
-from sinder_cli.export.shards import METADATA
 from sinder_cli.export.targets import Check, Plan, Target
 from sinder_cli.export.verifying import normalized_tokens, verify_features
 from sinder_cli.files import write_json

@@ -17,7 +17,7 @@ from sinder_cli.export.verifying import normalized_tokens, verify_features
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sinder_cli.backbone.describe import Backbone
+    from sinder_cli.backbone.contract import Backbone
 
 HUBCONF = '''"""{model} for torch.hub; it needs nothing but torch."""
 

@@ -37,7 +37,7 @@ from sinder_cli.stopping import death_words, was_sent
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sinder_cli.backbone.describe import Backbone
+    from sinder_cli.backbone.contract import Backbone
 
     Ours = Callable[[Backbone, nn.Module, Tensor], dict[str, Tensor]]
 

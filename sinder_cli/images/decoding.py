@@ -1,20 +1,31 @@
-"""One image file → an RGB image, or the reason why not. What comes in is not trusted."""
+"""One image file → 8-bit RGB, or the reason why not: formats, colours, rotation. What comes in is not trusted.
+
+Odd or huge metadata never costs pixels.
+"""
 
 from __future__ import annotations
 
 import errno
+import io
+import os
 import stat
+import struct
+import zlib
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from sinder_cli.errors import TryAgainError
-from sinder_cli.images.colours import to_rgb
-from sinder_cli.images.metadata import upright, without_bad_chunks
 from sinder_cli.memory import is_out_of_memory
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
+
+    Values = np.ndarray[Any, np.dtype[np.float64]]
+    from PIL.PngImagePlugin import PngStream
+
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "PPM")  # what Pillow may try; MPO opens as JPEG
 BRANDS = {  # in the first box of such a file
@@ -146,3 +157,134 @@ def _require_plausible(width: int, height: int, bytes_of_file: int) -> None:
         raise UnreadableImageError(f"{width}×{height} pixels are too many")
     if pixels > max(PLAIN_PIXELS, PIXELS_PER_BYTE * bytes_of_file):
         raise UnreadableImageError(f"{width}×{height} pixels are too many for a file of {bytes_of_file} bytes")
+
+
+WHITE_16_BIT = 65535.0
+
+
+def to_rgb(image: Image) -> Image:
+    """The image in mode RGB: deep greyscale scaled to 8 bits, transparency laid over white, the rest by Pillow.
+
+    Raises whatever Pillow does for a mode that it cannot convert.
+    """
+    if image.mode.startswith("I"):
+        return _from_integers(image)
+    if image.mode == "F":
+        return _from_floats(image)
+    if image.mode == "La":  # premultiplied; Pillow knows no shorter way
+        return _over_white(image.convert("LA"))
+    if image.mode in {"RGBA", "LA", "PA", "RGBa"} or "transparency" in image.info:
+        return _over_white(image)
+    return image.convert("RGB")
+
+
+def _over_white(image: Image) -> Image:
+    from PIL import Image as pillow
+
+    rgba = image.convert("RGBA")
+    return pillow.alpha_composite(pillow.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _from_integers(image: Image) -> Image:
+    """0 … 65535 → 0 … 255, also in 32 bits: Pillow opens 16-bit PGM, and 16-bit TIFF with a sign, as 32-bit."""
+    import numpy as np
+
+    values = np.asarray(image, dtype=np.float64)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # one grey value of a 16-bit PNG
+        values = np.where(values == transparent, WHITE_16_BIT, values)
+    return _from_greys(values.clip(0, WHITE_16_BIT) * (255 / WHITE_16_BIT))
+
+
+def _from_floats(image: Image) -> Image:
+    """0 … 1 → 0 … 255, or 0 … the largest value if that is more than 1; NaN is black."""
+    import numpy as np
+
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        values = np.asarray(image, dtype=np.float64)
+    top = max(float(values.max(initial=0.0, where=np.isfinite(values))), 1.0)
+    return _from_greys(np.nan_to_num(values, nan=0.0).clip(0, top) * (255 / top))
+
+
+def _from_greys(values: Values) -> Image:
+    import numpy as np
+    from PIL import Image as pillow
+
+    return pillow.fromarray(values.round().astype(np.uint8)).convert("RGB")
+
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MOST_BYTES = 2**30  # of a PNG that is copied without what is bad in it; 13 000 × 13 000 in 16-bit colour have as many
+ORIENTATION = 0x0112  # EXIF
+
+
+def upright(image: Image) -> Image:
+    """Return the image turned as its EXIF asks; as it is stored where that cannot be read."""
+    from PIL.Image import Transpose
+
+    turned = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }.get(_orientation(image))
+    return image if turned is None else image.transpose(turned)
+
+
+def _orientation(image: Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception as error:  # Pillow raises SyntaxError, struct.error, ValueError, … on odd tags
+        if is_out_of_memory(error):
+            raise
+        return 1
+
+
+def without_bad_chunks(path: Path) -> io.BytesIO | None:
+    """Return a PNG without the chunks that Pillow refuses and that no pixel needs; None where there are none.
+
+    Those are large ones (Pillow's limits: 1 MiB a chunk and 64 MiB of text in all), odd and damaged ones. Of an
+    animation the first frame is left. None as well for what is no PNG, ends early, or has over 1 GiB.
+    """
+    from PIL.PngImagePlugin import PngStream
+
+    with path.open("rb") as file:
+        if file.read(len(SIGNATURE)) != SIGNATURE or os.fstat(file.fileno()).st_size > MOST_BYTES:
+            return None
+        judge = PngStream(file)
+        kept, bad = [SIGNATURE], False
+        for kind, data, checksum in _chunks(file):
+            if kind[:1].isupper() or kind == b"tRNS" or _is_good(judge, kind, data, checksum):
+                kept += [struct.pack(">I", len(data)), kind, data, checksum]
+            else:
+                bad = True
+    return io.BytesIO(b"".join(kept)) if bad else None
+
+
+def _chunks(file: io.BufferedReader) -> Iterator[tuple[bytes, bytes, bytes]]:
+    """The kind, data and checksum of each chunk, as far as they are whole."""
+    size = os.fstat(file.fileno()).st_size
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if length + 4 > size - file.tell():  # reading makes room for as many bytes as it is asked for
+            return
+        data, checksum = file.read(length), file.read(4)
+        yield kind, data, checksum
+
+
+def _is_good(judge: PngStream, kind: bytes, data: bytes, checksum: bytes) -> bool:
+    """Whether Pillow reads a chunk of metadata; `judge` adds up the memory that texts take."""
+    read = getattr(judge, f"chunk_{kind.decode('latin-1')}", None)
+    if read is None or kind in (b"acTL", b"fcTL", b"fdAT") or struct.pack(">I", zlib.crc32(kind + data)) != checksum:
+        return False
+    judge.fp = io.BytesIO(data)
+    try:
+        read(0, len(data))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True

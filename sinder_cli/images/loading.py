@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count as counting
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sinder_cli.images.preprocessing import Pixels
+
 
 Change = Literal["first page", "scaled down"]  # what was done to an image beyond what is done to all
 READ_AHEAD = 4  # images decoded ahead of the computation, by each process where there are several
@@ -146,3 +148,39 @@ def require_some(read: int, skipped: int) -> None:
     """Refuse to go on when not one image could be decoded. Raises `BadInputError`."""
     if read == 0 and skipped > 0:
         raise BadInputError("no image could be decoded", f"all {skipped} failed", "check --data")
+
+
+def sampled(count: int, limit: int | None, seed: int) -> list[int]:
+    """`limit` of `count` images, each at most once, by the seed alone and in the order of the source; else all."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    import numpy as np
+
+    drawn: list[int] = np.random.default_rng(seed).choice(count, limit, replace=False).tolist()
+    return sorted(drawn)
+
+
+def spread(indices: Sequence[int], most: int) -> list[int]:
+    """At most so many of the indices, evenly spread."""
+    count = min(most, len(indices))
+    return [indices[at * len(indices) // count] for at in range(count)]
+
+
+def shuffled(count: int, seed: int, start: int = 0) -> Iterator[int]:
+    """Endless passes over `count` images, each in an order of its own that depends on the seed and the pass alone.
+
+    `start` images are left out at the beginning, without going through them.
+    """
+    import numpy as np
+
+    first, offset = divmod(start, count)
+    for number in counting(first):
+        order: list[int] = np.random.default_rng([seed, number]).permutation(count).tolist()
+        yield from order[offset:]
+        offset = 0
+
+
+def cycled(count: int, start: int = 0) -> Iterator[int]:
+    """Endless passes over `count` images in their order, without the first `start` images."""
+    for at in counting(start):
+        yield at % count

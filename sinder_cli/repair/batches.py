@@ -12,8 +12,7 @@ import torch
 from sinder_cli.errors import BadInputError
 from sinder_cli.escaping import printable
 from sinder_cli.events import Emit
-from sinder_cli.images.choosing import cycled, shuffled
-from sinder_cli.images.loading import load_in_order, readable, require_some
+from sinder_cli.images.loading import cycled, load_in_order, readable, require_some, shuffled
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.processes import worker_count
 from sinder_cli.images.sources import CHANGED, ImageSource

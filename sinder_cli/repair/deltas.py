@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sinder_cli.backbone.blocks import rows_of
-from sinder_cli.backbone.describe import Backbone
-from sinder_cli.backbone.layermap import WeightRef, trained_references
+from sinder_cli.backbone.contract import Backbone, WeightRef, trained_references
+from sinder_cli.backbone.weights import rows_of
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.repair.basis import SingularBasis, blank_basis, singular_basis, waiting
 

@@ -15,10 +15,17 @@ from typing import TYPE_CHECKING, Any
 from sinder_cli.errors import BadInputError, CannotCreateError, ConflictError, NoInputError, excerpt
 from sinder_cli.events import Emit, Warned, silent
 from sinder_cli.files import flush, output_error, remove_leftovers, require_writable_folder, write_json, write_text
+from sinder_cli.folders import held
 from sinder_cli.images.sources import ImageSource, files_of
-from sinder_cli.repair.holding import held
-from sinder_cli.repair.imagelist import ListedImage, first_difference, read_list, write_list
-from sinder_cli.repair.sameness import differences, is_of_a_run, names_in
+from sinder_cli.repair.run_identity import (
+    ListedImage,
+    differences,
+    first_difference,
+    is_of_a_run,
+    names_in,
+    read_list,
+    write_list,
+)
 
 if TYPE_CHECKING:
     from sinder_cli.repair.checkpoints import Checkpoints

@@ -14,9 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sinder_cli.backbone.describe import Backbone
-from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask, defective_now, norm_ratios
-from sinder_cli.defects.targets import unsettled
+from sinder_cli.backbone.contract import Backbone
+from sinder_cli.defects.detection import (
+    DetectionRule,
+    alignment_logits,
+    defect_mask,
+    defective_now,
+    norm_ratios,
+    unsettled,
+)
 from sinder_cli.defects.tokens import patch_grid
 
 if TYPE_CHECKING:

@@ -8,22 +8,22 @@ attention; the number of outliers alone is none either, since a ruined model has
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cosine_similarity
 
-from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import DetectionRule
 from sinder_cli.defects.inpainting import inpainted
-from sinder_cli.defects.rules import SLACK
+from sinder_cli.defects.settings import SLACK
 from sinder_cli.defects.shift import CELLS, Retrieval, found_again, shifted
 from sinder_cli.defects.tokens import last_tokens, patch_grid
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, silent, tracked
-from sinder_cli.images.choosing import shuffled
+from sinder_cli.images.loading import shuffled
 from sinder_cli.repair.forward import Directions
 from sinder_cli.repair.scan import Seen, see
 
@@ -46,6 +46,7 @@ class Fidelity:
 
     cls: float | None  # mean
     good: float  # patches that the original never marks: median
+    good_mean: float  # mean
     good_p01: float  # and 1st percentile
     marked: float | None  # patches that the original marks at some block: mean
 
@@ -57,30 +58,29 @@ class Fidelity:
         return cls(
             cls=None if heads is None else heads.mean().item(),
             good=good.median().item(),
+            good_mean=good.mean().item(),
             good_p01=good.kthvalue(max(1, round(0.01 * len(good)))).values.item(),
             marked=marked.mean().item() if len(marked) else None,
         )
 
     def as_dict(self) -> dict[str, float | None]:
         """By name, as `summary.json` has it."""
-        return {"cls": self.cls, "good": self.good, "good_p01": self.good_p01, "marked": self.marked}
+        return asdict(self)
 
     def holds(self, original: Fidelity, floor: float) -> bool:
         """Whether a state of this fidelity spoils neither cls nor good tokens, given the original's own.
 
         Neither may lie further from the yardstick than the original does, by more than `SLACK`; and each reaches the
         floor, or is nearer by a quarter of the way: where outliers are many, the yardstick itself is off by more than
-        the floor allows. The worst hundredth of good tokens may not fall under both the original's and `WORST`: no
+        the floor allows. Of good tokens both median and mean are asked, so that no part of them is given up. The worst
+        hundredth of good tokens may not fall under both the original's and `WORST`: no
         more is asked of it, since the yardstick leaves in what a soft trigger does to tokens that it never marks.
         """
         if self.good_p01 < min(original.good_p01, WORST) - SLACK:
             return False
-        pairs = [(self.good, original.good), *([(self.cls, original.cls)] if self.cls is not None else [])]
-        return all(
-            now >= was - SLACK and (now >= floor or 1 - now <= NEARER * (1 - was))
-            for now, was in pairs
-            if was is not None
-        )
+        pairs = [(self.good, original.good), (self.good_mean, original.good_mean)]
+        pairs += [(self.cls, original.cls)] if self.cls is not None and original.cls is not None else []
+        return all(now >= was - SLACK and (now >= floor or 1 - now <= NEARER * (1 - was)) for now, was in pairs)
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Snapshot:
     norms: Tensor  # [blocks, K, h, w]
     ratios: Tensor  # [blocks, K, h, w]: over the median norm of the image
     outlying: Tensor  # bool [blocks, K, h, w]
+    standing: Tensor  # bool [K, h, w]: outlying by norm at some block, whatever the rule in force marks
     cls: Tensor | None  # [K, N]: last block
     samples: Tensor  # [≤ SAMPLES, h, w, N]: last block's patch tokens of the first images
     to_inpainted: Tensor  # [K, h, w]: cosine of the last block's patches to the inpainted original's
@@ -136,6 +137,7 @@ class Snapshot:
         worst = max(by_block, key=lambda each: each["max_ratio"])
         return {
             "tokens": self.left,
+            "standing": int(self.standing.sum()),
             "fraction": self.left / self.outlying[0].numel(),
             "images": int(self.outlying.any(dim=0).flatten(1).any(dim=1).sum()),
             "max_ratio": worst["max_ratio"],
@@ -212,6 +214,7 @@ class Guard:
             norms=torch.cat([each.norms.cpu() for each in seen], dim=1),
             ratios=torch.cat([each.ratios.cpu() for each in seen], dim=1),
             outlying=torch.cat([each.defective.cpu() for each in seen], dim=1),
+            standing=torch.cat([each.standing.cpu() for each in seen]),
             cls=torch.cat([tokens[:, 0] for tokens in last]) if self.backbone.has_cls else None,
             samples=torch.cat(grids)[:SAMPLES].clone(),
             to_inpainted=to_inpainted,
@@ -223,7 +226,10 @@ class Guard:
 
     @torch.no_grad()
     def found_again(self, now: Snapshot) -> Retrieval | None:
-        """Shift retrieval of a few images with a marked token, as the module is now; None where no image has one."""
+        """Shift retrieval of a few images with a marked token, as the module is now.
+
+        None where no image has one, or where the model takes no image of another size: it decides nothing.
+        """
         height, width = now.ever.shape[1:]
         if min(height, width) < LEAST_GRID + CELLS:
             return None
@@ -232,7 +238,10 @@ class Guard:
         found, marked = [], []
         for at in shown:
             view = shifted(pixels[at][None].to(self.device), self.backbone.patch_size)
-            tokens = patch_grid(self.backbone, last_tokens(self.backbone, self.module, view), view)[0].cpu()
+            try:
+                tokens = patch_grid(self.backbone, last_tokens(self.backbone, self.module, view), view)[0].cpu()
+            except ValueError:
+                return None
             found.append(found_again(now.samples[at], tokens))
             marked.append(now.ever[at, CELLS:, CELLS:])
         return Retrieval.of(torch.stack(found), torch.stack(marked)) if shown else None
@@ -307,19 +316,19 @@ def guard_sizes(given: int, drawn: int, asked: int | None) -> tuple[int, int]:
     return own, min(guard_size(drawn, asked), more)
 
 
-def guarded(kinds: Sequence[int], size: int, seed: int = 0) -> list[int]:
+def guarded(kinds: Sequence[tuple[int, ...]], size: int, seed: int = 0) -> list[int]:
     """Which images the guard takes, by index, in their order: every kind, and half of them with a defect if there are.
 
     Within a kind they are drawn by the seed: images that follow one another may show the same thing.
 
-    `kinds` are the first defective blocks, −1 without one. At least half of the images of a kind are left for training,
+    `kinds` are those of the images, empty without a defect. At least half of the images of a kind are left to train on,
     so that one of which there is a single image is not on the guard.
     """
-    by_kind: dict[int, list[int]] = {}
+    by_kind: dict[tuple[int, ...], list[int]] = {}
     for index in islice(shuffled(len(kinds), seed), len(kinds)):
         kind = kinds[index]
         by_kind.setdefault(kind, []).append(index)
-    clean = by_kind.pop(-1, [])
+    clean = by_kind.pop((), [])
     offered = [indices[: len(indices) // 2] for _, indices in sorted(by_kind.items(), key=lambda each: len(each[1]))]
     defective = [group[at] for at in range(max(map(len, offered), default=0)) for group in offered if at < len(group)]
     share = sum(map(len, by_kind.values())) / max(1, len(kinds))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.contract import Backbone
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, Warned, silent
 from sinder_cli.images.preprocessing import Preprocessing

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sinder_cli import __version__
-from sinder_cli.backbone.blocks import rows_of
-from sinder_cli.backbone.describe import Backbone, ModelRequest
+from sinder_cli.backbone.contract import Backbone, ModelRequest
 from sinder_cli.backbone.storing import stored_as, write_safetensors
-from sinder_cli.backbone.weights import Weights
+from sinder_cli.backbone.weights import Weights, rows_of
+from sinder_cli.defects.settings import SLACK
 from sinder_cli.defects.shift import Retrieval
 from sinder_cli.images.sources import ImageSource
 from sinder_cli.repair.deltas import Deltas, Target
+from sinder_cli.repair.folder import RunFolder
 from sinder_cli.repair.guard import Snapshot
-from sinder_cli.repair.resuming import call_of
+from sinder_cli.repair.run_identity import call_of
 from sinder_cli.repair.scan import Scan
 from sinder_cli.repair.settings import WITHOUT_EFFECT, RepairSettings
 
@@ -57,7 +58,7 @@ def run_config(
 
     return {
         "model": backbone.name,
-        "call": call_of(request, places),
+        "call": call_of(request, places, RunFolder(Path(request.model)).is_run),
         "heads": request.heads,
         "revision": request.revision,
         "attention": "sdpa" if request.attention == "auto" else request.attention,
@@ -87,20 +88,27 @@ def verdict_of(
 ) -> VerdictWord:
     """What came of a repair, by the outlying tokens of the guard's images at any block.
 
-    A state in which cls or good tokens are spoilt (`Fidelity.holds`) is no improvement, whatever has become of those;
-    and one that leaves a kind of defect that the guard does not show is no more than an improvement.
+    A state in which cls or good tokens are spoilt (`Fidelity.holds`), or that leaves more of a kind that the guard does
+    not show, is no improvement, whatever has become of those. It is no more than one where anything is left: of such a
+    kind, or of tokens that stand out by norm though the rule in force marks none of them; or where marked tokens have
+    come no nearer to the yardstick. A model of which that rule marks nothing is healthy only if no norm stands out.
     """
     if scan.healthy:
-        return "healthy"
-    if not changed or after.left >= before.left or not after.fidelity().holds(before.fidelity(), floor):
+        return "not improved" if scan.standing else "healthy"
+    was, now = before.fidelity(), after.fidelity()
+    if not changed or after.left >= before.left or not now.holds(was, floor):
         return "not improved"
-    return "improved" if after.left or (elsewhere and elsewhere.after) else "repaired"
+    if elsewhere and elsewhere.after > elsewhere.before:
+        return "not improved"
+    left = after.left or bool(after.standing.any()) or (elsewhere and elsewhere.after)
+    farther = now.marked is not None and was.marked is not None and now.marked < was.marked - SLACK
+    return "improved" if left or farther else "repaired"
 
 
 def stop_reason(scan: Scan, after: Snapshot, progress: Progress, settings: RepairSettings) -> str:
     """Why no further step was taken, as `summary.json` has it."""
     if scan.healthy:
-        return "healthy"
+        return "nothing_marked" if scan.standing else "healthy"
     if progress.stopped:
         return progress.stopped
     if progress.density < settings.stop_density:
@@ -114,6 +122,7 @@ def run_summary(
     after: Snapshot,
     scan: Scan,
     also_trained: int,
+    drawn: int,
     elsewhere: Elsewhere | None,
     found_again: tuple[Retrieval | None, Retrieval | None],
     progress: Progress,
@@ -141,11 +150,13 @@ def run_summary(
         "tapped": "residual stream after each block, before the final norm; cosines: after the last block",
         "evaluation_images": before.norms.shape[1],
         "also_trained": also_trained,
+        "drawn_on_the_guard": drawn,
         "kinds_not_on_the_guard": asdict(elsewhere) if elsewhere else None,
         "scan": {
             "images": len(scan.images),
             "defective_images": sum(bool(image.blocks) for image in scan.images),
             "tokens": scan.tokens,
+            "standing": scan.standing,
             "blocks": [asdict(block) for block in scan.blocks],
         },
         "steps": progress.steps,

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.contract import Backbone
 from sinder_cli.backbone.device import exact_device
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.defects.detection import DetectionRule
@@ -17,20 +17,17 @@ from sinder_cli.defects.prediction import predict
 from sinder_cli.defects.tokens import in_precision
 from sinder_cli.events import Emit, Finished, Noted, Started, Warned
 from sinder_cli.files import write_json, write_text
-from sinder_cli.images.choosing import sampled
-from sinder_cli.images.loading import load_in_order, readable, require_some
+from sinder_cli.images.loading import load_in_order, readable, require_some, sampled
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import ImageSource, SomeImages, files_of
 from sinder_cli.memory import told_when_it_runs_out
 from sinder_cli.ranks import Ranks
-from sinder_cli.repair.adapter import write_adapter
 from sinder_cli.repair.basis import SingularBasis, singular_basis
 from sinder_cli.repair.batches import forget_mended, require_readable
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.folder import RunFolder
 from sinder_cli.repair.forward import Directions
 from sinder_cli.repair.guard import SAMPLES, Evaluation, Guard, Snapshot, guard_sizes, guarded
-from sinder_cli.repair.imagelist import listed_images
 from sinder_cli.repair.loop import (
     ANEW,
     DivergedError,
@@ -42,13 +39,18 @@ from sinder_cli.repair.loop import (
     size_of_step,
 )
 from sinder_cli.repair.results import Elsewhere, RepairResult, run_summary, write_model
+from sinder_cli.repair.run_identity import listed_images
 from sinder_cli.repair.scan import ImageOutliers, Scan, rarest_first, scan, see
 from sinder_cli.repair.session import checkpointed, restored, saved_if_it_fails
 from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repair.weight_changes import write_adapter
 from sinder_cli.stopping import Stop
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+MOST_ELSEWHERE = 64  # images with kinds of defects that the guard does not show, looked at in the end
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class Repair:
     scan: Scan
     training: ImageSource  # what steps are taken on; without an image where there is nothing to repair
     guard: Guard | None  # on rank 0
-    also_trained: int  # images of the guard that are trained on, since no other shows a defect
+    also_trained: int  # images of the guard that are trained on, since no other shows such a defect
+    drawn: int  # images of the guard that the program drew
     unjudged: tuple[ImageOutliers, ...]  # with a defect of a kind of which the guard has no image
     progress: Progress
 
@@ -160,10 +163,14 @@ def ready(prepared: Prepared, folder: RunFolder, resume: bool) -> Repair:
     progress = Progress(density_window(len(training), settings), unreadable=unreadable)
     guard = _guard(prepared, guard_indices, progress) if ranks.writes else None
     if also:
-        prepared.emit(Noted("the one image with a defect is trained on and judged on: more images would tell more"))
+        prepared.emit(
+            Noted("the one image with a defect of its kind is trained on and judged on: more images would tell more")
+        )
     judged = {image.kind for image in images if image.place in set(guard_indices)}
-    unjudged = tuple(image for image in images if image.blocks and image.kind not in judged)
-    return Repair(prepared, found, SomeImages(source, training), guard, len(also), unjudged, progress)
+    others = [image for image in images if image.blocks and image.kind not in judged]
+    unjudged = tuple(others[at] for at in sampled(len(others), MOST_ELSEWHERE, settings.seed))
+    drawn = sum(at >= start.given for at in guard_indices)
+    return Repair(prepared, found, SomeImages(source, training), guard, len(also), drawn, unjudged, progress)
 
 
 def _scanned(prepared: Prepared, chosen: Sequence[int], unreadable: dict[str, str]) -> Scan:
@@ -209,8 +216,8 @@ def _guard_indices(
     shown = Counter(kind for kind, _ in defective)
     if {at for _, at in defective} & set(chosen):
         return chosen, []
-    commonest = max(defective, key=lambda each: shown[each[0]])[1]
-    return [*chosen, commonest], [commonest] if len(defective) == 1 else []
+    kind, commonest = max(defective, key=lambda each: shown[each[0]])
+    return [*chosen, commonest], [commonest] if shown[kind] == 1 else []
 
 
 def _guard(prepared: Prepared, indices: Sequence[int], progress: Progress) -> Guard:
@@ -374,6 +381,7 @@ def _written(
         after,
         repair.scan,
         repair.also_trained,
+        repair.drawn,
         elsewhere,
         (guard.found_before, guard.found_again(after) if deltas.changed else guard.found_before),
         repair.progress,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import (
     DetectionRule,
     alignment_logits,
@@ -23,6 +23,7 @@ from sinder_cli.defects.detection import (
     defective_somewhere,
     norm_ratios,
 )
+from sinder_cli.defects.settings import NORM_FACTOR
 from sinder_cli.defects.spectrum import angle_between, leading_left
 from sinder_cli.defects.tokens import in_precision, patch_grid
 from sinder_cli.errors import BadInputError
@@ -51,11 +52,18 @@ class ImageOutliers:
     grid: tuple[int, int]
     finite: bool
     blocks: dict[int, tuple[int, ...]]
+    standing: int = 0  # tokens that stand out by norm at some block, whatever marks them (`standing_out`)
 
     @property
-    def kind(self) -> int:
-        """The first defective block; −1 without one."""
-        return min(self.blocks, default=-1)
+    def kind(self) -> tuple[int, ...]:
+        """The blocks at which a token is marked first: more than one where an image has several defects."""
+        found: list[int] = []
+        seen: set[int] = set()
+        for block, places in sorted(self.blocks.items()):
+            if not seen.issuperset(places):
+                found.append(block)
+            seen.update(places)
+        return tuple(found)
 
     def first_marks(self, depth: int) -> Tensor:
         """Where each of them is marked first, bool `[blocks, h, w]`."""
@@ -96,6 +104,11 @@ class Scan:
         return not any(image.blocks for image in self.images)
 
     @property
+    def standing(self) -> int:
+        """Tokens that stand out by norm at some block, whatever the rule in force marks."""
+        return sum(image.standing for image in self.images)
+
+    @property
     def by_name(self) -> dict[str, ImageOutliers]:
         """The images by name."""
         return {image.name: image for image in self.images}
@@ -129,6 +142,7 @@ class Scan:
                     (each["grid"][0], each["grid"][1]),
                     each["finite"],
                     {int(block): tuple(places) for block, places in each["blocks"].items()},
+                    each["standing"],
                 )
                 for each in stored["images"]
             )
@@ -146,6 +160,7 @@ class Seen:
     norms: Tensor  # [blocks, B, h, w]
     predicted: Tensor  # bool [blocks, B, h, w]: equation (5), with a direction that is determined
     defective: Tensor  # bool [blocks, B, h, w]
+    standing: Tensor  # bool [B, h, w]: outlying at some block by the rule `standing_out`
     last: Tensor  # [B, T, N]: the last block's tokens, float32
 
 
@@ -175,7 +190,14 @@ def see(
             shared.add(block, patches, norm_ratios(norms[-1]), rule)
     ratios = torch.stack([norm_ratios(each) for each in norms])
     marks = torch.stack(predicted)
-    return Seen(ratios, torch.stack(norms), marks, defective_somewhere(ratios, start, marks, rule), tokens.float())
+    defective = defective_somewhere(ratios, start, marks, rule)
+    standing = defective_somewhere(ratios, start, marks, standing_out(rule)).any(dim=0)
+    return Seen(ratios, torch.stack(norms), marks, defective, standing, tokens.float())
+
+
+def standing_out(rule: DetectionRule) -> DetectionRule:
+    """The rule of a verdict: whatever marks tokens for training, those that surely stand out by norm are not gone."""
+    return replace(rule, mark="norm" if rule.mark == "norm" else "auto", norm_factor=rule.norm_factor or NORM_FACTOR)
 
 
 @dataclass
@@ -241,7 +263,8 @@ def scan(
             largest[block] = max(largest[block], ratio)
         finite = seen.last.flatten(1).isfinite().all(dim=1).tolist()
         for image, (name, _) in enumerate(batch):
-            found.append(_outliers(name, place_of[name], seen.defective[:, image], finite[image]))
+            standing = int(seen.standing[image].sum())
+            found.append(_outliers(name, place_of[name], seen.defective[:, image], finite[image], standing))
         batch.clear()
 
     changes = Changes()
@@ -274,11 +297,11 @@ def scan(
     return Scan(images, blocks, tokens, failed)
 
 
-def _outliers(name: str, place: int, masks: Tensor, finite: bool) -> ImageOutliers:
+def _outliers(name: str, place: int, masks: Tensor, finite: bool, standing: int) -> ImageOutliers:
     """One image, from its masks bool `[blocks, h, w]`."""
     found = {block: tuple(mask.flatten().nonzero()[:, 0].tolist()) for block, mask in enumerate(masks.cpu())}
     blocks = {block: places for block, places in found.items() if places}
-    return ImageOutliers(name, place, (masks.shape[1], masks.shape[2]), finite, blocks)
+    return ImageOutliers(name, place, (masks.shape[1], masks.shape[2]), finite, blocks, standing)
 
 
 def _block(
@@ -306,8 +329,8 @@ def _block(
 
 
 def rarest_first(images: Sequence[ImageOutliers], indices: Sequence[int]) -> list[int]:
-    """The indices of the images, one of each kind in turn, the rarest kind first; a kind is a first defective block."""
-    kinds: dict[int, list[int]] = {}
+    """The indices of the images, one of each kind in turn, the rarest kind first."""
+    kinds: dict[tuple[int, ...], list[int]] = {}
     for image, index in zip(images, indices, strict=True):
         kinds.setdefault(image.kind, []).append(index)
     queues = sorted(kinds.values(), key=len)

@@ -1,4 +1,4 @@
-"""The settings of a repair: the one source of defaults, help texts, TOML keys and `config.json`."""
+"""The settings of a repair, and recipes, named sets of them: the one source of defaults, help texts and TOML keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,29 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from sinder_cli.defects.settings import MOST, DetectionSettings
-from sinder_cli.repair.recipes import RECIPES, Recipe
+
+Recipe = Literal["sinder", "polyak", "paper"]
+
+RECIPES: dict[Recipe, dict[str, object]] = {
+    "sinder": {},  # the defaults
+    # Polyak's step length under a trust region, over all singular values of the window at once
+    "polyak": {"step": "polyak", "trust": 0.05},
+    # SINDER, sections 4 and 5, and the authors' code
+    "paper": {
+        "step": "sgd",
+        "visit": "all",
+        "target": "weighted",
+        "mark": "weights",
+        "norm_factor": 0.0,
+        "min_gap": 0.0,
+        "min_tokens": 3,
+        "max_steps": 30_000,
+        "stop_density": 0.75,
+        "stop_images": 1000,
+        "eval_every": 100,
+    },
+}
+
 
 # 2000 × the paper's. On demo_vit, four steps of sgd at 1 and at 5 remove outlying tokens; two at 100 leave cls a
 # cosine of 0.11 to the inpainted original, and good tokens one of 0.04.

@@ -17,12 +17,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sinder_cli.backbone.blocks import rows_of
-from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.contract import Backbone, trained_references
 from sinder_cli.backbone.device import float32_products
-from sinder_cli.backbone.layermap import trained_references
-from sinder_cli.defects.detection import DetectionRule
-from sinder_cli.defects.targets import leaning
+from sinder_cli.backbone.weights import rows_of
+from sinder_cli.defects.detection import (
+    DetectionRule,
+    interior,
+    leaning,
+    learning_targets,
+    neighbour_averages,
+    neighbour_distances,
+)
 from sinder_cli.defects.tokens import in_precision, patch_grid
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.forward import (
@@ -33,11 +38,11 @@ from sinder_cli.repair.forward import (
     first_defects,
     recorded,
 )
-from sinder_cli.repair.objective import average_loss, neighbour_loss, ordinary_loss, ordinary_scale
 from sinder_cli.repair.settings import RepairSettings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
 
 # float16 has no normal number under 6e-5, and the gradient of one feature of a token is about 1e-5 in a ViT-g: 2¹²
 # lifts it to 0.07 and leaves room for sums a million times as large. What overflows all the same is a skipped step.
@@ -279,3 +284,38 @@ def _window_gradients(
             for target in targets:
                 projected[target.name].append(target.basis.project(rows_of(by_name[target.ref.name], target.ref)))
         yield from projected.items()
+
+
+def neighbour_loss(patches: Tensor, logits: Tensor, mask: Tensor, kernel: int, temperature: float) -> Tensor:
+    """Mean over masked tokens of ‖x − target‖, over the mean token norm of the interior; a scalar.
+
+    One image: patches `[h, w, N]`, logits and mask `[h, w]`. Targets and the scale carry no gradient.
+    """
+    with torch.no_grad():
+        targets = learning_targets(patches, logits, mask, kernel, temperature)
+        scale = patches.float()[interior(mask, kernel // 2)].norm(dim=-1).mean()
+    return (patches[mask].float() - targets).norm(dim=-1).mean() / scale
+
+
+def average_loss(patches: Tensor, mask: Tensor) -> Tensor:
+    """Mean over masked tokens of ‖x − average of the unmarked neighbours‖, over `ordinary_scale`; a scalar.
+
+    One image: patches `[h, w, N]`, mask bool `[h, w]`, border included. Averages and the scale carry no gradient.
+    """
+    with torch.no_grad():
+        targets = neighbour_averages(patches, mask)[mask]
+        scale = ordinary_scale(patches, mask)
+    return (patches[mask].float() - targets).norm(dim=-1).mean() / scale
+
+
+def ordinary_scale(patches: Tensor, mask: Tensor) -> Tensor:
+    """The mean norm of unmarked tokens; of all where every token is marked."""
+    norms = patches.float().norm(dim=-1)
+    return norms[~mask].mean() if not bool(mask.all()) else norms.mean()
+
+
+def ordinary_loss(patches: Tensor, mask: Tensor) -> Tensor:
+    """The loss of unmarked tokens: the least that can be asked of marked ones; 0 where every token is marked."""
+    if bool(mask.all()):
+        return patches.new_zeros((), dtype=torch.float32)
+    return neighbour_distances(patches, mask)[~mask].mean() / ordinary_scale(patches, mask)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sinder_cli.conformance.records import Conformance
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.export.exporting import ExportResult
-    from sinder_cli.repair.trial import Trial
+    from sinder_cli.repair.dry_run import Trial
 
 
 def finite(value: Any) -> Any:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sinder_cli.backbone.registry import InstalledBackbone
-from sinder_cli.defects.rules import MIN_GAP
+from sinder_cli.defects.settings import MIN_GAP
 from sinder_cli.escaping import printable
 from sinder_cli.report.analysis.facts import norm_factor
 from sinder_cli.report.repair import facts
@@ -23,10 +23,9 @@ from sinder_cli.report.wording import counted, degrees
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis, Distribution, Marked, Side
     from sinder_cli.conformance.records import Conformance
-    from sinder_cli.defects.positions import PositionCheck
-    from sinder_cli.defects.prediction import BlockSpectrum, Prediction
+    from sinder_cli.defects.prediction import BlockSpectrum, PositionCheck, Prediction
     from sinder_cli.export.exporting import ExportResult
-    from sinder_cli.repair.trial import Trial
+    from sinder_cli.repair.dry_run import Trial
 
 BARS = "▁▂▃▄▅▆▇█"
 FLAT = 0.05  # a logarithmic range under which all bars are of one height: 5 %

@@ -14,11 +14,10 @@ from torch import Tensor
 from sinder_cli import ModelRequest, api
 from sinder_cli.analysis.clamp import ClampedTensors, clamped, largest_part
 from sinder_cli.analysis.tokens import Subject
-from sinder_cli.backbone.blocks import rows_of
-from sinder_cli.backbone.describe import Backbone
-from sinder_cli.backbone.layermap import WeightRef, linear_references, references
+from sinder_cli.backbone.contract import Backbone, WeightRef, linear_references, references
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.backbone.sources import TensorInfo, infos_of
+from sinder_cli.backbone.weights import rows_of
 from sinder_cli.events import silent
 
 SHAPES = {"wide": (12, 30), "tall": (30, 12), "square": (16, 16), "a row": (1, 9), "a column": (9, 1)}

@@ -28,7 +28,7 @@ from sinder_cli.analysis.tokens import Subject, block_by_block
 from sinder_cli.analysis.verdict import judge
 from sinder_cli.defects.detection import DetectionRule, defective_somewhere, outlying
 from sinder_cli.defects.prediction import BlockSpectrum, Prediction
-from sinder_cli.defects.rules import STAGES, Mark
+from sinder_cli.defects.settings import STAGES, Mark
 from sinder_cli.defects.spectrum import LeadingPair
 
 NAMES = ("chelsea.png", "coffee.png", "rocket.jpg")
@@ -303,7 +303,17 @@ def test_outliers_are_the_tokens_that_a_repair_would_mark(mark: Mark, predicted:
         outliers.add(block, SimpleNamespace(norms=each, masks=masks))  # type: ignore[arg-type]
     expected = defective_somewhere(ratios, start, along & predicted, rule)
     assert torch.equal(outliers.marked, expected.any(dim=0))
+    assert torch.equal(outliers.by_norm, outlying(ratios, start, 3.0).any(dim=0))
     assert bool(expected.any()) is (predicted or mark != "weights")
+
+
+def test_tokens_that_stand_out_and_are_left_are_counted_and_told() -> None:
+    images, subject = some_images(4), passing()
+    taken = gain(surveyed([subject], images, mark="norm"))
+    left = gain(surveyed([subject], images, mark="weights"))
+    assert taken.unmarked == 0 < taken.tokens
+    assert (left.tokens, left.unmarked, left.gain) == (0, taken.tokens, "healthy")
+    assert left.sentence.startswith(f"A repair would train nothing: {left.unmarked:,} tokens stand out by norm")
 
 
 # --- words

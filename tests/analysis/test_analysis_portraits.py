@@ -21,7 +21,7 @@ from sinder_cli.analysis.portraits import TEMPERATURES, Portrait, portraits, sho
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import Subject
 from sinder_cli.defects.prediction import BlockSpectrum, Prediction
-from sinder_cli.defects.rules import STAGES
+from sinder_cli.defects.settings import STAGES
 from sinder_cli.defects.spectrum import LeadingPair
 
 GAUSSIAN = {

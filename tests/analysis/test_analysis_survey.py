@@ -20,7 +20,7 @@ from sinder_cli.analysis.records import BlockRecord, Distribution, Marked
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.survey import Surveys, require_comparable, survey
 from sinder_cli.analysis.tokens import BlockTokens, Subject
-from sinder_cli.defects.rules import STAGES
+from sinder_cli.defects.settings import STAGES
 
 Array = np.ndarray[Any, Any]
 GRID = (8, 8)

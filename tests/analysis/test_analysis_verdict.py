@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sinder_cli.analysis.records import BlockRecord, Distribution, Marked, Observed, Rule, Verdict
 from sinder_cli.analysis.verdict import CLEAR_GAP, CLEAR_TOKENS, PREDICTED_DEGREES, judge
-from sinder_cli.defects.rules import MIN_GAP, STAGES
+from sinder_cli.defects.settings import MIN_GAP, STAGES
 
 PATCHES = 10_000
 

@@ -36,9 +36,9 @@ def test_every_function_is_typed(name: str) -> None:
 
 
 def test_the_module_tells_of_every_hook() -> None:
-    from sinder_cli.backbone import hookspecs
+    from sinder_cli.backbone import contract
 
-    hooks = [name for name in vars(hookspecs) if name.startswith("sinder_")]
+    hooks = [name for name in vars(contract) if name.startswith("sinder_")]
     assert len(hooks) == 3
     assert all(f"    {name}(" in (sinder_cli.__doc__ or "") for name in hooks)
 

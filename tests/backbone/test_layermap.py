@@ -25,7 +25,7 @@ from sinder_cli import (
     Weights,
     require_matching,
 )
-from sinder_cli.backbone.layermap import references, trained_references
+from sinder_cli.backbone.contract import references, trained_references
 from sinder_cli.backbone.opening import check_layer_map
 
 N, INNER, HIDDEN = 8, 6, 10

@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sinder_cli.backbone import sources
-from sinder_cli.backbone.shards import Shards
-from sinder_cli.backbone.sources import open_checkpoint
+from sinder_cli.backbone.sources import Shards, open_checkpoint
 from sinder_cli.errors import BadInputError, NoInputError, SinderError
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

@@ -182,6 +182,12 @@ def test_a_folder_that_cannot_be_read_is_told_by_what_it_is(inside: str, remedy:
         open_checkpoint(tmp_path)
 
 
+def test_a_part_of_a_distributed_checkpoint_is_told_by_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "__0_0.distcp").write_bytes(b"anything at all")
+    with pytest.raises(BadInputError, match=r"it is a distributed checkpoint of torch; .*dcp_to_torch"):
+        open_checkpoint(tmp_path / "__0_0.distcp")
+
+
 @pytest.mark.parametrize("failure", [PermissionError("not yours"), MemoryError("no more")])
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
 def test_a_failure_of_the_machine_is_not_blamed_on_the_file(

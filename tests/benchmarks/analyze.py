@@ -21,10 +21,10 @@ import skimage
 import torch
 from PIL import Image
 from repair_step import random_tensor
-from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
 
 from sinder_cli import TensorInfo
 from sinder_cli.backbone.storing import write_safetensors
+from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
 
 MODEL, SIDE = "dinov2_vits14", 518
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg")
@@ -33,7 +33,7 @@ BARE = """
 import sys, torch
 from pathlib import Path
 from sinder_cli import api
-from sinder_cli.backbone.describe import ModelRequest
+from sinder_cli.backbone.contract import ModelRequest
 from sinder_cli.backbone.opening import load_module
 module = load_module(api.open_model(ModelRequest(sys.argv[1], Path(sys.argv[2]))))
 image = torch.randn(1, 3, int(sys.argv[3]), int(sys.argv[3]))

@@ -25,7 +25,7 @@ from warm import Ended, Running, Server
 
 from sinder_cli import ModelRequest, api
 from sinder_cli.errors import BadInputError
-from sinder_cli.images.choosing import shuffled
+from sinder_cli.images.loading import shuffled
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.guard import guarded
 from sinder_cli.repair.loop import DivergedError
@@ -747,7 +747,7 @@ def own(repair: tuple[str, ...], photos: Path, tmp_path: Path) -> tuple[str, ...
 def trained(photos: Path) -> list[Path]:
     """The photos that are not on the guard of two; all of them have the defect."""
     paths = sorted(photos.iterdir())
-    held = guarded([2] * len(paths), 2)
+    held = guarded([(2,)] * len(paths), 2)
     return [path for index, path in enumerate(paths) if index not in held]
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from vit import H, Shape, norm_map, ref, vit
 
-from sinder_cli import BlockMap
+from sinder_cli import Backbone, BlockMap, MemoryTensors, Weights
+from sinder_cli.backbone.opening import load_module
 from sinder_cli.conformance.linear import blocks_follow_the_map, linearization_agrees
 from sinder_cli.conformance.records import NonconformityError
 from sinder_cli.conformance.subject import Subject
@@ -90,6 +91,22 @@ def test_the_formula_tells_a_wrong_map(shape: Shape, change: Change, subject: Ma
     wrong = subject(shape, layers=mapped(vit(shape), change))
     with pytest.raises(NonconformityError, match=r"block 1, (attention|mlp): the map's formula is off by "):
         blocks_follow_the_map(wrong, silent)
+
+
+def test_sub_layers_of_a_tiny_scale_are_held_against_the_map_as_far_as_float32_can_tell(
+    subject: Make, mapped: Mapped
+) -> None:
+    def tiny(backbone: Backbone) -> Backbone:
+        tensors = backbone.weights.read(backbone.weights.names)
+        scaled = {name: tensor * (1e-5 if "gamma" in name else 1) for name, tensor in tensors.items()}
+        return replace(backbone, weights=Weights.of(MemoryTensors("memory", scaled)))
+
+    backbone = tiny(vit(Shape()))
+    right = Subject(backbone, load_module(backbone), subject().describe)
+    assert blocks_follow_the_map(right, silent)
+    layers = mapped(backbone, with_("mlp", down_bias=None))
+    with pytest.raises(NonconformityError, match=r"block 1, (attention|mlp): the map's formula is off by "):
+        blocks_follow_the_map(replace(right, backbone=replace(backbone, layers=layers)), silent)
 
 
 @pytest.mark.parametrize(("shape", "change"), SEEN_BY_BOTH.values(), ids=SEEN_BY_BOTH)

@@ -15,8 +15,8 @@ from scipy.stats import norm as gaussian
 from torch import Tensor
 
 from sinder_cli import AttentionMap, BlockMap, GatedMlpMap, MemoryTensors, NormMap, PlainMlpMap, WeightRef, Weights
-from sinder_cli.backbone.blocks import BlockTensors, read_block
-from sinder_cli.backbone.layermap import Activation
+from sinder_cli.backbone.contract import Activation
+from sinder_cli.backbone.weights import BlockTensors, read_block
 from sinder_cli.defects.gaussian import ACTIVATIONS, gated_gains, plain_gains
 from sinder_cli.defects.linearize import attention_part, block_part, mean_hidden_jacobian, mlp_part
 

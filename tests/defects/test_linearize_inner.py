@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sinder_cli import AttentionMap, BlockMap, GatedMlpMap, NormMap, PlainMlpMap, WeightRef
-from sinder_cli.backbone.blocks import BlockTensors
-from sinder_cli.backbone.layermap import Activation, linear_references, trained_references
+from sinder_cli.backbone.contract import Activation, linear_references, trained_references
+from sinder_cli.backbone.weights import BlockTensors
 from sinder_cli.defects.gaussian import ACTIVATIONS, hidden_moments, linear_moments
 from sinder_cli.defects.linearize import attention_part, block_part, mlp_part
 

@@ -24,9 +24,8 @@ from sinder_cli import (
     WeightRef,
     Weights,
 )
-from sinder_cli.defects.positions import check_positions
-from sinder_cli.defects.prediction import BlockSpectrum, Prediction, predict
-from sinder_cli.defects.rules import STAGES, Stage
+from sinder_cli.defects.prediction import BlockSpectrum, Prediction, check_positions, predict
+from sinder_cli.defects.settings import STAGES, Stage
 from sinder_cli.defects.spectrum import LeadingPair
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Advanced, Finished, Started

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sinder_cli.defects.targets import (
+from sinder_cli.defects.detection import (
     LEANING,
     SETTLED_QUANTILE,
     leaning,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sinder_cli import ModelRequest, api
 from sinder_cli.errors import BadInputError, ConflictError, UsageError
 from sinder_cli.export.exporting import ExportResult
-from sinder_cli.repair.patch import FORMAT
+from sinder_cli.repair.weight_changes import DELTA_FORMAT
 
 Export = Callable[..., ExportResult]
 DEMO = "demo_vit"
@@ -54,7 +54,7 @@ def test_its_header_names_the_weights_before_and_after(delta: Path, run: Path) -
     with safe_open(delta, framework="pt") as file:
         header = file.metadata()
     assert header == {
-        "format": FORMAT,
+        "format": DELTA_FORMAT,
         "model": DEMO,
         "base_fingerprint": json.loads((run / "config.json").read_text())["weights"]["fingerprint"],
         "fingerprint": api.open_model(ModelRequest(str(run))).weights.fingerprint(),

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sinder_cli import BadInputError, MemoryTensors, ModelRequest, WeightRef, Weights, api
-from sinder_cli.backbone.layermap import NormMap
+from sinder_cli.backbone.contract import NormMap
 from sinder_cli.export import dinov2, timm, transformers
 from sinder_cli.export.architecture import architecture_of
 from sinder_cli.export.conversion import ConvertedTensors, Recipe, part, reshaped

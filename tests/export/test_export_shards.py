@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sinder_cli.backbone.sources import infos_of
+from sinder_cli.backbone.storing import write_sharded
 from sinder_cli.errors import UsageError
 from sinder_cli.export.settings import parse_size
-from sinder_cli.export.shards import write_sharded
 
 
 class Layers(nn.Module):

@@ -19,9 +19,9 @@ from sinder_cli.backbone.opening import load_module
 from sinder_cli.errors import BadInputError
 from sinder_cli.export import torchhub, verifying
 from sinder_cli.export.exporting import ExportResult
-from sinder_cli.export.placing import MANIFEST
 from sinder_cli.export.torchhub import foreign_imports, hub_name
 from sinder_cli.export.verifying import normalized_tokens
+from sinder_cli.folders import MANIFEST
 
 Export = Callable[..., ExportResult]
 CUSTOM = "dinov2_custom"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from sinder_cli import folders as placing
 from sinder_cli.errors import CannotCreateError, StorageError, UsageError
-from sinder_cli.export import placing
-from sinder_cli.export.placing import FORMAT, MANIFEST, placed, require_place
+from sinder_cli.folders import FORMAT, MANIFEST, placed, require_place
 
 
 def make_export(folder: Path, **files: str) -> Path:
@@ -171,7 +171,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, code: int, monkeypatc
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from sinder_cli.export import placing
+from sinder_cli import folders as placing
 out, where = Path(sys.argv[1]), sys.argv[2]
 if where == "between":  # the two renames of a file system that exchanges nothing
     placing._exchange = lambda one, other: False

@@ -17,7 +17,7 @@ from sinder_cli.export import verifying
 from sinder_cli.export.settings import ExportSettings
 from sinder_cli.export.targets import Plan
 from sinder_cli.export.verifying import by_kind, relative_difference, square_images
-from sinder_cli.images.finding import find_images
+from sinder_cli.images.sources import find_images
 
 
 @pytest.fixture

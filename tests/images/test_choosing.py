@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from sinder_cli.images.choosing import cycled, spread
+from sinder_cli.images.loading import cycled, spread
 
 
 def test_passes_in_order_begin_where_an_earlier_process_ended() -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from sinder_cli.errors import NoInputError
 from sinder_cli.events import Noted, Warned
-from sinder_cli.images import finding
+from sinder_cli.images import sources as finding
 from sinder_cli.images.decoding import UnreadableImageError
-from sinder_cli.images.finding import find_images
+from sinder_cli.images.sources import find_images
 
 
 def touch(folder: Path, *names: str) -> None:

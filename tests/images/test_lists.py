@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from sinder_cli.errors import NoInputError
-from sinder_cli.images.finding import find_images
-from sinder_cli.images.lists import listed_paths, read_bytes
+from sinder_cli.images.sources import find_images, listed_paths, read_bytes
 
 NAMES = ["two words.png", "u\u2028x.png", "v\u0085w.png", "größe/猫.png", "form\x0cfeed.png"]
 PATHS = [Path(name) for name in NAMES]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sinder_cli import ModelRequest
 from sinder_cli.api import open_model, preprocessing
-from sinder_cli.backbone.describe import Backbone
+from sinder_cli.backbone.contract import Backbone
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.images.decoding import decode
 

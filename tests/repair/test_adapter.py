@@ -16,11 +16,11 @@ from sinder_cli import Backbone, BadInputError, MemoryTensors, NoInputError, Wei
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.errors import ConflictError
 from sinder_cli.events import Noted, Started, silent
-from sinder_cli.repair.adapter import FORMAT, Adapter, adapted, read_adapter, write_adapter
 from sinder_cli.repair.basis import singular_basis
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.results import write_model
 from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repair.weight_changes import ADAPTER_FORMAT, Adapter, adapted, read_adapter, write_adapter
 
 LR, MOMENTUM = 0.05, 0.9
 SETTINGS = RepairSettings(lr=LR)
@@ -204,16 +204,16 @@ def test_a_value_that_the_stored_dtype_cannot_hold_is_refused_by_name(single: An
         adapted(backbone, forged, silent)
 
 
-GOOD = {"format": FORMAT, "model": "tiny", "base_fingerprint": "00", "settings": "{}"}
+GOOD = {"format": ADAPTER_FORMAT, "model": "tiny", "base_fingerprint": "00", "settings": "{}"}
 
 
 @pytest.mark.parametrize(
     ("tensors", "metadata", "why"),
     [
-        ({"w": torch.zeros(2, 2)}, None, f"its format is None, not '{FORMAT}'"),
+        ({"w": torch.zeros(2, 2)}, None, f"its format is None, not '{ADAPTER_FORMAT}'"),
         ({"w": torch.zeros(2)}, GOOD | {"format": "sinder-adapter-2"}, "its format is 'sinder-adapter-2'"),
-        ({"w": torch.zeros(2)}, {"format": FORMAT, "model": "tiny"}, "its header has no 'base_fingerprint'"),
-        ({"w": torch.zeros(2)}, {"format": FORMAT, "base_fingerprint": "00"}, "its header has no 'model'"),
+        ({"w": torch.zeros(2)}, {"format": ADAPTER_FORMAT, "model": "tiny"}, "its header has no 'base_fingerprint'"),
+        ({"w": torch.zeros(2)}, {"format": ADAPTER_FORMAT, "base_fingerprint": "00"}, "its header has no 'model'"),
         ({"w": torch.tensor([1.0, torch.nan])}, GOOD, "w is not of finite float32 values"),
         ({"w": torch.tensor([1.0, -torch.inf])}, GOOD, "w is not of finite float32 values"),
         ({"w": torch.zeros(2).half()}, GOOD, "w is not of finite float32 values"),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sinder_cli.errors import BadInputError, CannotCreateError, StorageError
 from sinder_cli.events import Warned
-from sinder_cli.images.choosing import shuffled
+from sinder_cli.images.loading import shuffled
 from sinder_cli.repair import checkpoints as module_of_checkpoints
 from sinder_cli.repair.basis import SingularBasis, singular_basis
 from sinder_cli.repair.checkpoints import COUNTERS, MANIFEST, STATE, Checkpoints

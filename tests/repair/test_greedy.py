@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from runs import RED, Pictures, Run
 from torch import Tensor
 
-from sinder_cli.backbone.layermap import WeightRef
-from sinder_cli.defects.targets import leaning
+from sinder_cli.backbone.contract import WeightRef
+from sinder_cli.defects.detection import leaning
 from sinder_cli.repair import step as step_module
 from sinder_cli.repair.basis import SingularBasis
 from sinder_cli.repair.deltas import Deltas, Target

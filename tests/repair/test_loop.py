@@ -9,10 +9,9 @@ import torch
 from runs import RED, Pictures, Run, same
 from torch import Tensor
 
-from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask
-from sinder_cli.defects.targets import learning_targets
+from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask, learning_targets
 from sinder_cli.errors import BadInputError, TryAgainError
-from sinder_cli.images.choosing import shuffled
+from sinder_cli.images.loading import shuffled
 from sinder_cli.repair import loop
 from sinder_cli.repair.loop import Progress, density_window
 from sinder_cli.repair.settings import RepairSettings

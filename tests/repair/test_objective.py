@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sinder_cli.defects.targets import learning_targets
-from sinder_cli.repair.objective import neighbour_loss
+from sinder_cli.defects.detection import learning_targets
+from sinder_cli.repair.step import neighbour_loss
 
 N = 8
 GAUSSIAN = {

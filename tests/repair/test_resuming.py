@@ -10,7 +10,7 @@ import pytest
 from sinder_cli import ModelRequest
 from sinder_cli.errors import BadInputError, ConflictError
 from sinder_cli.repair.folder import RunFolder
-from sinder_cli.repair.resuming import as_called, call_of, other_options
+from sinder_cli.repair.run_identity import as_called, call_of, other_options
 from sinder_cli.repair.settings import RepairSettings
 
 STORED = RepairSettings(lr=0.01, workers=3, image_size=518, seed=4)
@@ -24,7 +24,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     request = ModelRequest("demo_vit", Path("w.pth"), adapter=Path("../a.safetensors"))
     config: dict[str, Any] = {
         "model": "demo_vit",
-        "call": call_of(request, ["photos", "-"]),
+        "call": call_of(request, ["photos", "-"], is_run=False),
         "heads": 4,
         "revision": "v1",
         "attention": "eager",
@@ -45,7 +45,9 @@ def test_places_are_told_whole(run: RunFolder, tmp_path: Path) -> None:
     assert call["data"] == [str(tmp_path / "there" / "photos"), "-"]
     assert call["weights"] == str(tmp_path / "there" / "w.pth")
     assert Path(call["adapter"]).resolve() == tmp_path / "a.safetensors"
-    assert call_of(ModelRequest("run"), [])["model"] == str(run.path)  # itself repaired, and repaired again
+    assert call_of(ModelRequest("run"), [], is_run=True)["model"] == str(
+        run.path
+    )  # itself repaired, and repaired again
 
 
 def test_a_run_goes_on_as_it_was_called(run: RunFolder, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sinder_cli.repair.run import _seen_already
+from sinder_cli.repair.run import _guard_indices, _seen_already
 
 BEFORE, LATEST = object(), object()
 
@@ -38,3 +38,22 @@ def repair(keep: str, best: int | None, last_look: int, last_move: int, *, chang
 )
 def test_the_guard_looks_again_at_a_state_only_if_it_has_not_seen_it(state: Any, expected: object) -> None:
     assert _seen_already(state) is expected
+
+
+@pytest.mark.parametrize(
+    ("kinds", "trained"),
+    [
+        ([()] * 18 + [(8,)], True),  # the only one
+        ([()] * 18 + [(6,), (8,)], True),  # the only one of its kind
+        ([()] * 18 + [(6,), (8,), (8,)], False),
+    ],
+)
+def test_the_one_image_of_its_kind_is_trained_on_though_it_is_judged_on(
+    kinds: list[tuple[int, ...]], trained: bool
+) -> None:
+    images: Any = [SimpleNamespace(kind=kind, blocks=dict.fromkeys(kind, (0,))) for kind in kinds]
+    start: Any = SimpleNamespace(settings=SimpleNamespace(eval_images=None, seed=0), given=len(kinds))
+    guard, also = _guard_indices(start, SimpleNamespace(healthy=False), images, range(len(kinds)))  # type: ignore[arg-type]
+    judged = [at for at in guard if kinds[at]]
+    assert judged
+    assert also == (judged if trained else [])

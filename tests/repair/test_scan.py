@@ -102,7 +102,7 @@ def test_a_scan_marks_what_a_loop_over_blocks_marks(single_writer: Any, batch_si
         assert outliers.gap == gaps[block]
     assert found.tokens == 4 * 144
     assert not found.healthy
-    assert [image.kind for image in found.images] == [1, -1, 1, 1]
+    assert [image.kind for image in found.images] == [(1,), (), (1,), (1,)]
 
 
 def test_a_direction_that_the_tokens_share_is_predicted_where_it_is_near_and_determined(single_writer: Any) -> None:
@@ -147,12 +147,13 @@ def test_an_image_whose_tokens_are_not_finite_is_told_apart(single_writer: Any) 
 def test_the_marks_of_an_image_are_masks_again() -> None:
     image = ImageOutliers("a", 0, (2, 3), True, {1: (0, 5), 3: (4,)})
     assert image.first_marks(4).nonzero().tolist() == [[1, 0, 0], [1, 1, 2], [3, 1, 1]]
-    assert (image.kind, ImageOutliers("b", 4, (2, 3), True, {}).kind) == (1, -1)
+    assert (image.kind, ImageOutliers("b", 4, (2, 3), True, {}).kind) == ((1, 3), ())
+    assert ImageOutliers("c", 0, (2, 3), True, {1: (0, 5), 3: (5,), 4: (1, 5)}).kind == (1, 4)
 
 
 EXAMPLE = Scan(
     (
-        ImageOutliers("größer \udcff.png", 2, (2, 3), True, {1: (0, 5), 10: (4,)}),
+        ImageOutliers("größer \udcff.png", 2, (2, 3), True, {1: (0, 5), 10: (4,)}, 3),
         ImageOutliers("b", 4, (2, 3), False, {}),
     ),
     (BlockOutliers(0, 0, 0, 0, 1.5, 1e12, None, False), BlockOutliers(1, 2, 1, 1, 9.5, 2.0, 12.5, True)),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sinder_cli.backbone.layermap import trained_references
+from sinder_cli.backbone.contract import trained_references
 from sinder_cli.defects.detection import DetectionRule, alignment_logits
 from sinder_cli.repair import forward, step
 from sinder_cli.repair.deltas import Deltas, Target

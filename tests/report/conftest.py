@@ -81,7 +81,9 @@ def make_result(tmp_path: Path) -> MakeResult:
         progress = progress_of(steps, stopped_by, last, bool(changed), chosen)
         found = scan_of(first if before else snapshot_of(clean, original, elsewhere, has_cls), shown)
         again = (Retrieval(0.125, 0.5), Retrieval(0.5 if changed else 0.125, 0.5))
-        summary = run_summary(backbone, first, last, found, also_trained, None, again, progress, deltas, chosen, config)
+        summary = run_summary(
+            backbone, first, last, found, also_trained, 0, None, again, progress, deltas, chosen, config
+        )
         summary["seconds"] = 66.2
         return RepairResult(
             folder, model, summary, config, first, last, list(normalized[:SAMPLES]), shown[:SAMPLES], MEAN, STD

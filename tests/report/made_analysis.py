@@ -18,11 +18,10 @@ from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.survey import Survey
 from sinder_cli.analysis.tokens import BlockTokens
 from sinder_cli.analysis.verdict import judge
-from sinder_cli.defects.detection import DetectionRule, alignments, defect_mask, norm_ratios
+from sinder_cli.defects.detection import DetectionRule, alignments, defect_mask, learning_targets, norm_ratios
 from sinder_cli.defects.prediction import BlockSpectrum, Prediction
-from sinder_cli.defects.rules import STAGES, Stage
+from sinder_cli.defects.settings import STAGES, Stage
 from sinder_cli.defects.spectrum import LeadingPair
-from sinder_cli.defects.targets import learning_targets
 
 PATCH = 4
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

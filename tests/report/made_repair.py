@@ -70,6 +70,7 @@ def snapshot_of(clean: Tensor, original: Tensor, count: int, has_cls: bool) -> S
         norms=norms,
         ratios=ratios,
         outlying=ratios > 3,
+        standing=(ratios > 3).any(dim=0),
         cls=cls if has_cls else None,
         samples=last[:SAMPLES],
         to_inpainted=cosine_similarity(last, clean, dim=-1),
@@ -94,6 +95,7 @@ def scan_of(before: Snapshot, names: Sequence[str]) -> Scan:
                 for block, mask in enumerate(marks[:, index])
                 if mask.any()
             },
+            int(marks[:, index].any(dim=0).sum()),
         )
         for index, name in enumerate(names)
     )

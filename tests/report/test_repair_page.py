@@ -62,7 +62,7 @@ def test_the_page_opens_with_a_verdict_in_words(make_result: MakeResult) -> None
         ),
         ({"changed": 0, "stopped_by": "no_gain"}, "Try a lower --min-gain (now 3), more images, or --mark norm."),
         ({"changed": 0, "stopped_by": "fidelity"}, "Try smaller steps (lower --max-drift, now 0.05), more images,"),
-        ({"also_trained": 1}, "on 1 image never trained on and 1 also trained on, since no other shows a defect"),
+        ({"also_trained": 1}, "on 1 image never trained on and 1 also trained on, since no other shows such a defect"),
         ({"images": 1, "also_trained": 1}, "on 1 image, also trained on since no other shows a defect"),
         (
             {"changed": 0, "stopped_by": "max_steps", "recipe": "paper", "mark": "norm", "norm_factor": 3.0},
@@ -150,6 +150,33 @@ def test_each_block_has_a_row_with_what_the_weights_say_of_it(make_result: MakeR
     assert [row.angle for row in rows] == ["–", "12°", "72°", "72°"]
     assert [row.gap for row in rows] == ["1.02*", "2.50", "2.50", "∞"]
     assert [row.stands_out for row in rows] == [False, True, True, True]
+
+
+def test_where_the_rule_in_force_marks_nothing_of_what_stands_out_it_is_not_called_healthy(
+    make_result: MakeResult,
+) -> None:
+    result = make_result(**OUTCOMES["healthy"])
+    result.summary.update(verdict="not improved", stopped_by="nothing_marked")
+    result.summary["scan"]["standing"] = 5
+    result.config["settings"]["mark"] = "weights"
+    verdict = facts.verdict(result)
+    assert (verdict.kind, verdict.word) == ("bad", "Not improved")
+    assert (
+        "5 of 128 patch tokens of 2 images stand out by norm, and the rule in force (--mark weights" in verdict.sentence
+    )
+    assert verdict.advice.startswith("Try --mark norm")
+    assert "marks none of the tokens that stand out" in text_of(result)
+
+
+def test_tokens_that_stand_out_unmarked_and_drawn_images_are_told(make_result: MakeResult) -> None:
+    result = make_result()
+    result.summary["defects"]["after"]["standing"] = 7
+    result.summary["drawn_on_the_guard"] = 1
+    sentence = facts.verdict(result).sentence
+    assert "; 7 more stand out by norm, which the rule in force does not mark." in sentence
+    assert "on 2 images never trained on (1 of them drawn by the program)" in sentence
+    result.summary["drawn_on_the_guard"] = 2
+    assert "on 2 images never trained on (all drawn by the program)" in facts.verdict(result).sentence
 
 
 @pytest.mark.parametrize(

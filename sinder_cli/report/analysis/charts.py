@@ -7,7 +7,7 @@ from functools import partial
 from textwrap import fill
 from typing import TYPE_CHECKING, NamedTuple
 
-from sinder_cli.defects.rules import MIN_GAP, STAGES, Stage
+from sinder_cli.defects.settings import MIN_GAP, STAGES, Stage
 from sinder_cli.report.analysis.facts import labels_of, rule_words, sides_of
 from sinder_cli.report.drawing.canvas import Chart
 from sinder_cli.report.drawing.lines import draw_cosines

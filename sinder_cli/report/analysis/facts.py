@@ -18,7 +18,7 @@ from sinder_cli.analysis.records import (
     VerdictKind,
 )
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.defects.rules import NORM_FACTOR
+from sinder_cli.defects.settings import NORM_FACTOR
 from sinder_cli.escaping import printable
 from sinder_cli.report import wording
 from sinder_cli.report.wording import NOTHING, Named, counted, degrees, number, percent

@@ -117,7 +117,7 @@ def norm_scale(spreads: Iterable[Spread | None]) -> ColourScale:
 
     With 3 × the median on the scale, harmless variation stays dark.
     """
-    from sinder_cli.defects.rules import NORM_FACTOR
+    from sinder_cli.defects.settings import NORM_FACTOR
 
     known = [each for each in spreads if each is not None and each.max > 0]
     if not known:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from sinder_cli.defects.rules import NORM_FACTOR, SLACK, Mark
+from sinder_cli.defects.settings import NORM_FACTOR, SLACK, Mark
 from sinder_cli.files import public_model, public_source
-from sinder_cli.repair.recipes import RECIPES
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repair.settings import RECIPES, RepairSettings
 from sinder_cli.report.wording import NOTHING, Named, counted, degrees, duration, number, percent, setting_rows
 
 if TYPE_CHECKING:
@@ -85,6 +84,8 @@ def verdict(result: Recorded) -> RepairVerdict:
     word = str(summary["verdict"])
     if word == "healthy":
         return _healthy(summary, settings)
+    if summary["stopped_by"] == "nothing_marked":
+        return _nothing_marked(summary, settings)
     before, after = (summary["defects"][side] for side in ("before", "after"))
     advice = "" if word == "repaired" else _advice(summary, settings)
     if word == "not improved" and not summary["changed_weights"]:
@@ -100,7 +101,8 @@ def verdict(result: Recorded) -> RepairVerdict:
         return RepairVerdict(KINDS[word], _title(word), f"{why}, and {AS_IT_WAS}: {found}.", advice)
     change = (
         f"outlying tokens at any block {before['tokens']:,} → {after['tokens']:,}{_of_all(summary)};"
-        f" largest norm {_ratio(before)} → {_ratio(after)}; {_fidelity(summary, True)}{_elsewhere(summary)}."
+        f" largest norm {_ratio(before)} → {_ratio(after)}; {_fidelity(summary, True)}{_elsewhere(summary)}"
+        f"{_standing(summary)}."
     )
     return RepairVerdict(KINDS[word], _title(word), change, advice)
 
@@ -121,13 +123,34 @@ def _elsewhere(summary: dict[str, Any]) -> str:
     return f"; on {images} with a defect of another kind, trained on, {found['before']:,} → {found['after']:,}"
 
 
+def _standing(summary: dict[str, Any]) -> str:
+    """Tokens of the guard that stand out though the rule in force does not mark them, if there are any."""
+    after = summary["defects"]["after"]
+    unmarked = after.get("standing", 0) - after["tokens"]
+    return f"; {unmarked:,} more stand out by norm, which the rule in force does not mark" if unmarked > 0 else ""
+
+
+def _nothing_marked(summary: dict[str, Any], settings: dict[str, Any]) -> RepairVerdict:
+    """Of a model whose outlying tokens the rule in force does not mark."""
+    scan = summary["scan"]
+    worst = max(scan["blocks"], key=lambda each: each["max_ratio"])
+    rule = f"--mark {settings['mark']}, --norm-factor {number(settings['norm_factor'])}"
+    sentence = (
+        f"nothing was trained, and {AS_IT_WAS}: {scan['standing']:,} of {scan['tokens']:,} patch tokens of"
+        f" {counted(scan['images'], 'image')} stand out by norm, and the rule in force ({rule}) marks none of them;"
+        f" largest norm {_ratio(worst)}."
+    )
+    advice = f"Try --mark norm --norm-factor {number(NORM_FACTOR)}. Run sinder analyze to see where they are."
+    return RepairVerdict(KINDS["not improved"], _title("not improved"), sentence, advice)
+
+
 def _healthy(summary: dict[str, Any], settings: dict[str, Any]) -> RepairVerdict:
-    """Of a model without a defect; plain, not green, where norms stand out that the rule in force does not mark."""
+    """Of a model without a defect; plain, not green, where norms are high that no rule takes for certain."""
     scan = summary["scan"]
     worst = max(scan["blocks"], key=lambda each: each["max_ratio"])
     sentence = (
         f"nothing was trained, and {AS_IT_WAS}: none of {scan['tokens']:,} patch tokens of"
-        f" {counted(scan['images'], 'image')} is outlying at any block; largest norm {_ratio(worst)}."
+        f" {counted(scan['images'], 'image')} is marked at any block; largest norm {_ratio(worst)}."
     )
     if worst["max_ratio"] <= NORM_FACTOR:
         return RepairVerdict(KINDS["healthy"], "Healthy", sentence, "")
@@ -201,7 +224,9 @@ def guard_images(summary: dict[str, Any]) -> str:
     if also >= count:
         return f"{counted(count, 'image')}, also trained on since no other shows a defect"
     words = f"{counted(count - also, 'image')} never trained on"
-    return words + (f" and {also:,} also trained on, since no other shows a defect" if also else "")
+    words += f" and {also:,} also trained on, since no other shows such a defect" if also else ""
+    drawn = summary.get("drawn_on_the_guard", 0)
+    return words + (f" ({'all' if drawn == count else f'{drawn:,} of them'} drawn by the program)" if drawn else "")
 
 
 def _ratio(defects: dict[str, Any]) -> str:
@@ -249,6 +274,7 @@ def comparison(result: Recorded) -> list[Compared]:
         Compared("Largest norm ÷ median of its image", ratio(before), ratio(after)),
         cosines("cls to the inpainted original, cosine", "cls", "mean over the images", NO_CLS),
         cosines("Good tokens to it, median cosine", "good", "tokens that the original marks at no block"),
+        *([cosines("Good tokens to it, mean cosine", "good_mean", "of the same")] if "good_mean" in one else []),
         cosines("Good tokens to it, 1st percentile", "good_p01", "one in a hundred is lower"),
         cosines("Marked tokens to it, mean cosine", "marked", "tokens that it marks at some block", NONE_MARKED),
     ]
@@ -407,6 +433,7 @@ def stop_reason(result: Recorded) -> str:
     stopped = str(summary["stopped_by"])
     words = {
         "healthy": "nothing to repair: no image has an outlying token",
+        "nothing_marked": "the rule in force marks none of the tokens that stand out",
         "clean": "no outlying token is left on the images that it is judged on",
         "fidelity": "cls or good tokens were spoilt, at several looks in a row",
         "no_improvement": "no better state at many looks in a row",

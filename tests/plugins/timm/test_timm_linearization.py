@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sinder_cli import Backbone
-from sinder_cli.backbone.blocks import BlockTensors, read_block
 from sinder_cli.backbone.opening import load_module
+from sinder_cli.backbone.weights import BlockTensors, read_block
 from sinder_cli.defects.linearize import attention_part, mlp_part
 
 SAMPLES = 4096

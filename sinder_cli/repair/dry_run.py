@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sinder_cli.backbone.blocks import rows_of
-from sinder_cli.backbone.layermap import WeightRef, trained_references
+from sinder_cli.backbone.contract import WeightRef, trained_references
+from sinder_cli.backbone.weights import rows_of
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.memory import peak_memory, told_when_it_runs_out
 from sinder_cli.ranks import ALONE
@@ -26,6 +26,7 @@ from sinder_cli.repair.step import Probes, StepGradient, step_gradient
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 FLOAT_BYTES = 4
 MARKING = 0.5  # standard deviations beyond which some token of any image is marked

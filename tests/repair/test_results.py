@@ -1,0 +1,59 @@
+"""The verdict on a repair: nothing is called repaired that is not, and nothing healthy that stands out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sinder_cli.defects.settings import SLACK
+from sinder_cli.repair.guard import Fidelity
+from sinder_cli.repair.results import Elsewhere, stop_reason, verdict_of
+
+FLOOR = 0.95
+WAS = Fidelity(0.9, 0.97, 0.97, 0.9, 0.3)
+BETTER = Fidelity(0.99, 0.99, 0.99, 0.95, 0.9)
+
+
+def side(left: int, fidelity: Fidelity, standing: int | None = None) -> Any:
+    """What `verdict_of` asks of a snapshot."""
+    marks = torch.arange(100) < (left if standing is None else standing)
+    return SimpleNamespace(left=left, standing=marks, fidelity=lambda: fidelity)
+
+
+def scan(healthy: bool = False, standing: int = 0) -> Any:
+    return SimpleNamespace(healthy=healthy, standing=standing)
+
+
+@pytest.mark.parametrize(
+    ("after", "elsewhere", "expected"),
+    [
+        (side(0, BETTER), None, "repaired"),
+        (side(0, BETTER), Elsewhere(2, 5, 0), "repaired"),
+        (side(3, BETTER), None, "improved"),
+        (side(0, BETTER), Elsewhere(2, 5, 1), "improved"),
+        (side(0, BETTER), Elsewhere(2, 5, 6), "not improved"),  # more of a kind that the guard does not show
+        (side(0, BETTER, standing=4), None, "improved"),  # of norms that the rule in force does not mark
+        (side(0, Fidelity(0.99, 0.99, 0.99, 0.95, 0.3 - 2 * SLACK)), None, "improved"),  # marked tokens say less
+        (side(10, BETTER), None, "not improved"),
+        (side(0, Fidelity(0.99, 0.5, 0.99, 0.95, 0.9)), None, "not improved"),  # good tokens are spoilt
+        (side(0, Fidelity(0.99, 0.99, 0.9, 0.95, 0.9)), None, "not improved"),  # a part of them
+        (side(0, Fidelity(0.8, 0.99, 0.99, 0.95, 0.9)), None, "not improved"),  # cls is
+    ],
+)
+def test_the_verdict_on_what_was_changed(after: Any, elsewhere: Elsewhere | None, expected: str) -> None:
+    assert verdict_of(scan(), side(10, WAS), after, True, FLOOR, elsewhere) == expected
+
+
+def test_what_was_not_changed_is_not_improved() -> None:
+    assert verdict_of(scan(), side(10, WAS), side(0, BETTER), False, FLOOR) == "not improved"
+
+
+def test_a_model_is_healthy_only_if_no_norm_stands_out() -> None:
+    for standing, word, reason in ((0, "healthy", "healthy"), (7, "not improved", "nothing_marked")):
+        found = scan(True, standing)
+        assert verdict_of(found, side(0, WAS), side(0, WAS), False, FLOOR) == word
+        progress: Any = SimpleNamespace(stopped="", density=1.0)
+        assert stop_reason(found, side(0, WAS), progress, SimpleNamespace(stop_density=1.0)) == reason  # type: ignore[arg-type]
