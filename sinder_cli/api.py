@@ -29,9 +29,9 @@ from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.stopping import Stop
 
 if TYPE_CHECKING:
-    from sinder_cli.analysis.results import AnalysisResult
+    from sinder_cli.analysis.records import AnalysisResult
     from sinder_cli.analysis.tokens import Subject
-    from sinder_cli.conformance.records import Conformance
+    from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.defects.settings import Stage
     from sinder_cli.export.exporting import Card, ExportResult
@@ -132,8 +132,8 @@ def analyze(
     named = _named_images(places, stdin, emit, ranks)  # before a checkpoint is read, or even downloaded
     from sinder_cli.analysis.batches import ImageBatches
     from sinder_cli.analysis.features import FeatureFiles, require_new_features
-    from sinder_cli.analysis.portraits import portraits, shown_blocks
-    from sinder_cli.analysis.results import AnalysisResult, analysis_of
+    from sinder_cli.analysis.per_image import portraits, shown_blocks
+    from sinder_cli.analysis.records import AnalysisResult, analysis_of
     from sinder_cli.analysis.survey import survey
     from sinder_cli.analysis.tokens import featured
 

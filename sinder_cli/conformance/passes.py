@@ -1,4 +1,4 @@
-"""Whether embed → blocks → norm is the module's own forward, and what the engine relies on in a block."""
+"""Whether embed → blocks → norm is the own forward, tokens lie where they should, and blocks do what is relied on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from torch import Tensor
 
 from sinder_cli.backbone.contract import trained_references
 from sinder_cli.backbone.weights import rows_of
-from sinder_cli.conformance.records import NonconformityError
-from sinder_cli.conformance.subject import GRID, Subject, gaussian, relative_error
+from sinder_cli.conformance.subject import GRID, NonconformityError, Subject, gaussian, relative_error
 from sinder_cli.defects.tokens import last_tokens
 
 SAME = 1e-4  # relative error of two ways to compute one thing in float32, over the depth of a model
@@ -98,3 +97,48 @@ def _require_same(found: Tensor, expected: Tensor, where: str) -> float:
     if not error <= SAME:
         raise NonconformityError(f"{where} a relative error of {error:.1e}")
     return error
+
+
+PROBED = ((0, 0), (1, 3), (3, 1), (4, 6))  # patches of the 5 × 7 whose pixels are changed
+NEAR = 1  # patches: how far the stem may mix, as overlapping convolutions do
+
+
+def tokens_are_counted(subject: Subject) -> str:
+    """There are prefix + h · w tokens; the prefix is the same for every image, and cls is a part of it."""
+    backbone = subject.backbone
+    images = subject.images(2)
+    tokens, _ = subject.embedded(images)
+    expected = (2, backbone.prefix_tokens + GRID[0] * GRID[1], backbone.width)
+    if tuple(tokens.shape) != expected:
+        what = f"{backbone.prefix_tokens} prefix tokens and {GRID[0]} × {GRID[1]} patches of width {backbone.width}"
+        raise NonconformityError(f"embed gives {list(tokens.shape)}, not {what} for 2 images")
+    if backbone.has_cls and not backbone.prefix_tokens:
+        raise NonconformityError("it has a cls token, and no prefix token that could be one")
+    one, other = tokens[:, : backbone.prefix_tokens]
+    different = (one != other).any(dim=1).nonzero()[:, 0].tolist()
+    if different:
+        raise NonconformityError(f"prefix token {different[0]} depends on the image, as patch tokens do")
+    return f"{backbone.prefix_tokens} prefix tokens" + (", cls first" if backbone.has_cls else ", no cls")
+
+
+def patches_lie_row_by_row(subject: Subject) -> str:
+    """Other pixels in one patch change the token prefix + row · w + column most, and none that is not beside it."""
+    backbone, P = subject.backbone, subject.backbone.patch_size
+    image, other = subject.images(1), subject.images(1, seed=1)
+    before, _ = subject.embedded(image)
+    changed_tokens = 0
+    for row, column in PROBED:
+        mixed = image.clone()
+        inside = (..., slice(row * P, (row + 1) * P), slice(column * P, (column + 1) * P))
+        mixed[inside] = other[inside]
+        after, _ = subject.embedded(mixed)
+        moved = (after - before)[0].norm(dim=1)  # [T]
+        most = int(moved.argmax()) - backbone.prefix_tokens
+        if most != row * GRID[1] + column:
+            raise NonconformityError(f"the pixels of patch {row}, {column} move patch token {most} most")
+        changed = (moved > 0).nonzero()[:, 0] - backbone.prefix_tokens
+        far = torch.maximum((changed // GRID[1] - row).abs(), (changed % GRID[1] - column).abs()) > NEAR
+        if bool((far | (changed < 0)).any()):
+            raise NonconformityError(f"the pixels of patch {row}, {column} move {len(changed)} tokens, even far ones")
+        changed_tokens = max(changed_tokens, len(changed))
+    return f"one patch moves {changed_tokens} token" + ("s" if changed_tokens > 1 else "")

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from sinder_cli.backbone.contract import Backbone
 from sinder_cli.backbone.opening import load_module
-from sinder_cli.conformance import changes, linear, maps, passes, tokens
-from sinder_cli.conformance.records import Check, Conformance, NonconformityError
-from sinder_cli.conformance.subject import Subject
+from sinder_cli.conformance import blocks, changes, passes
+from sinder_cli.conformance.subject import Check, Conformance, NonconformityError, Subject
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.memory import is_out_of_memory
 
@@ -33,7 +32,7 @@ def _checks(backbone: Backbone, describe: Callable[[Path], Backbone], emit: Emit
         subjects.append(Subject(backbone, load_module(backbone), describe))
         return f"{len(backbone.weights.names)} tensors"
 
-    fits = _asked("map: tensors", lambda: maps.map_fits_weights(backbone), emit)
+    fits = _asked("map: tensors", lambda: changes.map_fits_weights(backbone), emit)
     yield fits
     yield _asked("module: weights", load, emit) if fits.outcome == "passed" else _not_run("module: weights")
     for name, question in _questions(backbone, emit):
@@ -53,15 +52,15 @@ def _questions(backbone: Backbone, emit: Emit) -> list[tuple[str, Question | Non
     """What takes a module, by name; None where the plugin gives no answer. The repair comes late: it changes it."""
     forward = backbone.forward
     return [
-        ("map: roles", lambda subject: maps.roles_are_apart(subject.backbone)),
-        ("tokens: prefix", tokens.tokens_are_counted),
-        ("tokens: patches", tokens.patches_lie_row_by_row),
+        ("map: roles", lambda subject: changes.roles_are_apart(subject.backbone)),
+        ("tokens: prefix", passes.tokens_are_counted),
+        ("tokens: patches", passes.patches_lie_row_by_row),
         ("passes: forward", None if forward is None else lambda subject: passes.forward_agrees(subject, forward)),
         ("passes: batches", passes.images_are_apart),
         ("passes: inputs", passes.blocks_keep_their_input),
         ("passes: gradients", passes.gradients_arrive),
-        ("blocks: formula", lambda subject: linear.blocks_follow_the_map(subject, emit)),
-        ("blocks: linearization", lambda subject: linear.linearization_agrees(subject, emit)),
+        ("blocks: formula", lambda subject: blocks.blocks_follow_the_map(subject, emit)),
+        ("blocks: linearization", lambda subject: blocks.linearization_agrees(subject, emit)),
         ("repair: step", changes.repair_keeps_to_the_map),
         ("export: native", changes.export_reads_back),
     ]

@@ -1,4 +1,4 @@
-"""The backbone that is looked at, with its module in float32 and inputs from a seed."""
+"""What is looked at, and what is said of it: a backbone with its module, checks and their outcomes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -15,6 +15,39 @@ from sinder_cli.backbone.weights import rows_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+Outcome = Literal["passed", "failed", "not given", "not run"]
+
+
+class NonconformityError(Exception):
+    """What a check found to be wrong, in one line."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question to a plugin: passed or failed, not given what it would take, or not run after a failure before it.
+
+    `detail` is what was measured, or what is wrong.
+    """
+
+    name: str
+    outcome: Outcome
+    detail: str
+
+
+@dataclass(frozen=True)
+class Conformance:
+    """All checks of one backbone, in their order."""
+
+    model: str
+    weights: str
+    checks: tuple[Check, ...]
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if check.outcome == "failed")
+
 
 GRID = (5, 7)  # patches of a small image: the fewest that the engine takes, and no square, so that h and w show
 SEED = 0

@@ -12,7 +12,7 @@ from sinder_cli.backbone.registry import InstalledBackbone
 
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis
-    from sinder_cli.conformance.records import Conformance
+    from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.export.exporting import ExportResult
     from sinder_cli.repair.dry_run import Trial

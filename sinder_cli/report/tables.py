@@ -22,7 +22,7 @@ from sinder_cli.report.wording import counted, degrees
 
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis, Distribution, Marked, Side
-    from sinder_cli.conformance.records import Conformance
+    from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import BlockSpectrum, PositionCheck, Prediction
     from sinder_cli.export.exporting import ExportResult
     from sinder_cli.repair.dry_run import Trial

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
-from sinder_cli.analysis.attention import ClsAttention
+from sinder_cli.analysis.per_image import ClsAttention
 from sinder_cli.analysis.tokens import Subject
 from sinder_cli.defects.tokens import in_precision, residual_stream
 

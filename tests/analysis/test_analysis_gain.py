@@ -20,7 +20,7 @@ from sinder_cli.analysis import gain as module
 from sinder_cli.analysis.batches import equal_shapes
 from sinder_cli.analysis.components import Basis
 from sinder_cli.analysis.gain import SAME, InpaintingCollector, gain_of, gain_sentence
-from sinder_cli.analysis.portraits import portraits
+from sinder_cli.analysis.per_image import portraits
 from sinder_cli.analysis.records import Distribution, ImageInpainting, Inpainting
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.survey import Surveys, survey

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sinder_cli import Backbone, UsageError
 from sinder_cli.analysis.components import Basis
-from sinder_cli.analysis.portraits import TEMPERATURES, Portrait, portraits, shown_blocks
+from sinder_cli.analysis.per_image import TEMPERATURES, Portrait, portraits, shown_blocks
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import Subject
 from sinder_cli.defects.prediction import BlockSpectrum, Prediction

@@ -12,9 +12,8 @@ from vit import H, Shape, norm_map, ref, vit
 
 from sinder_cli import Backbone, BlockMap, MemoryTensors, Weights
 from sinder_cli.backbone.opening import load_module
-from sinder_cli.conformance.linear import blocks_follow_the_map, linearization_agrees
-from sinder_cli.conformance.records import NonconformityError
-from sinder_cli.conformance.subject import Subject
+from sinder_cli.conformance.blocks import blocks_follow_the_map, linearization_agrees
+from sinder_cli.conformance.subject import NonconformityError, Subject
 from sinder_cli.events import silent
 
 SHAPES = {

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from vit import Shape, Vit, norm_map, random_state, read, ref, vit
 
 from sinder_cli import Backbone, BlockMap, MemoryTensors, Weights
-from sinder_cli.conformance import changes, maps
-from sinder_cli.conformance.records import NonconformityError
-from sinder_cli.conformance.subject import Subject
+from sinder_cli.conformance import changes
+from sinder_cli.conformance import changes as maps
+from sinder_cli.conformance.subject import NonconformityError, Subject
 
 Make = Callable[..., Subject]
 Mapped = Callable[..., Any]

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 from vit import N, Vit
 
-from sinder_cli.conformance import passes, tokens
-from sinder_cli.conformance.records import NonconformityError
-from sinder_cli.conformance.subject import Subject
+from sinder_cli.conformance import passes
+from sinder_cli.conformance import passes as tokens
+from sinder_cli.conformance.subject import NonconformityError, Subject
 
 Make = Callable[..., Subject]
 

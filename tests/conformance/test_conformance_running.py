@@ -11,8 +11,8 @@ import torch
 from vit import read, ref, vit
 
 from sinder_cli import Backbone, BlockMap
-from sinder_cli.conformance.records import Conformance
 from sinder_cli.conformance.running import conformance
+from sinder_cli.conformance.subject import Conformance
 
 NAMES = [
     "map: tensors", "module: weights", "map: roles", "tokens: prefix", "tokens: patches", "passes: forward",

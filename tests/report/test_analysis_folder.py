@@ -15,7 +15,7 @@ from made_analysis import Made
 from PIL import Image
 from safetensors import safe_open
 
-from sinder_cli.analysis.portraits import Portrait
+from sinder_cli.analysis.per_image import Portrait
 from sinder_cli.analysis.records import Analysis
 from sinder_cli.errors import CannotCreateError
 from sinder_cli.events import Advanced, Finished, Started, silent

@@ -17,8 +17,7 @@ from sinder_cli.report.drawing.violins import draw_angles, draw_norms
 from sinder_cli.report.wording import counted
 
 if TYPE_CHECKING:
-    from sinder_cli.analysis.records import Analysis, Side
-    from sinder_cli.analysis.results import AnalysisResult
+    from sinder_cli.analysis.records import Analysis, AnalysisResult, Side
     from sinder_cli.analysis.survey import Survey
 
 TITLE_LETTERS = 52  # in one line of a title

@@ -17,7 +17,7 @@ from sinder_cli.report.wording import counted, number
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sinder_cli.analysis.portraits import InpaintedMaps, Portrait, PortraitSide, TargetMaps
+    from sinder_cli.analysis.per_image import InpaintedMaps, Portrait, PortraitSide, TargetMaps
     from sinder_cli.analysis.records import Analysis
     from sinder_cli.report.drawing.pictures import Picture, Span
 
