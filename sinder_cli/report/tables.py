@@ -17,7 +17,7 @@ from sinder_cli.defects.settings import MIN_GAP
 from sinder_cli.escaping import printable
 from sinder_cli.report.analysis.facts import norm_factor
 from sinder_cli.report.repair import facts
-from sinder_cli.report.repair.trial import trial_facts
+from sinder_cli.report.repair.dry_run import trial_facts
 from sinder_cli.report.wording import counted, degrees
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from made_analysis import Made
 from matplotlib.figure import Figure
 
 from sinder_cli.analysis.records import Distribution, PairRecord
-from sinder_cli.report.analysis.charts import analysis_charts
+from sinder_cli.report.analysis.figures import analysis_charts
 from sinder_cli.report.drawing.canvas import Chart
-from sinder_cli.report.drawing.lines import draw_cosines
+from sinder_cli.report.drawing.charts import draw_cosines
 
 TITLE = "<0.123456> & #2b5c8a, 12.34567 font: 1px x"
 

@@ -12,7 +12,7 @@ from matplotlib import colormaps
 
 from sinder_cli.analysis.records import Distribution
 from sinder_cli.report.analysis.image_maps import MARK, drawn_image, mask_map, paint_image, shared_scales
-from sinder_cli.report.drawing.colours import ABSENT
+from sinder_cli.report.drawing.canvas import ABSENT
 from sinder_cli.report.drawing.pictures import LabelledPicture, clip_range, pca_map
 from sinder_cli.report.drawing.rows import Row, draw_rows
 from sinder_cli.report.drawing.scales import (

@@ -22,9 +22,7 @@ from sinder_cli.repair.results import RepairResult
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.report.repair import facts
 from sinder_cli.report.repair.card import render_card
-from sinder_cli.report.repair.line_chart import LEFT
-from sinder_cli.report.repair.page import charts, guard_charts, read_lines, render_repair_page
-from sinder_cli.report.repair.samples import samples_of
+from sinder_cli.report.repair.page import LEFT, charts, guard_charts, read_lines, render_repair_page, samples_of
 from sinder_cli.report.tables import repair_table
 
 MakeResult = Callable[..., RepairResult]

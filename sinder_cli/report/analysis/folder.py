@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 from sinder_cli.analysis.records import Analysis, FigureFile
 from sinder_cli.events import Emit, tracked
 from sinder_cli.files import replacing_folder, write_json, write_text
-from sinder_cli.report.analysis.charts import analysis_charts
 from sinder_cli.report.analysis.facts import labels_of
-from sinder_cli.report.analysis.image_figures import file_of, image_figures
+from sinder_cli.report.analysis.figures import analysis_charts, file_of, image_figures
 from sinder_cli.report.analysis.image_maps import (
     DrawnImage,
     ImageMaps,

@@ -10,12 +10,11 @@ from sinder_cli.report.analysis import facts
 from sinder_cli.report.analysis.facts import COLOUR_OF, labels_of, sides_of
 from sinder_cli.report.drawing.pictures import data_uri
 from sinder_cli.report.drawing.scales import ANGLES, ColourScale
-from sinder_cli.report.pages.panels import Panel
-from sinder_cli.report.pages.templates import html_template
+from sinder_cli.report.pages.templates import Panel, html_template
 
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis
-    from sinder_cli.report.analysis.charts import ChartGroup
+    from sinder_cli.report.analysis.figures import ChartGroup
     from sinder_cli.report.analysis.image_maps import ImageMaps, Scales, SideMaps
     from sinder_cli.report.drawing.pictures import LabelledPicture
 

@@ -10,7 +10,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from sinder_cli.report.drawing.colours import ABSENT
+from sinder_cli.report.drawing.canvas import ABSENT
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sinder_cli.report.drawing.colours import FAINT, INK, SOFT
+from sinder_cli.report.drawing.canvas import FAINT, INK, SOFT
 from sinder_cli.report.drawing.pictures import LabelledPicture
 from sinder_cli.report.drawing.scales import ColourScale
 

@@ -6,7 +6,7 @@ They lie beside the modules that fill them; a template's name is its path inside
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sinder_cli.escaping import printable, printable_lines
 
@@ -65,3 +65,12 @@ def _source(name: str) -> str:
     from importlib.resources import files
 
     return files("sinder_cli.report").joinpath(name).read_text(encoding="utf-8")
+
+
+class Panel(NamedTuple):
+    """One picture: its caption, what a reader who cannot see it is told, and a `data:` URI, empty for none."""
+
+    caption: str
+    alt: str
+    uri: str
+    sharp: bool = False  # enlarged by the browser, every patch a square

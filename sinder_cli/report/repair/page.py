@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sinder_cli.escaping import printable
 from sinder_cli.files import public_model
 from sinder_cli.report import wording
-from sinder_cli.report.drawing.pictures import data_uri
-from sinder_cli.report.pages.templates import html_template
+from sinder_cli.report.drawing.pictures import data_uri, enlarged, pca_maps, picture
+from sinder_cli.report.drawing.scales import FIDELITY, NormSpread, Tick, norm_scale, round_steps
+from sinder_cli.report.pages.templates import Panel, html_template
 from sinder_cli.report.repair import facts
-from sinder_cli.report.repair.line_chart import LineChart, line_chart
-from sinder_cli.report.repair.samples import samples_of
+from sinder_cli.report.wording import Named, number, numbers
 
 if TYPE_CHECKING:
+    from sinder_cli.repair.guard import Snapshot
     from sinder_cli.repair.results import RepairResult
+    from sinder_cli.report.drawing.pictures import Picture
+    from sinder_cli.report.drawing.scales import ColourScale
     from sinder_cli.report.repair.facts import Recorded
 
 
@@ -81,3 +88,156 @@ def guard_charts(evaluations: list[dict[str, Any]], result: Recorded) -> list[Li
         seen = [(line["step"], max(0.0, 1 - line[key])) for line in lines if line[key] is not None]
         drawn.append(line_chart(seen, name, "step", "1 − cosine to the inpainted original", kept=kept))
     return [chart for chart in drawn if chart is not None]
+
+
+WIDTH, HEIGHT = 360, 210  # of the whole drawing, in its own units
+LEFT, RIGHT, TOP, BOTTOM = 42, 350, 28, 168  # of the plotting area
+MAX_POINTS = 240  # more are averaged: a phone shows no finer line
+
+Point = tuple[float, float]
+
+
+class LineChart(NamedTuple):
+    """Everything that the drawing of one line needs, in drawing units."""
+
+    name: str
+    x_label: str
+    y_label: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    line: list[Point]
+    goal: float | None  # height of a horizontal mark
+    averaged: int  # points of the data in one point of the line
+    kept: float | None = None  # place of a vertical mark
+
+    @property
+    def path(self) -> str:
+        """The points of an SVG polyline."""
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in self.line)
+
+
+def line_chart(
+    points: Sequence[Point],
+    name: str,
+    x_label: str,
+    y_label: str,
+    top: float | None = None,
+    goal: float | None = None,
+    kept: float | None = None,
+) -> LineChart | None:
+    """Lay out (x, y ≥ 0) points, from 0 on both axes up to the data's maximum or `top`; None without finite points.
+
+    `goal` is a y that is marked, `kept` an x.
+    """
+    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    if not finite:
+        return None
+    averaged = math.ceil(len(finite) / MAX_POINTS)
+    thinned = [_mean_point(finite[start : start + averaged]) for start in range(0, len(finite), averaged)]
+    x_steps = round_steps(max(x for x, _ in finite), whole=True)
+    y_steps = round_steps(top or max(y for _, y in thinned))
+
+    def across(x: float) -> float:
+        return LEFT + (RIGHT - LEFT) * x / x_steps[-1]
+
+    def up(y: float) -> float:
+        return BOTTOM - (BOTTOM - TOP) * y / y_steps[-1]
+
+    return LineChart(
+        name,
+        x_label,
+        y_label,
+        [Tick(across(x), f"{x:,.0f}") for x in x_steps],
+        [Tick(up(y), label) for y, label in zip(y_steps, numbers(y_steps), strict=True)],
+        [(across(x), up(y)) for x, y in thinned],
+        None if goal is None else up(goal),
+        averaged,
+        None if kept is None else across(min(kept, x_steps[-1])),
+    )
+
+
+def _mean_point(points: Sequence[Point]) -> Point:
+    return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
+
+
+class Sample(NamedTuple):
+    """One image: its own numbers, the image itself, and its maps, each before and after, or of the original alone."""
+
+    name: str
+    numbers: list[Named]
+    image: Panel
+    maps: list[tuple[Panel, ...]]
+
+
+class Samples(NamedTuple):
+    """All images that are shown, and the scales of their maps; `blocks` are those whose norms are shown."""
+
+    images: list[Sample]
+    blocks: list[int]
+    ratios: ColourScale
+    fidelity: ColourScale
+
+
+def samples_of(result: RepairResult) -> Samples:
+    """The images with before and after; where no weight was changed, the original alone."""
+    sides = {"before": result.before, "after": result.after}
+    if not result.summary["changed_weights"]:
+        sides = {"original": result.before}
+    last = result.before.norms.shape[0] - 1
+    blocks = sorted({result.summary["defects"]["before"]["worst_block"], last})
+    ratios = _ratio_scale(list(sides.values()), blocks, len(result.pictures))
+    pca = dict(zip(("before", "after"), pca_maps(result.before.samples, result.after.samples), strict=True))
+    pca["original"] = pca["before"]
+    images = []
+    for index, path in enumerate(result.names):
+        name = printable(Path(path).name)
+        shown = picture(result.pictures[index], result.mean, result.std)
+        rows = [_maps(name, side, of, index, blocks, ratios, pca[side][index]) for side, of in sides.items()]
+        images.append(
+            Sample(
+                name,
+                _numbers(list(sides.values()), index),
+                Panel("Image", f"{name}, as the model saw it", data_uri(shown, "jpeg")),
+                list(zip(*rows, strict=True)),
+            )
+        )
+    return Samples(images, blocks, ratios, FIDELITY)
+
+
+def _ratio_scale(sides: list[Snapshot], blocks: list[int], shown: int) -> ColourScale:
+    """One scale of norms ÷ median for every map on the page."""
+    scale = norm_scale(NormSpread.of(side.ratios[block, :shown]) for side in sides for block in blocks)
+    return replace(scale, label="L2 norm ÷ median of the image")
+
+
+def _maps(
+    name: str, side: str, of: Snapshot, index: int, blocks: list[int], ratios: ColourScale, pca: Picture
+) -> list[Panel]:
+    panels = []
+    for block in blocks:
+        values = of.ratios[block, index]
+        count, largest = int(of.outlying[block, index].sum()), number(values.max().item(), 3)
+        alt = f"Norms ÷ median of {name} after block {block}, {side}: largest {largest}, {count:,} outlying"
+        panels.append(_panel(f"Norm, block {block}", side, alt, ratios.paint(values)))
+    panels.append(_panel("PCA", side, f"Principal components of the tokens of {name}, {side}, as colours", pca))
+    cosines = of.to_inpainted[index]
+    lowest = number(cosines.min().item(), 3)
+    alt = f"Cosine of each token of {name} to the inpainted original, {side}: lowest {lowest}"
+    panels.append(_panel("Fidelity", side, alt, FIDELITY.paint(cosines)))
+    return panels
+
+
+def _panel(what: str, side: str, alt: str, colours: Picture) -> Panel:
+    return Panel(f"{what}, {side}", alt, data_uri(enlarged(colours)))
+
+
+def _numbers(sides: list[Snapshot], index: int) -> list[Named]:
+    """What one image shows, on each side."""
+    tokens = [f"{int(side.outlying[:, index].any(dim=0).sum()):,}" for side in sides]
+    largest = [number(side.ratios[:, index].max().item(), 3) for side in sides]
+    rows = {"Outlying tokens": tokens, "Largest norm ÷ median": largest}
+    heads = [side.cls_to_inpainted for side in sides]
+    cosines = [f"{head[index].item():.4f}" for head in heads if head is not None]
+    if cosines:
+        rows["cls to the inpainted original"] = cosines
+    return [Named(name, " → ".join(values)) for name, values in rows.items()]

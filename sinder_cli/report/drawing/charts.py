@@ -1,20 +1,21 @@
-"""Violin plots of norms and angles, block by block."""
+"""Charts of an analysis: violins of norms and angles over blocks, lines of two backbones, places on the grid."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sinder_cli.report.drawing.canvas import block_axis
-from sinder_cli.report.drawing.colours import ACCENT, INK, LINE, SOFT
+from sinder_cli.report.drawing.canvas import ABSENT, ACCENT, BRIGHT, INK, LINE, SOFT, block_axis
 from sinder_cli.report.wording import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
     from sinder_cli.analysis.histogram import Curve
-    from sinder_cli.analysis.records import Distribution
+    from sinder_cli.analysis.records import Distribution, PairRecord
+
 
 HALF_WIDTH = 0.42  # of a violin, in blocks
 FULL_LINES = 16  # blocks up to which lines have their full width: beyond, they would hide the violins
@@ -95,3 +96,64 @@ def _label_decades(axes: Axes, limits: tuple[float, float]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 3000 * low else (1,)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+
+
+def draw_cosines(figure: Figure, title: str, pairs: Sequence[PairRecord]) -> None:
+    """Medians over the blocks with a band from 1 % to 99 %: patch tokens, and cls where both sides have one."""
+    axes = figure.add_subplot(title=title)
+    axes.set_ylabel("cosine (no unit)")
+    _draw_band(axes, [pair.patch_cosine for pair in pairs], LINE, "patch tokens", "o", "-")
+    if any(pair.cls_cosine for pair in pairs):
+        _draw_band(axes, [pair.cls_cosine for pair in pairs], ACCENT, "cls", "s", "--")
+    axes.legend(loc="lower left")
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.99), max(high, 1 + 0.02 * (1 - min(low, 0.99))))
+    block_axis(axes, len(pairs))
+
+
+def _draw_band(
+    axes: Axes, cosines: Sequence[Distribution | None], colour: str, label: str, marker: str, dashes: str
+) -> None:
+    known = [(block, each) for block, each in enumerate(cosines) if each is not None]
+    blocks = [block for block, _ in known]
+    axes.fill_between(
+        blocks,
+        [each.p01 for _, each in known],
+        [each.p99 for _, each in known],
+        facecolor=colour,
+        alpha=0.18,
+        linewidth=0,
+    )
+    medians = [each.median for _, each in known]
+    axes.plot(blocks, medians, dashes, color=colour, linewidth=1.4, marker=marker, markersize=3.2, label=label)
+
+
+def draw_positions(figure: Figure, title: str, shares: Mapping[str, Tensor | None], top: float) -> None:
+    """One map `[H, W]` a rule: of the tokens at each place the share that it marks, and grey where there were none.
+
+    Colours go up to `top`, which both sides share. A rule that does not apply to the block has None, and an empty place
+    of the same shape; one rule always applies.
+    """
+    import torch
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+
+    colour_map = colormaps[BRIGHT].with_extremes(bad="#" + bytes(ABSENT).hex())
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    shape = next(share.shape for share in shares.values() if share is not None)
+    axes = figure.subplots(1, len(shares), squeeze=False, sharey=True)[0]
+    for each, (rule, share) in zip(axes, shares.items(), strict=True):
+        values = 100 * share if share is not None else torch.full(shape, torch.nan)
+        drawn = each.imshow(values.numpy(), cmap=colour_map, vmin=0, vmax=100 * top, interpolation="nearest")
+        if share is None:
+            each.text(0.5, 0.5, "ν not\ndetermined", transform=each.transAxes, ha="center", va="center", color="white")
+        each.set_title(rule, fontsize=9.5)
+        each.set_xlabel("column, patches")
+        each.grid(visible=False)
+        for axis in (each.xaxis, each.yaxis):
+            axis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
+    axes[0].set_ylabel("row, patches")
+    bar = figure.colorbar(drawn, ax=list(axes), label="share of the tokens there, %", shrink=0.85, pad=0.02)
+    bar.outline.set_visible(False)
+    assert bar.solids is not None
+    bar.solids.set_rasterized(True)  # an image: 256 bands would show seams between them

@@ -1,4 +1,4 @@
-"""The manual page of an analysis' JSON document, from the records that make it: `sinder-analysis(5)`."""
+"""Manual pages: the few words of roff that they are made of, and the page that describes the JSON of an analysis."""
 
 from __future__ import annotations
 
@@ -7,8 +7,24 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from sinder_cli import __version__
 from sinder_cli.analysis.records import Analysis
-from sinder_cli.report.manual.roff import escape, head
+
+
+def head(name: str, section: int, summary: str, manual: str) -> list[str]:
+    """The title of a page and its line in `apropos`."""
+    return [
+        f'.TH {escape(name).upper()} {section} "" "sinder {__version__}" "{manual}"',
+        ".SH NAME",
+        f"{escape(name)} \\- {escape(summary.rstrip('.'))}",
+    ]
+
+
+def escape(text: str) -> str:
+    """Text as roff prints it: no line may begin with a control character, and hyphens stay minus signs."""
+    escaped = text.replace("\\", "\\e").replace("-", "\\-")
+    return f"\\&{escaped}" if escaped.startswith((".", "'")) else escaped
+
 
 NAME = "sinder-analysis.5"
 INTRODUCTION = (
