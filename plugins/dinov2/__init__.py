@@ -19,9 +19,9 @@ from sinder_cli import (
     require_matching,
 )
 
+from .checkpoints import canonical, infer_config
 from .config import HEAD_WIDTH, OFFICIAL, Config, differences, parameter_count, tensor_shapes
 from .hub import hub_source
-from .inference import canonical, infer_config
 from .layers import layer_map
 
 if TYPE_CHECKING:

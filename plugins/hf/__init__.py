@@ -24,9 +24,8 @@ from sinder_cli import (
 
 from .checkpoint import as_stored, encoder, is_fused, require_whole
 from .config import Config, read_config
-from .folder import CONFIG, DescribedWeights, license_of, open_folder, read_texts
+from .folder import CONFIG, DescribedWeights, license_of, local_folder, open_folder, place_of, read_texts, repository
 from .layers import layer_map
-from .places import local_folder, place_of, repository
 from .preprocessor import read_preprocessor
 
 if TYPE_CHECKING:

@@ -64,7 +64,7 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
     fused = _fused(request)
     from .architecture import architecture, attention_switch, block_runner, create, embed
     from .checkpoints import backbone_weights
-    from .configuration import hub_config
+    from .hub import hub_config
 
     described = architecture(name)
     module, cfg = described.module, described.module.pretrained_cfg

@@ -8,8 +8,7 @@ from typing import Any
 
 from sinder_cli.cli.app import HELP, command
 from sinder_cli.files import write_text
-from sinder_cli.report import manual as schema_page
-from sinder_cli.report.manual import NAME, escape, head
+from sinder_cli.report.manual import NAME, escape, head, schema_page
 
 EXIT_CODES = {
     0: "done, reported skips included",

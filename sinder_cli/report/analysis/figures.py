@@ -1,4 +1,4 @@
-"""The figures of an analysis, over all images and of each: what stands in which file, on which scale, and what the caption says."""
+"""The figures of an analysis, over all images and of each: what stands in which file, and what the caption says."""
 
 from __future__ import annotations
 

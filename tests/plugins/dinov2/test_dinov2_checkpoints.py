@@ -18,8 +18,8 @@ from sinder_cli.backbone import weights as weights_module
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.events import Noted
 from sinder_plugins.dinov2 import sinder_backbone
+from sinder_plugins.dinov2.checkpoints import infer_config
 from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
-from sinder_plugins.dinov2.inference import infer_config
 
 Describe = Callable[..., Backbone]
 Draw = Callable[[Config], dict[str, Tensor]]

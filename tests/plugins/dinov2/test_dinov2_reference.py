@@ -12,8 +12,8 @@ from torch import Tensor
 from sinder_cli import Backbone, BadInputError, MemoryTensors, Weights
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.events import Noted
+from sinder_plugins.dinov2.checkpoints import without_leftovers
 from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
-from sinder_plugins.dinov2.reference import without_leftovers
 
 Describe = Callable[..., Backbone]
 Draw = Callable[[Config], dict[str, Tensor]]

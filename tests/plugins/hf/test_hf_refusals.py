@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from sinder_cli import Backbone, BadInputError, ModelRequest, NoInputError, SinderError, UsageError, api
+from sinder_plugins.hf.config import REFUSED
 from sinder_plugins.hf.families import FAMILIES
-from sinder_plugins.hf.refusals import REFUSED
 
 Saved = Callable[[str], Path]
 Opened = Callable[..., Backbone]
