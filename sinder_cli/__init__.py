@@ -34,7 +34,6 @@ from sinder_cli.backbone.contract import (
 )
 from sinder_cli.backbone.download import download
 from sinder_cli.backbone.opening import require_matching
-from sinder_cli.backbone.operators import define_torchvision_operators
 from sinder_cli.backbone.sources import (
     MemoryTensors,
     TensorInfo,
@@ -43,6 +42,7 @@ from sinder_cli.backbone.sources import (
     shard_names,
     weights_in,
 )
+from sinder_cli.backbone.torchvision_shim import define_torchvision_operators
 from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError, NoInputError, SinderError, UnavailableError, UsageError
 

@@ -17,6 +17,7 @@ from sinder_cli.backbone.device import exact_device, resolve_device
 from sinder_cli.backbone.opening import describe, load_module, open_backbone
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
 from sinder_cli.defects.settings import DetectionSettings
+from sinder_cli.distributed import ALONE, Ranks, require_alike
 from sinder_cli.errors import NoInputError, UsageError
 from sinder_cli.events import Emit, Noted, Warned, silent
 from sinder_cli.images.drawn import DrawnPictures
@@ -24,9 +25,8 @@ from sinder_cli.images.loading import require_some, sampled
 from sinder_cli.images.preprocessing import MIN_PATCHES, Preprocessing, Resize
 from sinder_cli.images.sources import DrawnImages, ImageSource, JoinedImages, find_images, read_bytes
 from sinder_cli.memory import told_when_it_runs_out
-from sinder_cli.ranks import ALONE, Ranks, require_alike
 from sinder_cli.repair.settings import RepairSettings
-from sinder_cli.stopping import Stop
+from sinder_cli.signals import Stop
 
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import AnalysisResult
@@ -207,7 +207,7 @@ def _subject(backbone: Backbone, device: str, emit: Emit, ranks: Ranks) -> Subje
     from sinder_cli.defects.prediction import predict as predict_defects
 
     module = load_module(backbone, device)
-    return Subject(backbone, module, ranks.once(lambda: predict_defects(backbone, emit=emit, device=device)))
+    return Subject(backbone, module, ranks.from_rank0(lambda: predict_defects(backbone, emit=emit, device=device)))
 
 
 def _named_images(places: Sequence[str], stdin: IO[str] | None, emit: Emit, ranks: Ranks) -> ImageSource | None:
@@ -215,7 +215,7 @@ def _named_images(places: Sequence[str], stdin: IO[str] | None, emit: Emit, rank
     if not places:
         return None
     if "-" in places and ranks.size > 1:
-        return find_images(places, BytesIO(ranks.once(lambda: read_bytes(stdin or sys.stdin))), emit)
+        return find_images(places, BytesIO(ranks.from_rank0(lambda: read_bytes(stdin or sys.stdin))), emit)
     return find_images(places, stdin, emit)
 
 
@@ -251,7 +251,7 @@ def repair(
     if force:
         _require_elsewhere(out, request)
     with folder.held(emit) if ranks.writes else nullcontext():
-        goes_on = ranks.once(lambda: folder.require_free(resume, force))
+        goes_on = ranks.from_rank0(lambda: folder.require_free(resume, force))
         if resume and not goes_on and ranks.writes:
             emit(Noted(f"no run in {out} yet: starting one"))
         if goes_on:

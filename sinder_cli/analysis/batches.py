@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 
 from sinder_cli.analysis.settings import AnalyzeSettings
+from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.events import Emit, tracked
 from sinder_cli.images.loading import Changes, LoadedImage, load_in_order, readable, skip_all, spread
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.processes import worker_count
 from sinder_cli.images.sources import ImageSource
-from sinder_cli.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,8 +50,8 @@ class ImageBatches:
 
     def gather(self) -> None:
         """Let rank 0 know, and tell, what the others could not decode, and how many images were changed."""
-        skip_all(self.ranks.at_first(self.skipped), self.skipped, self.emit)
-        for other in self.ranks.at_first(self.changes):
+        skip_all(self.ranks.gather(self.skipped), self.skipped, self.emit)
+        for other in self.ranks.gather(self.changes):
             self.changes.merge(other)
         if self.ranks.writes:
             self.changes.tell(self.emit, self.preprocess.max_tokens)

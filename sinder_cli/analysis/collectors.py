@@ -17,7 +17,7 @@ from sinder_cli.analysis.rules import RULES, RuleCounts, added, merge_overlaps, 
 from sinder_cli.analysis.tokens import BlockTokens
 from sinder_cli.defects.detection import DetectionRule
 from sinder_cli.defects.settings import STAGES, Stage
-from sinder_cli.ranks import Ranks
+from sinder_cli.distributed import Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,7 +162,7 @@ class Collected:
         if ranks.size == 1:
             return self
         return Collected(
-            images=sum(ranks.at_first(self.images)),
+            images=sum(ranks.gather(self.images)),
             sides=[[_merged(block, ranks) for block in blocks] for blocks in self.sides],
             pairs=[_merged(pair, ranks) for pair in self.pairs],
             moments=None if self.moments is None else _merged(self.moments, ranks),
@@ -171,7 +171,7 @@ class Collected:
 
 
 def _merged(mine: Part, ranks: Ranks) -> Part:
-    first, *others = ranks.at_first(mine.to_cpu()) or [mine]
+    first, *others = ranks.gather(mine.to_cpu()) or [mine]
     for other in others:
         first.merge(other)
     return first

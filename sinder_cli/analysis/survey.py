@@ -17,8 +17,8 @@ from sinder_cli.analysis.tokens import BlockTokens, Subject, block_by_block, fea
 from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import DetectionRule
 from sinder_cli.defects.settings import STAGES
+from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import UsageError
-from sinder_cli.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import UnavailableError
-from sinder_cli.ranks import ALONE, Ranks
 
 
 def resolve_device(name: str, ranks: Ranks = ALONE) -> str:

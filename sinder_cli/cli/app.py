@@ -9,7 +9,7 @@ import typer
 
 from sinder_cli import __version__
 from sinder_cli.cli import analyze, backbones, check, export, predict, repair
-from sinder_cli.stopping import Stop
+from sinder_cli.signals import Stop
 
 HELP = """Predict, show and repair the singular defects of pre-trained Vision Transformers.
 

@@ -15,12 +15,12 @@ from pydantic import ValidationError
 
 from sinder_cli.cli.app import Invocation, command
 from sinder_cli.cli.sharing import tell
+from sinder_cli.distributed import launched
 from sinder_cli.errors import SinderError, StorageError, TryAgainError, UsageError
 from sinder_cli.events import silent
 from sinder_cli.faults import first_fault
 from sinder_cli.memory import is_out_of_memory
-from sinder_cli.ranks import launched
-from sinder_cli.stopping import Ended, Stop
+from sinder_cli.signals import Ended, Stop
 
 ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 

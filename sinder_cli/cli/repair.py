@@ -14,7 +14,6 @@ from rich.console import Group
 
 from sinder_cli import api
 from sinder_cli.cli.display import display
-from sinder_cli.cli.logs import logged
 from sinder_cli.cli.options import (
     AdapterFile,
     Attention,
@@ -31,12 +30,13 @@ from sinder_cli.cli.options import (
 )
 from sinder_cli.cli.output import show
 from sinder_cli.cli.sharing import shared
+from sinder_cli.cli.trackers import logged
 from sinder_cli.errors import UsageError
 from sinder_cli.escaping import printable
 from sinder_cli.events import Noted, silent
 from sinder_cli.files import write_text
 from sinder_cli.repair.settings import RepairSettings
-from sinder_cli.stopping import Ended, Stop
+from sinder_cli.signals import Ended, Stop
 
 if TYPE_CHECKING:
     from sinder_cli.repair.dry_run import Trial
@@ -101,7 +101,7 @@ def command(
                 _show_trial(api.try_repair(request, places, folder, settings, emit, sys.stdin, force), format)
             return
         try:
-            if ranks.once(lambda: resume and run.complete):
+            if ranks.from_rank0(lambda: resume and run.complete):
                 if ranks.writes:
                     summary = api.finished_repair(request, places, folder, settings, emit, sys.stdin)
                     _show_finished(summary, folder, format)

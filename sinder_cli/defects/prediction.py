@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sinder_cli.ahead import loaded_ahead
 from sinder_cli.backbone.contract import Backbone
 from sinder_cli.backbone.weights import read_block
 from sinder_cli.defects.linearize import attention_part, block_part, mlp_part, plus_identity
@@ -19,6 +18,7 @@ from sinder_cli.defects.settings import MIN_GAP, STAGES, Stage
 from sinder_cli.defects.spectrum import LeadingPair, angle_between, leading_left
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, silent, tracked
+from sinder_cli.prefetch import loaded_ahead
 
 if TYPE_CHECKING:
     from torch import Tensor

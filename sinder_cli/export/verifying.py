@@ -32,7 +32,7 @@ from sinder_cli.images.decoding import UnreadableImageError
 from sinder_cli.images.drawn import DrawnPictures
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import DrawnImages, ImageSource
-from sinder_cli.stopping import death_words, was_sent
+from sinder_cli.signals import death_words, was_sent
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -9,13 +9,13 @@ from itertools import count as counting
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Literal
 
-from sinder_cli.ahead import loaded_ahead
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, Noted, Warned
 from sinder_cli.images.decoding import LATER_PAGES, UnreadableImageError
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.processes import in_processes
 from sinder_cli.images.sources import ImageSource
+from sinder_cli.prefetch import loaded_ahead
 
 if TYPE_CHECKING:
     from PIL.Image import Image

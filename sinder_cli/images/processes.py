@@ -22,8 +22,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
-from sinder_cli.ahead import loaded_ahead
 from sinder_cli.errors import TryAgainError
+from sinder_cli.prefetch import loaded_ahead
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -45,7 +45,7 @@ class SingularBasis:
 
     def offloaded(self) -> SingularBasis:
         """The same on the CPU, where its vectors wait for their steps."""
-        return SingularBasis(waiting(self.U), self.S.cpu(), waiting(self.Vt))
+        return SingularBasis(to_pinned_cpu(self.U), self.S.cpu(), to_pinned_cpu(self.Vt))
 
     @cached_property
     def groups(self) -> tuple[tuple[int, int], ...]:
@@ -87,7 +87,7 @@ class SingularBasis:
         return self.U.to(device, non_blocking=True), self.Vt.to(device, non_blocking=True)
 
 
-def waiting(tensor: Tensor) -> Tensor:
+def to_pinned_cpu(tensor: Tensor) -> Tensor:
     """A copy on the CPU; pinned if it comes from a CUDA device, which reads it from there without waiting."""
     copy = tensor.to("cpu", copy=True)
     return copy.pin_memory() if tensor.is_cuda else copy

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import BadInputError
 from sinder_cli.escaping import printable
 from sinder_cli.events import Emit
@@ -16,7 +17,6 @@ from sinder_cli.images.loading import cycled, load_in_order, readable, require_s
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.processes import worker_count
 from sinder_cli.images.sources import CHANGED, ImageSource
-from sinder_cli.ranks import ALONE, Ranks
 from sinder_cli.repair.settings import RepairSettings
 
 if TYPE_CHECKING:

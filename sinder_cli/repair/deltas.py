@@ -11,12 +11,12 @@ import torch
 from sinder_cli.backbone.contract import Backbone, WeightRef, trained_references
 from sinder_cli.backbone.weights import rows_of
 from sinder_cli.events import Emit, Noted, silent
-from sinder_cli.repair.basis import SingularBasis, blank_basis, singular_basis, waiting
+from sinder_cli.repair.basis import SingularBasis, blank_basis, singular_basis, to_pinned_cpu
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from sinder_cli.ranks import Ranks
+    from sinder_cli.distributed import Ranks
 
 
 def target_name(block: int, role: str) -> str:
@@ -166,7 +166,7 @@ class Deltas:
         for target in targets:
             device = target.weight.device
             copies = {name: part.to(device, copy=True) for name, part in target.basis.tensors().items()}
-            parts = {name: ranks.same(copy, holder) for name, copy in copies.items()}
+            parts = {name: ranks.broadcast(copy, holder) for name, copy in copies.items()}
             agreed.append(replace(target, basis=self._placed(SingularBasis(**parts), device)))
         return agreed
 
@@ -194,7 +194,7 @@ class Deltas:
     def _target(self, index: int, role: str, ref: WeightRef, basis: SingularBasis | None = None) -> Target:
         weight = self._weight(ref)
         basis = self._placed(self.decompose(weight) if basis is None else basis, weight.device)
-        original = waiting(weight) if self.offload else weight.clone()
+        original = to_pinned_cpu(weight) if self.offload else weight.clone()
         zeros = (weight.new_zeros(len(basis.S)) for _ in range(2))
         return Target(index, target_name(index, role), ref, weight, original, basis, *zeros)
 

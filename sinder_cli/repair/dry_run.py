@@ -12,9 +12,9 @@ import torch
 
 from sinder_cli.backbone.contract import WeightRef, trained_references
 from sinder_cli.backbone.weights import rows_of
+from sinder_cli.distributed import ALONE
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.memory import peak_memory, told_when_it_runs_out
-from sinder_cli.ranks import ALONE
 from sinder_cli.repair.basis import SingularBasis, blank_basis
 from sinder_cli.repair.batches import step_batches
 from sinder_cli.repair.forward import Directions

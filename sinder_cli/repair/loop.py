@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from sinder_cli.backbone.contract import Backbone
+from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, Warned, silent
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import ImageSource, whole_of
 from sinder_cli.memory import told_when_it_runs_out
-from sinder_cli.ranks import ALONE, Ranks
 from sinder_cli.repair.batches import Batch, require_readable, step_batches
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.forward import FIRST_ALONE, Directions, Interest

@@ -15,13 +15,13 @@ from sinder_cli.backbone.opening import load_module
 from sinder_cli.defects.detection import DetectionRule
 from sinder_cli.defects.prediction import predict
 from sinder_cli.defects.tokens import in_precision
+from sinder_cli.distributed import Ranks
 from sinder_cli.events import Emit, Finished, Noted, Started, Warned
 from sinder_cli.files import write_json, write_text
 from sinder_cli.images.loading import load_in_order, readable, require_some, sampled
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import ImageSource, SomeImages, files_of
 from sinder_cli.memory import told_when_it_runs_out
-from sinder_cli.ranks import Ranks
 from sinder_cli.repair.basis import SingularBasis, singular_basis
 from sinder_cli.repair.batches import forget_mended, require_readable
 from sinder_cli.repair.deltas import Deltas
@@ -44,7 +44,7 @@ from sinder_cli.repair.scan import ImageOutliers, Scan, rarest_first, scan, see
 from sinder_cli.repair.session import checkpointed, restored, saved_if_it_fails
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.repair.weight_changes import write_adapter
-from sinder_cli.stopping import Stop
+from sinder_cli.signals import Stop
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -124,7 +124,7 @@ def prepared(
     """Everything that needs no image: directions from the weights, the module, no deltas yet."""
     settings, backbone = start.settings, start.backbone
     device = exact_device(start.device)
-    prediction = ranks.once(lambda: predict(backbone, ("cumulative",), emit, device))
+    prediction = ranks.from_rank0(lambda: predict(backbone, ("cumulative",), emit, device))
     directions = Directions(prediction.directions().to(start.device), prediction.gaps())
     by_weights = settings.mark == "weights" or settings.norm_factor == 0
     if by_weights and not any(gap >= settings.min_gap for gap in directions.gaps):
@@ -142,8 +142,8 @@ def ready(prepared: Prepared, folder: RunFolder, resume: bool) -> Repair:
     chosen = sampled(len(source), settings.scan_images, settings.seed)
     if len(chosen) < len(source):
         prepared.emit(Noted(f"looking at {len(chosen):,} of {len(source):,} images (--scan-images)"))
-    if ranks.once(lambda: resume and folder.outliers.is_file()):
-        found = ranks.once(lambda: Scan.read(folder.outliers)).named_as_in(source)
+    if ranks.from_rank0(lambda: resume and folder.outliers.is_file()):
+        found = ranks.from_rank0(lambda: Scan.read(folder.outliers)).named_as_in(source)
         unreadable |= {source.name(place): why for place, why in found.unreadable.items()}
         require_readable(source, unreadable, settings.strict)
     else:
@@ -303,7 +303,7 @@ def _take_steps(repair: Repair, folder: RunFolder, stop: Stop) -> None:
         """Have the guard judge a state that it has not seen, and keep the best."""
         if progress.last_look >= progress.last_move:
             return
-        evaluation = ranks.once(lambda: _evaluation(repair))
+        evaluation = ranks.from_rank0(lambda: _evaluation(repair))
         progress.judge(evaluation, ready.deltas.values(), stops=settings.keep == "best")
         if ranks.writes:
             folder.record(evaluation)

@@ -26,6 +26,7 @@ from sinder_cli.defects.detection import (
 from sinder_cli.defects.settings import NORM_FACTOR
 from sinder_cli.defects.spectrum import angle_between, leading_left
 from sinder_cli.defects.tokens import in_precision, patch_grid
+from sinder_cli.distributed import Ranks
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, tracked
 from sinder_cli.files import write_text
@@ -33,7 +34,6 @@ from sinder_cli.images.loading import Changes, load_in_order, readable
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.processes import worker_count
 from sinder_cli.images.sources import ImageSource, SomeImages
-from sinder_cli.ranks import Ranks
 from sinder_cli.repair.forward import Directions
 from sinder_cli.repair.settings import RepairSettings
 
@@ -276,7 +276,7 @@ def scan(
     if batch:
         take()
     sharing = shared if ranks.size > 1 else None
-    parts = ranks.every((found, sharing, dict(by_weights), largest, dict(unreadable), changes))
+    parts = ranks.all_gather((found, sharing, dict(by_weights), largest, dict(unreadable), changes))
     for rank, (_, other, counts, most, broken, changed) in enumerate(parts):
         if rank == ranks.rank:
             continue

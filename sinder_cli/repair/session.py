@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 
+from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import ConflictError, SinderError
 from sinder_cli.events import Emit, Noted
-from sinder_cli.ranks import ALONE, Ranks
 from sinder_cli.repair.checkpoints import Checkpoints
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.loop import DivergedError, Progress, StepRecord
 from sinder_cli.repair.settings import RepairSettings
-from sinder_cli.stopping import Ended, Stop
+from sinder_cli.signals import Ended, Stop
 
 
 def checkpointed(
@@ -36,7 +36,7 @@ def checkpointed(
         with closing(steps):
             while True:
                 try:
-                    asked = max(ranks.every(stop.asked or 0))
+                    asked = max(ranks.all_gather(stop.asked or 0))
                     record = None if asked else next(steps, None)
                 except SinderError as error:  # between two steps: what was reached is whole
                     if stop.asked is not None:  # a signal to the whole group ends the processes that decode, too
@@ -73,10 +73,10 @@ def restored(checkpoints: Checkpoints, deltas: Deltas, progress: Progress, emit:
 
     Raises `ConflictError` where the others see none, or another.
     """
-    found = ranks.once(lambda: checkpoints.restore(deltas, progress, emit))
+    found = ranks.from_rank0(lambda: checkpoints.restore(deltas, progress, emit))
     if found and not ranks.writes:
         checkpoints.restore(deltas, progress, emit)
-    if len(set(ranks.every(progress.steps))) > 1:
+    if len(set(ranks.all_gather(progress.steps))) > 1:
         what = f"cannot resume {checkpoints.folder.parent}"
         raise ConflictError(what, "not all processes see the same checkpoint", "keep it on a disk that they share")
     deltas.agreed.update(deltas.by_block)

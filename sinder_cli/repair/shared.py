@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sinder_cli.distributed import Ranks
 from sinder_cli.events import Emit
 from sinder_cli.images.loading import skip_all
-from sinder_cli.ranks import Ranks
 from sinder_cli.repair.step import BlockGradient, StepGradient
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def gathered(
         return SharedStep(local, images)
     touched = frozenset(target.block for target in deltas.touched)
     parts = {part.block: _Part(part.losses, part.leaving, part.excess, part.probes) for part in local.parts}
-    told = ranks.every(_Told(images, parts, local.masked_tokens, local.defective, local.idle, touched, unreadable))
+    told = ranks.all_gather(_Told(images, parts, local.masked_tokens, local.defective, local.idle, touched, unreadable))
     skip_all([each.unreadable for each in told], unreadable, emit)
     deltas.agree([each.blocks for each in told], ranks)
     whole = StepGradient(
@@ -103,7 +103,7 @@ def _reduced(
     ]
     if not rows:
         return ()
-    sums = iter(ranks.total(torch.cat(rows)).split([len(row) for row in rows]))
+    sums = iter(ranks.all_reduce(torch.cat(rows)).split([len(row) for row in rows]))
     parts = []
     for block in blocks:
         names = [target.name for target in targets_of[block]]

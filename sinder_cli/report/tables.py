@@ -16,9 +16,9 @@ from sinder_cli.backbone.registry import InstalledBackbone
 from sinder_cli.defects.settings import MIN_GAP
 from sinder_cli.escaping import printable
 from sinder_cli.report.analysis.facts import norm_factor
+from sinder_cli.report.formatting import counted, degrees
 from sinder_cli.report.repair import facts
 from sinder_cli.report.repair.dry_run import trial_facts
-from sinder_cli.report.wording import counted, degrees
 
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis, Distribution, Marked, Side

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sinder_cli.backbone.device import resolve_device
+from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import UnavailableError
-from sinder_cli.ranks import ALONE, Ranks
 
 
 @pytest.mark.parametrize(

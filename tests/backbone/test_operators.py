@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from sinder_cli.backbone.operators import SCHEMAS
+from sinder_cli.backbone.torchvision_shim import SCHEMAS
 
 DEFINE = "from sinder_cli import define_torchvision_operators as define\n"
 needs_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sinder_cli.cli.logs import logged, logged_values
+from sinder_cli.cli.trackers import logged, logged_values
 from sinder_cli.errors import UnavailableError
 from sinder_cli.events import Noted, Warned
 from sinder_cli.repair.guard import Evaluation

@@ -19,8 +19,8 @@ from sinder_cli.analysis.tokens import Subject
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.defects.prediction import predict
 from sinder_cli.defects.spectrum import angle_between
+from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.images.preprocessing import Preprocessing
-from sinder_cli.ranks import ALONE, Ranks
 from sinder_cli.report.documents import analysis_document
 
 Torchrun = Callable[..., "subprocess.Popen[str]"]

@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from sinder_cli import ranks as module
+from sinder_cli import distributed as module
+from sinder_cli.distributed import ALONE, LostRankError, Ranks, launched, require_alike, tells
 from sinder_cli.errors import BadInputError, ConflictError
-from sinder_cli.ranks import ALONE, LostRankError, Ranks, launched, require_alike, tells
 
 
 def test_without_torchrun_there_is_one_and_it_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert launched() == ALONE
-    said = (
-        "import sys; from sinder_cli.ranks import joined; joined(print).__enter__(); assert 'torch' not in sys.modules"
+    said = "from sinder_cli.distributed import joined; joined(print).__enter__(); assert 'torch' not in sys.modules"
+    subprocess.run(
+        [sys.executable, "-c", f"import sys; {said}"], check=True, env=os.environ | {"WORLD_SIZE": "1", "RANK": "0"}
     )
-    subprocess.run([sys.executable, "-c", said], check=True, env=os.environ | {"WORLD_SIZE": "1", "RANK": "0"})
 
 
 def test_torchrun_says_who_is_who(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,12 +44,12 @@ def test_shares_are_apart_and_make_up_the_whole() -> None:
 def exchanged(ranks: Ranks) -> list[Any]:
     mine = torch.tensor([1.0, 10.0]) * (ranks.rank + 1)
     return [
-        ranks.every(ranks.rank),
-        ranks.at_first(f"of {ranks.rank}"),
-        ranks.once(lambda: ranks.rank),
+        ranks.all_gather(ranks.rank),
+        ranks.gather(f"of {ranks.rank}"),
+        ranks.from_rank0(lambda: ranks.rank),
         ranks.machine_first(lambda: ranks.rank),
-        ranks.total(mine.clone()).tolist(),
-        ranks.same(mine.clone()).tolist(),
+        ranks.all_reduce(mine.clone()).tolist(),
+        ranks.broadcast(mine.clone()).tolist(),
     ]
 
 
@@ -77,7 +77,7 @@ def test_an_error_on_one_rank_ends_the_other_and_only_the_first_tells(forked: An
             finally:
                 os.environ["TELLS"] = str(tells(ranks))
         try:
-            ranks.every(None)
+            ranks.all_gather(None)
         except LostRankError:
             return tells(ranks)
 
@@ -90,7 +90,7 @@ def test_a_killed_rank_is_lost_to_the_other_at_once(forked: Any) -> None:
     def work(ranks: Ranks) -> None:
         if ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        ranks.every(None)
+        ranks.all_gather(None)
 
     began = time.monotonic()
     error, nothing = forked(work).answers()
@@ -104,10 +104,10 @@ def test_a_rank_that_hangs_is_lost_by_its_heartbeat(forked: Any, monkeypatch: py
     monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
 
     def work(ranks: Ranks) -> None:
-        ranks.every(None)
+        ranks.all_gather(None)
         if ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
-        ranks.every(None)  # for ever
+        ranks.all_gather(None)  # for ever
 
     both = forked(work)
     both.processes[0].join(30)
@@ -121,7 +121,7 @@ def test_a_rank_may_leave_early_and_another_take_its_time(forked: Any, monkeypat
     slow = 3 * module.MISSED_BEATS * 0.05
 
     def work(ranks: Ranks) -> str:
-        ranks.every(None)
+        ranks.all_gather(None)
         if ranks.writes:
             time.sleep(slow)
         return "done"
@@ -134,10 +134,10 @@ def test_a_rank_that_hangs_ends_the_other_within_thirty_seconds(forked: Any) -> 
     began = time.monotonic()
 
     def work(ranks: Ranks) -> None:
-        ranks.every(None)
+        ranks.all_gather(None)
         if ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
-        ranks.every(None)  # for ever
+        ranks.all_gather(None)  # for ever
 
     both = forked(work)
     both.processes[0].join(40)

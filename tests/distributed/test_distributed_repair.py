@@ -21,17 +21,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sinder_cli import ModelRequest, api
+from sinder_cli.distributed import ALONE, LostRankError, Ranks
 from sinder_cli.errors import StorageError
 from sinder_cli.events import Warned
 from sinder_cli.images.decoding import UnreadableImageError
 from sinder_cli.images.preprocessing import Preprocessing
-from sinder_cli.ranks import ALONE, LostRankError, Ranks
 from sinder_cli.repair.checkpoints import Checkpoints
 from sinder_cli.repair.deltas import Deltas
 from sinder_cli.repair.loop import Progress, density_window, repair_steps
 from sinder_cli.repair.session import checkpointed, restored
 from sinder_cli.repair.settings import RepairSettings
-from sinder_cli.stopping import Ended, Stop
+from sinder_cli.signals import Ended, Stop
 
 Torchrun = Callable[..., "subprocess.Popen[str]"]
 RED, BLUE = [(3, 3), (5, 8), (9, 4)], [(2, 7), (6, 2), (8, 8)]

@@ -20,7 +20,7 @@ from sinder_cli.export.torchhub import TARGET
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.repair.weight_changes import write_patch
 from sinder_cli.report.export.card import render_export_card, run_pictures
-from sinder_cli.report.wording import CITATION
+from sinder_cli.report.formatting import CITATION
 
 Export = Callable[..., ExportResult]
 CUSTOM = "dinov2_custom"

@@ -14,7 +14,7 @@ from sinder_cli.backbone.sources import infos_of
 from sinder_cli.backbone.storing import write_safetensors
 from sinder_cli.repair.folder import RunFolder
 from sinder_cli.repair.session import checkpointed
-from sinder_cli.stopping import Stop
+from sinder_cli.signals import Stop
 
 CONFIG = {"model": "tiny", "weights": {}, "images": {}, "settings": {}, "versions": {}}
 

@@ -13,7 +13,7 @@ from sinder_cli.repair import session
 from sinder_cli.repair.loop import DivergedError, Progress, StepRecord
 from sinder_cli.repair.session import checkpointed, saved_if_it_fails
 from sinder_cli.repair.settings import RepairSettings
-from sinder_cli.stopping import Ended, Stop
+from sinder_cli.signals import Ended, Stop
 
 
 class Steps:

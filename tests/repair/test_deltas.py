@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sinder_cli.distributed import LostRankError, Ranks
 from sinder_cli.events import Noted
-from sinder_cli.ranks import LostRankError, Ranks
 from sinder_cli.repair.deltas import Deltas, Target
 
 N = 32

@@ -13,9 +13,9 @@ import torch
 from runs import RED, SIZE, Pictures
 
 from sinder_cli.defects.detection import CERTAIN, RISE
+from sinder_cli.distributed import ALONE
 from sinder_cli.errors import BadInputError
 from sinder_cli.images.preprocessing import Preprocessing
-from sinder_cli.ranks import ALONE
 from sinder_cli.repair.forward import Directions
 from sinder_cli.repair.scan import BlockOutliers, ImageOutliers, Scan, rarest_first, scan
 from sinder_cli.repair.settings import RepairSettings

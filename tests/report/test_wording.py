@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from sinder_cli.repair.results import RepairResult
+from sinder_cli.report.formatting import counted, degrees, duration, number, numbers, percent
 from sinder_cli.report.repair.facts import run_facts, stop_reason
-from sinder_cli.report.wording import counted, degrees, duration, number, numbers, percent
 
 
 @pytest.mark.parametrize(

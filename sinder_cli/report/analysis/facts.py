@@ -20,8 +20,8 @@ from sinder_cli.analysis.records import (
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.defects.settings import NORM_FACTOR
 from sinder_cli.escaping import printable
-from sinder_cli.report import wording
-from sinder_cli.report.wording import NOTHING, Named, counted, degrees, number, percent
+from sinder_cli.report import formatting
+from sinder_cli.report.formatting import NOTHING, Named, counted, degrees, number, percent
 
 COLOUR_OF: dict[VerdictKind, str] = {
     "broken": "broken",
@@ -244,7 +244,7 @@ def pair_rows(analysis: Analysis) -> list[list[Cell]]:
 
 def setting_rows(analysis: Analysis) -> list[Named]:
     """The settings that were in force, each with its help text."""
-    return wording.setting_rows(AnalyzeSettings, analysis.settings)
+    return formatting.setting_rows(AnalyzeSettings, analysis.settings)
 
 
 def origin_rows(analysis: Analysis) -> list[Named]:

@@ -17,7 +17,7 @@ from sinder_cli.report.drawing.charts import draw_angles, draw_cosines, draw_nor
 from sinder_cli.report.drawing.pictures import LabelledPicture, encoded
 from sinder_cli.report.drawing.rows import Row, draw_rows
 from sinder_cli.report.drawing.scales import ANGLES, ColourScale, norm_scale
-from sinder_cli.report.wording import counted
+from sinder_cli.report.formatting import counted
 
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis, AnalysisResult, Side

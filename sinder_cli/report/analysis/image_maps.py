@@ -12,7 +12,7 @@ from sinder_cli.escaping import printable
 from sinder_cli.report.analysis.facts import sides_of
 from sinder_cli.report.drawing.pictures import LabelledPicture, clip_range, pca_map, picture, reduced, resized
 from sinder_cli.report.drawing.scales import ANGLES, ColourScale, attention_scale, cosine_scale, norm_scale
-from sinder_cli.report.wording import counted, number
+from sinder_cli.report.formatting import counted, number
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from sinder_cli.report import wording
+from sinder_cli.report import formatting
 from sinder_cli.report.analysis import facts
 from sinder_cli.report.analysis.facts import COLOUR_OF, labels_of, sides_of
 from sinder_cli.report.drawing.pictures import data_uri
@@ -83,7 +83,7 @@ def render_analysis_page(
         gains=facts.gain_sentences(analysis),
         gain_measures=facts.gain_measures(analysis),
         gain_images=facts.gain_images(analysis),
-        caution=wording.CAUTION,
+        caution=formatting.CAUTION,
         blocks=facts.block_rows(analysis),
         pairs=facts.pair_rows(analysis),
         groups=[(group, [chart.svg() for chart in group.charts]) for group in groups],
@@ -95,14 +95,14 @@ def render_analysis_page(
         excluded=bool(analysis.settings.get("exclude_masked")),
         settings=facts.setting_rows(analysis),
         origin=facts.origin_rows(analysis),
-        paper=wording,
+        paper=formatting,
     )
 
 
 def embedded(image: ImageMaps, scales: Scales, labels: Sequence[str]) -> PageImage:
     """One image's part of the page; `labels` names the sides of a comparison, and is one empty text without."""
     outlying = " → ".join(f"{side.outlying:,}" for side in image.sides)
-    largest = " → ".join(wording.number(side.largest) for side in image.sides)
+    largest = " → ".join(formatting.number(side.largest) for side in image.sides)
     numbers = [f"Outlying tokens {outlying}", f"Largest norm {largest}"]
     if any(side.broken for side in image.sides):
         numbers.append(f"Tokens not finite {' → '.join(f'{side.broken:,}' for side in image.sides)}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sinder_cli.report.drawing.canvas import ABSENT, ACCENT, BRIGHT, INK, LINE, SOFT, block_axis
-from sinder_cli.report.wording import number
+from sinder_cli.report.formatting import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from sinder_cli.report.drawing.canvas import ABSENT, BRIGHT
 from sinder_cli.report.drawing.pictures import linear_position, log_position
-from sinder_cli.report.wording import number, numbers
+from sinder_cli.report.formatting import number, numbers
 
 if TYPE_CHECKING:
     from torch import Tensor

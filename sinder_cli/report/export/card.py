@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from sinder_cli import __version__
 from sinder_cli.files import public_model, public_source
 from sinder_cli.repair.folder import FinishedRun
-from sinder_cli.report import wording
+from sinder_cli.report import formatting
+from sinder_cli.report.formatting import Named
 from sinder_cli.report.pages.templates import markdown_template
 from sinder_cli.report.repair import facts
-from sinder_cli.report.wording import Named
 
 if TYPE_CHECKING:
     from sinder_cli.export.targets import Check, Plan, Target
@@ -50,7 +50,7 @@ def render_export_card(
         rule=facts.rule_words(run) if run else "",
         judged_on=facts.guard_images(run.summary) if run else "",
         image_words=facts.image_words(run) if run else "",
-        caution=wording.CAUTION,
+        caution=formatting.CAUTION,
         unchanged=run is not None and not run.summary["changed_weights"],
         run=run,
         run_facts=facts.run_facts(run) if run else [],
@@ -58,7 +58,7 @@ def render_export_card(
         pictures=pictures or {},
         repaired=plan.repaired,
         version=__version__,
-        wording=wording,
+        formatting=formatting,
     )
 
 
@@ -89,7 +89,9 @@ def _facts(plan: Plan) -> list[Named]:
         Named("Read from", public_source(backbone.weights.source.label)),
         Named("Blocks, width", f"{backbone.depth}, {backbone.width}"),
         Named("Patches", f"{backbone.patch_size} × {backbone.patch_size} pixels"),
-        Named("Prefix tokens", f"{'cls' if backbone.has_cls else 'no cls'}, {wording.counted(registers, 'register')}"),
+        Named(
+            "Prefix tokens", f"{'cls' if backbone.has_cls else 'no cls'}, {formatting.counted(registers, 'register')}"
+        ),
         Named("Input", f"RGB in [0, 1], less {list(backbone.mean)}, divided by {list(backbone.std)}"),
     ]
     if repaired:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinder_cli.files import public_model, public_place, public_source
-from sinder_cli.report import wording
+from sinder_cli.report import formatting
 from sinder_cli.report.pages.templates import markdown_template
 from sinder_cli.report.repair import facts
 
@@ -50,17 +50,17 @@ def render_card(result: RepairResult) -> str:
         summary=result.summary,
         judged_on=facts.guard_images(result.summary),
         rule=facts.rule_words(result),
-        caution=wording.CAUTION,
+        caution=formatting.CAUTION,
         image_words=facts.image_words(result),
         files=files_in(result.folder),
-        wording=wording,
+        formatting=formatting,
     )
 
 
-def files_in(folder: Path) -> list[wording.Named]:
+def files_in(folder: Path) -> list[formatting.Named]:
     """The files of a run directory that are there, or are written together with the card."""
     return [
-        wording.Named(name, meaning)
+        formatting.Named(name, meaning)
         for name, meaning in FILES.items()
         if name in WRITTEN_WITH_THE_CARD or (folder / name).exists()
     ]

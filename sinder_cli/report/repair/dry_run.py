@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sinder_cli.report.wording import Named, counted, duration
+from sinder_cli.report.formatting import Named, counted, duration
 
 if TYPE_CHECKING:
     from sinder_cli.repair.dry_run import Trial, TrialStep

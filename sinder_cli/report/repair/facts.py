@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from sinder_cli.defects.settings import NORM_FACTOR, SLACK, Mark
 from sinder_cli.files import public_model, public_source
 from sinder_cli.repair.settings import RECIPES, RepairSettings
-from sinder_cli.report.wording import NOTHING, Named, counted, degrees, duration, number, percent, setting_rows
+from sinder_cli.report.formatting import NOTHING, Named, counted, degrees, duration, number, percent, setting_rows
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sinder_cli.escaping import printable
 from sinder_cli.files import public_model
-from sinder_cli.report import wording
+from sinder_cli.report import formatting
 from sinder_cli.report.drawing.pictures import data_uri, enlarged, pca_maps, picture
 from sinder_cli.report.drawing.scales import FIDELITY, NormSpread, Tick, norm_scale, round_steps
+from sinder_cli.report.formatting import Named, number, numbers
 from sinder_cli.report.pages.templates import Panel, html_template
 from sinder_cli.report.repair import facts
-from sinder_cli.report.wording import Named, number, numbers
 
 if TYPE_CHECKING:
     from sinder_cli.repair.guard import Snapshot
@@ -46,13 +46,13 @@ def render_repair_page(result: RepairResult) -> str:
         charts=charts(read_lines(result.folder / "metrics.jsonl"), result.config["settings"]["stop_density"]),
         guard=guard_charts(read_lines(result.folder / "evaluations.jsonl"), result),
         kept=result.summary["best_step"],
-        caution=wording.CAUTION,
+        caution=formatting.CAUTION,
         settings=facts.setting_facts(result),
         origin=facts.origin_facts(result),
         patches=tuple(result.before.samples.shape[1:3]),
-        guard_images=wording.counted(result.summary["evaluation_images"], "image"),
+        guard_images=formatting.counted(result.summary["evaluation_images"], "image"),
         judged_on=facts.guard_images(result.summary),
-        paper=wording,
+        paper=formatting,
     )
 
 

@@ -19,6 +19,7 @@ from sinder_cli.memory import is_out_of_memory
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 T = TypeVar("T")
 
 TO_JOIN = timedelta(minutes=10)  # until all processes are there
@@ -54,7 +55,7 @@ class Ranks:
         """This rank's part: every `size`-th."""
         return items[self.rank :: self.size]
 
-    def every(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """The small picklable values of all ranks, in their order."""
         if self.size == 1:
             return [value]
@@ -65,7 +66,7 @@ class Ranks:
             distributed.all_gather_object(values, value)
         return values
 
-    def at_first(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """The picklable values of all ranks, on rank 0; nothing elsewhere."""
         if self.size == 1:
             return [value]
@@ -76,7 +77,7 @@ class Ranks:
             distributed.gather_object(value, values or None)
         return values
 
-    def once(self, make: Callable[[], T]) -> T:
+    def from_rank0(self, make: Callable[[], T]) -> T:
         """What rank 0 makes, on every rank; picklable."""
         if self.size == 1:
             return make()
@@ -90,10 +91,10 @@ class Ranks:
     def machine_first(self, make: Callable[[], T]) -> T:
         """What each process makes, one on each machine before the others: they find what it has downloaded."""
         made = make() if self.local_rank == 0 else None
-        self.every(None)
+        self.all_gather(None)
         return make() if made is None else made
 
-    def total(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
         if self.size > 1:
             from torch import distributed
@@ -102,7 +103,7 @@ class Ranks:
                 distributed.all_reduce(tensor)
         return tensor
 
-    def same(self, tensor: Tensor, source: int = 0) -> Tensor:
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """The values of one rank on every rank, in place."""
         if self.size > 1:
             from torch import distributed
@@ -117,7 +118,7 @@ ALONE = Ranks()
 
 def require_alike(facts: Mapping[str, Any], ranks: Ranks) -> None:
     """Raises `ConflictError` naming the first of the facts that is not the same on all ranks."""
-    for rank, other in enumerate(ranks.every(facts)):
+    for rank, other in enumerate(ranks.all_gather(facts)):
         for name, fact in facts.items():
             if other[name] != fact:
                 what, why = "the processes cannot share a run", f"{name} differs between rank {ranks.rank} and {rank}"

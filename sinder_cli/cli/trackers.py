@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sinder_cli.repair.guard import Evaluation
     from sinder_cli.repair.loop import StepRecord
 
+
 STEP = ("loss", "density", "masked_tokens", "block", "length", "gain")  # what is logged of a step, as far as it has it
 GUARD = ("outlying", "defective_share", "cls", "good", "good_p01", "marked")  # and of a look at the guard
 FLUSH_SECONDS = 10

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.library import Library
 
+
 # What torchvision describes the shapes of as it is imported; all else it leaves alone where it has no operators.
 SCHEMAS = {
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",

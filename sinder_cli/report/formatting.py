@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+
 PAPER_TITLE = "SINDER: Repairing the Singular Defects of DINOv2"
 PAPER_AUTHORS = "Haoqi Wang, Tong Zhang, Mathieu Salzmann"
 PAPER_VENUE = "ECCV 2024"
