@@ -18,14 +18,15 @@ from sinder_cli.distributed import ALONE, LostRankError, Ranks, launched, requir
 from sinder_cli.errors import BadInputError, ConflictError
 
 
+ALONE_OF_TORCHRUN = {"WORLD_SIZE": "1", "RANK": "0"}
+
+
 def test_without_torchrun_there_is_one_and_it_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert launched() == ALONE
     said = "from sinder_cli.distributed import joined; joined(print).__enter__(); assert 'torch' not in sys.modules"
-    subprocess.run(
-        [sys.executable, "-c", f"import sys; {said}"], check=True, env=os.environ | {"WORLD_SIZE": "1", "RANK": "0"}
-    )
+    subprocess.run([sys.executable, "-c", f"import sys; {said}"], check=True, env=os.environ | ALONE_OF_TORCHRUN)
 
 
 def test_torchrun_says_who_is_who(monkeypatch: pytest.MonkeyPatch) -> None:
