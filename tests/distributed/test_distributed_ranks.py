@@ -17,7 +17,6 @@ from sinder_cli import distributed as module
 from sinder_cli.distributed import ALONE, LostRankError, Ranks, launched, require_alike, tells
 from sinder_cli.errors import BadInputError, ConflictError
 
-
 ALONE_OF_TORCHRUN = {"WORLD_SIZE": "1", "RANK": "0"}
 
 
