@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 DEMO_RUN := sinder-runs/demo
 FUZZ_ROUNDS ?= 50
 
-.PHONY: demo test test-newest test-lowest fuzz lint man bench evidence clean
+.PHONY: help demo test test-fast test-newest test-lowest fuzz lint man bench evidence clean
+
+help:  ## the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
 
 # torch is installed by its pinned version first: a looser range may fetch gigabytes of CUDA packages.
 $(BIN)/sinder: pyproject.toml constraints.txt
@@ -26,8 +29,14 @@ demo: $(BIN)/sinder  ## predict, repair and export the demo backbone
 	@$(BIN)/python -c "import json; d = json.load(open('$(DEMO_RUN)/summary.json'))['defects']; \
 	print('outlying tokens', d['before']['tokens'], '→', d['after']['tokens'], '· report: $(DEMO_RUN)/report.html')"
 
+# A process a core, each with one thread; the tests of a file stay together, and share what they make.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 test: $(VENV)/.tested  ## the whole suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: lint  ## what takes no process and no seconds, after style and types
+	$(PYTEST) -m "not slow"
 
 test-newest:  ## every plugin and export once, with every extra, the newest of everything (gigabytes, minutes)
 	rm -rf .venv-newest

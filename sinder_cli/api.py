@@ -29,7 +29,7 @@ from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.signals import Stop
 
 if TYPE_CHECKING:
-    from sinder_cli.analysis.records import AnalysisResult
+    from sinder_cli.analysis.results import AnalysisResult
     from sinder_cli.analysis.tokens import Subject
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import Prediction
@@ -133,7 +133,7 @@ def analyze(
     from sinder_cli.analysis.batches import ImageBatches
     from sinder_cli.analysis.features import FeatureFiles, require_new_features
     from sinder_cli.analysis.per_image import portraits, shown_blocks
-    from sinder_cli.analysis.records import AnalysisResult, analysis_of
+    from sinder_cli.analysis.results import AnalysisResult, analysis_of
     from sinder_cli.analysis.survey import survey
     from sinder_cli.analysis.tokens import featured
 

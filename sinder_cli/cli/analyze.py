@@ -32,7 +32,8 @@ from sinder_cli.events import Emit
 from sinder_cli.files import require_new_folder, require_writable_file, write_json
 
 if TYPE_CHECKING:
-    from sinder_cli.analysis.records import Analysis, AnalysisResult
+    from sinder_cli.analysis.records import Analysis
+    from sinder_cli.analysis.results import AnalysisResult
 
 # A folder of such a name is nobody's wish, unless it is there.
 OTHER_SUFFIXES = {".csv", ".htm", ".html", ".jsonl", ".md", ".pdf", ".png", ".safetensors", ".svg", ".txt"}

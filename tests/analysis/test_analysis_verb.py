@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from sinder_cli import BadInputError, ModelRequest, UsageError, api
-from sinder_cli.analysis.records import Analysis, AnalysisResult, Rule
+from sinder_cli.analysis.records import Analysis, Rule
+from sinder_cli.analysis.results import AnalysisResult
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import Subject
 from sinder_cli.defects.spectrum import angle_between

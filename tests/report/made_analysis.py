@@ -12,7 +12,8 @@ from torch.nn.functional import cosine_similarity, interpolate
 
 from sinder_cli.analysis.collectors import BlockCollector, PairCollector
 from sinder_cli.analysis.per_image import Portrait, PortraitSide, TargetMaps, shown_blocks
-from sinder_cli.analysis.records import Analysis, AnalysisResult, Side
+from sinder_cli.analysis.records import Analysis, Side
+from sinder_cli.analysis.results import AnalysisResult
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.survey import Survey
 from sinder_cli.analysis.tokens import BlockTokens

@@ -20,7 +20,8 @@ from sinder_cli.report.drawing.scales import ANGLES, ColourScale, norm_scale
 from sinder_cli.report.formatting import counted
 
 if TYPE_CHECKING:
-    from sinder_cli.analysis.records import Analysis, AnalysisResult, Side
+    from sinder_cli.analysis.records import Analysis, Side
+    from sinder_cli.analysis.results import AnalysisResult
     from sinder_cli.analysis.survey import Survey
 
 
