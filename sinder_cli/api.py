@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from io import BytesIO
@@ -16,10 +16,11 @@ from sinder_cli.backbone.contract import Backbone, ModelRequest
 from sinder_cli.backbone.device import exact_device, resolve_device
 from sinder_cli.backbone.opening import describe, load_module, open_backbone
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
-from sinder_cli.defects.settings import DetectionSettings
+from sinder_cli.defects.settings import STAGES, DetectionSettings
 from sinder_cli.distributed import ALONE, Ranks, require_alike
-from sinder_cli.errors import NoInputError, UsageError
+from sinder_cli.errors import NoInputError, SinderError, UsageError
 from sinder_cli.events import Emit, Noted, Warned, silent
+from sinder_cli.files import require_new_folder, require_writable_file, write_json
 from sinder_cli.images.drawn import DrawnPictures
 from sinder_cli.images.loading import require_some, sampled
 from sinder_cli.images.preprocessing import MIN_PATCHES, Preprocessing, Resize
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.defects.settings import Stage
-    from sinder_cli.export.exporting import Card, ExportResult
+    from sinder_cli.export.exporting import ExportResult
     from sinder_cli.export.settings import ExportSettings
     from sinder_cli.export.targets import Plan
     from sinder_cli.repair.dry_run import Trial
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 DRAWN_IMAGES = 64  # how many a backbone draws that brings its own
 FEW_IMAGES = 16  # under which drawn pictures are added to those that a repair is given
+# A folder of such a name is nobody's wish, unless it is there.
+OTHER_SUFFIXES = {".csv", ".htm", ".html", ".jsonl", ".md", ".pdf", ".png", ".safetensors", ".svg", ".txt"}
 MOST_SQUARES = 4  # tokens of a long image at most, in squares of the model's size: up to 4:1 nothing is scaled down
 MOST_CHEAP = 2048  # tokens that are let be in any case: attention is the smaller part of a block under 6 × width tokens
 TO_TRAIN_ON = 32  # images, with those that are drawn
@@ -99,12 +102,23 @@ def check_backbone(request: ModelRequest, emit: Emit = silent) -> Conformance:
     return conformance(backbone, lambda path: describe(hooks, replace(request, weights=path)), emit)
 
 
-def predict(request: ModelRequest, stages: Sequence[Stage], emit: Emit = silent) -> Prediction:
-    """Defect directions from the weights alone; the module is never built."""
+def predict(
+    request: ModelRequest, stages: Sequence[Stage] = STAGES, emit: Emit = silent, out: Path | IO[bytes] | None = None
+) -> Prediction:
+    """Defect directions from the weights alone; the module is never built.
+
+    `out` is a file, or an open one, that gets them as safetensors: one `[blocks, N]` float32 tensor a stage.
+    """
+    if isinstance(out, Path):
+        require_writable_file(out)
     backbone = open_model(request)  # an unknown model is told before torch is imported
     from sinder_cli.defects.prediction import predict as predict_defects
+    from sinder_cli.defects.prediction import write_directions
 
-    return predict_defects(backbone, stages, emit)
+    prediction = predict_defects(backbone, stages, emit)
+    if out is not None:
+        write_directions(out, prediction)
+    return prediction
 
 
 def analyze(
@@ -114,18 +128,22 @@ def analyze(
     emit: Emit = silent,
     stdin: IO[str] | None = None,
     other: ModelRequest | None = None,
-    draw: bool = False,
+    out: Path | None = None,
     ranks: Ranks = ALONE,
     features: Path | None = None,
+    draw: bool = False,
 ) -> AnalysisResult | None:
     """What the tokens do, block by block, and whether the weights predict it; of two backbones if `other` is given.
 
-    Either may be a run directory. `settings.clamp` and `settings.method` make a second one out of the first. `draw`
-    asks for portraits, which are made as they are gone through. `features` is a folder that gets a file an image: the
-    last block's tokens after the final norm, of the inpainted side where there is one, else of the first. Each of
-    several `ranks` looks at its share of the images, and rank 0 has the result, the others None.
-    Raises `UsageError` for two backbones that do not compare.
+    Either may be a run directory. `settings.clamp` and `settings.method` make a second one out of the first. `out` is a
+    new folder for the page, the document, directions and figures, or a file `….json` for the document alone. Without
+    a folder, `draw` asks for portraits, which are made as they are gone through. `features` is a folder that gets a
+    file an image: the last block's tokens after the final norm, of the inpainted side where there is one, else of the
+    first. Each of several `ranks` looks at its share of the images, and rank 0 has the result, the others None.
+    Raises `UsageError` for two backbones that do not compare. Where writing fails in the end, `error.found` has the
+    result.
     """
+    folder, file = _places_of(out, ranks)
     made = "clamped" if settings.clamp is not None else "inpainted" if settings.method == "inpaint" else None
     if other is not None and made is not None:
         raise UsageError("cannot compare with two models", f"one is named, one is {made}", "leave one of them out")
@@ -158,7 +176,7 @@ def analyze(
     grid = (preprocess.size // first.patch_size,) * 2
     sizes = f"at image size {preprocess.size}, resize {settings.resize} and batch size {settings.batch_size}"
     with told_when_it_runs_out(sizes, "lower --image-size or --batch-size, or use --resize square"):
-        drawing = draw and settings.figures != 0
+        drawing = (draw or folder is not None) and settings.figures != 0
         kept = files.write if files is not None else None
         surveys = survey(subjects, images.share(), grid, settings, device, drawing, ranks, kept)
     images.gather()
@@ -174,7 +192,7 @@ def analyze(
             "max_tokens": preprocess.max_tokens,
         }
     )
-    return AnalysisResult(
+    result = AnalysisResult(
         analysis=analysis_of(subjects, surveys, resolved, grid, images.skipped),
         predictions=tuple(subject.prediction for subject in subjects),
         surveys=surveys.sides,
@@ -184,6 +202,40 @@ def analyze(
         mean=preprocess.mean,
         std=preprocess.std,
     )
+    try:
+        return _analysis_written(result, folder, file, emit)
+    except SinderError as error:
+        error.found = result
+        raise
+
+
+def _places_of(out: Path | None, ranks: Ranks) -> tuple[Path | None, Path | None]:
+    """The folder or the JSON file that an analysis is written to, looked at before anything is run; neither for none.
+
+    Raises `UsageError` for what has the name of another kind of file, `CannotCreateError` where there is no writing.
+    """
+    if out is None:
+        return None, None
+    suffix = out.suffix.lower()
+    if not out.is_dir() and suffix in OTHER_SUFFIXES:
+        why = f"{suffix} is the name of a file, and reports are written into a folder"
+        raise UsageError(f"cannot write {out}", why, f"give --out {out.with_suffix('') or 'DIR'}, or FILE.json")
+    as_file = suffix == ".json" and not out.is_dir()
+    if ranks.writes:
+        (require_writable_file if as_file else require_new_folder)(out)
+    return (None, out) if as_file else (out, None)
+
+
+def _analysis_written(result: AnalysisResult, folder: Path | None, file: Path | None, emit: Emit) -> AnalysisResult:
+    """The same with its figures listed, once they are written."""
+    from sinder_cli.report.analysis.folder import write_analysis
+    from sinder_cli.report.documents import analysis_document
+
+    if folder is not None:
+        return replace(result, analysis=write_analysis(folder, result, emit), folder=folder)
+    if file is not None:
+        write_json(file, analysis_document(result.analysis))
+    return result
 
 
 def _compared(first: Backbone, other: ModelRequest | None, clamp: int | None, emit: Emit) -> list[Backbone]:
@@ -230,14 +282,13 @@ def repair(
     force: bool = False,
     stop: Stop | None = None,
     ranks: Ranks = ALONE,
-    publish: Callable[[RepairResult], None] = silent,
 ) -> RepairResult | None:
     """Fine-tune singular values until the images are clean, and leave a run directory behind.
 
     `resume` goes on with an unfinished run there, if there is one, over its images where none are named; `force` gives
     a run up that is there. `stop` may ask to end after a step: a checkpoint is written then, and `Ended` raised.
-    `publish` gets the result while the directory is still kept from other processes. Of several `ranks`, each takes its
-    share of every batch; rank 0 alone evaluates, writes and has the result, the others None.
+    Of several `ranks`, each takes its share of every batch; rank 0 alone evaluates, writes and has the result, the
+    others None.
     """
     if settings.batch_size < ranks.size:
         why = f"each of the {ranks.size} processes takes its share of every batch"
@@ -246,6 +297,7 @@ def repair(
     from sinder_cli.repair.folder import RunFolder
     from sinder_cli.repair.run import run_repair
     from sinder_cli.repair.run_identity import images_of
+    from sinder_cli.report.repair.files import write_repair
 
     folder = RunFolder(out)
     if force:
@@ -259,7 +311,7 @@ def repair(
         start = _start(request, named, places, settings, ranks)
         result = run_repair(start, folder, emit, goes_on, stop or Stop(), ranks)
         if result is not None:
-            publish(result)
+            write_repair(folder, result)
         return result
 
 
@@ -353,16 +405,16 @@ def export(
     settings: ExportSettings,
     places: Sequence[str] = (),
     stdin: IO[str] | None = None,
-    card: Card | None = None,
 ) -> ExportResult:
     """Write a run's or a model's weights where they can be loaded; checked before they get their name.
 
-    `places` are images for the check. `card` renders the model card of a folder. Of a run whose deltas are exported,
-    `request.weights` are the weights that it repaired.
+    `places` are images for the check. A folder gets a model card. Of a run whose deltas are exported, `request.weights`
+    are the weights that it repaired.
     """
     from sinder_cli.export.exporting import write_export
     from sinder_cli.export.targets import require_options, require_suffix, target_of
     from sinder_cli.folders import require_place
+    from sinder_cli.report.export.card import export_card
 
     target = target_of(settings.to)
     require_options(settings.to, target, settings)
@@ -370,7 +422,7 @@ def export(
     require_place(out, target.kind, settings.force, _read_from(request))
     images = find_images(places, stdin, request.emit) if places else None
     plan = _export_plan(request, settings, of_changes=target.of_changes)
-    return write_export(replace(plan, images=images), target, out, card)
+    return write_export(replace(plan, images=images), target, out, export_card)
 
 
 def _read_from(request: ModelRequest) -> list[Path]:

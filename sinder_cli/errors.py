@@ -22,6 +22,7 @@ class SinderError(Exception):
     """
 
     exit_code: ClassVar[int] = 70
+    found: object = None  # what was found before, where writing it is all that failed
 
     def __init__(self, what: str, why: str, remedy: str = "") -> None:
         super().__init__(what, why, remedy)

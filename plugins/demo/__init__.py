@@ -50,7 +50,7 @@ def sinder_listing() -> Sequence[Listing]:
 @hookimpl
 def sinder_weights(request: ModelRequest) -> MemoryTensors:
     """Make the weights; nothing is stored."""
-    from .model import demo_weights
+    from .planting import demo_weights
 
     return MemoryTensors(request.model, demo_weights(PLANTED[request.model]))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinder_cli import __version__
@@ -32,6 +33,7 @@ class AnalysisResult:
     drawn: int  # how many portraits there will be
     mean: tuple[float, float, float]  # of the normalization of a portrait's image
     std: tuple[float, float, float]
+    folder: Path | None = None  # that it was written into
 
 
 def analysis_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -28,15 +28,9 @@ from sinder_cli.cli.options import (
 from sinder_cli.cli.output import show
 from sinder_cli.cli.sharing import shared
 from sinder_cli.errors import DefectsFoundError, SinderError, UsageError
-from sinder_cli.events import Emit
-from sinder_cli.files import require_new_folder, require_writable_file, write_json
 
 if TYPE_CHECKING:
-    from sinder_cli.analysis.records import Analysis
     from sinder_cli.analysis.results import AnalysisResult
-
-# A folder of such a name is nobody's wish, unless it is there.
-OTHER_SUFFIXES = {".csv", ".htm", ".html", ".jsonl", ".md", ".pdf", ".png", ".safetensors", ".svg", ".txt"}
 
 
 @with_settings(AnalyzeSettings)
@@ -95,65 +89,32 @@ def command(
         raise UsageError("no second model", why, "add --compare")
     if out == "":
         raise UsageError("no folder to write to", "--out is empty", "name one, or - for standard output")
-    folder, file = _place(out)
+    place = None if out in (None, "-") else Path(str(out))
+    problem: SinderError | None = None
     with shared() as ranks, display(ranks.writes) as emit:
-        if ranks.writes:
-            if folder:
-                require_new_folder(folder)
-            if file:
-                require_writable_file(file)
         request = model_request(model, weights, adapter, heads, emit, attention, revision, branch)
         second = (compare_weights, compare_adapter, compare_heads)
         other = model_request(compare, *second, emit, attention) if compare else None
         places = [*(data or []), *(more_data or [])]
-        result = api.analyze(request, places, settings, emit, sys.stdin, other, folder is not None, ranks, features)
+        try:
+            result = api.analyze(request, places, settings, emit, sys.stdin, other, place, ranks, features)
+        except SinderError as error:
+            if error.found is None:
+                raise
+            result, problem = cast("AnalysisResult", error.found), error
         if result is None:  # rank 0 has it
             return
-        analysis, problem = _written(folder, result, emit) if folder else (result.analysis, None)
-        if file:
-            problem = _written_alone(file, analysis)
     from sinder_cli.report.documents import analysis_document
     from sinder_cli.report.tables import analysis_table
 
-    chosen = "json" if out == "-" else format
-    shown = None if problem else folder
-    show(chosen, lambda: analysis_table(analysis, shown, features), lambda: analysis_document(analysis))
+    analysis = result.analysis
+    folder = None if problem else result.folder
+    show(
+        "json" if out == "-" else format,
+        lambda: analysis_table(analysis, folder, features),
+        lambda: analysis_document(analysis),
+    )
     if problem:
         raise problem
     if fail_on_defects and analysis.verdict.fails:
         raise DefectsFoundError(f"{analysis.model} fails", analysis.verdict.sentence.rstrip("."))
-
-
-def _place(out: str | None) -> tuple[Path | None, Path | None]:
-    """The folder or the JSON file that `--out` means; neither for standard output. Raises `UsageError` for others."""
-    if not out or out == "-":
-        return None, None
-    path = Path(out)
-    suffix = path.suffix.lower()
-    if path.is_dir() or suffix not in OTHER_SUFFIXES | {".json"}:
-        return path, None
-    if suffix == ".json":
-        return None, path
-    why = f"{suffix} is the name of a file, and reports are written into a folder"
-    raise UsageError(f"cannot write {out}", why, f"give --out {path.with_suffix('') or 'DIR'}, or FILE.json")
-
-
-def _written_alone(file: Path, analysis: Analysis) -> SinderError | None:
-    """Write the document; return the reason where that fails after all."""
-    from sinder_cli.report.documents import analysis_document
-
-    try:
-        write_json(file, analysis_document(analysis))
-    except SinderError as error:
-        return error
-    return None
-
-
-def _written(folder: Path, result: AnalysisResult, emit: Emit) -> tuple[Analysis, SinderError | None]:
-    """The record with its figures; where the folder cannot be written after all, the one without, and the reason."""
-    from sinder_cli.report.analysis.folder import write_analysis
-
-    try:
-        return write_analysis(folder, result, emit), None
-    except SinderError as error:
-        return result.analysis, error

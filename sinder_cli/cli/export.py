@@ -52,12 +52,11 @@ def command(
 ) -> None:
     """Write the weights of a run or a model in a format that others load; checked before it gets its name."""
     from sinder_cli.report.documents import export_document
-    from sinder_cli.report.export.card import export_card
     from sinder_cli.report.tables import export_table
 
     shard = None if max_shard_size is None else parse_size(max_shard_size)
     settings = ExportSettings(to, dtype, image_size, dynamic_size, shard, verify, force)
     with display() as emit:
         request = model_request(source, weights, adapter, heads, emit, revision=revision, branch=branch)
-        result = api.export(request, out, settings, data or (), sys.stdin, export_card)
+        result = api.export(request, out, settings, data or (), sys.stdin)
     show(format, lambda: export_table(result), lambda: export_document(result))

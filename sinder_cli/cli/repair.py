@@ -34,14 +34,12 @@ from sinder_cli.cli.trackers import logged
 from sinder_cli.errors import UsageError
 from sinder_cli.escaping import printable
 from sinder_cli.events import Noted, silent
-from sinder_cli.files import write_text
 from sinder_cli.repair.settings import RepairSettings
 from sinder_cli.signals import Ended, Stop
 
 if TYPE_CHECKING:
     from sinder_cli.repair.dry_run import Trial
     from sinder_cli.repair.folder import RunFolder
-    from sinder_cli.repair.results import RepairResult
 
 
 @with_settings(RepairSettings)
@@ -74,8 +72,6 @@ def command(
     """Repair a backbone's singular defects with unlabelled images."""
     from sinder_cli.repair.folder import RunFolder
     from sinder_cli.report.documents import repair_document
-    from sinder_cli.report.repair.card import render_card
-    from sinder_cli.report.repair.page import render_repair_page
     from sinder_cli.report.tables import repair_table
 
     if resume and force:
@@ -90,10 +86,6 @@ def command(
     folder = out or Path("sinder-runs", model.replace("/", "-"))
     run = RunFolder(folder)
 
-    def publish(result: RepairResult) -> None:
-        write_text(run.report, render_repair_page(result))
-        write_text(run.card, render_card(result))
-
     with shared() as ranks, display(ranks.writes) as shown, logged(settings, folder, shown, ranks.writes) as emit:
         request = replace(request, emit=emit)
         if dry_run:
@@ -107,7 +99,7 @@ def command(
                     _show_finished(summary, folder, format)
                     _end(summary)
                 return
-            result = api.repair(request, places, folder, settings, emit, sys.stdin, resume, force, stop, ranks, publish)
+            result = api.repair(request, places, folder, settings, emit, sys.stdin, resume, force, stop, ranks)
             if result is None:  # rank 0 has it
                 return
         except Ended:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 import torch
 
@@ -179,3 +180,16 @@ def check_positions(backbone: Backbone) -> PositionCheck | None:
     found = (norms > limit).nonzero().flatten().tolist()
     outliers = tuple(OutlyingPosition(i, norms[i].item(), int(dimensions[i]), shares[i].item()) for i in found)
     return PositionCheck(len(rows), median.item(), norms.max().item(), shares.max().item(), outliers)
+
+
+def write_directions(out: Path | IO[bytes], prediction: Prediction) -> None:
+    """Write one `[blocks, N]` float32 tensor a stage as safetensors, to a file or an open one."""
+    from sinder_cli.backbone.sources import infos_of
+    from sinder_cli.backbone.storing import stream_safetensors, write_safetensors
+
+    tensors = {str(stage): prediction.directions(stage) for stage in prediction.stages}
+    metadata = {"model": prediction.model, "content": "defect directions, rows of unit norm"}
+    if isinstance(out, Path):
+        write_safetensors(out, infos_of(tensors), tensors.values(), metadata)
+    else:
+        stream_safetensors(out, infos_of(tensors), tensors.values(), metadata)

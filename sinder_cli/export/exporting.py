@@ -45,7 +45,7 @@ class ExportResult:
 Card = Callable[[Plan, Target, Check, str], Mapping[str, bytes]]  # of a folder of that name: README.md and pictures
 
 
-def write_export(plan: Plan, target: Target, out: Path, card: Card | None) -> ExportResult:
+def write_export(plan: Plan, target: Target, out: Path, card: Card) -> ExportResult:
     """Write, check, and only then give the final name. A folder gets its card and a list of what is in it.
 
     Raises `BadInputError` for a check that fails, which leaves nothing, or what was there before.
@@ -58,7 +58,7 @@ def write_export(plan: Plan, target: Target, out: Path, card: Card | None) -> Ex
         target.write(plan, draft)
         check = target.verify(plan, draft) if settings.verify else Check("not checked: --no-verify", verified=False)
         plan.emit(Noted(check.told) if check.verified or not settings.verify else Warned(check.told))
-        if target.kind == "folder" and card is not None:
+        if target.kind == "folder":
             for name, content in card(plan, target, check, out.resolve().name).items():
                 (draft / name).parent.mkdir(exist_ok=True)
                 (draft / name).write_bytes(content)

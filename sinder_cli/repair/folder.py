@@ -89,6 +89,10 @@ class RunFolder:
         return self.path / "README.md"
 
     @property
+    def pictures(self) -> Path:
+        return self.path / "pictures"
+
+    @property
     def sidecars(self) -> Path:
         return self.path / "sidecars"
 
@@ -199,6 +203,8 @@ class RunFolder:
         try:
             if self.checkpoints.folder.exists():
                 shutil.rmtree(self.checkpoints.folder)  # first: what is half removed must not look like the new run
+            if self.pictures.exists():
+                shutil.rmtree(self.pictures)
             for path in (self.evaluations, self.images, self.outliers, *self.written[:-1]):
                 path.unlink(missing_ok=True)
         except OSError as error:

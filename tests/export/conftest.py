@@ -15,7 +15,6 @@ from sinder_cli.events import Event, Warned
 from sinder_cli.export.exporting import ExportResult
 from sinder_cli.export.settings import ExportSettings, TargetName
 from sinder_cli.repair.settings import RepairSettings
-from sinder_cli.report.export.card import export_card
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +77,6 @@ def export(events: list[Event]) -> Export:
         **options: object,
     ) -> ExportResult:
         request = ModelRequest(str(source), weights, emit=events.append, adapter=adapter)
-        return api.export(request, out, ExportSettings(to, **options), data, card=export_card)  # type: ignore[arg-type]
+        return api.export(request, out, ExportSettings(to, **options), data)  # type: ignore[arg-type]
 
     return exported

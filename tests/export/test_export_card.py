@@ -17,10 +17,10 @@ from sinder_cli.export.exporting import ExportResult
 from sinder_cli.export.settings import ExportSettings
 from sinder_cli.export.targets import Check, Plan
 from sinder_cli.export.torchhub import TARGET
-from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.repair.weight_changes import write_patch
-from sinder_cli.report.export.card import render_export_card, run_pictures
+from sinder_cli.report.export.card import render_export_card
 from sinder_cli.report.formatting import CITATION
+from sinder_cli.report.repair.files import WORDS, read_pictures
 
 Export = Callable[..., ExportResult]
 CUSTOM = "dinov2_custom"
@@ -36,21 +36,15 @@ def header(card: str) -> dict[str, object]:
 
 @pytest.fixture(scope="session")
 def reported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run with a page, whose pictures are two of one image and one of another."""
+    """The run with two pictures of our own."""
     folder = tmp_path_factory.mktemp("reported") / "run"
     shutil.copytree(run, folder)
-    import torch
-
-    from sinder_cli.report.drawing.pictures import data_uri, picture
-
-    preprocess = Preprocessing(28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    pixels = picture(torch.zeros(3, preprocess.size, preprocess.size), preprocess.mean, preprocess.std)
-    image = '<img src="{}" alt="{}">'.format
-    first = image(data_uri(pixels, "jpeg"), "a.png, as the model saw it") + image(data_uri(pixels), "norms of [a]")
-    folder.joinpath("report.html").write_text(
-        f'{image(data_uri(pixels), "a scale")}<section class="sample">{first}</section>'
-        f'<section class="sample">{image(data_uri(pixels), "b.png")}</section>'
-    )
+    shutil.rmtree(folder / "pictures")
+    (folder / "pictures").mkdir()
+    for name in ("image.jpg", "norm.png"):
+        Image.new("RGB", (28, 28)).save(folder / "pictures" / name)
+    words = {"image.jpg": "a.png, as the model saw it", "norm.png": "norms of [a]"}
+    (folder / "pictures" / WORDS).write_text(json.dumps(words))
     return folder
 
 
@@ -76,7 +70,7 @@ def test_a_repaired_model_tells_before_after_data_settings_method_and_checks(
     ):
         assert words in card
     shown = re.findall(r"!\[(.*)\]\((.*)\)", card)
-    assert shown == [("a.png, as the model saw it", "pictures/1.jpg"), ("norms of (a)", "pictures/2.png")]
+    assert shown == [("a.png, as the model saw it", "pictures/image.jpg"), ("norms of (a)", "pictures/norm.png")]
     for _, name in shown:
         with Image.open(tmp_path / "hub" / name) as picture:
             assert picture.size[0] == picture.size[1]
@@ -104,10 +98,12 @@ def test_a_licence_is_carried_over(tmp_path: Path) -> None:
         assert "largest relative difference 2.5e-07, tolerance 1e-05" in card
 
 
-def test_a_run_without_a_page_has_no_pictures(tmp_path: Path) -> None:
-    assert run_pictures(tmp_path / "report.html") == []
-    (tmp_path / "report.html").write_text('<section class="sample"><img src="http://x/y.png" alt="x"></section>')
-    assert run_pictures(tmp_path / "report.html") == []
+def test_a_run_without_whole_pictures_has_none(reported: Path, tmp_path: Path) -> None:
+    assert [picture.name for picture in read_pictures(reported / "pictures")] == ["image.jpg", "norm.png"]
+    assert read_pictures(tmp_path / "nowhere") == []
+    for damage in ("[]", "{", '{"gone.png": ""}'):
+        (tmp_path / WORDS).write_text(damage)
+        assert read_pictures(tmp_path) == []
 
 
 def test_every_row_of_a_table_has_the_columns_of_its_head(export: Export, run: Path, tmp_path: Path) -> None:

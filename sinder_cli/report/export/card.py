@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from collections.abc import Mapping
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from sinder_cli import __version__
 from sinder_cli.files import public_model, public_source
@@ -17,6 +15,7 @@ from sinder_cli.report import formatting
 from sinder_cli.report.formatting import Named
 from sinder_cli.report.pages.templates import markdown_template
 from sinder_cli.report.repair import facts
+from sinder_cli.report.repair.files import read_pictures
 
 if TYPE_CHECKING:
     from sinder_cli.export.targets import Check, Plan, Target
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
 def export_card(plan: Plan, target: Target, check: Check, folder: str) -> dict[str, bytes]:
     """`README.md`, and the pictures of the run that it shows, by the names that they have in the folder."""
     run = _folder_of(plan)
-    pictures = run_pictures(run.report) if run else ()
-    card = render_export_card(plan, target, check, folder, {picture.name: picture.words for picture in pictures})
-    return {"README.md": card.encode(), **{picture.name: picture.content for picture in pictures}}
+    pictures = {f"pictures/{each.name}": each for each in read_pictures(run.pictures)} if run else {}
+    card = render_export_card(plan, target, check, folder, {name: each.words for name, each in pictures.items()})
+    return {"README.md": card.encode(), **{name: each.content for name, each in pictures.items()}}
 
 
 def render_export_card(
@@ -110,48 +109,3 @@ def _run_of(plan: Plan) -> FinishedRun | None:
     run = _folder_of(plan)
     summary = run.read_summary() if run else {}
     return FinishedRun(run.path, summary, run.read_config()) if run and "verdict" in summary else None
-
-
-_URI = re.compile(r"data:image/(png|jpeg);base64,(.+)", re.DOTALL)
-
-
-class Picture(NamedTuple):
-    """A file of the exported folder, and what it shows."""
-
-    name: str
-    words: str
-    content: bytes
-
-
-def run_pictures(page: Path) -> list[Picture]:
-    """The pictures of the first image of `report.html`, before and after; none where there is no such page."""
-    if not page.is_file():
-        return []
-    reader = _FirstSample()
-    reader.feed(page.read_text(encoding="utf-8", errors="replace"))
-    pictures = []
-    for number, (uri, words) in enumerate(reader.found, 1):
-        if match := _URI.fullmatch(uri):
-            suffix = {"png": "png", "jpeg": "jpg"}[match[1]]
-            pictures.append(Picture(f"pictures/{number}.{suffix}", words, base64.b64decode(match[2])))
-    return pictures
-
-
-class _FirstSample(HTMLParser):
-    """Collects the images of the first section of the class `sample`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[str, str]] = []
-        self.state = "before"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = {name: value or "" for name, value in attrs}
-        if tag == "section" and given.get("class") == "sample" and self.state == "before":
-            self.state = "inside"
-        elif tag == "img" and self.state == "inside":
-            self.found.append((given["src"], given["alt"]))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "section" and self.state == "inside":
-            self.state = "after"

@@ -14,7 +14,7 @@ from sinder_cli.report.repair import facts
 if TYPE_CHECKING:
     from sinder_cli.repair.results import RepairResult
 
-WRITTEN_WITH_THE_CARD = ("report.html", "README.md")
+WRITTEN_WITH_THE_CARD = ("pictures", "report.html", "README.md")
 FILES = {
     "model.safetensors": "the repaired weights, in the key order, names and dtypes of the input",
     "adapter.safetensors": "the changes of the singular values alone, with the fingerprint of their weights",
@@ -25,6 +25,7 @@ FILES = {
     "evaluations.jsonl": "one line a look at the images that it is judged on: outlying tokens, cosines",
     "images.jsonl": "one line an image file: its place, size, time and hash when the repair began",
     "checkpoints": "the state of the repair, to go on from",
+    "pictures": "the first image and its maps, before and after, and `words.json`: what each shows",
     "report.html": "before and after in pictures, in one offline file",
     "README.md": "this card",
 }

@@ -16,7 +16,7 @@ from sinder_cli import ModelRequest, api
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.defects.tokens import last_tokens
 from sinder_plugins.demo.drawing import draw_images
-from sinder_plugins.demo.model import demo_weights
+from sinder_plugins.demo.planting import demo_weights
 
 README = Path(__file__).parents[3] / "README.md"
 pytestmark = pytest.mark.slow

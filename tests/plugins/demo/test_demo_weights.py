@@ -22,10 +22,11 @@ from sinder_cli.defects.spectrum import angle_between
 from sinder_cli.defects.tokens import patch_grid, residual_stream
 from sinder_plugins.demo import tensor_shapes
 from sinder_plugins.demo.drawing import draw_images
-from sinder_plugins.demo.model import BLOCK, NEURON, DemoVit, demo_weights
+from sinder_plugins.demo.model import DemoVit
+from sinder_plugins.demo.planting import BLOCK, NEURON, demo_weights
 
 COLUMN = f"blocks.{BLOCK}.down.weight"
-HASH = "import hashlib; from sinder_plugins.demo.model import demo_weights; " + (
+HASH = "import hashlib; from sinder_plugins.demo.planting import demo_weights; " + (
     "print(hashlib.sha256(b''.join(t.numpy().tobytes() for t in demo_weights(True).values())).hexdigest())"
 )
 
