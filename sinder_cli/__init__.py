@@ -1,8 +1,12 @@
 """sinder: predict, show and repair the singular defects of pre-trained Vision Transformers.
 
-This module is what the author of a backbone plugin imports, and nothing else. A plugin is a module that an entry point
-of the group `sinder.backbones` names. It says `SINDER_API = 1`, the version of this contract that it is written for,
-and has up to three functions, each marked with `hookimpl`:
+This module is what a Python program imports, and what the author of a backbone plugin does, and nothing else.
+
+`predict_defects`, `analyze`, `repair` and `export` are the commands as functions: docs/python.md shows them, `verbs.py`
+documents them.
+
+A plugin is a module that an entry point of the group `sinder.backbones` names. It says `SINDER_API = 1`, the version of
+this contract that it is written for, and has up to three functions, each marked with `hookimpl`:
 
     sinder_listing() -> Sequence[Listing]                   the models it offers; must not import torch
     sinder_weights(request) -> Path | TensorSource | None   their weights, where the user names no file; may be left out
@@ -12,6 +16,8 @@ and has up to three functions, each marked with `hookimpl`:
 and exit code; any other exception is told as a failure of the plugin. The README shows a whole plugin, and
 `sinder check-backbone` runs one through all that the engine relies on.
 """
+
+from typing import TYPE_CHECKING
 
 from sinder_cli.backbone.attention import attention_kernel
 from sinder_cli.backbone.contract import (
@@ -46,16 +52,35 @@ from sinder_cli.backbone.torchvision_shim import define_torchvision_operators
 from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError, NoInputError, SinderError, UnavailableError, UsageError
 
+if TYPE_CHECKING:
+    from sinder_cli.verbs import (
+        AnalyzeRequest,
+        AnalyzeSettings,
+        ExportRequest,
+        ExportSettings,
+        PredictRequest,
+        RepairRequest,
+        RepairSettings,
+        analyze,
+        export,
+        predict_defects,
+        repair,
+    )
+
 __version__ = "0.1.0"
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "SINDER_API",
+    "AnalyzeRequest",
+    "AnalyzeSettings",
     "AttentionMap",
     "Backbone",
     "BadInputError",
     "BlockMap",
+    "ExportRequest",
+    "ExportSettings",
     "GatedMlpMap",
     "LayerMap",
     "Listing",
@@ -65,6 +90,9 @@ __all__ = [
     "NormMap",
     "PlainMlpMap",
     "PositionMap",
+    "PredictRequest",
+    "RepairRequest",
+    "RepairSettings",
     "SinderError",
     "StemMap",
     "TensorInfo",
@@ -73,12 +101,25 @@ __all__ = [
     "UsageError",
     "WeightRef",
     "Weights",
+    "analyze",
     "attention_kernel",
     "define_torchvision_operators",
     "download",
+    "export",
     "hookimpl",
     "open_checkpoint",
+    "predict_defects",
+    "repair",
     "require_matching",
     "shard_names",
     "weights_in",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """The verbs, once they are asked for: a plugin, or `sinder --help`, does without what they import."""
+    if name in __all__:
+        from sinder_cli import verbs
+
+        return getattr(verbs, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,7 +26,7 @@ from sinder_cli.images.loading import require_some, sampled
 from sinder_cli.images.preprocessing import MIN_PATCHES, Preprocessing, Resize
 from sinder_cli.images.sources import DrawnImages, ImageSource, JoinedImages, find_images, read_bytes
 from sinder_cli.memory import told_when_it_runs_out
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.signals import Stop
 
 if TYPE_CHECKING:
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.defects.settings import Stage
-    from sinder_cli.export.exporting import ExportResult
-    from sinder_cli.export.settings import ExportSettings
-    from sinder_cli.export.targets import Plan
-    from sinder_cli.repair.dry_run import Trial
-    from sinder_cli.repair.folder import RunFolder
-    from sinder_cli.repair.results import RepairResult
-    from sinder_cli.repair.run import Start
+    from sinder_cli.exporting.run import ExportResult
+    from sinder_cli.exporting.settings import ExportSettings
+    from sinder_cli.exporting.targets import Plan
+    from sinder_cli.repairing.dry_run import Trial
+    from sinder_cli.repairing.folder import RunFolder
+    from sinder_cli.repairing.results import RepairResult
+    from sinder_cli.repairing.run import Start
 
 DRAWN_IMAGES = 64  # how many a backbone draws that brings its own
 FEW_IMAGES = 16  # under which drawn pictures are added to those that a repair is given
@@ -75,7 +75,7 @@ def open_model(request: ModelRequest) -> Backbone:
     hooks = hooks_for(request.model)
     if request.adapter is None:
         return open_backbone(hooks, request)
-    from sinder_cli.repair.weight_changes import read_change
+    from sinder_cli.repairing.weight_changes import read_change
 
     change = read_change(request.adapter)  # before a checkpoint is read, or even downloaded
     return change.applied(open_backbone(hooks, request), request.emit)
@@ -83,7 +83,7 @@ def open_model(request: ModelRequest) -> Backbone:
 
 def _run_named(request: ModelRequest) -> RunFolder | None:
     """The run directory that the user named in the place of a model; it need not be one yet."""
-    from sinder_cli.repair.folder import RunFolder
+    from sinder_cli.repairing.folder import RunFolder
 
     run = RunFolder(Path(request.model))
     return run if run.is_run or request.model.startswith(("/", "./", "../")) else None
@@ -294,9 +294,9 @@ def repair(
         why = f"each of the {ranks.size} processes takes its share of every batch"
         raise UsageError(f"batch size {settings.batch_size} is too small", why, f"use --batch-size {ranks.size}")
     named = _named_images(places, stdin, emit, ranks)  # before a checkpoint is read, or even downloaded
-    from sinder_cli.repair.folder import RunFolder
-    from sinder_cli.repair.run import run_repair
-    from sinder_cli.repair.run_identity import images_of
+    from sinder_cli.repairing.folder import RunFolder
+    from sinder_cli.repairing.run import run_repair
+    from sinder_cli.repairing.run_identity import images_of
     from sinder_cli.report.repair.files import write_repair
 
     folder = RunFolder(out)
@@ -319,8 +319,8 @@ def run_as_called(
     out: Path, given: ModelRequest, settings: RepairSettings
 ) -> tuple[ModelRequest, RepairSettings] | None:
     """What the run in a folder was called with, and over it what is given now; None where there is no run."""
-    from sinder_cli.repair.folder import RunFolder
-    from sinder_cli.repair.run_identity import as_called
+    from sinder_cli.repairing.folder import RunFolder
+    from sinder_cli.repairing.run_identity import as_called
 
     folder = RunFolder(out)
     return as_called(folder, given, settings) if folder.is_run else None
@@ -340,8 +340,8 @@ def try_repair(
     Nothing is written, and nothing that is there is touched.
     """
     named = find_images(places, stdin, emit) if places else None
-    from sinder_cli.repair.dry_run import trial
-    from sinder_cli.repair.folder import RunFolder
+    from sinder_cli.repairing.dry_run import trial
+    from sinder_cli.repairing.folder import RunFolder
 
     folder = RunFolder(out)
     with folder.held(emit):
@@ -359,8 +359,8 @@ def finished_repair(
 ) -> dict[str, Any]:
     """`summary.json` of the run that has ended in `out`. Raises `ConflictError` where this would be another run."""
     named = find_images(places, stdin, emit) if places else None
-    from sinder_cli.repair.folder import RunFolder
-    from sinder_cli.repair.run_identity import images_of
+    from sinder_cli.repairing.folder import RunFolder
+    from sinder_cli.repairing.run_identity import images_of
 
     folder = RunFolder(out)
     start = _start(request, named or images_of(folder), places, settings)
@@ -375,8 +375,8 @@ def _start(
     settings: RepairSettings,
     ranks: Ranks = ALONE,
 ) -> Start:
-    from sinder_cli.repair.results import run_config
-    from sinder_cli.repair.run import Start
+    from sinder_cli.repairing.results import run_config
+    from sinder_cli.repairing.run import Start
 
     device = _device(settings, ranks, request.emit)
     require_attention(request.attention, device)
@@ -411,8 +411,8 @@ def export(
     `places` are images for the check. A folder gets a model card. Of a run whose deltas are exported, `request.weights`
     are the weights that it repaired.
     """
-    from sinder_cli.export.exporting import write_export
-    from sinder_cli.export.targets import require_options, require_suffix, target_of
+    from sinder_cli.exporting.run import write_export
+    from sinder_cli.exporting.targets import require_options, require_suffix, target_of
     from sinder_cli.folders import require_place
     from sinder_cli.report.export.card import export_card
 
@@ -434,9 +434,9 @@ def _read_from(request: ModelRequest) -> list[Path]:
 
 def _export_plan(request: ModelRequest, settings: ExportSettings, of_changes: bool) -> Plan:
     """The backbone as it is to be written, and how it came to be what it is."""
-    from sinder_cli.export.casting import cast
-    from sinder_cli.export.targets import Plan, Repaired
-    from sinder_cli.repair.weight_changes import read_change
+    from sinder_cli.exporting.casting import cast
+    from sinder_cli.exporting.targets import Plan, Repaired
+    from sinder_cli.repairing.weight_changes import read_change
 
     run = _run_named(request)
     named = replace(request, weights=None) if run and of_changes else request

@@ -23,10 +23,10 @@ import torch
 
 from sinder_cli import Backbone, ModelRequest, SinderError, api, define_torchvision_operators
 from sinder_cli.backbone.opening import load_module
-from sinder_cli.export.settings import ExportSettings, TargetName
-from sinder_cli.export.verifying import normalized_tokens, relative_difference
+from sinder_cli.exporting.settings import ExportSettings, TargetName
+from sinder_cli.exporting.verifying import normalized_tokens, relative_difference
 from sinder_cli.files import write_text
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.settings import RepairSettings
 
 TESTS = Path(__file__).parent
 README, MATRIX = TESTS.parent / "README.md", TESTS / "export" / "MATRIX.md"

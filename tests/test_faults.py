@@ -15,7 +15,7 @@ from sinder_cli.backbone.contract import BlockMap, LayerMap, NormMap, WeightRef
 from sinder_cli.defects.settings import DetectionSettings, read_settings
 from sinder_cli.errors import UsageError
 from sinder_cli.faults import WANTED, first_fault, quoted
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.settings import RepairSettings
 
 PYDANTICS = re.compile(r"[Ii]nput|Extra|pattern|valid |unable|instance|literal|parse|schema|pydantic|Value error")
 VALUES: list[Any] = [

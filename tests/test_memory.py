@@ -12,7 +12,7 @@ from sinder_cli import ModelRequest, api
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.errors import TryAgainError
 from sinder_cli.memory import is_out_of_memory, told_when_it_runs_out
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.settings import RepairSettings
 
 OUT_OF_MEMORY = [
     MemoryError(),
@@ -68,7 +68,7 @@ def test_a_repair_tells_its_sizes_wherever_memory_runs_out(
     def fails(*_: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(f"sinder_cli.repair.{part}", fails)
+    monkeypatch.setattr(f"sinder_cli.repairing.{part}", fails)
     settings = RepairSettings(image_size=140, batch_size=3, eval_images=1, max_steps=1, window=4)
     with pytest.raises(
         TryAgainError, match="at 140 × 140 pixels, batch size 3 and a window of 4 blocks; --resume when"

@@ -10,7 +10,6 @@ import typer
 
 from sinder_cli import api
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.cli.display import display
 from sinder_cli.cli.options import (
     AdapterFile,
     Attention,
@@ -28,6 +27,7 @@ from sinder_cli.cli.options import (
 from sinder_cli.cli.output import show
 from sinder_cli.cli.sharing import shared
 from sinder_cli.errors import DefectsFoundError, SinderError, UsageError
+from sinder_cli.report.progress import display
 
 if TYPE_CHECKING:
     from sinder_cli.analysis.results import AnalysisResult

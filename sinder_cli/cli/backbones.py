@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from sinder_cli import api
-from sinder_cli.cli.display import display
 from sinder_cli.cli.options import Format
 from sinder_cli.cli.output import show
+from sinder_cli.report.progress import display
 
 
 def command(format: Format = None) -> None:

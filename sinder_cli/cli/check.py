@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from sinder_cli import api
-from sinder_cli.cli.display import display
 from sinder_cli.cli.options import Branch, Format, Heads, WeightsFile, model_request
 from sinder_cli.cli.output import show
 from sinder_cli.errors import BadInputError
+from sinder_cli.report.progress import display
 
 
 def command(

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from sinder_cli import api
-from sinder_cli.cli.display import display
 from sinder_cli.cli.options import AdapterFile, Branch, Data, Format, Heads, Revision, WeightsFile, model_request
 from sinder_cli.cli.output import show
-from sinder_cli.export.settings import DtypeName, ExportSettings, TargetName, parse_size
+from sinder_cli.exporting.settings import DtypeName, ExportSettings, TargetName, parse_size
+from sinder_cli.report.progress import display
 
 
 def command(

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from sinder_cli import api
-from sinder_cli.cli.display import display
 from sinder_cli.cli.options import AdapterFile, Branch, Format, Heads, Model, Revision, WeightsFile, model_request
 from sinder_cli.cli.output import show
+from sinder_cli.report.progress import display
 
 if TYPE_CHECKING:
     from sinder_cli.defects.settings import Stage

@@ -13,7 +13,6 @@ import typer
 from rich.console import Group
 
 from sinder_cli import api
-from sinder_cli.cli.display import display
 from sinder_cli.cli.options import (
     AdapterFile,
     Attention,
@@ -34,12 +33,13 @@ from sinder_cli.cli.trackers import logged
 from sinder_cli.errors import UsageError
 from sinder_cli.escaping import printable
 from sinder_cli.events import Noted, silent
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.report.progress import display
 from sinder_cli.signals import Ended, Stop
 
 if TYPE_CHECKING:
-    from sinder_cli.repair.dry_run import Trial
-    from sinder_cli.repair.folder import RunFolder
+    from sinder_cli.repairing.dry_run import Trial
+    from sinder_cli.repairing.folder import RunFolder
 
 
 @with_settings(RepairSettings)
@@ -70,7 +70,7 @@ def command(
     settings: RepairSettings,
 ) -> None:
     """Repair a backbone's singular defects with unlabelled images."""
-    from sinder_cli.repair.folder import RunFolder
+    from sinder_cli.repairing.folder import RunFolder
     from sinder_cli.report.documents import repair_document
     from sinder_cli.report.tables import repair_table
 
@@ -118,7 +118,7 @@ def _end(summary: dict[str, Any]) -> None:
 
 
 def _show_finished(summary: dict[str, Any], folder: Path, format: Format) -> None:
-    from sinder_cli.repair.folder import RunFolder
+    from sinder_cli.repairing.folder import RunFolder
     from sinder_cli.report.documents import repair_document
     from sinder_cli.report.tables import repair_table
 
@@ -139,7 +139,7 @@ def _show_trial(trial: Trial, format: Format) -> None:
 
 def resuming_command(run: RunFolder, settings: RepairSettings) -> str:
     """The command line that goes on with a run, for the program as it was called."""
-    from sinder_cli.repair.run_identity import other_options
+    from sinder_cli.repairing.run_identity import other_options
 
     program, *arguments = sys.argv
     if Path(program).name == "__main__.py":  # python -m sinder_cli

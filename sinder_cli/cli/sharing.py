@@ -6,8 +6,8 @@ import os
 import time
 from contextlib import AbstractContextManager
 
-from sinder_cli.cli.display import say
 from sinder_cli.distributed import LostRankError, Ranks, joined, launched, tells
+from sinder_cli.report.progress import say
 
 SECONDS_TO_TELL = 1.0  # for the process that tells; torchrun ends all others when the first has ended
 

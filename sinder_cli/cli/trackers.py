@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sinder_cli.errors import UnavailableError
 from sinder_cli.events import Emit, Event, Warned
 from sinder_cli.files import write_text
-from sinder_cli.repair.settings import LogName, RepairSettings
+from sinder_cli.repairing.settings import LogName, RepairSettings
 
 if TYPE_CHECKING:
-    from sinder_cli.repair.guard import Evaluation
-    from sinder_cli.repair.loop import StepRecord
+    from sinder_cli.repairing.guard import Evaluation
+    from sinder_cli.repairing.loop import StepRecord
 
 
 STEP = ("loss", "density", "masked_tokens", "block", "length", "gain")  # what is logged of a step, as far as it has it
@@ -62,8 +62,8 @@ class _Steps:
     logs: dict[LogName, Log] = field(default_factory=dict)
 
     def hear(self, event: Event) -> None:
-        from sinder_cli.repair.guard import Evaluation
-        from sinder_cli.repair.loop import StepRecord
+        from sinder_cli.repairing.guard import Evaluation
+        from sinder_cli.repairing.loop import StepRecord
 
         if not isinstance(event, StepRecord | Evaluation):
             return
@@ -91,7 +91,7 @@ class _Steps:
 
 def logged_values(event: StepRecord | Evaluation) -> dict[str, float]:
     """What a log holds of a step, or of a look at the guard; a clean step has no loss and no block."""
-    from sinder_cli.repair.loop import StepRecord
+    from sinder_cli.repairing.loop import StepRecord
 
     group, names = ("repair", STEP) if isinstance(event, StepRecord) else ("guard", GUARD)
     values = {f"{group}/{name}": getattr(event, name) for name in names}

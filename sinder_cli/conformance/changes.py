@@ -13,11 +13,11 @@ from sinder_cli.backbone.contract import Backbone, BlockMap, LayerMap, WeightRef
 from sinder_cli.backbone.opening import check_layer_map
 from sinder_cli.backbone.weights import Weights, rows_of
 from sinder_cli.conformance.subject import NonconformityError, Subject, gaussian
-from sinder_cli.export.native import write_weights
-from sinder_cli.repair.deltas import Deltas
-from sinder_cli.repair.forward import Directions
-from sinder_cli.repair.settings import RepairSettings
-from sinder_cli.repair.step import step_gradient
+from sinder_cli.exporting.native import write_weights
+from sinder_cli.repairing.deltas import Deltas
+from sinder_cli.repairing.forward import Directions
+from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.repairing.step import step_gradient
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import Prediction
-    from sinder_cli.export.exporting import ExportResult
-    from sinder_cli.repair.dry_run import Trial
+    from sinder_cli.exporting.run import ExportResult
+    from sinder_cli.repairing.dry_run import Trial
 
 
 def finite(value: Any) -> Any:

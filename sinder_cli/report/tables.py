@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis, Distribution, Marked, Side
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import BlockSpectrum, PositionCheck, Prediction
-    from sinder_cli.export.exporting import ExportResult
-    from sinder_cli.repair.dry_run import Trial
+    from sinder_cli.exporting.run import ExportResult
+    from sinder_cli.repairing.dry_run import Trial
 
 BARS = "▁▂▃▄▅▆▇█"
 FLAT = 0.05  # a logarithmic range under which all bars are of one height: 5 %

@@ -16,9 +16,9 @@ from sinder_cli import Backbone, BlockMap, WeightRef
 from sinder_cli.backbone.contract import references, trained_references
 from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask
 from sinder_cli.defects.tokens import in_precision, patch_grid
-from sinder_cli.repair.forward import Directions
-from sinder_cli.repair.settings import RepairSettings
-from sinder_cli.repair.step import neighbour_loss
+from sinder_cli.repairing.forward import Directions
+from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.repairing.step import neighbour_loss
 
 
 class Rebuilt(nn.Module):

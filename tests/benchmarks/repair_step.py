@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from sinder_cli import Backbone, MemoryTensors, ModelRequest, Weights
 from sinder_cli.backbone.attention import AttentionName
 from sinder_cli.backbone.opening import load_module
-from sinder_cli.repair.deltas import Deltas
-from sinder_cli.repair.forward import Directions
-from sinder_cli.repair.settings import RepairSettings
-from sinder_cli.repair.step import step_gradient
+from sinder_cli.repairing.deltas import Deltas
+from sinder_cli.repairing.forward import Directions
+from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.repairing.step import step_gradient
 from sinder_plugins.dinov2 import sinder_backbone
 from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
 

@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from sinder_cli.cli import display
 from sinder_cli.events import Advanced, Started, Warned
-from sinder_cli.repair.loop import StepRecord
+from sinder_cli.repairing.loop import StepRecord
+from sinder_cli.report import progress as display
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sinder_cli import ModelRequest, api
 from sinder_cli.backbone.opening import load_module
-from sinder_cli.repair.loop import DivergedError
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.loop import DivergedError
+from sinder_cli.repairing.settings import RepairSettings
 
 Sinder = Callable[..., subprocess.CompletedProcess[str]]
 CUSTOM = "dinov2_custom"

@@ -26,10 +26,10 @@ from warm import Ended, Running, Server
 from sinder_cli import ModelRequest, api
 from sinder_cli.errors import BadInputError
 from sinder_cli.images.loading import shuffled
-from sinder_cli.repair.deltas import Deltas
-from sinder_cli.repair.guard import guarded
-from sinder_cli.repair.loop import DivergedError
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.deltas import Deltas
+from sinder_cli.repairing.guard import guarded
+from sinder_cli.repairing.loop import DivergedError
+from sinder_cli.repairing.settings import RepairSettings
 
 STEPS = 12
 CHECKPOINTS = ("--checkpoint-every", "2")
@@ -703,8 +703,8 @@ def test_a_small_disk_that_is_really_full_leaves_the_checkpoint_before_and_the_r
 def test_a_delta_that_is_not_finite_makes_no_model(
     small: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sinder_cli.repair import run
-    from sinder_cli.repair.guard import Guard, Snapshot
+    from sinder_cli.repairing import run
+    from sinder_cli.repairing.guard import Guard, Snapshot
 
     deltas: list[Any] = []
     really = Guard.look
@@ -842,7 +842,7 @@ def test_memory_that_runs_out_is_told_with_the_sizes_and_the_run_goes_on(
 import resource, sys
 import torch
 from sinder_cli.cli.main import main
-from sinder_cli.repair import loop
+from sinder_cli.repairing import loop
 
 def limited(*arguments):
     has = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

@@ -26,11 +26,11 @@ from sinder_cli.errors import StorageError
 from sinder_cli.events import Warned
 from sinder_cli.images.decoding import UnreadableImageError
 from sinder_cli.images.preprocessing import Preprocessing
-from sinder_cli.repair.checkpoints import Checkpoints
-from sinder_cli.repair.deltas import Deltas
-from sinder_cli.repair.loop import Progress, density_window, repair_steps
-from sinder_cli.repair.session import checkpointed, restored
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.checkpoints import Checkpoints
+from sinder_cli.repairing.deltas import Deltas
+from sinder_cli.repairing.loop import Progress, density_window, repair_steps
+from sinder_cli.repairing.session import checkpointed, restored
+from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.signals import Ended, Stop
 
 Torchrun = Callable[..., "subprocess.Popen[str]"]

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from sinder_cli import ModelRequest, api
 from sinder_cli.events import Event, Warned
-from sinder_cli.export.exporting import ExportResult
-from sinder_cli.export.settings import ExportSettings, TargetName
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.exporting.run import ExportResult
+from sinder_cli.exporting.settings import ExportSettings, TargetName
+from sinder_cli.repairing.settings import RepairSettings
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,11 @@ from PIL import Image
 
 from sinder_cli import ModelRequest, api
 from sinder_cli.events import silent
-from sinder_cli.export.exporting import ExportResult
-from sinder_cli.export.settings import ExportSettings
-from sinder_cli.export.targets import Check, Plan
-from sinder_cli.export.torchhub import TARGET
-from sinder_cli.repair.weight_changes import write_patch
+from sinder_cli.exporting.run import ExportResult
+from sinder_cli.exporting.settings import ExportSettings
+from sinder_cli.exporting.targets import Check, Plan
+from sinder_cli.exporting.torchhub import TARGET
+from sinder_cli.repairing.weight_changes import write_patch
 from sinder_cli.report.export.card import render_export_card
 from sinder_cli.report.formatting import CITATION
 from sinder_cli.report.repair.files import WORDS, read_pictures

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from sinder_cli import ModelRequest, api
 from sinder_cli.errors import BadInputError, ConflictError, UsageError
-from sinder_cli.export.exporting import ExportResult
-from sinder_cli.repair.weight_changes import DELTA_FORMAT
+from sinder_cli.exporting.run import ExportResult
+from sinder_cli.repairing.weight_changes import DELTA_FORMAT
 
 Export = Callable[..., ExportResult]
 DEMO = "demo_vit"

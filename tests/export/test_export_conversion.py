@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from sinder_cli import BadInputError, MemoryTensors, ModelRequest, WeightRef, Weights, api
 from sinder_cli.backbone.contract import NormMap
-from sinder_cli.export import dinov2, timm, transformers
-from sinder_cli.export.architecture import architecture_of
-from sinder_cli.export.conversion import ConvertedTensors, Recipe, part, reshaped
-from sinder_cli.export.exporting import ExportResult
-from sinder_cli.export.settings import TargetName
+from sinder_cli.exporting import dinov2, timm, transformers
+from sinder_cli.exporting.architecture import architecture_of
+from sinder_cli.exporting.conversion import ConvertedTensors, Recipe, part, reshaped
+from sinder_cli.exporting.run import ExportResult
+from sinder_cli.exporting.settings import TargetName
 from sinder_cli.files import json_text
 
 Export = Callable[..., ExportResult]

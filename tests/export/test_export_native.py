@@ -15,9 +15,9 @@ from torch import Tensor
 
 from sinder_cli.backbone.sources import infos_of
 from sinder_cli.errors import BadInputError, UsageError
-from sinder_cli.export import native
-from sinder_cli.export.exporting import ExportResult
-from sinder_cli.export.torchfile import write_torch_file
+from sinder_cli.exporting import native
+from sinder_cli.exporting.run import ExportResult
+from sinder_cli.exporting.torchfile import write_torch_file
 
 Export = Callable[..., ExportResult]
 CUSTOM = "dinov2_custom"
@@ -153,7 +153,7 @@ import torch
 from pathlib import Path
 from sinder_cli.backbone.sources import open_checkpoint
 from sinder_cli.backbone.weights import Weights
-from sinder_cli.export.native import read_back, write_weights
+from sinder_cli.exporting.native import read_back, write_weights
 torch.load, torch.ones(9).clone()  # whatever loads late
 source, out, small = map(Path, sys.argv[1:])
 for path in (small, source):  # the small one has everything imported

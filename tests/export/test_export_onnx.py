@@ -13,10 +13,10 @@ import torch
 from sinder_cli import Backbone, ModelRequest, api
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.errors import BadInputError, UnavailableError, UsageError
-from sinder_cli.export import onnx as target
-from sinder_cli.export import verifying
-from sinder_cli.export.exporting import ExportResult
-from sinder_cli.export.verifying import by_kind, normalized_tokens
+from sinder_cli.exporting import onnx as target
+from sinder_cli.exporting import verifying
+from sinder_cli.exporting.run import ExportResult
+from sinder_cli.exporting.verifying import by_kind, normalized_tokens
 
 Export = Callable[..., ExportResult]
 CUSTOM = "dinov2_custom"

@@ -13,10 +13,10 @@ from PIL import Image
 from sinder_cli import ModelRequest, api
 from sinder_cli.errors import BadInputError, SinderError, TryAgainError, UnavailableError
 from sinder_cli.events import silent
-from sinder_cli.export import verifying
-from sinder_cli.export.settings import ExportSettings
-from sinder_cli.export.targets import Plan
-from sinder_cli.export.verifying import by_kind, relative_difference, square_images
+from sinder_cli.exporting import verifying
+from sinder_cli.exporting.settings import ExportSettings
+from sinder_cli.exporting.targets import Plan
+from sinder_cli.exporting.verifying import by_kind, relative_difference, square_images
 from sinder_cli.images.sources import find_images
 
 

@@ -16,7 +16,7 @@ from harness import MISSING, VALUES, Case, damaged, mutated, places_in, require_
 from sinder_cli import ModelRequest, api
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.defects.settings import DetectionSettings, read_settings
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.settings import RepairSettings
 
 BYTES = 100  # random cases a round
 

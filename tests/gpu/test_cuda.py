@@ -16,11 +16,11 @@ from sinder_cli import ModelRequest, UnavailableError, api, attention_kernel
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.defects.prediction import predict
-from sinder_cli.repair.deltas import Deltas
-from sinder_cli.repair.forward import Directions
-from sinder_cli.repair.loop import StepRecord
-from sinder_cli.repair.settings import RepairSettings
-from sinder_cli.repair.step import StepGradient, step_gradient
+from sinder_cli.repairing.deltas import Deltas
+from sinder_cli.repairing.forward import Directions
+from sinder_cli.repairing.loop import StepRecord
+from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.repairing.step import StepGradient, step_gradient
 
 pytestmark = [
     pytest.mark.gpu,

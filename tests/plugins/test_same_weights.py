@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sinder_cli import ModelRequest, api
-from sinder_cli.export.settings import ExportSettings
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.exporting.settings import ExportSettings
+from sinder_cli.repairing.settings import RepairSettings
 from sinder_plugins.dinov2.config import OFFICIAL, tensor_shapes
 
 STEPS, SIZE = 10, 518

@@ -29,7 +29,7 @@ from sinder_cli import Backbone, ModelRequest, api
 from sinder_cli.defects.inpainting import inpainted
 from sinder_cli.defects.tokens import last_tokens, residual_stream
 from sinder_cli.images.decoding import decode
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.settings import RepairSettings
 
 SIZE = 518
 FACTOR = 3.0  # × the median patch norm of the image

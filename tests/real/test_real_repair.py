@@ -15,7 +15,7 @@ from torch import Tensor
 from sinder_cli import ModelRequest, api
 from sinder_cli.defects.tokens import last_tokens
 from sinder_cli.images.decoding import decode
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.settings import RepairSettings
 
 SIZE = 266  # pixels: 19 × 19 patches
 PLANT = plants.Plant("block 7", (plants.Defect(7, 0.004, 15.0, seed=3),))

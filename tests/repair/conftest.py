@@ -23,7 +23,7 @@ from sinder_cli import (
     WeightRef,
     Weights,
 )
-from sinder_cli.repair.forward import Directions
+from sinder_cli.repairing.forward import Directions
 
 N, HIDDEN, DEPTH, HEADS, PATCH, GRID = 32, 24, 6, 2, 2, 12
 PLANTED = 60.0

@@ -14,9 +14,9 @@ from torch import Tensor
 from sinder_cli.events import Warned
 from sinder_cli.images.decoding import UnreadableImageError
 from sinder_cli.images.preprocessing import Preprocessing
-from sinder_cli.repair.deltas import Deltas
-from sinder_cli.repair.loop import Progress, StepRecord, density_window, repair_steps
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.deltas import Deltas
+from sinder_cli.repairing.loop import Progress, StepRecord, density_window, repair_steps
+from sinder_cli.repairing.settings import RepairSettings
 
 SIZE = 24  # pixels
 RED = [(3, 3), (5, 8), (9, 4)]

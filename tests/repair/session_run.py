@@ -12,8 +12,8 @@ from runs import RED, Pictures, Run
 
 from sinder_cli.backbone.sources import infos_of
 from sinder_cli.backbone.storing import write_safetensors
-from sinder_cli.repair.folder import RunFolder
-from sinder_cli.repair.session import checkpointed
+from sinder_cli.repairing.folder import RunFolder
+from sinder_cli.repairing.session import checkpointed
 from sinder_cli.signals import Stop
 
 CONFIG = {"model": "tiny", "weights": {}, "images": {}, "settings": {}, "versions": {}}

@@ -11,8 +11,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from sinder_cli.repair.basis import NEAR_EQUAL, SingularBasis, singular_basis
-from sinder_cli.repair.deltas import Deltas
+from sinder_cli.repairing.basis import NEAR_EQUAL, SingularBasis, singular_basis
+from sinder_cli.repairing.deltas import Deltas
 
 Svd = tuple[Tensor, Tensor, Tensor]
 SVD = torch.linalg.svd  # before a test puts another machine's in its place

@@ -15,8 +15,8 @@ from runs import Pictures
 from sinder_cli.errors import BadInputError
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import CHANGED, ImageFiles
-from sinder_cli.repair.batches import forget_mended, require_readable, step_batches
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.batches import forget_mended, require_readable, step_batches
+from sinder_cli.repairing.settings import RepairSettings
 
 PLAIN = Preprocessing(4, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 COUNT = 7

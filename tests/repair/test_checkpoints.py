@@ -22,11 +22,11 @@ from torch import Tensor
 from sinder_cli.errors import BadInputError, CannotCreateError, StorageError
 from sinder_cli.events import Warned
 from sinder_cli.images.loading import shuffled
-from sinder_cli.repair import checkpoints as module_of_checkpoints
-from sinder_cli.repair.basis import SingularBasis, singular_basis
-from sinder_cli.repair.checkpoints import COUNTERS, MANIFEST, STATE, Checkpoints
-from sinder_cli.repair.deltas import Deltas
-from sinder_cli.repair.loop import Best, Progress
+from sinder_cli.repairing import checkpoints as module_of_checkpoints
+from sinder_cli.repairing.basis import SingularBasis, singular_basis
+from sinder_cli.repairing.checkpoints import COUNTERS, MANIFEST, STATE, Checkpoints
+from sinder_cli.repairing.deltas import Deltas
+from sinder_cli.repairing.loop import Best, Progress
 
 BLUE = [(2, 7), (6, 3), (8, 8)]
 STEPS = 8

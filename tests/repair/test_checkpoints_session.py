@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from sinder_cli.errors import BadInputError, StorageError, TryAgainError
-from sinder_cli.repair import session
-from sinder_cli.repair.loop import DivergedError, Progress, StepRecord
-from sinder_cli.repair.session import checkpointed, saved_if_it_fails
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing import session
+from sinder_cli.repairing.loop import DivergedError, Progress, StepRecord
+from sinder_cli.repairing.session import checkpointed, saved_if_it_fails
+from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.signals import Ended, Stop
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sinder_cli.distributed import LostRankError, Ranks
 from sinder_cli.events import Noted
-from sinder_cli.repair.deltas import Deltas, Target
+from sinder_cli.repairing.deltas import Deltas, Target
 
 N = 32
 LR, MOMENTUM = 0.05, 0.9

@@ -17,11 +17,11 @@ import pytest
 from sinder_cli.errors import BadInputError, CannotCreateError, ConflictError, TryAgainError
 from sinder_cli.events import Warned, silent
 from sinder_cli.images.sources import ImageFiles
-from sinder_cli.repair import run_identity as imagelist
-from sinder_cli.repair.folder import RunFolder
-from sinder_cli.repair.loop import StepRecord
-from sinder_cli.repair.run_identity import listed_images
-from sinder_cli.repair.settings import WITHOUT_EFFECT, RepairSettings
+from sinder_cli.repairing import run_identity as imagelist
+from sinder_cli.repairing.folder import RunFolder
+from sinder_cli.repairing.loop import StepRecord
+from sinder_cli.repairing.run_identity import listed_images
+from sinder_cli.repairing.settings import WITHOUT_EFFECT, RepairSettings
 
 
 def config(**changes: Any) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from sinder_cli.backbone.contract import WeightRef
 from sinder_cli.defects.detection import leaning
-from sinder_cli.repair import step as step_module
-from sinder_cli.repair.basis import SingularBasis
-from sinder_cli.repair.deltas import Deltas, Target
-from sinder_cli.repair.forward import FIRST_ALONE, Interest
-from sinder_cli.repair.greedy import (
+from sinder_cli.repairing import step as step_module
+from sinder_cli.repairing.basis import SingularBasis
+from sinder_cli.repairing.deltas import Deltas, Target
+from sinder_cli.repairing.forward import FIRST_ALONE, Interest
+from sinder_cli.repairing.greedy import (
     ALL,
     FLOOR,
     KEPT,
@@ -34,8 +34,8 @@ from sinder_cli.repair.greedy import (
     polyak_deltas,
     scale_of,
 )
-from sinder_cli.repair.settings import RepairSettings
-from sinder_cli.repair.step import BlockGradient, Probes, step_gradient
+from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.repairing.step import BlockGradient, Probes, step_gradient
 
 EARLY = 1
 MANY = 800  # probes

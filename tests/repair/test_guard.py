@@ -20,9 +20,9 @@ from sinder_cli.defects.settings import SLACK
 from sinder_cli.defects.shift import Retrieval, found_again
 from sinder_cli.defects.tokens import last_tokens
 from sinder_cli.errors import BadInputError
-from sinder_cli.repair.guard import WORST, Evaluation, Fidelity, Guard, Snapshot, guard_size, guarded
-from sinder_cli.repair.loop import CLEAN_LOOKS, EQUAL_FIDELITY, IDLE_LOOKS, SPOILT_LOOKS, Best, Progress
-from sinder_cli.repair.scan import see
+from sinder_cli.repairing.guard import WORST, Evaluation, Fidelity, Guard, Snapshot, guard_size, guarded
+from sinder_cli.repairing.loop import CLEAN_LOOKS, EQUAL_FIDELITY, IDLE_LOOKS, SPOILT_LOOKS, Best, Progress
+from sinder_cli.repairing.scan import see
 
 FLOOR = 0.95
 PATCH = 2  # pixels

@@ -12,9 +12,9 @@ from torch import Tensor
 from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask, learning_targets
 from sinder_cli.errors import BadInputError, TryAgainError
 from sinder_cli.images.loading import shuffled
-from sinder_cli.repair import loop
-from sinder_cli.repair.loop import Progress, density_window
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing import loop
+from sinder_cli.repairing.loop import Progress, density_window
+from sinder_cli.repairing.settings import RepairSettings
 
 
 def weights_of(planted: Any) -> dict[str, Tensor]:
@@ -208,7 +208,7 @@ def test_memory_that_runs_out_in_any_part_of_a_step_leaves_the_step_before(
 
     run = Run(single, Pictures(single.image(0, red=RED)))
     run.take(1)
-    monkeypatch.setattr(f"sinder_cli.repair.loop.{part}", fails)
+    monkeypatch.setattr(f"sinder_cli.repairing.loop.{part}", fails)
     with pytest.raises(TryAgainError, match="out of memory: at 24 × 24 pixels"):
         run.take(1)
     assert run.progress.steps == 1

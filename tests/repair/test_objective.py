@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sinder_cli.defects.detection import learning_targets
-from sinder_cli.repair.step import neighbour_loss
+from sinder_cli.repairing.step import neighbour_loss
 
 N = 8
 GAUSSIAN = {

@@ -9,9 +9,9 @@ import pytest
 
 from sinder_cli import ModelRequest
 from sinder_cli.errors import BadInputError, ConflictError
-from sinder_cli.repair.folder import RunFolder
-from sinder_cli.repair.run_identity import as_called, call_of, other_options
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.folder import RunFolder
+from sinder_cli.repairing.run_identity import as_called, call_of, other_options
+from sinder_cli.repairing.settings import RepairSettings
 
 STORED = RepairSettings(lr=0.01, workers=3, image_size=518, seed=4)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sinder_cli.repair.run import _guard_indices, _seen_already
+from sinder_cli.repairing.run import _guard_indices, _seen_already
 
 BEFORE, LATEST = object(), object()
 

@@ -16,9 +16,9 @@ from sinder_cli.defects.detection import CERTAIN, RISE
 from sinder_cli.distributed import ALONE
 from sinder_cli.errors import BadInputError
 from sinder_cli.images.preprocessing import Preprocessing
-from sinder_cli.repair.forward import Directions
-from sinder_cli.repair.scan import BlockOutliers, ImageOutliers, Scan, rarest_first, scan
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.forward import Directions
+from sinder_cli.repairing.scan import BlockOutliers, ImageOutliers, Scan, rarest_first, scan
+from sinder_cli.repairing.settings import RepairSettings
 
 DEPTH = 6
 SPOTS = {0: RED, 1: [], 2: [(0, 0), (11, 5)], 3: [(6, 6)]}

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from sinder_cli.backbone.contract import trained_references
 from sinder_cli.defects.detection import DetectionRule, alignment_logits
-from sinder_cli.repair import forward, step
-from sinder_cli.repair.deltas import Deltas, Target
-from sinder_cli.repair.forward import FIRST_ALONE, Directions, Interest, first_defects
-from sinder_cli.repair.settings import RepairSettings
-from sinder_cli.repair.step import BlockGradient, StepGradient, step_gradient
+from sinder_cli.repairing import forward, step
+from sinder_cli.repairing.deltas import Deltas, Target
+from sinder_cli.repairing.forward import FIRST_ALONE, Directions, Interest, first_defects
+from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.repairing.step import BlockGradient, StepGradient, step_gradient
 
 RED = [(3, 3), (5, 8), (9, 4)]
 BLUE = [(2, 6), (6, 2), (8, 8), (8, 9)]

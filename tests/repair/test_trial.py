@@ -10,12 +10,12 @@ import torch
 from runs import RED, SIZE, Pictures
 
 from sinder_cli.images.preprocessing import Preprocessing
-from sinder_cli.repair import dry_run as trial
-from sinder_cli.repair import run
-from sinder_cli.repair.dry_run import Trial, TrialStep
-from sinder_cli.repair.forward import Directions
-from sinder_cli.repair.run import Start
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing import dry_run as trial
+from sinder_cli.repairing import run
+from sinder_cli.repairing.dry_run import Trial, TrialStep
+from sinder_cli.repairing.forward import Directions
+from sinder_cli.repairing.run import Start
+from sinder_cli.repairing.settings import RepairSettings
 
 N, HIDDEN, DEPTH = 32, 24, 6  # of the tiny model
 VALUES = N + N + 3 * HIDDEN  # singular values of a gated block: value, output, gate, up, down

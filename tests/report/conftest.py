@@ -25,9 +25,9 @@ from made_repair import (
 )
 
 from sinder_cli.defects.shift import Retrieval
-from sinder_cli.repair.guard import SAMPLES
-from sinder_cli.repair.results import RepairResult, run_summary
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.guard import SAMPLES
+from sinder_cli.repairing.results import RepairResult, run_summary
+from sinder_cli.repairing.settings import RepairSettings
 
 MakeResult = Callable[..., RepairResult]
 

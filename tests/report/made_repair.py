@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
 from sinder_cli.defects.detection import norm_ratios
-from sinder_cli.repair.guard import SAMPLES, Evaluation, Snapshot
-from sinder_cli.repair.loop import Best, Progress, StepRecord
-from sinder_cli.repair.scan import BlockOutliers, ImageOutliers, Scan
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.guard import SAMPLES, Evaluation, Snapshot
+from sinder_cli.repairing.loop import Best, Progress, StepRecord
+from sinder_cli.repairing.scan import BlockOutliers, ImageOutliers, Scan
+from sinder_cli.repairing.settings import RepairSettings
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEPTH, FIRST, WORST = 4, 1, 2  # blocks; the first with an outlying token; the one with the largest norm

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from sinder_cli.escaping import printable_lines
-from sinder_cli.repair.folder import RunFolder
-from sinder_cli.repair.results import RepairResult
+from sinder_cli.repairing.folder import RunFolder
+from sinder_cli.repairing.results import RepairResult
 from sinder_cli.report.pages.templates import code_span, table_cell
 from sinder_cli.report.repair.card import FILES, render_card
 from sinder_cli.report.repair.page import render_repair_page

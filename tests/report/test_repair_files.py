@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from sinder_cli.repair.folder import RunFolder
-from sinder_cli.repair.results import RepairResult
+from sinder_cli.repairing.folder import RunFolder
+from sinder_cli.repairing.results import RepairResult
 from sinder_cli.report.repair.files import WORDS, read_pictures, write_repair
 
 MakeResult = Callable[..., RepairResult]

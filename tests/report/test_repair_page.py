@@ -18,8 +18,8 @@ from matplotlib import colormaps
 from PIL import Image
 from rich.console import Console
 
-from sinder_cli.repair.results import RepairResult
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.results import RepairResult
+from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.report.repair import facts
 from sinder_cli.report.repair.card import render_card
 from sinder_cli.report.repair.page import LEFT, charts, guard_charts, read_lines, render_repair_page, samples_of

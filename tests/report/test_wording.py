@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sinder_cli.repair.results import RepairResult
+from sinder_cli.repairing.results import RepairResult
 from sinder_cli.report.formatting import counted, degrees, duration, number, numbers, percent
 from sinder_cli.report.repair.facts import run_facts, stop_reason
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sinder_cli import __version__
 from sinder_cli.files import public_model, public_source
-from sinder_cli.repair.folder import FinishedRun
+from sinder_cli.repairing.folder import FinishedRun
 from sinder_cli.report import formatting
 from sinder_cli.report.formatting import Named
 from sinder_cli.report.pages.templates import markdown_template
@@ -18,8 +18,8 @@ from sinder_cli.report.repair import facts
 from sinder_cli.report.repair.files import read_pictures
 
 if TYPE_CHECKING:
-    from sinder_cli.export.targets import Check, Plan, Target
-    from sinder_cli.repair.folder import RunFolder
+    from sinder_cli.exporting.targets import Check, Plan, Target
+    from sinder_cli.repairing.folder import RunFolder
 
 
 def export_card(plan: Plan, target: Target, check: Check, folder: str) -> dict[str, bytes]:

@@ -12,7 +12,7 @@ from sinder_cli.report.pages.templates import markdown_template
 from sinder_cli.report.repair import facts
 
 if TYPE_CHECKING:
-    from sinder_cli.repair.results import RepairResult
+    from sinder_cli.repairing.results import RepairResult
 
 WRITTEN_WITH_THE_CARD = ("pictures", "report.html", "README.md")
 FILES = {

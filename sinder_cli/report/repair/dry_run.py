@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sinder_cli.report.formatting import Named, counted, duration
 
 if TYPE_CHECKING:
-    from sinder_cli.repair.dry_run import Trial, TrialStep
+    from sinder_cli.repairing.dry_run import Trial, TrialStep
 
 
 def trial_facts(trial: Trial) -> list[Named]:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from sinder_cli.defects.settings import NORM_FACTOR, SLACK, Mark
 from sinder_cli.files import public_model, public_source
-from sinder_cli.repair.settings import RECIPES, RepairSettings
+from sinder_cli.repairing.settings import RECIPES, RepairSettings
 from sinder_cli.report.formatting import NOTHING, Named, counted, degrees, duration, number, percent, setting_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sinder_cli.repair.results import RepairResult
+    from sinder_cli.repairing.results import RepairResult
 
 KINDS = {"healthy": "good", "repaired": "good", "improved": "open", "not improved": "bad"}
 AS_IT_WAS = "the weights are equal to the original's to the bit"

@@ -14,8 +14,8 @@ from sinder_cli.report.repair.card import render_card
 from sinder_cli.report.repair.page import render_repair_page, samples_of
 
 if TYPE_CHECKING:
-    from sinder_cli.repair.folder import RunFolder
-    from sinder_cli.repair.results import RepairResult
+    from sinder_cli.repairing.folder import RunFolder
+    from sinder_cli.repairing.results import RepairResult
     from sinder_cli.report.pages.templates import Panel
 
 WORDS = "words.json"  # what each picture shows, by its name

@@ -19,8 +19,8 @@ from sinder_cli.report.pages.templates import Panel, html_template
 from sinder_cli.report.repair import facts
 
 if TYPE_CHECKING:
-    from sinder_cli.repair.guard import Snapshot
-    from sinder_cli.repair.results import RepairResult
+    from sinder_cli.repairing.guard import Snapshot
+    from sinder_cli.repairing.results import RepairResult
     from sinder_cli.report.drawing.pictures import Picture
     from sinder_cli.report.drawing.scales import ColourScale
     from sinder_cli.report.repair.facts import Recorded

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from sinder_cli import Backbone, ModelRequest, NoInputError, api
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.opening import load_module
-from sinder_cli.export.settings import ExportSettings
+from sinder_cli.exporting.settings import ExportSettings
 from sinder_plugins.hf.families import FAMILIES
 
 Saved = Callable[[str], Path]

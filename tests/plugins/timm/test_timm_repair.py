@@ -16,7 +16,7 @@ from timm_samples import NAMES
 from sinder_cli import ModelRequest, api
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.defects.prediction import predict
-from sinder_cli.repair.settings import RepairSettings
+from sinder_cli.repairing.settings import RepairSettings
 
 Stored = Callable[[str], Path]
 

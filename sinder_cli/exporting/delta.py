@@ -1,0 +1,48 @@
+"""The changed tensors alone, as a safetensors patch that knows the weights it belongs to; `--adapter` applies it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sinder_cli.errors import UsageError
+from sinder_cli.events import silent
+from sinder_cli.exporting.targets import Check, Plan, Repaired, Target
+from sinder_cli.repairing.weight_changes import read_change, write_patch
+
+
+def require_repaired(plan: Plan) -> Repaired:
+    """The change that the backbone came by. Raises `UsageError` for a model as it was published."""
+    if plan.repaired is None:
+        what = f"cannot export what was changed in {plan.backbone.name}"
+        raise UsageError(what, "nothing was: it is no repaired model", "name a run, or give --adapter")
+    return plan.repaired
+
+
+def _require(plan: Plan) -> None:
+    require_repaired(plan)
+
+
+def _write(plan: Plan, path: Path) -> None:
+    change = require_repaired(plan).change
+    names = change.changed_names(plan.backbone.layers)
+    write_patch(path, plan.backbone.name, change.base_fingerprint, plan.backbone.weights, names)
+
+
+def _verify(plan: Plan, path: Path) -> Check:
+    repaired = require_repaired(plan)
+    base, why = repaired.open_base()
+    if base is None:
+        return Check(f"not applied again: {why}", verified=False)
+    read_change(path).applied(base, silent)  # which compares the fingerprint of all tensors with the written one
+    return Check(f"applied again to {base.weights.source.label}", difference=0.0, tolerance=0.0)
+
+
+TARGET = Target(
+    kind="file",
+    summary="the changed tensors alone, to be given as --adapter",
+    write=_write,
+    verify=_verify,
+    require=_require,
+    suffixes=(".safetensors",),
+    of_changes=True,
+)

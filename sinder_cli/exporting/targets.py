@@ -1,0 +1,125 @@
+"""What a target format is, and how the one that was named is found.
+
+To add one: write `sinder_cli/exporting/NAME.py` with a `TARGET`, and put NAME into `TargetName`. `write` is given a
+path that is not the final one; whatever it raises, or `verify` does, leaves nothing behind. A target that another
+library loads has a script in `checks/`, which that library alone can run, and compares features by
+`verifying.verify_features`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from sinder_cli.errors import UsageError
+from sinder_cli.exporting.settings import ExportSettings, TargetName
+
+if TYPE_CHECKING:
+    from sinder_cli.backbone.contract import Backbone
+    from sinder_cli.events import Emit
+    from sinder_cli.images.sources import ImageSource
+    from sinder_cli.repairing.folder import RunFolder
+    from sinder_cli.repairing.weight_changes import Change
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """The change that led to a backbone, the run that made it if one was named, and the weights before it.
+
+    `open_base` gives None, and why, where these cannot be had.
+    """
+
+    change: Change
+    run: RunFolder | None
+    open_base: Callable[[], tuple[Backbone | None, str]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be written, the same for every target: the backbone in the dtype asked for, and where it comes from.
+
+    `repaired` is None for a model as it was published. `images` are those that the user named for the check.
+    """
+
+    backbone: Backbone
+    settings: ExportSettings
+    emit: Emit
+    repaired: Repaired | None = None
+    images: ImageSource | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along the side of a square input: the size asked for, or the model's own, in whole patches."""
+        size = self.settings.image_size or self.backbone.image_size
+        return size - size % self.backbone.patch_size
+
+
+@dataclass(frozen=True)
+class Check:
+    """How the written files were loaded again, and what came of it; not `verified` where nobody could.
+
+    `difference` and `tolerance` are relative; 0 is bit for bit.
+    """
+
+    sentence: str
+    verified: bool = True
+    difference: float | None = None
+    tolerance: float | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def told(self) -> str:
+        """On one line, with what was measured."""
+        if self.difference is None or self.tolerance is None:
+            return self.sentence
+        if self.difference == 0:
+            return f"{self.sentence}: no difference"
+        return f"{self.sentence}: largest relative difference {self.difference:.1e}, tolerance {self.tolerance:.0e}"
+
+
+def nothing_to_refuse(plan: Plan) -> None:
+    """For a target that holds any backbone."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One format.
+
+    `require` refuses, before anything is written, what the format cannot hold: it raises `UsageError` or
+    `BadInputError` with the reason. `verify` loads what was written and raises `BadInputError` where it differs.
+    `options` are those of the command that the target heeds. `of_changes`: not the weights are written, but what a
+    repair changed in them.
+    """
+
+    kind: Literal["file", "folder"]
+    summary: str
+    write: Callable[[Plan, Path], None]
+    verify: Callable[[Plan, Path], Check]
+    require: Callable[[Plan], None] = nothing_to_refuse
+    suffixes: tuple[str, ...] = ()
+    options: frozenset[str] = frozenset()
+    of_changes: bool = False
+    usage: Callable[[Plan, str], str] | None = None  # (plan, name of the folder) → Python that loads it, for the card
+
+
+def target_of(name: TargetName) -> Target:
+    """The target of that name; only its module is imported."""
+    target: Target = import_module(f"{__package__}.{name}").TARGET
+    return target
+
+
+def require_suffix(target: Target, out: Path) -> None:
+    """Refuse a file's name that says another format. Raises `UsageError`."""
+    if target.suffixes and out.suffix not in target.suffixes:
+        remedy = f"use {' or '.join(target.suffixes)}"
+        raise UsageError(f"cannot export to {out}", f"unknown suffix {out.suffix!r}", remedy)
+
+
+def require_options(name: str, target: Target, settings: ExportSettings) -> None:
+    """Refuse an option that the target would not heed. Raises `UsageError`."""
+    for option, given in settings.given.items():
+        if given and option not in target.options:
+            raise UsageError(f"cannot use {option} with --to {name}", "it has no effect there", "leave it out")

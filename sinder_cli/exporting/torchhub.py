@@ -1,0 +1,137 @@
+"""A folder that `torch.hub.load(DIR, NAME, source="local")` opens, with no dependency but torch."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sinder_cli.errors import BadInputError
+from sinder_cli.exporting.targets import Check, Plan, Target
+from sinder_cli.exporting.verifying import normalized_tokens, verify_features
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from sinder_cli.backbone.contract import Backbone
+
+HUBCONF = '''"""{model} for torch.hub; it needs nothing but torch."""
+
+from pathlib import Path
+
+import torch
+
+from {package}.model import build
+
+dependencies = ["torch"]
+
+
+def {name}(pretrained=True):
+    """{model}: images `[B, 3, H, W]` → tokens after the final norm, `[B, {prefix} + patches, {width}]`.
+
+    Images are RGB in [0, 1], less {mean}, divided by {std}; H and W are
+    multiples of {patch}. {tokens}, then come the patches row by row.
+    Without `pretrained` the weights are whatever the module begins with.
+    """
+    module = build()
+    if pretrained:
+        path = Path(__file__).parent / "{name}.pth"
+        module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    return module.eval()
+'''
+
+
+def hub_name(model: str) -> str:
+    """A model's name as a function's: hf/owner/name-of → hf_owner_name_of."""
+    return re.sub(r"\W|^(?=\d)", "_", model)
+
+
+def _require(plan: Plan) -> None:
+    source = plan.backbone.hub_source
+    what = f"cannot export {plan.backbone.name} to torchhub"
+    if source is None:
+        why = "its plugin has no source of the module that needs torch alone"
+        raise BadInputError(what, why, "use another format")
+    files = source()
+    if "model.py" not in files:
+        raise BadInputError(what, "its plugin's source has no model.py", "tell its author")
+    if strangers := foreign_imports(files):
+        raise BadInputError(what, f"its plugin's source imports {', '.join(strangers)}", "tell its author")
+
+
+def foreign_imports(files: Mapping[str, str]) -> list[str]:
+    """The packages that Python files import beyond torch, the standard library and one another."""
+    found: set[str] = set()
+    for text in files.values():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add((node.module or "").partition(".")[0])
+    return sorted(found - set(sys.stdlib_module_names) - {"torch"})
+
+
+def _write(plan: Plan, path: Path) -> None:
+    from sinder_cli.exporting.torchfile import write_torch_file
+
+    backbone = plan.backbone
+    assert backbone.hub_source is not None
+    files = backbone.hub_source()
+    # torch.hub keeps packages by name: another model's of the same name would be taken for this one's
+    package = f"sinder_hub_{hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:8]}"
+    (path / package).mkdir(parents=True)
+    for name, text in {"__init__.py": "", **files}.items():
+        (path / package / name).write_text(text, encoding="utf-8")
+    (path / "hubconf.py").write_text(_hubconf(backbone, package), encoding="utf-8")
+    weights = backbone.weights
+    infos = {name: weights.info(name) for name in weights.names}
+    write_torch_file(path / f"{hub_name(backbone.name)}.pth", infos, (t for _, t in weights.stream(infos)))
+
+
+def _hubconf(backbone: Backbone, package: str) -> str:
+    registers = backbone.prefix_tokens - backbone.has_cls
+    first = ["cls comes first"] if backbone.has_cls else []
+    first += [f"{registers} registers come {'next' if first else 'first'}"] if registers else []
+    return HUBCONF.format(
+        model=backbone.name,
+        package=package,
+        name=hub_name(backbone.name),
+        prefix=backbone.prefix_tokens,
+        width=backbone.width,
+        mean=list(backbone.mean),
+        std=list(backbone.std),
+        patch=backbone.patch_size,
+        tokens=", ".join(first) or "There is neither cls nor a register",
+    )
+
+
+def _ours(backbone: Backbone, module: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    return {"tokens": normalized_tokens(backbone, module, images)}
+
+
+def _verify(plan: Plan, path: Path) -> Check:
+    return verify_features(plan, path, "load_torchhub.py", ("torch",), _ours)
+
+
+def _usage(plan: Plan, folder: str) -> str:
+    name = hub_name(plan.backbone.name)
+    return (
+        "import torch\n\n"
+        f'model = torch.hub.load({folder!r}, {name!r}, source="local")\n'
+        f"tokens = model(images)  # [B, 3, H, W] → [B, {plan.backbone.prefix_tokens} + patches, {plan.backbone.width}]"
+    )
+
+
+TARGET = Target(
+    kind="folder",
+    summary="a folder for `torch.hub.load(…, source='local')`, with no dependency but torch",
+    write=_write,
+    verify=_verify,
+    require=_require,
+    options=frozenset({"--dtype"}),
+    usage=_usage,
+)

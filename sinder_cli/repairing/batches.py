@@ -1,0 +1,92 @@
+"""The images of each step: which they are depends on the seed and the number of the step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import TYPE_CHECKING
+
+import torch
+
+from sinder_cli.distributed import ALONE, Ranks
+from sinder_cli.errors import BadInputError
+from sinder_cli.escaping import printable
+from sinder_cli.events import Emit
+from sinder_cli.images.loading import cycled, load_in_order, readable, require_some, shuffled
+from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.images.processes import worker_count
+from sinder_cli.images.sources import CHANGED, ImageSource
+from sinder_cli.repairing.settings import RepairSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images of one step on one rank."""
+
+    pixels: Tensor  # [b, 3, H, W]
+    names: tuple[str, ...]
+    places: tuple[int, ...]  # in the source
+
+
+MOST_UNREADABLE = 0.01  # of all images
+
+
+def step_batches(
+    source: ImageSource,
+    preprocess: Preprocessing,
+    settings: RepairSettings,
+    steps_done: int,
+    unreadable: dict[str, str],
+    emit: Emit,
+    ranks: Ranks = ALONE,
+) -> Iterator[Batch]:
+    """Endless batches, that of step `steps_done` + 1 first.
+
+    Step s takes the images `(s − 1)·B … s·B − 1` of endless passes, of which a rank has every `ranks.size`-th; passes
+    over all images are shuffled, those over defective ones keep their order. Those that cannot be decoded are named
+    once, added to `unreadable`, and missing from their batch (b < B, even 0).
+    """
+    B = settings.batch_size
+    done = steps_done * B
+    order = shuffled(len(source), settings.seed, done) if settings.visit == "all" else cycled(len(source), done)
+    mine = (index for at, index in zip(count(), order, strict=False) if at % B % ranks.size == ranks.rank)
+    loaded = load_in_order(source, preprocess, mine, worker_count(settings.workers, ranks.local_size))
+    empty = torch.zeros(0, 3, preprocess.size, preprocess.size)
+    while True:
+        share = list(islice(loaded, len(range(ranks.rank, B, ranks.size))))
+        images = list(readable(share, unreadable, emit))
+        pixels = torch.stack([image for _, image in images]) if images else empty
+        places = {image.name: image.index for image in share}
+        yield Batch(pixels, tuple(name for name, _ in images), tuple(places[name] for name, _ in images))
+
+
+def forget_mended(source: ImageSource, preprocess: Preprocessing, unreadable: dict[str, str]) -> None:
+    """Drop from `unreadable` what can be decoded by now: the disk may have been away when an earlier process tried.
+
+    So is what has another name by now: it is told when a step comes to it.
+    """
+    names = set(map(source.name, range(len(source))))
+    for name in unreadable.keys() - names:
+        del unreadable[name]
+    doubted = [index for index in range(len(source)) if source.name(index) in unreadable]
+    for image in load_in_order(source, preprocess, doubted):
+        if image.pixels is not None:
+            del unreadable[image.name]
+
+
+def require_readable(source: ImageSource, unreadable: dict[str, str], strict: bool) -> None:
+    """Raises `BadInputError` where too many images cannot be decoded: more than 1 %, or any if strict.
+
+    One that has been as it is since the run began is forgiven whatever its share, one that was lost meanwhile is not.
+    """
+    require_some(len(source) - len(unreadable), len(unreadable))
+    lost = [name for name, problem in unreadable.items() if problem.startswith(CHANGED)]
+    most = 0 if strict else int(MOST_UNREADABLE * len(source))
+    if len(unreadable) > (most if lost or strict else max(1, most)):
+        named = printable(next(reversed(lost or list(unreadable))))
+        why = f"{len(unreadable)} of {len(source)} cannot be read, among them {named}"
+        raise BadInputError("too many images are missing or broken", why, "mend them, or leave them out of a new run")

@@ -1,0 +1,304 @@
+"""Checkpoints: all that a run goes on from, bit for bit; safetensors and JSON only, whole or not at all.
+
+checkpoints/bases/HASH.safetensors     U, S, Vt of one target, written once: they never change
+checkpoints/step-000200/state.safetensors   ε and momentum of every touched target, what greedy steps have observed,
+                                            the ε of the guard's best state, recent images, random state
+                        state.json          counters, names of unreadable images, the hash of each target's basis
+                        manifest.json       SHA-256 of the two, written last
+checkpoints/torn-step-000300           one that was not whole, until the next is written
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sinder_cli.backbone.sources import infos_of, open_checkpoint
+from sinder_cli.backbone.storing import write_safetensors
+from sinder_cli.errors import BadInputError, NoInputError, StorageError
+from sinder_cli.events import Emit, Warned
+from sinder_cli.files import replacing_folder, require_writable_folder, sha256_of, write_json
+from sinder_cli.memory import is_out_of_memory
+from sinder_cli.repairing.basis import SingularBasis
+from sinder_cli.repairing.deltas import Deltas, Target, TargetState
+from sinder_cli.repairing.greedy import Observed
+from sinder_cli.repairing.loop import ANEW, Best, DivergedError, Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEPT = 2  # the newest; one may be torn
+COUNTED = (  # of the progress
+    *("steps", "images", "seconds", "nonfinite", "nonfinite_in_a_row", "proven", "last_move", "last_look"),
+    *("clean_looks", "spoilt_looks", "idle_looks", "stopped"),
+)
+JUDGED = ("step", "outlying", "cls", "good", "marked")  # numbers of the guard's best state
+# what reading a checkpoint raises that is not what was written, whatever has become of it
+TORN = (BadInputError, NoInputError, FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError)
+OBSERVED = ("shares", "squares", "responses")  # tensors of what greedy steps have observed at a block
+STATE, COUNTERS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    folder: Path
+    hashes: dict[str, str] = field(default_factory=dict)  # of the bases that are known to be on disk, by target
+
+    def write(self, deltas: Deltas, progress: Progress) -> None:
+        """Write the state between two steps, and remove all but the newest two checkpoints, and the newest proven one.
+
+        Raises `DivergedError` for a delta that is not finite, and what the file system refuses; what was there before
+        stays as it was.
+        """
+        if not self._step_folder(progress.steps).exists():
+            self._write(deltas, progress)
+        found = self._step_folders()
+        proven = [folder for folder in found if _step_of(folder) <= progress.proven]
+        for old in found[KEPT:]:
+            if old not in proven[:1]:
+                _remove(old)
+        for torn in self.folder.glob("torn-step-*"):  # there is a whole one in their place by now
+            _remove(torn)
+        self._remove_orphans()
+
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, the newest first: what has led to them has led too far."""
+        for folder in self._step_folders():
+            if _step_of(folder) > step:
+                _remove(folder)
+        self._remove_orphans()
+
+    def _write(self, deltas: Deltas, progress: Progress) -> None:
+        require_writable_folder(self.bases)
+        touched = deltas.touched
+        for target in touched:
+            self._write_basis(target)
+        with replacing_folder(self._step_folder(progress.steps)) as temporary:
+            tensors = _state_tensors(touched, progress, deltas.cuda)
+            write_safetensors(temporary / STATE, infos_of(tensors), tensors.values())
+            write_json(temporary / COUNTERS, _counters(touched, progress, self.hashes))
+            files = {name: sha256_of(temporary / name) for name in (STATE, COUNTERS)}
+            write_json(temporary / MANIFEST, files)
+
+    def restore(self, deltas: Deltas, progress: Progress, emit: Emit) -> bool:
+        """Put the newest checkpoint that is whole into deltas and progress; whether there was one.
+
+        One that is torn is told and put aside, and the one before it taken. Raises `BadInputError` where all are torn,
+        and `StorageError` where the disk fails, which is no word on what it holds: nothing is put aside then.
+        """
+        torn = []
+        for folder in self._step_folders():
+            try:
+                state = self._read(folder, deltas, emit)
+            except TORN as error:
+                emit(Warned(f"{folder} is torn ({error}): using the checkpoint before it"))
+                torn.append(folder)
+                continue
+            self._apply(state, deltas, progress)
+            for folder in torn:
+                _replace(folder, folder.with_name(f"torn-{folder.name}"))
+            return True
+        if torn:
+            why = f"no checkpoint is whole, not even {torn[-1].name}"
+            raise BadInputError(f"cannot resume {self.folder.parent}", why, "start anew with --force")
+        return False
+
+    def sweep(self) -> None:
+        """Remove what a killed process has left under temporary names; none of it is a checkpoint."""
+        for folder, pattern in ((self.folder, ".*step-*.part"), (self.bases, ".*.safetensors.*.part")):
+            for leftover in folder.glob(pattern):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def _remove_orphans(self) -> None:
+        """Remove the bases that no checkpoint names; none while one cannot be asked."""
+        try:
+            counters = [json.loads((folder / COUNTERS).read_text(encoding="utf-8")) for folder in self._step_folders()]
+            named = {f"{digest}.safetensors" for each in counters for digest in each["bases"].values()}
+        except TORN:
+            return
+        for path in self.bases.glob("*.safetensors"):
+            if path.name not in named:
+                path.unlink()
+
+    @property
+    def bases(self) -> Path:
+        return self.folder / "bases"
+
+    def _step_folder(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def _step_folders(self) -> list[Path]:
+        """The newest first."""
+        found = [path for path in self.folder.glob("step-*") if path.name[5:].isdigit()]
+        return sorted(found, key=_step_of, reverse=True)
+
+    def _write_basis(self, target: Target) -> None:
+        if target.name in self.hashes:
+            return
+        tensors = _on_cpu(target.basis)
+        digest = _digest(tensors)
+        write_safetensors(self._basis_file(digest), infos_of(tensors), tensors.values())  # over one that may be torn
+        self.hashes[target.name] = digest
+
+    def _basis_file(self, digest: str) -> Path:
+        return self.bases / f"{digest}.safetensors"
+
+    def _read(self, folder: Path, deltas: Deltas, emit: Emit) -> _Stored:
+        """A whole checkpoint. Raises for one whose files are not those of its manifest, whatever the reason."""
+        with _told_from_torn(folder):
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            for name in (STATE, COUNTERS):
+                if sha256_of(folder / name) != manifest[name]:
+                    raise ValueError(f"{name} is not what its manifest says")
+            counters = json.loads((folder / COUNTERS).read_text(encoding="utf-8"))
+            tensors = _tensors_of(folder / STATE)
+        targets = {}
+        for name, digest in counters["bases"].items():
+            basis = self._read_basis(name, digest, deltas, emit)
+            targets[name] = TargetState(tensors[f"delta.{name}"], tensors[f"velocity.{name}"], basis)
+        return _Stored(folder, counters, tensors, targets)
+
+    def _read_basis(self, name: str, digest: str, deltas: Deltas, emit: Emit) -> SingularBasis:
+        """The basis of a target; one that is torn is found again from the weight, which must give the same bits."""
+        path = self._basis_file(digest)
+        try:
+            with _told_from_torn(path):
+                tensors = _tensors_of(path)
+        except TORN:
+            tensors = {}
+        if _digest(tensors) != digest:
+            emit(Warned(f"{path} is torn: decomposing {name} again"))
+            tensors = _on_cpu(deltas.decomposed(name))
+            if _digest(tensors) != digest:
+                raise ValueError(f"the basis of {name} is torn, and its weight has another on this machine")
+            write_safetensors(path, infos_of(tensors), tensors.values())
+        return SingularBasis(**tensors)
+
+    def _apply(self, stored: _Stored, deltas: Deltas, progress: Progress) -> None:
+        for block in stored.counters["blocks"]:
+            deltas.restore(block, stored.targets)
+        self.hashes.update(stored.counters["bases"])
+        for name in COUNTED:
+            setattr(progress, name, stored.counters[name])
+        progress.unreadable.update(stored.counters["unreadable"])
+        device = next(deltas.module.parameters()).device
+        progress.observed.by_block = {
+            int(block): Observed(
+                shares=stored.tensors[f"observed.{block}.shares"].to(device),
+                squares=stored.tensors[f"observed.{block}.squares"].to(device),
+                weight=numbers["weight"],
+                responses=stored.tensors[f"observed.{block}.responses"].to(device),
+                probes=numbers["probes"],
+            )
+            for block, numbers in stored.counters["observed"].items()
+        }
+        best = stored.counters["best"]
+        values = {name[5:]: tensor for name, tensor in stored.tensors.items() if name.startswith("best.")}
+        progress.best = None if best is None else Best(**best, deltas=values)
+        progress.recent.clear()
+        progress.recent.extend(stored.tensors["recent"].bool().tolist())
+        torch.set_rng_state(stored.tensors["random.cpu"])
+        if "random.cuda" in stored.tensors and deltas.cuda is not None:
+            torch.cuda.set_rng_state(stored.tensors["random.cuda"], deltas.cuda)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One checkpoint as it was read."""
+
+    folder: Path
+    counters: dict[str, Any]
+    tensors: dict[str, Tensor]
+    targets: dict[str, TargetState]
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name[5:])
+
+
+def _remove(folder: Path) -> None:
+    """Under another name first, so that what a kill leaves of it is no checkpoint."""
+    shutil.rmtree(_replace(folder, folder.with_name(f".{folder.name}.old.part")))
+
+
+def _replace(folder: Path, other: Path) -> Path:
+    """Give a folder another name, in the place of what has it."""
+    if other.exists():
+        shutil.rmtree(other)
+    return folder.rename(other)
+
+
+@contextmanager
+def _told_from_torn(path: Path) -> Iterator[None]:
+    """Raises `StorageError` for a disk that fails, unlike one of `TORN`: what it holds may be whole all the same."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        if is_out_of_memory(error):
+            raise
+        why, remedy = error.strerror or str(error), "check the disk and run again"
+        raise StorageError(f"cannot read {path}", why, remedy) from error
+
+
+def _state_tensors(targets: list[Target], progress: Progress, cuda: torch.device | None) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for target in targets:
+        if not target.delta.isfinite().all():
+            raise DivergedError("the repair has diverged", f"the delta of {target.name} is not finite", ANEW)
+        found[f"delta.{target.name}"] = target.delta.cpu()
+        found[f"velocity.{target.name}"] = target.velocity.cpu()
+    for block, observed in progress.observed.by_block.items():
+        found |= {f"observed.{block}.{name}": getattr(observed, name).cpu() for name in OBSERVED}
+    if progress.best is not None:
+        found |= {f"best.{name}": delta.cpu() for name, delta in progress.best.deltas.items()}
+    found["recent"] = torch.tensor(list(progress.recent), dtype=torch.uint8)
+    found["random.cpu"] = torch.get_rng_state()
+    if cuda is not None:
+        found["random.cuda"] = torch.cuda.get_rng_state(cuda)
+    return found
+
+
+def _counters(targets: list[Target], progress: Progress, hashes: dict[str, str]) -> dict[str, Any]:
+    best = progress.best
+    return {
+        **{name: getattr(progress, name) for name in COUNTED},
+        "unreadable": progress.unreadable,
+        "observed": {
+            block: {"weight": observed.weight, "probes": observed.probes}
+            for block, observed in progress.observed.by_block.items()
+        },
+        "best": None if best is None else {name: getattr(best, name) for name in JUDGED},
+        "blocks": sorted({target.block for target in targets}),
+        "bases": {target.name: hashes[target.name] for target in targets},
+    }
+
+
+def _on_cpu(basis: SingularBasis) -> dict[str, Tensor]:
+    return {name: part.cpu() for name, part in basis.tensors().items()}
+
+
+def _tensors_of(path: Path) -> dict[str, Tensor]:
+    source = open_checkpoint(path)
+    # cloned, since the bits of a product may depend on how its factors lie in memory
+    return {name: tensor.clone() for name, tensor in source.read(source.infos).items()}
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,169 @@
+"""What a repair would train, and what a step of it costs: found out by taking two steps that change nothing."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from sinder_cli.backbone.contract import WeightRef, trained_references
+from sinder_cli.backbone.weights import rows_of
+from sinder_cli.distributed import ALONE
+from sinder_cli.events import Emit, Noted, silent
+from sinder_cli.memory import peak_memory, told_when_it_runs_out
+from sinder_cli.repairing.basis import SingularBasis, blank_basis
+from sinder_cli.repairing.batches import step_batches
+from sinder_cli.repairing.forward import Directions
+from sinder_cli.repairing.guard import guard_sizes
+from sinder_cli.repairing.loop import size_of_step
+from sinder_cli.repairing.run import Prepared, Start, prepared
+from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.repairing.step import Probes, StepGradient, step_gradient
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+FLOAT_BYTES = 4
+MARKING = 0.5  # standard deviations beyond which some token of any image is marked
+
+
+@dataclass(frozen=True)
+class TrialStep:
+    """One step that changed nothing."""
+
+    seconds: float
+    defective: int  # images
+    block: int | None  # the first defective one
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a repair would do. Bytes are of the device where it is a CUDA device, else resident in this process."""
+
+    model: str
+    device: str
+    training_images: int
+    evaluation_images: int
+    blocks: tuple[int, ...]  # that a step may change
+    weights: int  # in these blocks, that are trained
+    values: int  # singular values of them
+    max_steps: int
+    first: TrialStep  # on the first batch, as it is
+    longest: TrialStep  # on the same batch, marked in the last block that can be defective
+    step_bytes: int  # at the peak of the longest step, with the bases of its window
+    all_bytes: int  # once all these blocks have been touched
+    recipe: str = "sinder"
+
+
+def trial(start: Start, emit: Emit) -> Trial:
+    """Prepare a repair and measure its first step, and the longest that there can be. No delta is changed.
+
+    Bases are blanks of their size, since decomposing a weight takes longer than a step.
+    """
+    with told_when_it_runs_out(*size_of_step(start.preprocess, start.settings)):
+        return _tried(prepared(start, emit, ALONE, decompose=_nothing_decomposed), emit)
+
+
+def _tried(repair: Prepared, emit: Emit) -> Trial:
+    start = repair.start
+    repair.deltas.emit = silent  # it would speak of decomposing
+    directions, settings = repair.directions, start.settings
+    by_norm = settings.norm_factor > 0 and settings.mark != "weights"
+    judged = [block for block, gap in enumerate(directions.gaps) if by_norm or gap >= settings.min_gap]
+    blocks = _reachable(judged, settings.window)
+    images = _first_images(repair, emit)
+    emit(Noted("taking two steps that change nothing"))
+    _step(repair, images, directions, settings)  # warms up
+    first = _step(repair, images, directions, settings)
+    longest = _step(repair, images, *_marked_late(directions, judged, settings))
+    peak = peak_memory(start.device)
+    references = {block: list(trained_references(start.backbone.layers.blocks[block]).values()) for block in blocks}
+    untouched = [ref for block, refs in references.items() if block not in repair.deltas.by_block for ref in refs]
+    shapes = _shapes(repair, [ref for refs in references.values() for ref in refs])
+    later = 0 if _waits_elsewhere(repair) else sum(map(_held_floats, _shapes(repair, untouched))) * FLOAT_BYTES
+    looked_at = min(len(start.source), settings.scan_images)
+    given = min(start.given, looked_at)
+    held = sum(guard_sizes(given, looked_at - given, settings.eval_images))
+    return Trial(
+        model=start.backbone.name,
+        device=start.device,
+        training_images=(len(start.source) if settings.visit == "all" else looked_at) - held,
+        evaluation_images=held,
+        blocks=blocks,
+        weights=len(shapes),
+        values=sum(map(min, shapes)),
+        max_steps=settings.max_steps,
+        first=first,
+        longest=longest,
+        step_bytes=peak,
+        all_bytes=peak + later,
+        recipe=settings.recipe,
+    )
+
+
+def _nothing_decomposed(weight: Tensor) -> SingularBasis:
+    basis = blank_basis(weight)
+    return SingularBasis(basis.U.zero_(), basis.S.fill_(1.0), basis.Vt.zero_())
+
+
+def _reachable(judged: Sequence[int], window: int) -> tuple[int, ...]:
+    """The blocks of all windows that may end at one of the judged blocks."""
+    return tuple(sorted({block for last in judged for block in range(max(0, last - window + 1), last + 1)}))
+
+
+def _first_images(repair: Prepared, emit: Emit) -> Tensor:
+    """The first batch `[B, 3, H, W]` of which an image can be decoded, on the device."""
+    start = repair.start
+    batches = step_batches(start.source, start.preprocess, start.settings, 0, {}, emit)
+    return next(batch.pixels for batch in batches if len(batch.pixels)).to(start.device)
+
+
+def _marked_late(
+    directions: Directions, judged: Sequence[int], settings: RepairSettings
+) -> tuple[Directions, RepairSettings]:
+    """A rule under which the last block that can be defective is, and none before."""
+    last = max(judged, default=-1)
+    gaps = [math.inf if block == last else -math.inf for block in range(len(directions.gaps))]
+    update = {"mask_threshold": MARKING, "min_tokens": 1, "norm_factor": 0.0, "mark": "weights"}
+    marking = settings.model_copy(update=update)
+    return replace(directions, gaps=gaps), marking
+
+
+def _step(repair: Prepared, images: Tensor, directions: Directions, settings: RepairSettings) -> TrialStep:
+    backbone, module = repair.start.backbone, repair.module
+    later = dict.fromkeys(range(backbone.depth), 1)  # so that it costs what most steps cost
+    probes = Probes(range(len(images)), later) if settings.step == "greedy" else None
+    seconds, gradient = _timed(
+        repair.start.device,
+        lambda: step_gradient(backbone, module, directions, repair.deltas, images, settings, None, probes),
+    )
+    return TrialStep(round(seconds, 3), len(gradient.losses), gradient.first_block)
+
+
+def _timed(device: str, step: Callable[[], StepGradient]) -> tuple[float, StepGradient]:
+    began = time.monotonic()
+    gradient = step()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.monotonic() - began, gradient
+
+
+def _waits_elsewhere(repair: Prepared) -> bool:
+    """Whether bases wait in another memory than the one that is counted."""
+    return repair.start.settings.offload and repair.start.device.startswith("cuda")
+
+
+def _shapes(repair: Prepared, refs: Sequence[WeightRef]) -> list[tuple[int, int]]:
+    weights = (rows_of(repair.module.get_parameter(ref.name), ref) for ref in refs)
+    return [(weight.shape[0], weight.shape[1]) for weight in weights]
+
+
+def _held_floats(shape: tuple[int, int]) -> int:
+    """How many numbers wait for a weight's steps: W₀, U and Vt."""
+    rank = min(shape)
+    return shape[0] * shape[1] + rank * (shape[0] + shape[1])

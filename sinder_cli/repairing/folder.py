@@ -1,0 +1,324 @@
+"""The run directory: what a repair leaves behind, by name."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinder_cli.errors import BadInputError, CannotCreateError, ConflictError, NoInputError, excerpt
+from sinder_cli.events import Emit, Warned, silent
+from sinder_cli.files import flush, output_error, remove_leftovers, require_writable_folder, write_json, write_text
+from sinder_cli.folders import held
+from sinder_cli.images.sources import ImageSource, files_of
+from sinder_cli.repairing.run_identity import (
+    ListedImage,
+    differences,
+    first_difference,
+    is_of_a_run,
+    names_in,
+    read_list,
+    write_list,
+)
+
+if TYPE_CHECKING:
+    from sinder_cli.repairing.checkpoints import Checkpoints
+    from sinder_cli.repairing.guard import Evaluation
+    from sinder_cli.repairing.loop import StepRecord
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A repair that has ended, by its records alone."""
+
+    folder: Path
+    summary: dict[str, Any]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The names inside a run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def images(self) -> Path:
+        return self.path / "images.jsonl"
+
+    @property
+    def outliers(self) -> Path:
+        return self.path / "outliers.json"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter.safetensors"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def card(self) -> Path:
+        return self.path / "README.md"
+
+    @property
+    def pictures(self) -> Path:
+        return self.path / "pictures"
+
+    @property
+    def sidecars(self) -> Path:
+        return self.path / "sidecars"
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        from sinder_cli.repairing.checkpoints import Checkpoints
+
+        return Checkpoints(self.path / "checkpoints")
+
+    @property
+    def written(self) -> tuple[Path, ...]:
+        """What each run writes besides checkpoints and the list of image files; what tells of a run comes last."""
+        return (self.summary, self.report, self.card, self.model, self.adapter, self.metrics, self.config)
+
+    @property
+    def lines(self) -> tuple[Path, Path]:
+        """What grows by a line a step, or a look: each line says its step."""
+        return (self.metrics, self.evaluations)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run has begun here. Raises `BadInputError` for a `config.json` that cannot be read."""
+        return self.config.is_file() and is_of_a_run(self.read_config())
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run has ended here."""
+        return self.summary.is_file()
+
+    @property
+    def complete(self) -> bool:
+        """Whether a run has ended here and nothing that it writes is missing."""
+        return all(path.is_file() for path in self.written)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return any((self.path / "checkpoints").glob("step-*"))
+
+    def read_summary(self) -> dict[str, Any]:
+        """`summary.json` of a finished run. Raises `BadInputError` where it cannot be read."""
+        try:
+            summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BadInputError(f"cannot read {self.summary}", str(error), "is it a run directory?") from error
+        return summary
+
+    def read_finished(self) -> FinishedRun:
+        """What a finished run says of itself. Raises `BadInputError` where it cannot be read."""
+        return FinishedRun(self.path, self.read_summary(), self.read_config())
+
+    def record(self, line: StepRecord | Evaluation) -> None:
+        """Append one line to the metrics, or the evaluations. Raises `StorageError` where the disk is full."""
+        from sinder_cli.repairing.guard import Evaluation
+
+        path = self.evaluations if isinstance(line, Evaluation) else self.metrics
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(line)) + "\n")
+        except OSError as error:
+            raise output_error(path, error) from error
+
+    def forget_after(self, step: int, look: int | None = None) -> None:
+        """Drop the lines that come after a step, and those of the guard after its latest look (default: the step).
+
+        A resumed run writes them again.
+        """
+        for path, last in ((self.metrics, step), (self.evaluations, step if look is None else look)):
+            if path.is_file():
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= last]
+                write_text(path, "".join(kept))
+
+    def flush_lines(self) -> None:
+        """Have the lines so far on the disk, before a checkpoint that comes after them is."""
+        for path in self.lines:
+            if path.is_file():
+                flush(path)
+
+    @contextmanager
+    def held(self, emit: Emit = silent) -> Iterator[None]:
+        """Create the folder and keep other processes out of it; what was made and stays empty is removed again.
+
+        Raises `TryAgainError` while another process holds it.
+        """
+        with held(self.path, emit):
+            self._sweep()
+            yield
+
+    def require_free(self, resume: bool, force: bool) -> bool:
+        """Whether there is an unfinished run to go on with; nothing is touched yet.
+
+        Raises `CannotCreateError` for a folder that holds anything but a run, or a run without leave to touch it, and
+        `BadInputError` for a run whose `config.json` cannot be read.
+        """
+        if not any(self.path.iterdir()):
+            return False
+        what = f"cannot create run directory {self.path}"
+        if not self.is_run:
+            raise CannotCreateError(what, "it is not empty, and holds no run", "choose another --out, or remove it")
+        if not resume and not force:
+            remedy = "--force starts anew" if self.complete else "--resume goes on with it, --force starts anew"
+            raise CannotCreateError(what, f"it holds a {self._state}", remedy)
+        return resume
+
+    def begin(self, config: dict[str, Any], images: Sequence[ListedImage] = ()) -> None:
+        """Remove what is here of an earlier run, and of nothing else, and write the configuration of a new one."""
+        try:
+            if self.checkpoints.folder.exists():
+                shutil.rmtree(self.checkpoints.folder)  # first: what is half removed must not look like the new run
+            if self.pictures.exists():
+                shutil.rmtree(self.pictures)
+            for path in (self.evaluations, self.images, self.outliers, *self.written[:-1]):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise output_error(self.path, error) from error
+        write_json(self.config, config)
+        if images:
+            write_list(self.images, images)  # last: without a configuration, it is nobody's
+
+    def write_sidecars(self, sidecars: Mapping[str, str]) -> None:
+        """Keep the text files that describing the backbone again takes, and none of an earlier run."""
+        try:
+            if self.sidecars.exists():
+                shutil.rmtree(self.sidecars)
+        except OSError as error:
+            raise output_error(self.sidecars, error) from error
+        if sidecars:
+            require_writable_folder(self.sidecars)
+        for name, text in sidecars.items():
+            write_text(self.sidecars / Path(name).name, text)
+
+    def read_sidecars(self) -> dict[str, str]:
+        """The text files by name. Raises `BadInputError` for one that is no text."""
+        paths = sorted(path for path in self.sidecars.glob("[!.]*") if path.is_file())  # those that are whole
+        try:
+            return {path.name: path.read_text(encoding="utf-8") for path in paths}
+        except UnicodeDecodeError as error:
+            raise BadInputError(f"cannot read {self.sidecars}", str(error), "is it a run directory?") from error
+
+    def _sweep(self) -> None:
+        """Remove what a killed process has left under temporary names."""
+        for path in (self.evaluations, self.images, self.outliers, *self.written):
+            remove_leftovers(path)
+        self.checkpoints.sweep()
+
+    def require_same(self, config: dict[str, Any], source: ImageSource | None = None, emit: Emit = silent) -> None:
+        """Refuse to go on under other settings, images, weights or on another kind of device, naming the first.
+
+        Other versions, or another number of threads, are told: they may change the last bits. Raises `ConflictError`,
+        and `BadInputError` for a `config.json` that cannot be read.
+        """
+        stored = self.read_config()
+        what, remedy = f"cannot resume {self.path}", self._remedy()
+        if names_in(stored) != names_in(config):
+            why = "its config.json is of another version of sinder"
+            raise ConflictError(what, why, "use that version, or start anew with --force")
+        listed = files_of(source) if source is not None and self.images.is_file() else None
+        for name, was, now in differences(stored, config, images=listed is None):
+            raise ConflictError(what, f"{name} was {was} and is {now}", remedy)
+        if listed and (difference := first_difference(read_list(self.images), listed, emit)):
+            raise ConflictError(what, difference, remedy)
+        for name in ("threads", "versions"):
+            if stored[name] != config[name]:
+                emit(Warned(f"{name} were {stored[name]} and are {config[name]}: the last bits may differ"))
+
+    @property
+    def branch(self) -> str | None:
+        """Which of several backbones in the file was repaired, where the user said so."""
+        call = self.read_config().get("call")
+        named = call.get("branch") if isinstance(call, dict) else None
+        return named if isinstance(named, str) else None
+
+    def repaired_model(self) -> tuple[str, int | None]:
+        """The name of the model that was repaired here, and the heads that its user gave.
+
+        Raises `BadInputError` for an unreadable `config.json` and `NoInputError` for a run that did not finish.
+        """
+        if not self.config.is_file():
+            raise NoInputError(f"cannot use {self.path}", "it is no run directory of `sinder repair`", "check the path")
+        config = self.read_config()
+        model, heads = str(config["model"]), config.get("heads")
+        if not self.model.is_file():
+            why = "there is no model.safetensors: its run did not finish"
+            raise NoInputError(f"cannot use {self.path}", why, f"`{self.resuming}` goes on with it")
+        return model, heads
+
+    def repaired_weights(self) -> tuple[str, str]:
+        """Where the weights that were repaired here came from, and their fingerprint. Raises `BadInputError`."""
+        weights = self.read_config()["weights"]
+        return str(weights["source"]), str(weights["fingerprint"])
+
+    @property
+    def _state(self) -> str:
+        """What kind of run has begun here, in words."""
+        if self.complete:
+            return "finished run"
+        return "finished run without all its files" if self.finished else "run that did not finish"
+
+    @property
+    def resuming(self) -> str:
+        """The command line that goes on with the run, as a shell takes it."""
+        return shlex.join(["sinder", "repair", self.argument, "--resume"])
+
+    @property
+    def argument(self) -> str:
+        """The folder as an argument that is no option."""
+        return f"./{self.path}" if str(self.path).startswith("-") else str(self.path)
+
+    def _remedy(self) -> str:
+        return f"give what it was, as `{self.resuming}` does, or start anew with --force"
+
+    def read_config(self) -> dict[str, Any]:
+        """`config.json`. Raises `BadInputError` where it is torn, or no run's and no model's."""
+        try:
+            config: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
+            str(config["model"])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            why = excerpt(f"{type(error).__name__}: {error}")
+            raise BadInputError(f"cannot read {self.config}", why, "is it a run directory?") from error
+        return config
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the metrics; infinity for one that is torn."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

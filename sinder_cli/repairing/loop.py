@@ -1,0 +1,323 @@
+"""The loop of a repair: batches in seeded order, one step each, until the images are clean or the steps are used up."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from sinder_cli.backbone.contract import Backbone
+from sinder_cli.distributed import ALONE, Ranks
+from sinder_cli.errors import BadInputError
+from sinder_cli.events import Emit, Warned, silent
+from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.images.sources import ImageSource, whole_of
+from sinder_cli.memory import told_when_it_runs_out
+from sinder_cli.repairing.batches import Batch, require_readable, step_batches
+from sinder_cli.repairing.deltas import Deltas
+from sinder_cli.repairing.forward import FIRST_ALONE, Directions, Interest
+from sinder_cli.repairing.greedy import Observations, Observed, polyak_deltas, scale_of
+from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.repairing.shared import gathered
+from sinder_cli.repairing.step import Probes, StepGradient, step_gradient
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sinder_cli.repairing.guard import Evaluation
+
+Known = Callable[[str], "Tensor"]  # the name of an image → the tokens that the original marks, bool [blocks, h, w]
+
+NOTHING = StepGradient()
+CLEAN_LOOKS, SPOILT_LOOKS, IDLE_LOOKS = 3, 2, 10  # at the guard, in a row, that end a repair
+EQUAL_FIDELITY = 0.001  # of a cosine: as good
+MAX_NONFINITE = 10  # steps in a row with a NaN or infinity before the run ends
+ANEW = "start anew with a lower --trust, or --lr, and --force"
+
+
+class DivergedError(BadInputError):
+    """The repair has come to numbers that are not finite; what led there is not worth keeping."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of `metrics.jsonl`."""
+
+    step: int
+    images: int  # seen so far
+    defective: int  # images of this step that had a defect
+    block: int | None  # the first defective block of the step
+    masked_tokens: int
+    loss: float | None  # mean over the defective images and blocks that were looked at
+    moved: str | None  # the target that a greedy step has shrunk a singular value of
+    length: float | None  # ‖Δδ‖: by how much of themselves singular values were changed
+    gain: float | None  # the largest at the step's first defective block, of a greedy step
+    density: float  # share of recent images without a defect that a step can help
+    seconds: float  # since the run began, pauses between two processes left out
+    skipped: bool = False  # for a NaN or infinity
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best state that the guard has seen: its step, what it was judged by, and every ε but zeros, by target.
+
+    The cosines are the highest of all states with as few outlying tokens: a later one is held against these, so that
+    no number of states, each nearly as good as the one before, leads downhill.
+    """
+
+    step: int
+    outlying: int
+    cls: float | None
+    good: float
+    marked: float | None
+    deltas: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, look: Evaluation, deltas: dict[str, Tensor], before: Best | None) -> Best:
+        """The state of a look that is the best now, and was another before."""
+        if before is None or before.outlying != look.outlying:
+            return cls(look.step, look.outlying, look.cls, look.good, look.marked, deltas)
+        highest = [
+            max((value for value in pair if value is not None), default=None)
+            for pair in ((look.cls, before.cls), (look.marked, before.marked))
+        ]
+        return cls(look.step, look.outlying, highest[0], max(look.good, before.good), highest[1], deltas)
+
+    def is_beaten_by(self, look: Evaluation) -> bool:
+        """Whether a later state has fewer outlying tokens; or as few, and no lower fidelity."""
+        if look.outlying != self.outlying:
+            return look.outlying < self.outlying
+        return all(now >= was - EQUAL_FIDELITY for now, was in self._pairs(look))
+
+    def is_bettered_by(self, look: Evaluation) -> bool:
+        """Whether a later state has fewer outlying tokens, or more than just noticeably higher fidelity."""
+        fewer = look.outlying < self.outlying
+        return fewer or any(now > was + EQUAL_FIDELITY for now, was in self._pairs(look))
+
+    def _pairs(self, look: Evaluation) -> list[tuple[float, float]]:
+        pairs = ((look.cls, self.cls), (look.good, self.good), (look.marked, self.marked))
+        return [(now, was) for now, was in pairs if now is not None and was is not None]
+
+
+@dataclass
+class Progress:
+    """What the loop has seen: it decides when to stop, and with the deltas it is all that a run goes on from."""
+
+    window: int
+    recent: deque[bool] = field(init=False)
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    nonfinite: int = 0
+    nonfinite_in_a_row: int = 0
+    proven: int = 0  # the last step of whose deltas it is known that they give finite losses and gradients
+    unreadable: dict[str, str] = field(default_factory=dict)
+    observed: Observations = field(default_factory=Observations)
+    best: Best | None = None  # the best state that the guard has seen
+    last_move: int = 0  # the last step that changed a delta
+    last_look: int = 0  # the last step after which the guard was looked at
+    clean_looks: int = 0  # in a row, without an outlying token
+    spoilt_looks: int = 0  # in a row, in which good tokens were spoilt
+    idle_looks: int = 0  # in a row, without a new best state
+    stopped: str = ""  # by the guard: why
+
+    def __post_init__(self) -> None:
+        self.recent = deque(maxlen=self.window)
+
+    @property
+    def density(self) -> float:
+        """Clean images among the last `window`; images not seen yet count as defective."""
+        return sum(self.recent) / self.window
+
+    def finished(self, settings: RepairSettings) -> bool:
+        """Whether no step is left to do."""
+        return bool(self.stopped) or self.steps >= settings.max_steps or self.density >= settings.stop_density
+
+    def judge(self, look: Evaluation, values: dict[str, Tensor], stops: bool = True) -> None:
+        """Take in a look at the guard: keep the state (`values`: its ε) if it is the best; it may stop the repair."""
+        self.last_look = look.step
+        self.clean_looks = self.clean_looks + 1 if look.outlying == 0 else 0
+        self.spoilt_looks = self.spoilt_looks + 1 if look.spoilt else 0
+        better = look.best and (self.best is None or self.best.is_bettered_by(look))
+        self.idle_looks = 0 if better else self.idle_looks + 1
+        if look.best:
+            self.best = Best.of(look, values, self.best)
+        if not stops:
+            return
+        if self.spoilt_looks >= SPOILT_LOOKS:
+            self.stopped = "fidelity"
+        elif self.clean_looks >= CLEAN_LOOKS:
+            self.stopped = "clean"
+        elif self.idle_looks >= IDLE_LOOKS:
+            self.stopped = "no_improvement"
+
+    def count(self, images: int, defective: int, finite: bool) -> None:
+        """One more step, on so many images, of which so many have a defect that a step can help."""
+        if finite:
+            self.proven = self.steps  # it is the deltas of the step before that this one has tried
+        self.steps += 1
+        self.images += images
+        self.recent.extend([False] * defective + [True] * (images - defective))
+        self.nonfinite += not finite
+        self.nonfinite_in_a_row = 0 if finite else self.nonfinite_in_a_row + 1
+
+
+@dataclass(frozen=True)
+class Move:
+    """What a step makes of the deltas."""
+
+    deltas: dict[str, Tensor]  # the new ε of the targets that change
+    observed: dict[int, Observed]
+    moved: str | None = None
+    gain: float | None = None
+    helpless: int = 0  # images with a defect that no step can help
+
+
+def repair_steps(
+    backbone: Backbone,
+    directions: Directions,
+    deltas: Deltas,
+    source: ImageSource,
+    preprocess: Preprocessing,
+    settings: RepairSettings,
+    progress: Progress,
+    emit: Emit = silent,
+    ranks: Ranks = ALONE,
+    known: Known | None = None,
+) -> Generator[StepRecord, None, None]:
+    """Repair `deltas.module` in place, yielding a record a step; goes on from `progress` until it is finished.
+
+    `known` gives the tokens that the original marks in an image, by its name. Between two records, and after a
+    `SinderError`, deltas and progress are those of a whole step.
+    Raises `BadInputError` when too many images cannot be decoded, `DivergedError` after ten steps in a row without a
+    finite gradient, and `TryAgainError` when memory runs out or a process that decodes dies.
+    """
+    began = time.monotonic() - progress.seconds
+    batches = step_batches(source, preprocess, settings, progress.steps, progress.unreadable, emit, ranks)
+    while not progress.finished(settings):
+        with told_when_it_runs_out(*size_of_step(preprocess, settings)):
+            batch = next(batches)
+            local = NOTHING
+            if len(batch.pixels):  # none where no image of the batch could be decoded
+                local = _local(backbone, directions, deltas, batch, settings, progress, known)
+            step = gathered(local, len(batch.pixels), progress.unreadable, deltas, settings.window, ranks, emit)
+            require_readable(whole_of(source), progress.unreadable, settings.strict)
+            finite = step.gradient.finite
+            length = None
+            move = Move({}, {})
+            if finite:
+                move = _move(step.gradient, deltas, progress, len(source), settings)
+                length = _length(deltas, move) if move.deltas else None
+                if settings.step == "sgd":
+                    deltas.descend(step.gradient.gradients, settings.lr, settings.momentum)
+                else:
+                    deltas.put(move.deltas)
+                progress.observed.by_block.update(move.observed)
+        losses = [*step.gradient.losses, *(loss for _, loss in step.gradient.idle)]
+        defective = step.gradient.defective
+        helpless = move.helpless + defective - sum(part.leaving for part in step.gradient.parts)
+        if move.deltas or (settings.step == "sgd" and defective and finite):
+            progress.last_move = progress.steps + 1
+        progress.count(step.images, defective - helpless, finite)
+        progress.seconds = time.monotonic() - began
+        if not finite:
+            emit(Warned(f"step {progress.steps} skipped: its loss or gradient is not finite"))
+        yield StepRecord(
+            step=progress.steps,
+            images=progress.images,
+            defective=defective,
+            block=step.gradient.first_block,
+            masked_tokens=step.gradient.masked_tokens,
+            loss=sum(losses) / len(losses) if losses and finite else None,
+            moved=move.moved,
+            length=length,
+            gain=move.gain,
+            density=progress.density,
+            seconds=round(progress.seconds, 3),
+            skipped=not finite,
+        )
+        if progress.nonfinite_in_a_row >= MAX_NONFINITE:
+            why = f"{progress.nonfinite_in_a_row} steps in a row had no finite gradient"
+            raise DivergedError("the repair has diverged", why, ANEW)
+
+
+def _local(
+    backbone: Backbone,
+    directions: Directions,
+    deltas: Deltas,
+    batch: Batch,
+    settings: RepairSettings,
+    progress: Progress,
+    known: Known | None,
+) -> StepGradient:
+    """The gradient of this rank's part of a batch."""
+    device = directions.nu.device
+    probes = None
+    if settings.step == "greedy":
+        seeds = [zlib.crc32(f"{settings.seed} {progress.steps} {place}".encode()) for place in batch.places]
+        probes = Probes(seeds, {block: seen.probes for block, seen in progress.observed.by_block.items()})
+    marks = None if known is None else torch.stack([known(name) for name in batch.names]).to(device)
+    pixels = batch.pixels.to(device)
+
+    def interest(block: int, excess: float) -> Interest:
+        if settings.step != "greedy":
+            return FIRST_ALONE
+        blocks = range(max(0, block - settings.window + 1), block + 1)
+        targets = deltas.of_window(block, settings.window) if deltas.by_block.keys() >= set(blocks) else None
+        return progress.observed.interest(block, excess, targets, settings)
+
+    return step_gradient(backbone, deltas.module, directions, deltas, pixels, settings, marks, probes, interest)
+
+
+def _move(gradient: StepGradient, deltas: Deltas, progress: Progress, images: int, settings: RepairSettings) -> Move:
+    """What the gradient of a step makes of the deltas; of sgd, which has a velocity, see `Deltas.descend`."""
+    if settings.step == "sgd" or not gradient.parts:
+        return Move({}, {})
+    if settings.step == "polyak":
+        gradients = gradient.gradients
+        targets = [target for target in deltas.touched if target.name in gradients]
+        loss = sum(gradient.losses) / len(gradient.losses)
+        return Move(polyak_deltas(targets, gradients, loss, settings.trust), {})
+    changed: dict[str, Tensor] = {}
+    observed: dict[int, Observed] = {}
+    moved, best, helpless = None, None, 0
+    for part in gradient.parts:
+        targets = deltas.of_window(part.block, settings.window)
+        seen, shrinkage, gain = progress.observed.step(part, targets, images, settings)
+        observed[part.block] = seen
+        best = gain if best is None else best
+        if shrinkage is not None and shrinkage.target.name not in changed:
+            changed[shrinkage.target.name] = shrinkage.delta()
+            moved = moved or shrinkage.target.name
+        elif gain < settings.min_gain and seen.is_enough(images):
+            helpless += part.leaving
+    return Move(changed, observed, moved, best, helpless)
+
+
+def _length(deltas: Deltas, move: Move) -> float:
+    """‖Δδ‖ of a move."""
+    squares = 0.0
+    for target in deltas.touched:
+        if target.name in move.deltas:
+            change = (move.deltas[target.name] - target.delta) / scale_of(target).clamp_min(1e-12)
+            squares += float(change.square().sum())
+    return math.sqrt(squares)
+
+
+def density_window(images: int, settings: RepairSettings) -> int:
+    """Over how many images the share of clean ones is taken: `stop_images`, or one pass over fewer; of all, two."""
+    passes = 2 if settings.visit == "all" else 1
+    return max(1, min(settings.stop_images, passes * images))
+
+
+def size_of_step(preprocess: Preprocessing, settings: RepairSettings) -> tuple[str, str]:
+    """What a step's memory grows with, and what to do where it is too much."""
+    size = preprocess.size
+    why = f"at {size} × {size} pixels, batch size {settings.batch_size} and a window of {settings.window} blocks"
+    return why, "--resume when more is free, or start anew with a lower --image-size, --batch-size or --window"

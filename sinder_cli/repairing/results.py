@@ -1,0 +1,191 @@
+"""What a repair amounts to: the repaired weights, the adapter, and the records of the run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sinder_cli import __version__
+from sinder_cli.backbone.contract import Backbone, ModelRequest
+from sinder_cli.backbone.storing import stored_as, write_safetensors
+from sinder_cli.backbone.weights import Weights, rows_of
+from sinder_cli.defects.settings import SLACK
+from sinder_cli.defects.shift import Retrieval
+from sinder_cli.images.sources import ImageSource
+from sinder_cli.repairing.deltas import Deltas, Target
+from sinder_cli.repairing.folder import RunFolder
+from sinder_cli.repairing.guard import Snapshot
+from sinder_cli.repairing.run_identity import call_of
+from sinder_cli.repairing.scan import Scan
+from sinder_cli.repairing.settings import WITHOUT_EFFECT, RepairSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sinder_cli.repairing.loop import Progress
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """What `repair` left in its run directory, and the tokens before and after for pictures."""
+
+    folder: Path
+    model: str
+    summary: dict[str, Any]
+    config: dict[str, Any]
+    before: Snapshot
+    after: Snapshot
+    pictures: list[Tensor]  # [3, H, W] inputs of the first images, normalized with `mean` and `std`
+    names: list[str]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def run_config(
+    backbone: Backbone,
+    request: ModelRequest,
+    settings: RepairSettings,
+    source: ImageSource,
+    places: Sequence[str],
+    device: str,
+    given: int,
+) -> dict[str, Any]:
+    """`config.json`: how it was called, resolved settings, versions, fingerprints of weights and list of images."""
+    import torch
+
+    return {
+        "model": backbone.name,
+        "call": call_of(request, places, RunFolder(Path(request.model)).is_run),
+        "heads": request.heads,
+        "revision": request.revision,
+        "attention": "sdpa" if request.attention == "auto" else request.attention,
+        "weights": {"source": backbone.weights.source.label, "fingerprint": backbone.weights.fingerprint()},
+        "images": {"count": len(source), "given": given, "fingerprint": source.fingerprint()},
+        "settings": settings.model_dump(),
+        "device": device.partition(":")[0],  # which of several does not matter
+        "threads": torch.get_num_threads(),
+        "versions": {"sinder": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+VerdictWord = Literal["healthy", "repaired", "improved", "not improved"]
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Defective tokens on images that were trained on, of kinds of which the guard has no image."""
+
+    images: int
+    before: int
+    after: int
+
+
+def verdict_of(
+    scan: Scan, before: Snapshot, after: Snapshot, changed: bool, floor: float, elsewhere: Elsewhere | None = None
+) -> VerdictWord:
+    """What came of a repair, by the outlying tokens of the guard's images at any block.
+
+    A state in which cls or good tokens are spoilt (`Fidelity.holds`), or that leaves more of a kind that the guard does
+    not show, is no improvement, whatever has become of those. It is no more than one where anything is left: of such a
+    kind, or of tokens that stand out by norm though the rule in force marks none of them; or where marked tokens have
+    come no nearer to the yardstick. A model of which that rule marks nothing is healthy only if no norm stands out.
+    """
+    if scan.healthy:
+        return "not improved" if scan.standing else "healthy"
+    was, now = before.fidelity(), after.fidelity()
+    if not changed or after.left >= before.left or not now.holds(was, floor):
+        return "not improved"
+    if elsewhere and elsewhere.after > elsewhere.before:
+        return "not improved"
+    left = after.left or bool(after.standing.any()) or (elsewhere and elsewhere.after)
+    farther = now.marked is not None and was.marked is not None and now.marked < was.marked - SLACK
+    return "improved" if left or farther else "repaired"
+
+
+def stop_reason(scan: Scan, after: Snapshot, progress: Progress, settings: RepairSettings) -> str:
+    """Why no further step was taken, as `summary.json` has it."""
+    if scan.healthy:
+        return "nothing_marked" if scan.standing else "healthy"
+    if progress.stopped:
+        return progress.stopped
+    if progress.density < settings.stop_density:
+        return "max_steps"
+    return "no_gain" if after.left else "clean"
+
+
+def run_summary(
+    backbone: Backbone,
+    before: Snapshot,
+    after: Snapshot,
+    scan: Scan,
+    also_trained: int,
+    drawn: int,
+    elsewhere: Elsewhere | None,
+    found_again: tuple[Retrieval | None, Retrieval | None],
+    progress: Progress,
+    deltas: Deltas,
+    settings: RepairSettings,
+    config: dict[str, Any],
+) -> dict[str, Any]:
+    """`summary.json`, but for the seconds that the run took."""
+    changed = deltas.changed
+    to_original = after.fidelity("original")
+    return {
+        "model": backbone.name,
+        "verdict": verdict_of(scan, before, after, bool(changed), settings.min_fidelity, elsewhere),
+        "recipe": settings.recipe,
+        "defects": {"before": before.defects(), "after": after.defects()},
+        "fidelity": {
+            "to_inpainted": {"before": before.fidelity().as_dict(), "after": after.fidelity().as_dict()},
+            "to_original": to_original.as_dict(),
+            "floor": settings.min_fidelity,
+        },
+        "shift_retrieval": {
+            side: asdict(found) if found else None for side, found in zip(("before", "after"), found_again, strict=True)
+        },
+        "cls_cosine": to_original.cls,
+        "tapped": "residual stream after each block, before the final norm; cosines: after the last block",
+        "evaluation_images": before.norms.shape[1],
+        "also_trained": also_trained,
+        "drawn_on_the_guard": drawn,
+        "kinds_not_on_the_guard": asdict(elsewhere) if elsewhere else None,
+        "scan": {
+            "images": len(scan.images),
+            "defective_images": sum(bool(image.blocks) for image in scan.images),
+            "tokens": scan.tokens,
+            "standing": scan.standing,
+            "blocks": [asdict(block) for block in scan.blocks],
+        },
+        "steps": progress.steps,
+        "best_step": progress.best.step if progress.best else None,
+        "images": progress.images,
+        "skipped_images": len(progress.unreadable),
+        "skipped_steps": progress.nonfinite,
+        "changed_weights": len(changed),
+        "trained_values": sum(int(target.delta.count_nonzero()) for target in changed),
+        "clean_share": 1.0 if scan.healthy else progress.density,
+        "stopped_by": stop_reason(scan, after, progress, settings),
+        "data": config["images"] | {"places": config["call"]["data"]},  # none: drawn
+        "settings": {name: value for name, value in config["settings"].items() if name not in WITHOUT_EFFECT},
+    }
+
+
+def repaired_tensors(weights: Weights, targets: list[Target]) -> Iterator[Tensor]:
+    """The tensors of the repaired backbone in their stored dtype; rows that no target covers keep their bits.
+
+    Raises `BadInputError` naming the tensor if a value does not fit its dtype.
+    """
+    for name, tensor in weights.stream(weights.names):
+        for target in targets:
+            if target.ref.name == name:
+                part = rows_of(tensor, target.ref)
+                part.copy_(stored_as(target.weight.cpu(), str(target.ref), tensor.dtype))
+        yield tensor
+
+
+def write_model(path: Path, weights: Weights, deltas: Deltas) -> None:
+    """The repaired backbone in the key order, names and dtypes of the input, one tensor at a time."""
+    write_safetensors(path, weights.output_infos(), repaired_tensors(weights, deltas.changed))

@@ -1,0 +1,405 @@
+"""A repair from what it starts from to its run directory: looked at, stepped, judged, and written, in that order."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sinder_cli.backbone.contract import Backbone
+from sinder_cli.backbone.device import exact_device
+from sinder_cli.backbone.opening import load_module
+from sinder_cli.defects.detection import DetectionRule
+from sinder_cli.defects.prediction import predict
+from sinder_cli.defects.tokens import in_precision
+from sinder_cli.distributed import Ranks
+from sinder_cli.events import Emit, Finished, Noted, Started, Warned
+from sinder_cli.files import write_json, write_text
+from sinder_cli.images.loading import load_in_order, readable, require_some, sampled
+from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.images.sources import ImageSource, SomeImages, files_of
+from sinder_cli.memory import told_when_it_runs_out
+from sinder_cli.repairing.basis import SingularBasis, singular_basis
+from sinder_cli.repairing.batches import forget_mended, require_readable
+from sinder_cli.repairing.deltas import Deltas
+from sinder_cli.repairing.folder import RunFolder
+from sinder_cli.repairing.forward import Directions
+from sinder_cli.repairing.guard import SAMPLES, Evaluation, Guard, Snapshot, guard_sizes, guarded
+from sinder_cli.repairing.loop import (
+    ANEW,
+    DivergedError,
+    Known,
+    Progress,
+    StepRecord,
+    density_window,
+    repair_steps,
+    size_of_step,
+)
+from sinder_cli.repairing.results import Elsewhere, RepairResult, run_summary, write_model
+from sinder_cli.repairing.run_identity import listed_images
+from sinder_cli.repairing.scan import ImageOutliers, Scan, rarest_first, scan, see
+from sinder_cli.repairing.session import checkpointed, restored, saved_if_it_fails
+from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.repairing.weight_changes import write_adapter
+from sinder_cli.signals import Stop
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+MOST_ELSEWHERE = 64  # images with kinds of defects that the guard does not show, looked at in the end
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a repair starts from, and the `config.json` that says so."""
+
+    backbone: Backbone
+    preprocess: Preprocessing
+    source: ImageSource
+    settings: RepairSettings
+    device: str
+    config: dict[str, Any]
+    given: int  # images of the source that the user named, which come first; the others are drawn
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A backbone ready to be looked at and stepped: directions from the weights, the module, no deltas yet."""
+
+    start: Start
+    directions: Directions
+    module: nn.Module
+    deltas: Deltas
+    emit: Emit
+    ranks: Ranks
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A repair in memory, ready for its next step."""
+
+    prepared: Prepared
+    scan: Scan
+    training: ImageSource  # what steps are taken on; without an image where there is nothing to repair
+    guard: Guard | None  # on rank 0
+    also_trained: int  # images of the guard that are trained on, since no other shows such a defect
+    drawn: int  # images of the guard that the program drew
+    unjudged: tuple[ImageOutliers, ...]  # with a defect of a kind of which the guard has no image
+    progress: Progress
+
+    @property
+    def known(self) -> Known | None:
+        """The tokens that the original marks in an image, by its name; None for a rule that knows no norms."""
+        settings, depth = self.prepared.start.settings, self.prepared.start.backbone.depth
+        if settings.norm_factor == 0 or settings.visit == "all":
+            return None
+        images = self.scan.by_name
+        return lambda name: images[name].first_marks(depth)
+
+
+def run_repair(
+    start: Start, folder: RunFolder, emit: Emit, resume: bool, stop: Stop, ranks: Ranks
+) -> RepairResult | None:
+    """Repair into a folder that this process, or rank 0, holds; rank 0 has the result."""
+    began = time.monotonic()
+    if resume and ranks.writes:
+        folder.require_same(start.config, start.source, emit)
+    with told_when_it_runs_out(*size_of_step(start.preprocess, start.settings)):
+        repair = ready(prepared(start, emit, ranks), folder, resume)
+        _go_on_or_begin(repair, folder, resume)
+        earlier = repair.progress.seconds
+        after = _repaired(repair, folder, stop)
+        if after is None or repair.guard is None:
+            return None
+        return _written(repair, folder, repair.guard, after, lambda: earlier + time.monotonic() - began)
+
+
+def prepared(
+    start: Start, emit: Emit, ranks: Ranks, decompose: Callable[[Tensor], SingularBasis] = singular_basis
+) -> Prepared:
+    """Everything that needs no image: directions from the weights, the module, no deltas yet."""
+    settings, backbone = start.settings, start.backbone
+    device = exact_device(start.device)
+    prediction = ranks.from_rank0(lambda: predict(backbone, ("cumulative",), emit, device))
+    directions = Directions(prediction.directions().to(start.device), prediction.gaps())
+    by_weights = settings.mark == "weights" or settings.norm_factor == 0
+    if by_weights and not any(gap >= settings.min_gap for gap in directions.gaps):
+        emit(Warned(f"no direction is determined (σ₁/σ₂ < {settings.min_gap} in every block): none can be defective"))
+    module = load_module(backbone, start.device)
+    deltas = Deltas(backbone, module, emit, settings.offload, decompose=decompose)
+    return Prepared(start, directions, module, deltas, emit, ranks)
+
+
+def ready(prepared: Prepared, folder: RunFolder, resume: bool) -> Repair:
+    """Look at the original, or read what an earlier process saw, and choose images to train on and to be judged on."""
+    start, ranks = prepared.start, prepared.ranks
+    settings, source = start.settings, start.source
+    unreadable: dict[str, str] = {}
+    chosen = sampled(len(source), settings.scan_images, settings.seed)
+    if len(chosen) < len(source):
+        prepared.emit(Noted(f"looking at {len(chosen):,} of {len(source):,} images (--scan-images)"))
+    if ranks.from_rank0(lambda: resume and folder.outliers.is_file()):
+        found = ranks.from_rank0(lambda: Scan.read(folder.outliers)).named_as_in(source)
+        unreadable |= {source.name(place): why for place, why in found.unreadable.items()}
+        require_readable(source, unreadable, settings.strict)
+    else:
+        found = _scanned(prepared, chosen, unreadable)
+    found.require_finite()
+    images = list(found.images)
+    indices = [image.place for image in images]
+    guard_indices, also = _guard_indices(start, found, images, indices)
+    held = set(guard_indices) - set(also)
+    if found.healthy:
+        training: Sequence[int] = ()
+    elif settings.visit == "all":
+        training = [index for index in range(len(source)) if index not in held]
+    else:
+        pairs = [(image, at) for image, at in zip(images, indices, strict=True) if image.blocks and at not in held]
+        training = rarest_first([image for image, _ in pairs], [at for _, at in pairs])
+    progress = Progress(density_window(len(training), settings), unreadable=unreadable)
+    guard = _guard(prepared, guard_indices, progress) if ranks.writes else None
+    if also:
+        prepared.emit(
+            Noted("the one image with a defect of its kind is trained on and judged on: more images would tell more")
+        )
+    judged = {image.kind for image in images if image.place in set(guard_indices)}
+    others = [image for image in images if image.blocks and image.kind not in judged]
+    unjudged = tuple(others[at] for at in sampled(len(others), MOST_ELSEWHERE, settings.seed))
+    drawn = sum(at >= start.given for at in guard_indices)
+    return Repair(prepared, found, SomeImages(source, training), guard, len(also), drawn, unjudged, progress)
+
+
+def _scanned(prepared: Prepared, chosen: Sequence[int], unreadable: dict[str, str]) -> Scan:
+    start = prepared.start
+    found = scan(
+        start.backbone,
+        prepared.module,
+        prepared.directions,
+        start.source,
+        start.preprocess,
+        chosen,
+        start.settings,
+        unreadable,
+        prepared.emit,
+        prepared.ranks,
+    )
+    given = {start.source.name(index) for index in chosen if index < start.given}
+    read = sum(image.name in given for image in found.images)
+    require_some(read, len(given) - read)  # drawn pictures do not stand in for a user's, none of which can be read
+    require_readable(start.source, unreadable, start.settings.strict)
+    return found
+
+
+def _guard_indices(
+    start: Start, found: Scan, images: Sequence[ImageOutliers], indices: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """The images of the guard, by index in the source; and those of them that are trained on too, for want of others.
+
+    They are images that the user gave, if there are two or more of them, and drawn ones up to four. If none of them has
+    a defect, one that has comes to them, though a step could be taken on it.
+    """
+    settings = start.settings
+    given = [(image.kind, at) for image, at in zip(images, indices, strict=True) if at < start.given]
+    drawn = [(image.kind, at) for image, at in zip(images, indices, strict=True) if at >= start.given]
+    chosen = [
+        offered[place][1]
+        for offered, size in zip((given, drawn), guard_sizes(len(given), len(drawn), settings.eval_images), strict=True)
+        for place in guarded([kind for kind, _ in offered], size, settings.seed)
+    ]
+    if found.healthy:
+        return chosen or list(indices[:1]), []
+    defective = [(image.kind, at) for image, at in zip(images, indices, strict=True) if image.blocks]
+    shown = Counter(kind for kind, _ in defective)
+    if {at for _, at in defective} & set(chosen):
+        return chosen, []
+    kind, commonest = max(defective, key=lambda each: shown[each[0]])
+    return [*chosen, commonest], [commonest] if shown[kind] == 1 else []
+
+
+def _guard(prepared: Prepared, indices: Sequence[int], progress: Progress) -> Guard:
+    """The guard, and what the original makes of its images. Raises `BadInputError` where one is not finite."""
+    start = prepared.start
+    settings = start.settings
+    loaded = load_in_order(start.source, start.preprocess, indices)
+    images = dict(readable(loaded, progress.unreadable, prepared.emit))
+    require_some(len(images), len(progress.unreadable))
+    guard = Guard(
+        backbone=in_precision(start.backbone, settings.dtype, settings.tf32),
+        module=prepared.module,
+        directions=prepared.directions,
+        rule=DetectionRule.of(settings),
+        images=images,
+        batch_size=settings.batch_size,
+        device=start.device,
+        emit=prepared.emit,
+    )
+    guard.remember()
+    guard.before.require_finite("the backbone is broken", "give other weights")
+    return guard
+
+
+def _go_on_or_begin(repair: Repair, folder: RunFolder, resume: bool) -> None:
+    """Restore the newest checkpoint of the run in the folder, or put a new run there."""
+    start, progress, emit, ranks = repair.prepared.start, repair.progress, repair.prepared.emit, repair.prepared.ranks
+    goes_on = resume and restored(folder.checkpoints, repair.prepared.deltas, progress, emit, ranks)
+    if goes_on:
+        forget_mended(start.source, start.preprocess, progress.unreadable)
+        emit(Noted(f"going on after step {progress.steps}"))
+    if ranks.writes:
+        if not goes_on:
+            files = files_of(start.source)
+            config = folder.read_config() if resume else start.config  # as it was begun, without a checkpoint yet
+            folder.begin(config, listed_images(files, emit) if files else ())
+            repair.scan.write(folder.outliers)
+        folder.write_sidecars(start.backbone.sidecars)
+        folder.forget_after(progress.steps, progress.last_look)
+
+
+def _repaired(repair: Repair, folder: RunFolder, stop: Stop) -> Snapshot | None:
+    """Take the steps, put the best state back, and look at it, on rank 0; of a repair that diverges, it stays too."""
+    deltas, progress = repair.prepared.deltas, repair.progress
+    try:
+        if len(repair.training):
+            _take_steps(repair, folder, stop)
+    except DivergedError:
+        if repair.prepared.ranks.writes:
+            folder.checkpoints.forget_after(progress.proven)
+        raise
+    if repair.prepared.start.settings.keep == "best":
+        deltas.put_back(progress.best.deltas if progress.best else {})
+    if repair.guard is None:
+        return None
+    after = _seen_already(repair) or repair.guard.look()
+    after.require_finite("the repair has diverged", ANEW, DivergedError)
+    return after
+
+
+def _seen_already(repair: Repair) -> Snapshot | None:
+    """What the guard has seen of the state that is kept, if it has: it needs no second look."""
+    deltas, progress, guard = repair.prepared.deltas, repair.progress, repair.guard
+    assert guard is not None  # rank 0 has it
+    if not deltas.changed:
+        return guard.before
+    kept = progress.best.step if repair.prepared.start.settings.keep == "best" and progress.best else progress.last_look
+    return guard.latest if kept == progress.last_look >= progress.last_move else None
+
+
+def _take_steps(repair: Repair, folder: RunFolder, stop: Stop) -> None:
+    """Step until the images are clean, the guard says stop, or the steps are used up, recording each."""
+    ready, progress = repair.prepared, repair.progress
+    start, emit, ranks = ready.start, ready.emit, ready.ranks
+    settings, checkpoints = start.settings, folder.checkpoints
+
+    def save() -> None:
+        if ranks.writes:
+            folder.flush_lines()
+            checkpoints.write(ready.deltas, progress)
+
+    def look() -> None:
+        """Have the guard judge a state that it has not seen, and keep the best."""
+        if progress.last_look >= progress.last_move:
+            return
+        evaluation = ranks.from_rank0(lambda: _evaluation(repair))
+        progress.judge(evaluation, ready.deltas.values(), stops=settings.keep == "best")
+        if ranks.writes:
+            folder.record(evaluation)
+        emit(evaluation)
+
+    def tell(record: StepRecord) -> None:
+        if ranks.writes:
+            folder.record(record)
+        emit(record)
+        if settings.eval_every and record.step % settings.eval_every == 0:
+            look()
+
+    if settings.eval_every and progress.steps and progress.steps % settings.eval_every == 0:
+        look()  # what an earlier process has not come to
+    steps = repair_steps(
+        start.backbone,
+        ready.directions,
+        ready.deltas,
+        repair.training,
+        start.preprocess,
+        settings,
+        progress,
+        emit,
+        ranks,
+        repair.known,
+    )
+    emit(Started("repairing", settings.max_steps, "steps", progress.steps))
+    with closing(checkpointed(steps, save, progress, settings, stop, emit, ranks)) as records:
+        for record in records:
+            with saved_if_it_fails(save):
+                tell(record)
+    emit(Finished("repairing"))
+    look()
+
+
+def _evaluation(repair: Repair) -> Evaluation:
+    """The guard's word on the state after the latest step."""
+    assert repair.guard is not None  # rank 0 has it
+    settings, progress = repair.prepared.start.settings, repair.progress
+    return repair.guard.evaluation(progress.steps, repair.guard.look(), settings.min_fidelity, progress.best)
+
+
+def _left_elsewhere(repair: Repair) -> Elsewhere | None:
+    """What is left on images with a defect of a kind that the guard does not show; they were trained on."""
+    if not repair.unjudged:
+        return None
+    start, ready = repair.prepared.start, repair.prepared
+    running = in_precision(start.backbone, start.settings.dtype, start.settings.tf32)
+    rule = DetectionRule.of(start.settings)
+    loaded = load_in_order(start.source, start.preprocess, [image.place for image in repair.unjudged])
+    left = images = 0
+    for _, pixels in readable(loaded, repair.progress.unreadable, ready.emit):
+        seen = see(running, ready.module, ready.directions, pixels[None].to(start.device), rule)
+        left += int(seen.defective.any(dim=0).sum())
+        images += 1
+    before = sum(len({at for places in image.blocks.values() for at in places}) for image in repair.unjudged)
+    return Elsewhere(images, before, left)
+
+
+def _written(
+    repair: Repair, folder: RunFolder, guard: Guard, after: Snapshot, seconds: Callable[[], float]
+) -> RepairResult:
+    """Write the repaired weights, the adapter, and last the summary, which says that the run has ended."""
+    start, deltas = repair.prepared.start, repair.prepared.deltas
+    backbone, settings, config = start.backbone, start.settings, folder.read_config()  # as the run was begun
+    if not folder.metrics.is_file():  # of a run without a step
+        write_text(folder.metrics, "")
+    repair.prepared.emit(Noted(f"writing {folder.model}"))
+    write_model(folder.model, backbone.weights, deltas)
+    write_adapter(folder.adapter, backbone.name, config["weights"]["fingerprint"], deltas, settings)
+    elsewhere = _left_elsewhere(repair) if deltas.changed else None
+    summary = run_summary(
+        backbone,
+        guard.before,
+        after,
+        repair.scan,
+        repair.also_trained,
+        repair.drawn,
+        elsewhere,
+        (guard.found_before, guard.found_again(after) if deltas.changed else guard.found_before),
+        repair.progress,
+        deltas,
+        settings,
+        config,
+    )
+    summary["seconds"] = round(seconds(), 3)
+    write_json(folder.summary, summary)
+    return RepairResult(
+        folder=folder.path,
+        model=backbone.name,
+        summary=summary,
+        config=config,
+        before=guard.before,
+        after=after,
+        pictures=list(guard.images.values())[:SAMPLES],
+        names=list(guard.images)[:SAMPLES],
+        mean=start.preprocess.mean,
+        std=start.preprocess.std,
+    )

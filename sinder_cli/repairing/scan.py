@@ -1,0 +1,337 @@
+"""What the original does before a repair: which images have defective tokens, where, and whether weights predict them.
+
+One pass over the images, made once for a run and kept in its directory as `outliers.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sinder_cli.backbone.contract import Backbone
+from sinder_cli.defects.detection import (
+    DetectionRule,
+    alignment_logits,
+    defect_mask,
+    defective_somewhere,
+    norm_ratios,
+)
+from sinder_cli.defects.settings import NORM_FACTOR
+from sinder_cli.defects.spectrum import angle_between, leading_left
+from sinder_cli.defects.tokens import in_precision, patch_grid
+from sinder_cli.distributed import Ranks
+from sinder_cli.errors import BadInputError
+from sinder_cli.events import Emit, tracked
+from sinder_cli.files import write_text
+from sinder_cli.images.loading import Changes, load_in_order, readable
+from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.images.processes import worker_count
+from sinder_cli.images.sources import ImageSource, SomeImages
+from sinder_cli.repairing.forward import Directions
+from sinder_cli.repairing.settings import RepairSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PREDICTED_DEGREES = 30.0  # an observed direction this near to a determined predicted one is the predicted one
+
+
+@dataclass(frozen=True)
+class ImageOutliers:
+    """The defective tokens of one image in the original: row-major indices of patches, by block that has some."""
+
+    name: str
+    place: int  # in the source, whatever the images are called when a run goes on from elsewhere
+    grid: tuple[int, int]
+    finite: bool
+    blocks: dict[int, tuple[int, ...]]
+    standing: int = 0  # tokens that stand out by norm at some block, whatever marks them (`standing_out`)
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """The blocks at which a token is marked first: more than one where an image has several defects."""
+        found: list[int] = []
+        seen: set[int] = set()
+        for block, places in sorted(self.blocks.items()):
+            if not seen.issuperset(places):
+                found.append(block)
+            seen.update(places)
+        return tuple(found)
+
+    def first_marks(self, depth: int) -> Tensor:
+        """Where each of them is marked first, bool `[blocks, h, w]`."""
+        masks = torch.zeros(depth, self.grid[0] * self.grid[1], dtype=torch.bool)
+        seen: set[int] = set()
+        for block, places in sorted(self.blocks.items()):
+            masks[block, sorted(set(places) - seen)] = True
+            seen |= set(places)
+        return masks.unflatten(1, self.grid)
+
+
+@dataclass(frozen=True)
+class BlockOutliers:
+    """The defective tokens of one block over all images, and whether the weights predict them."""
+
+    block: int
+    tokens: int
+    images: int
+    marked_by_weights: int  # of these tokens, by equation (5) with a direction that is determined
+    max_ratio: float  # the largest norm over the median of its image, of all patch tokens
+    gap: float  # σ₁/σ₂ of the predicted direction
+    angle_deg: float | None  # from the direction that the tokens share to the predicted one; None without tokens
+    predicted: bool  # whether that angle is at most 30° and the direction determined
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The original over the images that were looked at."""
+
+    images: tuple[ImageOutliers, ...]
+    blocks: tuple[BlockOutliers, ...]
+    tokens: int  # patch tokens that were looked at, in each block
+    unreadable: dict[int, str] = field(default_factory=dict)  # why, by the place in the source
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no image has a defective token in any block."""
+        return not any(image.blocks for image in self.images)
+
+    @property
+    def standing(self) -> int:
+        """Tokens that stand out by norm at some block, whatever the rule in force marks."""
+        return sum(image.standing for image in self.images)
+
+    @property
+    def by_name(self) -> dict[str, ImageOutliers]:
+        """The images by name."""
+        return {image.name: image for image in self.images}
+
+    def named_as_in(self, source: ImageSource) -> Scan:
+        """The same with the images called what they are called now. Raises `BadInputError` for other images."""
+        if any(image.place >= len(source) for image in self.images):
+            raise BadInputError("cannot go on", "the list of images is shorter than it was", "start anew with --force")
+        return replace(self, images=tuple(replace(image, name=source.name(image.place)) for image in self.images))
+
+    def require_finite(self) -> None:
+        """Raises `BadInputError` for a model whose tokens are not finite on an image: nothing can be said of it."""
+        broken = [image.name for image in self.images if not image.finite]
+        if broken:
+            why = f"its tokens are not finite on {len(broken)} of {len(self.images)} images, such as {broken[0]}"
+            raise BadInputError("the backbone is broken", why, "give other weights, or a --dtype of more range")
+
+    def write(self, path: Path) -> None:
+        """Write `outliers.json`."""
+        write_text(path, json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Scan:
+        """Read `outliers.json`. Raises `BadInputError` for one that is torn."""
+        try:
+            stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            images = tuple(
+                ImageOutliers(
+                    each["name"],
+                    each["place"],
+                    (each["grid"][0], each["grid"][1]),
+                    each["finite"],
+                    {int(block): tuple(places) for block, places in each["blocks"].items()},
+                    each["standing"],
+                )
+                for each in stored["images"]
+            )
+            blocks = tuple(BlockOutliers(**each) for each in stored["blocks"])
+            return cls(images, blocks, stored["tokens"], {int(at): why for at, why in stored["unreadable"].items()})
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise BadInputError(f"cannot read {path}", str(error), "start anew with --force") from error
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One batch block by block: what a scan and a look at the guard are made of."""
+
+    ratios: Tensor  # [blocks, B, h, w]: norm over the median norm of the image
+    norms: Tensor  # [blocks, B, h, w]
+    predicted: Tensor  # bool [blocks, B, h, w]: equation (5), with a direction that is determined
+    defective: Tensor  # bool [blocks, B, h, w]
+    standing: Tensor  # bool [B, h, w]: outlying at some block by the rule `standing_out`
+    last: Tensor  # [B, T, N]: the last block's tokens, float32
+
+
+@torch.no_grad()
+def see(
+    backbone: Backbone,
+    module: nn.Module,
+    directions: Directions,
+    images: Tensor,
+    rule: DetectionRule,
+    shared: Shared | None = None,
+) -> Seen:
+    """Run a batch `[B, 3, H, W]` and mark its tokens in every block; `shared` takes in the direction that they share.
+
+    Tokens that are far out but not certainly so until the next block is known are not in `shared`.
+    """
+    tokens, context = backbone.embed(module, images)
+    start = norm_ratios(patch_grid(backbone, tokens, images).float().norm(dim=-1))
+    norms, predicted = [], []
+    for block in range(backbone.depth):
+        tokens = backbone.run_block(module, block, tokens, context)
+        patches = patch_grid(backbone, tokens, images).float()
+        norms.append(patches.norm(dim=-1))
+        marked = defect_mask(alignment_logits(patches, directions.nu[block]), rule)
+        predicted.append(marked & rule.trusts(directions.gaps[block]))
+        if shared is not None:
+            shared.add(block, patches, norm_ratios(norms[-1]), rule)
+    ratios = torch.stack([norm_ratios(each) for each in norms])
+    marks = torch.stack(predicted)
+    defective = defective_somewhere(ratios, start, marks, rule)
+    standing = defective_somewhere(ratios, start, marks, standing_out(rule)).any(dim=0)
+    return Seen(ratios, torch.stack(norms), marks, defective, standing, tokens.float())
+
+
+def standing_out(rule: DetectionRule) -> DetectionRule:
+    """The rule of a verdict: whatever marks tokens for training, those that surely stand out by norm are not gone."""
+    return replace(rule, mark="norm" if rule.mark == "norm" else "auto", norm_factor=rule.norm_factor or NORM_FACTOR)
+
+
+@dataclass
+class Shared:
+    """The second moments of far-out tokens' unit vectors, by block: the leading direction is what they share."""
+
+    moments: dict[int, Tensor] = field(default_factory=dict)  # [N, N]
+
+    def add(self, block: int, patches: Tensor, ratios: Tensor, rule: DetectionRule) -> None:
+        """Take in the tokens of a batch `[B, h, w, N]` that are above the norm factor."""
+        far = patches[ratios > (rule.norm_factor or DetectionRule().norm_factor)]  # [M, N]
+        if len(far):
+            units = torch.nn.functional.normalize(far, dim=-1)
+            moment = (units.T @ units).cpu()
+            self.moments[block] = self.moments[block] + moment if block in self.moments else moment
+
+    def merge(self, other: Shared) -> None:
+        """Take in the tokens of other images."""
+        for block, moment in other.moments.items():
+            self.moments[block] = self.moments[block] + moment if block in self.moments else moment
+
+    def angle(self, block: int, nu: Tensor) -> float | None:
+        """Degrees from the shared direction of a block to the predicted one."""
+        if block not in self.moments:
+            return None
+        return angle_between(leading_left(self.moments[block]).direction, nu.cpu())
+
+
+def scan(
+    backbone: Backbone,
+    module: nn.Module,
+    directions: Directions,
+    source: ImageSource,
+    preprocess: Preprocessing,
+    chosen: Sequence[int],
+    settings: RepairSettings,
+    unreadable: dict[str, str],
+    emit: Emit,
+    ranks: Ranks,
+) -> Scan:
+    """Look at the chosen images of a source; each rank at its share, and all have the result.
+
+    Those that cannot be decoded are named and added to `unreadable`.
+    """
+    running, rule = in_precision(backbone, settings.dtype, settings.tf32), DetectionRule.of(settings)
+    mine = SomeImages(source, ranks.share(chosen))
+    loaded = load_in_order(mine, preprocess, range(len(mine)), worker_count(settings.workers, ranks.local_size))
+    shared = Shared()
+    found: list[ImageOutliers] = []
+    by_weights: Counter[int] = Counter()
+    largest = [0.0] * backbone.depth
+    B = max(1, settings.batch_size // ranks.size)
+    batch: list[tuple[str, Tensor]] = []
+    place_of = {source.name(place): place for place in chosen}
+
+    def take() -> None:
+        seen = see(
+            running, module, directions, torch.stack([each for _, each in batch]).to(directions.nu.device), rule, shared
+        )
+        by_block = (seen.defective & seen.predicted).flatten(1).sum(dim=1).tolist()
+        by_weights.update(dict(enumerate(by_block)))
+        for block, ratio in enumerate(seen.ratios.nan_to_num(0.0).flatten(1).max(dim=1).values.tolist()):
+            largest[block] = max(largest[block], ratio)
+        finite = seen.last.flatten(1).isfinite().all(dim=1).tolist()
+        for image, (name, _) in enumerate(batch):
+            standing = int(seen.standing[image].sum())
+            found.append(_outliers(name, place_of[name], seen.defective[:, image], finite[image], standing))
+        batch.clear()
+
+    changes = Changes()
+    read = readable(loaded, unreadable, emit, changes)
+    for name, pixels in tracked(read, emit, "looking at the original", len(mine), "images"):
+        batch.append((name, pixels))
+        if len(batch) == B:
+            take()
+    if batch:
+        take()
+    sharing = shared if ranks.size > 1 else None
+    parts = ranks.all_gather((found, sharing, dict(by_weights), largest, dict(unreadable), changes))
+    for rank, (_, other, counts, most, broken, changed) in enumerate(parts):
+        if rank == ranks.rank:
+            continue
+        if other is not None:
+            shared.merge(other)
+        by_weights.update(counts)
+        largest = [max(pair) for pair in zip(largest, most, strict=True)]
+        unreadable.update(broken)
+        changes.merge(changed)
+    changes.tell(emit)
+    images = tuple(sorted((each for part in parts for each in part[0]), key=lambda image: image.place))
+    blocks = tuple(
+        _block(block, images, by_weights[block], largest[block], directions, shared, rule)
+        for block in range(backbone.depth)
+    )
+    tokens = sum(image.grid[0] * image.grid[1] for image in images)
+    failed = {place_of[name]: why for name, why in unreadable.items() if name in place_of}
+    return Scan(images, blocks, tokens, failed)
+
+
+def _outliers(name: str, place: int, masks: Tensor, finite: bool, standing: int) -> ImageOutliers:
+    """One image, from its masks bool `[blocks, h, w]`."""
+    found = {block: tuple(mask.flatten().nonzero()[:, 0].tolist()) for block, mask in enumerate(masks.cpu())}
+    blocks = {block: places for block, places in found.items() if places}
+    return ImageOutliers(name, place, (masks.shape[1], masks.shape[2]), finite, blocks, standing)
+
+
+def _block(
+    block: int,
+    images: Sequence[ImageOutliers],
+    by_weights: int,
+    largest: float,
+    directions: Directions,
+    shared: Shared,
+    rule: DetectionRule,
+) -> BlockOutliers:
+    having = [image for image in images if block in image.blocks]
+    angle = shared.angle(block, directions.nu[block]) if having else None
+    gap = directions.gaps[block]
+    return BlockOutliers(
+        block=block,
+        tokens=sum(len(image.blocks[block]) for image in having),
+        images=len(having),
+        marked_by_weights=by_weights,
+        max_ratio=largest,
+        gap=min(gap, 1e12) if math.isfinite(gap) else 1e12,
+        angle_deg=angle,
+        predicted=angle is not None and angle <= PREDICTED_DEGREES and rule.trusts(gap),
+    )
+
+
+def rarest_first(images: Sequence[ImageOutliers], indices: Sequence[int]) -> list[int]:
+    """The indices of the images, one of each kind in turn, the rarest kind first."""
+    kinds: dict[tuple[int, ...], list[int]] = {}
+    for image, index in zip(images, indices, strict=True):
+        kinds.setdefault(image.kind, []).append(index)
+    queues = sorted(kinds.values(), key=len)
+    return [queue[at] for at in range(max(map(len, queues), default=0)) for queue in queues if at < len(queue)]

@@ -1,0 +1,123 @@
+"""One step of all ranks together: each has its part of the batch, and one all-reduce makes their deltas one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from sinder_cli.distributed import Ranks
+from sinder_cli.events import Emit
+from sinder_cli.images.loading import skip_all
+from sinder_cli.repairing.step import BlockGradient, StepGradient
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sinder_cli.repairing.deltas import Deltas, Target
+
+
+@dataclass(frozen=True)
+class SharedStep:
+    """One step of all ranks together."""
+
+    gradient: StepGradient  # of all defective images
+    images: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one rank tells the others of its images that are defective at one block."""
+
+    losses: tuple[float, ...]
+    leaving: int
+    excess: float
+    probes: int
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What one rank tells the others of its part of a batch."""
+
+    images: int
+    parts: dict[int, _Part]  # by defective block
+    masked_tokens: int
+    defective: int
+    idle: tuple[tuple[int, float], ...]
+    blocks: frozenset[int]  # that it has touched
+    unreadable: dict[str, str]
+
+
+def gathered(
+    local: StepGradient,
+    images: int,
+    unreadable: dict[str, str],
+    deltas: Deltas,
+    window: int,
+    ranks: Ranks,
+    emit: Emit,
+) -> SharedStep:
+    """The step of the whole batch, from this rank's part.
+
+    What others could not decode is named and added to `unreadable`.
+    """
+    if ranks.size == 1:
+        return SharedStep(local, images)
+    touched = frozenset(target.block for target in deltas.touched)
+    parts = {part.block: _Part(part.losses, part.leaving, part.excess, part.probes) for part in local.parts}
+    told = ranks.all_gather(_Told(images, parts, local.masked_tokens, local.defective, local.idle, touched, unreadable))
+    skip_all([each.unreadable for each in told], unreadable, emit)
+    deltas.agree([each.blocks for each in told], ranks)
+    whole = StepGradient(
+        _reduced(local, told, deltas, window, ranks),
+        sum(each.masked_tokens for each in told),
+        sum(each.defective for each in told),
+        tuple(pair for each in told for pair in each.idle),
+    )
+    return SharedStep(whole, sum(each.images for each in told))
+
+
+def _reduced(
+    local: StepGradient, told: Sequence[_Told], deltas: Deltas, window: int, ranks: Ranks
+) -> tuple[BlockGradient, ...]:
+    """The sums over all ranks, in one all-reduce; of the blocks that any rank found defective."""
+    mine = {part.block: part for part in local.parts}
+    blocks = sorted({block for each in told for block in each.parts})
+    targets_of = {block: deltas.of_window(block, window) for block in blocks}
+    of_block = {block: [each.parts[block] for each in told if block in each.parts] for block in blocks}
+    probes_of = {block: of_block[block][0].probes for block in blocks}  # the same for all
+
+    def row(block: int, kind: str, target: Target) -> Tensor:
+        """This rank's part, flat: zeros where it has none."""
+        if block in mine and target.name in (found := getattr(mine[block], kind)):
+            return found[target.name].flatten()
+        return torch.zeros_like(target.delta).repeat(probes_of[block] if kind == "responses" else 1)
+
+    rows = [
+        row(block, kind, target)
+        for block in blocks
+        for kind in ("gradients", "responses")
+        for target in targets_of[block]
+    ]
+    if not rows:
+        return ()
+    sums = iter(ranks.all_reduce(torch.cat(rows)).split([len(row) for row in rows]))
+    parts = []
+    for block in blocks:
+        names = [target.name for target in targets_of[block]]
+        gradients, responses = ({name: next(sums) for name in names} for _ in range(2))
+        each, probes = of_block[block], probes_of[block]
+        parts.append(
+            BlockGradient(
+                block,
+                tuple(loss for one in each for loss in one.losses),
+                sum(one.leaving for one in each),
+                sum(one.excess for one in each),
+                gradients,
+                {name: found.unflatten(0, (probes, -1)) for name, found in responses.items()} if probes else {},
+                probes,
+            )
+        )
+    return tuple(parts)

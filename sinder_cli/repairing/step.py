@@ -1,0 +1,321 @@
+"""One step: find the first defective block of each image, and project the loss's gradient onto singular values.
+
+    1. Run the blocks one by one, each recorded by itself, until the first defective one.
+    2. Pull the gradient of the loss back through the last ≤ window blocks, from the defective one down.
+    3. ∂L/∂ε = diag(Uᵀ (∂L/∂W) V), block by block on the way.
+
+No module is swapped and none is parametrized: any attention kernel, autocast and any model class work unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from sinder_cli.backbone.contract import Backbone, trained_references
+from sinder_cli.backbone.device import float32_products
+from sinder_cli.backbone.weights import rows_of
+from sinder_cli.defects.detection import (
+    DetectionRule,
+    interior,
+    leaning,
+    learning_targets,
+    neighbour_averages,
+    neighbour_distances,
+)
+from sinder_cli.defects.tokens import in_precision, patch_grid
+from sinder_cli.repairing.deltas import Deltas
+from sinder_cli.repairing.forward import (
+    FIRST_ALONE,
+    BlockDefects,
+    Directions,
+    Interest,
+    first_defects,
+    recorded,
+)
+from sinder_cli.repairing.settings import RepairSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+# float16 has no normal number under 6e-5, and the gradient of one feature of a token is about 1e-5 in a ViT-g: 2¹²
+# lifts it to 0.07 and leaves room for sums a million times as large. What overflows all the same is a skipped step.
+LOSS_SCALES = {"float16": 2.0**12}
+
+
+# Random directions by which a step measures what moves ordinary tokens: the first at a block, later ones, and all.
+PROBES, MORE_PROBES, ENOUGH_PROBES = 4, 1, 12
+
+
+@dataclass(frozen=True)
+class BlockGradient:
+    """What the images of a batch say that are defective at `block`; by target, in ε."""
+
+    block: int
+    losses: tuple[float, ...]  # of each image
+    leaving: int  # of these images that were not looked at any further
+    excess: float  # the sum of the losses, less what ordinary tokens have
+    gradients: dict[str, Tensor]  # ∂(sum of losses)/∂ε, `[r]` each
+    responses: dict[str, Tensor]  # ∂(ordinary tokens · probe)/∂ε, `[probes, r]` each
+    probes: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether neither loss nor gradient has a NaN or an infinity."""
+        sums = [part.sum() for each in (self.gradients, self.responses) for part in each.values()]
+        return all(map(math.isfinite, self.losses)) and (not sums or math.isfinite(torch.stack(sums).sum().item()))
+
+
+@dataclass(frozen=True)
+class StepGradient:
+    """What one batch says, by defective block."""
+
+    parts: tuple[BlockGradient, ...] = ()
+    masked_tokens: int = 0
+    defective: int = 0  # images
+    idle: tuple[tuple[int, float], ...] = ()  # blocks and losses where no gradient is worth its cost
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """The losses that have a gradient, of each image at each of its defective blocks."""
+        return tuple(loss for part in self.parts for loss in part.losses)
+
+    @property
+    def first_block(self) -> int | None:
+        """The first defective block of these images."""
+        return min((*(part.block for part in self.parts), *(block for block, _ in self.idle)), default=None)
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """∂/∂ε of the mean loss of the defective images, by target."""
+        sums: dict[str, Tensor] = {}
+        for part in self.parts:
+            for name, gradient in part.gradients.items():
+                sums[name] = sums[name] + gradient if name in sums else gradient
+        return {name: total / len(self.losses) for name, total in sums.items()}
+
+    @property
+    def finite(self) -> bool:
+        """Whether neither loss nor gradient has a NaN or an infinity."""
+        return all(part.finite for part in self.parts)
+
+
+@torch.no_grad()
+def step_gradient(
+    backbone: Backbone,
+    module: nn.Module,
+    directions: Directions,
+    deltas: Deltas,
+    images: Tensor,
+    settings: RepairSettings,
+    known: Tensor | None = None,
+    probes: Probes | None = None,
+    interest: Callable[[int, float], Interest] = lambda _block, _excess: FIRST_ALONE,
+) -> StepGradient:
+    """The projected gradient of a batch `[B, 3, H, W]`, each image in its own window.
+
+    `known` are the tokens that the original marks, bool `[B, blocks, h, w]`. `probes` draws the random directions of
+    ordinary tokens whose responses a greedy step needs. `interest` says of a block and the excess of an image's
+    loss there whether a gradient is needed, and whether later blocks are looked at too.
+    """
+    running = in_precision(backbone, settings.dtype, settings.tf32)
+    rule = DetectionRule.of(settings)
+    scale = LOSS_SCALES.get(settings.dtype, 1.0)
+    parts: list[BlockGradient] = []
+    idle: list[tuple[int, float]] = []
+    masked = 0
+    met = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    latest: list[tuple[dict[int, tuple[Loss, Interest]], Tensor]] = []  # by place in the batch
+
+    def wanted(found: BlockDefects) -> list[Interest]:
+        nonlocal masked
+        masked += int(found.masks[found.defective].sum())
+        numbers = found.images[found.defective].tolist()
+        met[numbers] = True
+        losses, gradient = _losses(running, found, images, settings, scale)
+        each = [interest(found.block, loss.excess) for loss in losses]
+        ways = zip(numbers, losses, each, strict=True)
+        asked = {number: (loss, way) for number, loss, way in ways if way.gradient}
+        idle.extend((found.block, loss.value) for loss, way in zip(losses, each, strict=True) if not way.gradient)
+        latest[:] = [(asked, gradient)]
+        answers = iter(each)
+        return [next(answers) if defective else FIRST_ALONE for defective in found.defective.tolist()]
+
+    with _trained(backbone, module):
+        for found in first_defects(running, module, directions, images, rule, settings.window, known, wanted):
+            asked, gradient = latest.pop()
+            losses = [loss for loss, _ in asked.values()]
+            seed = torch.zeros_like(found.tokens)
+            for at, number in enumerate(found.images.tolist()):
+                if number in asked:
+                    seed[at] = gradient[asked[number][0].at]
+            seeds = [seed, *(probes.drawn(running, found, images) if probes else [])]
+            gradients: dict[str, Tensor] = {}
+            responses: dict[str, Tensor] = {}
+            for name, (slope, *answers) in _window_gradients(running, module, found, seeds, deltas, settings.tf32):
+                gradients[name] = slope / scale
+                if answers:
+                    responses[name] = torch.stack(answers)
+            parts.append(
+                BlockGradient(
+                    found.block,
+                    tuple(loss.value for loss in losses),
+                    sum(not way.onward for _, way in asked.values()),
+                    sum(loss.excess for loss in losses),
+                    gradients,
+                    responses,
+                    len(seeds) - 1,
+                )
+            )
+    return StepGradient(tuple(parts), masked, int(met.sum()), tuple(idle))
+
+
+@dataclass
+class Probes:
+    """Random signs for ordinary tokens, by Hutchinson's trick: E[(∂(x·r)/∂ε)²] = ‖∂x/∂ε‖² for r of independent signs.
+
+    What is drawn for an image depends on its own seed alone, whatever the batch and the rank that it is in.
+    """
+
+    seeds: Sequence[int]  # one an image of the batch
+    taken: Mapping[int, int]  # before, by block
+
+    def drawn(self, backbone: Backbone, found: BlockDefects, images: Tensor) -> list[Tensor]:
+        """Seeds `[B, T, N]` of a backward pass: signs on cls and ordinary patches of the defective images.
+
+        Ordinary are those that are not marked, nor lean the way that marked ones do. Divided by the image's mean
+        ordinary norm and by √(number of those tokens): the square of a response is, on average, the sum over the images
+        of a mean square of relative movements.
+        """
+        taken = self.taken.get(found.block, 0)
+        count = PROBES if not taken else MORE_PROBES if taken < ENOUGH_PROBES else 0
+        if not count:
+            return []
+        grids = patch_grid(backbone, found.tokens, images)
+        probes = found.tokens.new_zeros(count, *found.tokens.shape)  # [count, B, T, N]
+        for image in found.defective.nonzero()[:, 0].tolist():
+            grid, mask = grids[image], found.masks[image]
+            weights = torch.ones(found.tokens.shape[1], device=mask.device)
+            weights[backbone.prefix_tokens :] = (~mask & ~leaning(grid, mask)).flatten().float()
+            weights /= ordinary_scale(grid, mask) * weights.sum().clamp_min(1).sqrt()
+            generator = torch.Generator().manual_seed(self.seeds[int(found.images[image])])
+            signs = torch.randint(0, 2, (count, *found.tokens.shape[1:]), generator=generator) * 2 - 1
+            probes[:, image] = signs.to(found.tokens) * weights[:, None].to(found.tokens)
+        return list(probes)
+
+
+@contextmanager
+def _trained(backbone: Backbone, module: nn.Module) -> Iterator[None]:
+    """Let the parameters that hold target weights require gradients."""
+    names = {ref.name for block in backbone.layers.blocks for ref in trained_references(block).values()}
+    parameters = [module.get_parameter(name) for name in names]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of one image at one block."""
+
+    at: int  # the image, among those that came to the block
+    value: float
+    excess: float  # above that of ordinary tokens
+
+
+def _losses(
+    backbone: Backbone, found: BlockDefects, images: Tensor, settings: RepairSettings, scale: float
+) -> tuple[list[Loss], Tensor]:
+    """The loss of each defective image, and scale · ∂(sum of losses)/∂tokens `[B, T, N]`, zero for other images."""
+    tokens = found.tokens.detach().requires_grad_()
+    defective = found.defective.nonzero()[:, 0].tolist()
+    with torch.enable_grad():
+        grids = patch_grid(backbone, tokens, images)
+        losses = torch.stack([_loss(grids[i], found.logits[i], found.masks[i], settings) for i in defective])
+        (gradient,) = torch.autograd.grad(losses.sum() * scale, tokens)
+    usual = [float(ordinary_loss(grids[i].detach(), found.masks[i])) for i in defective]
+    return [
+        Loss(at, value, value - least) for at, value, least in zip(defective, losses.tolist(), usual, strict=True)
+    ], gradient
+
+
+def _loss(patches: Tensor, logits: Tensor, mask: Tensor, settings: RepairSettings) -> Tensor:
+    if settings.target == "weighted":
+        return neighbour_loss(patches, logits, mask, settings.kernel, settings.temperature)
+    return average_loss(patches, mask)
+
+
+def _window_gradients(
+    backbone: Backbone, module: nn.Module, found: BlockDefects, seeds: list[Tensor], deltas: Deltas, tf32: bool
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """∂/∂ε of each target of the window by name, one for each gradient `[B, T, N]` of the window's output.
+
+    Takes the window apart, so that the graph of a block is gone before the next one's is needed.
+    """
+    blocks = [passed.block for passed in found.window]
+    if not deltas.by_block.keys() >= set(blocks):
+        found.forget()  # decomposing needs the room
+    targets_of = {block: deltas.of_block(block) for block in blocks}
+    while found.window:
+        passed = found.window.pop()
+        entering, leaving = passed.entering, passed.leaving
+        if leaving is None:
+            entering, leaving = recorded(backbone, module, passed.block, entering, found.context)
+        targets = targets_of[passed.block]
+        names = list(dict.fromkeys(target.ref.name for target in targets))
+        sources = [module.get_parameter(name) for name in names]
+        projected: dict[str, list[Tensor]] = {target.name: [] for target in targets}
+        for at, seed in enumerate(seeds):
+            with float32_products(tf32):
+                inputs = [*sources, *([entering] if found.window else [])]
+                gradients = torch.autograd.grad(leaving, inputs, seed, retain_graph=at + 1 < len(seeds))
+            seeds[at] = gradients[-1]
+            by_name = dict(zip(names, gradients, strict=False))
+            for target in targets:
+                projected[target.name].append(target.basis.project(rows_of(by_name[target.ref.name], target.ref)))
+        yield from projected.items()
+
+
+def neighbour_loss(patches: Tensor, logits: Tensor, mask: Tensor, kernel: int, temperature: float) -> Tensor:
+    """Mean over masked tokens of ‖x − target‖, over the mean token norm of the interior; a scalar.
+
+    One image: patches `[h, w, N]`, logits and mask `[h, w]`. Targets and the scale carry no gradient.
+    """
+    with torch.no_grad():
+        targets = learning_targets(patches, logits, mask, kernel, temperature)
+        scale = patches.float()[interior(mask, kernel // 2)].norm(dim=-1).mean()
+    return (patches[mask].float() - targets).norm(dim=-1).mean() / scale
+
+
+def average_loss(patches: Tensor, mask: Tensor) -> Tensor:
+    """Mean over masked tokens of ‖x − average of the unmarked neighbours‖, over `ordinary_scale`; a scalar.
+
+    One image: patches `[h, w, N]`, mask bool `[h, w]`, border included. Averages and the scale carry no gradient.
+    """
+    with torch.no_grad():
+        targets = neighbour_averages(patches, mask)[mask]
+        scale = ordinary_scale(patches, mask)
+    return (patches[mask].float() - targets).norm(dim=-1).mean() / scale
+
+
+def ordinary_scale(patches: Tensor, mask: Tensor) -> Tensor:
+    """The mean norm of unmarked tokens; of all where every token is marked."""
+    norms = patches.float().norm(dim=-1)
+    return norms[~mask].mean() if not bool(mask.all()) else norms.mean()
+
+
+def ordinary_loss(patches: Tensor, mask: Tensor) -> Tensor:
+    """The loss of unmarked tokens: the least that can be asked of marked ones; 0 where every token is marked."""
+    if bool(mask.all()):
+        return patches.new_zeros((), dtype=torch.float32)
+    return neighbour_distances(patches, mask)[~mask].mean() / ordinary_scale(patches, mask)

@@ -1,0 +1,304 @@
+"""What a repair changed, in a small file, and what it makes of the weights it belongs to: an adapter or a delta."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from sinder_cli.backbone.contract import Backbone, LayerMap, WeightRef, trained_references
+from sinder_cli.backbone.sources import SafetensorsFile, TensorInfo, TensorSource, infos_of, open_checkpoint
+from sinder_cli.backbone.storing import stored_as, write_safetensors
+from sinder_cli.backbone.weights import Weights, rows_of
+from sinder_cli.errors import BadInputError, ConflictError, NoInputError
+from sinder_cli.events import Emit, Noted, tracked
+from sinder_cli.repairing.basis import singular_basis
+from sinder_cli.repairing.deltas import Deltas, target_name
+from sinder_cli.repairing.settings import WITHOUT_EFFECT, RepairSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+REMEDY = "give the adapter.safetensors of a run"
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; nothing else of it is read.
+
+    Raises `NoInputError` where there is no file and `BadInputError` for one that is no safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    what = f"cannot read adapter {path}"
+    if not path.is_file():
+        raise NoInputError(what, "it is a folder" if path.is_dir() else "there is no such file", REMEDY)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise BadInputError(what, str(error), REMEDY) from error
+
+
+ADAPTER_FORMAT = "sinder-adapter-1"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter file holds: ε by target, float32 `[r]`, and which weights they belong to."""
+
+    path: Path
+    model: str
+    base_fingerprint: str
+    deltas: Mapping[str, Tensor] = field(repr=False)
+
+    def changed_names(self, layers: LayerMap) -> list[str]:
+        """The canonical names of the tensors that hold its targets, each once."""
+        references = target_references(layers)
+        return list(dict.fromkeys(references[name].name for name in self.deltas))
+
+    def applied(self, backbone: Backbone, emit: Emit) -> Backbone:
+        """See `adapted`."""
+        return adapted(backbone, self, emit)
+
+
+def write_adapter(path: Path, model: str, fingerprint: str, deltas: Deltas, settings: RepairSettings) -> None:
+    """Write the deltas that are not zero, with the fingerprint of the weights that they belong to."""
+    tensors = {target.name: target.delta.float().cpu() for target in deltas.changed}
+    metadata = {
+        "format": ADAPTER_FORMAT,
+        "model": model,
+        "base_fingerprint": fingerprint,
+        "settings": settings.model_dump_json(exclude=set(WITHOUT_EFFECT)),
+    }
+    write_safetensors(path, infos_of(tensors), tensors.values(), metadata)
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Read an adapter file; nothing but its header is read of a file that is none.
+
+    Raises `NoInputError` where there is no file and `BadInputError` for anything that `write_adapter` does not write.
+    """
+    from safetensors import safe_open
+
+    what = f"cannot read adapter {path}"
+    metadata = read_header(path)
+    if metadata.get("format") != ADAPTER_FORMAT:
+        raise BadInputError(what, f"its format is {metadata.get('format')!r}, not {ADAPTER_FORMAT!r}", REMEDY)
+    with safe_open(path, framework="pt") as file:
+        deltas = {name: file.get_tensor(name) for name in file.offset_keys()}
+    try:
+        adapter = Adapter(path, metadata["model"], metadata["base_fingerprint"], deltas)
+    except KeyError as error:
+        raise BadInputError(what, f"its header has no {error}", REMEDY) from error
+    for name, delta in adapter.deltas.items():
+        if delta.dtype != torch.float32 or not bool(delta.isfinite().all()):
+            raise BadInputError(what, f"{name} is not of finite float32 values", "is it whole? fetch it again")
+    return adapter
+
+
+@dataclass(frozen=True)
+class AdaptedTensors:
+    """A source of tensors in which some rows of some tensors are repaired as they are read; these rows are held."""
+
+    source: TensorSource
+    rows: Mapping[str, tuple[tuple[WeightRef, Tensor], ...]] = field(repr=False)  # by stored name
+    adapter: Path
+
+    @property
+    def label(self) -> str:
+        return f"{self.source.label}, adapted by {self.adapter}"
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self.source.infos
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read whole tensors, repaired; writing into them changes no file."""
+        found = self.source.read(names)
+        for name, tensor in found.items():
+            for ref, rows in self.rows.get(name, ()):
+                rows_of(tensor, ref).copy_(rows)
+        return found
+
+
+def adapted(backbone: Backbone, adapter: Adapter, emit: Emit) -> Backbone:
+    """The backbone with W₀ + U diag(ε) Vᵀ for every target of the adapter, in the stored dtypes.
+
+    The arithmetic is that of a repair on the CPU: on the same machine its result comes back bit for bit. Elsewhere U
+    and V differ by what `SingularBasis` keeps from mattering.
+    Raises `ConflictError` for weights that the adapter was not made for, and `BadInputError` for a delta of no target
+    or a value that the stored dtype cannot hold.
+    """
+    weights = backbone.weights
+    references = _adapted_references(backbone.layers, weights, adapter)
+    rows: dict[str, list[tuple[WeightRef, Tensor]]] = {}
+    for name, ref in tracked(references.items(), emit, "adapting", len(references), "weights"):
+        stored = rows_of(weights.read([ref.name])[ref.name], ref)
+        wide = stored.to(torch.float32, copy=True)  # as the module of a repair holds it
+        repaired = wide + singular_basis(wide).change(adapter.deltas[name])
+        rows.setdefault(weights.stored_names[ref.name], []).append((ref, stored_as(repaired, str(ref), stored.dtype)))
+    values = sum(len(delta) for delta in adapter.deltas.values())
+    emit(Noted(f"{adapter.path}: changed {values:,} singular values of {len(references)} weights"))
+    source = AdaptedTensors(weights.source, {name: tuple(each) for name, each in rows.items()}, adapter.path)
+    return replace(backbone, weights=replace(weights, source=source))
+
+
+def target_references(layers: LayerMap) -> dict[str, WeightRef]:
+    """Every weight that an adapter may change, by the name that its delta has there."""
+    return {
+        target_name(block, role): ref
+        for block, roles in enumerate(layers.blocks)
+        for role, ref in trained_references(roles).items()
+    }
+
+
+def _adapted_references(layers: LayerMap, weights: Weights, adapter: Adapter) -> dict[str, WeightRef]:
+    """Where each target of the adapter lies, if the adapter is one of these weights."""
+    fingerprint = weights.fingerprint()
+    if fingerprint != adapter.base_fingerprint:
+        raise ConflictError(
+            f"adapter {adapter.path} does not fit {weights.source.label}",
+            f"it was made for weights of {adapter.model} with fingerprint {adapter.base_fingerprint}, "
+            f"and these have {fingerprint}",
+            "give the weights that were repaired",
+        )
+    references = target_references(layers)
+    for name, delta in adapter.deltas.items():
+        what = f"cannot use adapter {adapter.path}"
+        if name not in references:
+            raise BadInputError(what, f"{name} is no target weight of this model")
+        ref = references[name]
+        rank = min(rows_of(torch.empty(weights.shape(ref.name), device="meta"), ref).shape)
+        if delta.shape != (rank,):
+            raise BadInputError(what, f"{name} has shape {list(delta.shape)}, and the weight {rank} singular values")
+    return {name: references[name] for name in adapter.deltas}
+
+
+DELTA_FORMAT = "sinder-delta-1"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A patch file: whole tensors by canonical name, and the fingerprints of the weights before and after."""
+
+    path: Path
+    model: str
+    base_fingerprint: str
+    fingerprint: str
+    tensors: TensorSource = field(repr=False)
+
+    def changed_names(self, layers: LayerMap) -> list[str]:  # noqa: ARG002 - as of every change
+        """The canonical names of the tensors that it replaces."""
+        return list(self.tensors.infos)
+
+    def applied(self, backbone: Backbone, emit: Emit) -> Backbone:
+        """The backbone with these tensors in the place of its own, bit for bit what was written.
+
+        Raises `ConflictError` for weights that the patch was not made for, and `BadInputError` for a file that has
+        changed since.
+        """
+        weights = backbone.weights
+        found = weights.fingerprint()
+        if found != self.base_fingerprint:
+            raise ConflictError(
+                f"delta {self.path} does not fit {weights.source.label}",
+                f"it was made for weights of {self.model} with fingerprint {self.base_fingerprint}, "
+                f"and these have {found}",
+                "give the weights that were repaired",
+            )
+        what, remedy = f"cannot use delta {self.path}", "is it whole? fetch it again"
+        for name, info in self.tensors.infos.items():
+            if name not in weights or weights.info(name) != info:
+                raise BadInputError(what, f"{name} is no tensor of this model, or of another shape or dtype", remedy)
+        stored = {weights.stored_names[name]: name for name in self.tensors.infos}
+        patched = replace(weights, source=PatchedTensors(weights.source, self.tensors, stored))
+        if patched.fingerprint() != self.fingerprint:
+            raise BadInputError(what, "its tensors are not those that were written", remedy)
+        emit(Noted(f"{self.path}: replaced {len(stored)} tensors"))
+        return replace(backbone, weights=patched)
+
+
+@dataclass(frozen=True)
+class PatchedTensors:
+    """A source of tensors some of which are read from a patch instead."""
+
+    source: TensorSource
+    patch: TensorSource
+    names: Mapping[str, str] = field(repr=False)  # stored name → name in the patch
+
+    @property
+    def label(self) -> str:
+        return f"{self.source.label}, patched by {self.patch.label}"
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self.source.infos
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Whole tensors, in the order asked for."""
+        wanted = list(names)
+        changed = self.patch.read(self.names[name] for name in wanted if name in self.names)
+        own = self.source.read(name for name in wanted if name not in self.names)
+        return {name: changed[self.names[name]] if name in self.names else own[name] for name in wanted}
+
+
+def write_patch(path: Path, model: str, base_fingerprint: str, weights: Weights, names: list[str]) -> None:
+    """Write the named tensors, one at a time, with the fingerprint of the weights before and after."""
+    metadata = {
+        "format": DELTA_FORMAT,
+        "model": model,
+        "base_fingerprint": base_fingerprint,
+        "fingerprint": weights.fingerprint(),
+    }
+    infos = {name: weights.info(name) for name in names}
+    write_safetensors(path, infos, (tensor for _, tensor in weights.stream(names)), metadata)
+
+
+def read_patch(path: Path, metadata: Mapping[str, str]) -> Patch:
+    """A patch whose header is read already; its tensors are read when they are asked for. Raises `BadInputError`."""
+    tensors = open_checkpoint(path)
+    assert isinstance(tensors, SafetensorsFile)
+    try:
+        return Patch(path, metadata["model"], metadata["base_fingerprint"], metadata["fingerprint"], tensors)
+    except KeyError as error:
+        raise BadInputError(f"cannot read delta {path}", f"its header has no {error}", "export it again") from error
+
+
+class Change(Protocol):
+    """A file that makes repaired weights of those that it was made for."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def base_fingerprint(self) -> str: ...
+
+    def changed_names(self, layers: LayerMap) -> list[str]:
+        """The canonical names of the tensors that it changes."""
+        ...
+
+    def applied(self, backbone: Backbone, emit: Emit) -> Backbone:
+        """The backbone with the change made. Raises `ConflictError` for weights that it was not made for."""
+        ...
+
+
+def read_change(path: Path) -> Change:
+    """Read an adapter, or open a delta; nothing but its header is read of a file that is neither.
+
+    Raises `NoInputError` where there is no file and `BadInputError` for a file of another format.
+    """
+    metadata = read_header(path)
+    kind = metadata.get("format")
+    if kind == ADAPTER_FORMAT:
+        return read_adapter(path)
+    if kind == DELTA_FORMAT:
+        return read_patch(path, metadata)
+    why = f"its format is {kind!r}, neither {ADAPTER_FORMAT!r} nor {DELTA_FORMAT!r}"
+    raise BadInputError(f"cannot read adapter {path}", why, REMEDY)
