@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sinder_cli import __version__
+from sinder_cli import __version__, errors
 from sinder_cli.cli.app import command
 from sinder_cli.cli.manpage import EXIT_CODES, pages
 
@@ -75,6 +75,14 @@ def test_the_main_page_lists_every_command_and_exit_code() -> None:
         assert f".BR sinder\\-{name.replace('-', chr(92) + '-')} (1)" in page
     for code in EXIT_CODES:
         assert f".B {code}\n" in page
+
+
+def test_the_readme_has_the_exit_codes_of_the_manual_page_and_every_error_has_one_of_them() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", readme.split("| exit | means |")[1].split("\n## ")[0], re.MULTILINE)
+    assert {int(code): meaning for code, meaning in rows} == EXIT_CODES
+    raised = {kind.exit_code for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "exit_code")}
+    assert raised <= EXIT_CODES.keys()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
