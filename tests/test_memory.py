@@ -61,7 +61,9 @@ def test_analyze_tells_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         api.analyze(ModelRequest("demo_vit"), [], settings)
 
 
-@pytest.mark.parametrize("part", ["run.predict", "run.load_module", "run.scan", "guard.Guard.look", "run.write_model"])
+@pytest.mark.parametrize(
+    "part", ["run.predict", "run.load_module", "run.scan", "guard.Guard.remember", "run.write_model"]
+)
 def test_a_repair_tells_its_sizes_wherever_memory_runs_out(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

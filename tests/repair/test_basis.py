@@ -231,7 +231,7 @@ def test_a_basis_that_another_rank_found_brings_its_groups(single: Any) -> None:
     assert target.basis.groups == ()
     sent = iter(theirs.tensors().values())
     deltas.by_block[2] = [target]
-    ranks: Any = SimpleNamespace(same=lambda part, _holder: next(sent).to(part.device))
+    ranks: Any = SimpleNamespace(broadcast=lambda part, _holder: next(sent).to(part.device))
     deltas.agree([[2]], ranks)
     (target,) = deltas.by_block[2]
     assert target.basis.groups == theirs.groups != ()

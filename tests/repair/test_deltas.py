@@ -101,7 +101,7 @@ class Lost(Ranks):
 
     sent = 0
 
-    def same(self, tensor: Tensor, source: int = 0) -> Tensor:
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         Lost.sent += 1
         if Lost.sent > 4:
             raise LostRankError("lost", f"rank {source} died")

@@ -12,9 +12,8 @@ import pytest
 from made_analysis import Made
 
 from sinder_cli.analysis.records import Analysis, BlockRecord, Distribution
-from sinder_cli.report import manual as schema_page
 from sinder_cli.report.documents import finite
-from sinder_cli.report.manual import records_of, type_words
+from sinder_cli.report.manual import records_of, schema_page, type_words
 
 
 def members(value: Any) -> set[str]:
