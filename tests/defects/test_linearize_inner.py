@@ -13,7 +13,7 @@ from sinder_cli import AttentionMap, BlockMap, GatedMlpMap, NormMap, PlainMlpMap
 from sinder_cli.backbone.contract import Activation, linear_references, trained_references
 from sinder_cli.backbone.weights import BlockTensors
 from sinder_cli.defects.gaussian import ACTIVATIONS, hidden_moments, linear_moments
-from sinder_cli.defects.linearize import attention_part, block_part, mlp_part
+from sinder_cli.defects.linearize import attention_part, block_part, mlp_part, normalized
 
 N, A, H = 24, 96, 160  # wide inside: the scale of a norm varies as 1/√(2F)
 SAMPLES = 40_000
@@ -163,3 +163,12 @@ def test_all_weights_of_sub_layers_beside_each_other_are_trained() -> None:
         "beside.mlp.gate", "beside.mlp.up", "beside.mlp.down",
     ]  # fmt: skip
     assert len(linear_references(block)) == 9
+
+
+def test_the_scale_of_a_folded_layernorm_leaves_out_what_all_features_share() -> None:
+    shared = random(1, N, seed=20, scale=0.8)  # so large that the variance over features is half of the mean square
+    M, b = shared + random(A, N, seed=21, scale=0.8), random(A, seed=22, scale=0.5)
+    y = torch.randn(SAMPLES, N, generator=torch.Generator().manual_seed(23), dtype=torch.float64) @ M.T + b
+    scale = y.var(dim=1, unbiased=False).mean().sqrt()
+    found = normalized(M, linear_moments(M, b), NormMap(kind="layernorm", eps=0.0), None)
+    torch.testing.assert_close(found * scale, M - M.mean(dim=0), rtol=0.01, atol=1e-6)

@@ -374,6 +374,17 @@ def test_float16_gradients_are_lifted_over_the_smallest_number_and_put_back(
     assert min(shares()) < 0.9
 
 
+def test_the_loss_scale_of_float16_saves_a_gradient_that_would_vanish(
+    single: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = step.neighbour_loss
+    monkeypatch.setattr(step, "neighbour_loss", lambda *given: 2.0**-15 * own(*given))
+    image = single.image(0, torch.float32, blue=BLUE)
+    exact, found = (gradient_of(single, [image], dtype=dtype).gradients for dtype in ("float32", "float16"))
+    shares = [float(found[name] @ true / (true @ true)) for name, true in exact.items()]
+    assert shares == pytest.approx([1] * len(exact), abs=0.05)
+
+
 def test_a_float16_gradient_that_overflows_is_not_finite(single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "LOSS_SCALES", {"float16": 2.0**30})
     found = gradient_of(single, [single.image(0, torch.float32, red=RED)], dtype="float16")
