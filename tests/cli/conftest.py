@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
+from sinder_plugins.dinov2.module import VisionTransformer
 from torch import Tensor
 from warm import Server
 
 from sinder_cli import IMAGENET_MEAN, IMAGENET_STD, attention_kernel
 from sinder_cli.images.decoding import decode
 from sinder_cli.images.preprocessing import Preprocessing
-from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
-from sinder_plugins.dinov2.module import VisionTransformer
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg")
 SIDE = 168  # pixels: 12 × 12 patches, enough for three tokens to lie four standard deviations out

@@ -10,12 +10,12 @@ import pytest
 import skimage
 import torch
 from safetensors.torch import load_file
+from sinder_plugins.dinov2.config import OFFICIAL, tensor_shapes
 from torch import Tensor
 
 from sinder_cli import ModelRequest, api
 from sinder_cli.exporting.settings import ExportSettings
 from sinder_cli.repairing.settings import RepairSettings
-from sinder_plugins.dinov2.config import OFFICIAL, tensor_shapes
 
 STEPS, SIZE = 10, 518
 MARKING = {"mask_threshold": 2.5, "min_tokens": 3, "min_gap": 1.12, "stop_density": 1}  # block 7 alone has such a gap
