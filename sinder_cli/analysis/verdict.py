@@ -85,7 +85,11 @@ def _confidence(showing: Sequence[BlockRecord], near: Sequence[BlockRecord], bes
     doubts = [
         *(["the predicted direction is weakly determined"] if gap < CLEAR_GAP else []),
         *(["few tokens were seen, more images would tell"] if found < CLEAR_TOKENS else []),
-        *(["in most blocks it lies further off"] if 2 * len(near) < len(showing) else []),
+        *(
+            ["in most blocks the observed direction is further from the predicted one"]
+            if 2 * len(near) < len(showing)
+            else []
+        ),
     ]
     evidence = (
         f"σ₁/σ₂ is {gap:.3g} at block {best.block}, the direction was seen on {found:,} tokens there, and it lies"

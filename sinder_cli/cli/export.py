@@ -36,7 +36,8 @@ def command(
         typer.Option("--image-size", min=1, metavar="PIXELS", help="Side of the input; default: the model's."),
     ] = None,
     dynamic_size: Annotated[
-        bool, typer.Option("--dynamic-size", help="Any image size, where that comes out right.")
+        bool,
+        typer.Option("--dynamic-size", help="Accept any image size; the graph is kept only if its result is right."),
     ] = False,
     max_shard_size: Annotated[
         str | None, typer.Option("--max-shard-size", metavar="SIZE", help="Split weights above it, such as 5GB.")

@@ -66,7 +66,9 @@ def as_failure(error: Exception) -> SinderError:
         return UsageError("bad command line", _parser_words(error), "see --help")
     text = str(error).split("\n")[0]
     if is_out_of_memory(error):
-        return TryAgainError("out of memory", text or "no more to be had", "lower --image-size or --batch-size")
+        return TryAgainError(
+            "out of memory", text or "nothing more could be allocated", "lower --image-size or --batch-size"
+        )
     if isinstance(error, OSError):
         return StorageError("input or output failed", str(error), "check the disk and the path")
     return SinderError("internal error", f"{type(error).__name__}: {text}", "run `sinder --debug …` and report it")

@@ -60,7 +60,7 @@ Format = Annotated[
     OutputFormat | None, typer.Option("--format", help="Default: table on a terminal, else one JSON document.")
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="Settings as TOML; the command line goes over them.")
+    Path | None, typer.Option("--config", metavar="FILE", help="Settings as TOML; options override them.")
 ]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,16 +32,17 @@ from sinder_cli.cli.options import (
 from sinder_cli.cli.output import show
 from sinder_cli.cli.sharing import shared
 from sinder_cli.cli.trackers import logged
+from sinder_cli.distributed import Ranks
 from sinder_cli.errors import UsageError
 from sinder_cli.escaping import printable
-from sinder_cli.events import Noted, silent
+from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.report.progress import display
 from sinder_cli.signals import Ended, Stop
 
 if TYPE_CHECKING:
     from sinder_cli.repairing.dry_run import Trial
-    from sinder_cli.repairing.folder import RunFolder
+    from sinder_cli.repairing.folder import FinishedRun, RunFolder
 
 
 @with_settings(RepairSettings)
@@ -58,7 +61,7 @@ def command(
         Path | None, typer.Option("--out", metavar="DIR", help="Run directory; default: sinder-runs/MODEL.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on, bit for bit, with the unfinished run that MODEL or --out is.")
+        bool, typer.Option("--resume", help="Resume the run in MODEL or --out; the result is bit-identical.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is in --out already.")] = False,
     dry_run: Annotated[
@@ -74,63 +77,60 @@ def command(
     from sinder_cli.report.documents import repair_document
     from sinder_cli.report.tables import repair_table
 
-    if resume and force:
-        raise UsageError("cannot resume a run and replace it", "--resume and --force exclude each other", "give one")
-    if resume and dry_run:
-        raise UsageError("cannot try a resumed run", "--resume and --dry-run exclude each other", "give one")
-    stop = context.obj.stop if context.obj else Stop()
+    _require_one_intent(resume, force, dry_run)
     places = [*(data or []), *(more_data or [])]
     request = model_request(model, weights, adapter, heads, silent, attention, revision, branch)
     if out is None and resume and (called := api.run_as_called(Path(model), request, settings)):
         out, (request, settings) = Path(model), called
-    folder = out or Path("sinder-runs", model.replace("/", "-"))
-    run = RunFolder(folder)
-
-    with shared() as ranks, display(ranks.writes) as shown, logged(settings, folder, shown, ranks.writes) as emit:
-        request = replace(request, emit=emit)
+    run = RunFolder(out or Path("sinder-runs", model.replace("/", "-")))
+    with shared() as ranks, display(ranks.writes) as shown, logged(settings, run.path, shown, ranks.writes) as emit:
+        asked = (replace(request, emit=emit), places, run.path, settings, emit, sys.stdin)
         if dry_run:
-            if ranks.writes:
-                _show_trial(api.try_repair(request, places, folder, settings, emit, sys.stdin, force), format)
+            _show_trial(api.try_repair(*asked, force) if ranks.writes else None, format)
             return
-        try:
-            if ranks.from_rank0(lambda: resume and run.complete):
-                if ranks.writes:
-                    summary = api.finished_repair(request, places, folder, settings, emit, sys.stdin)
-                    _show_finished(summary, folder, format)
-                    _end(summary)
-                return
-            result = api.repair(request, places, folder, settings, emit, sys.stdin, resume, force, stop, ranks)
-            if result is None:  # rank 0 has it
-                return
-        except Ended:
-            if run.resumable:
-                how = ", under torchrun" if ranks.size > 1 else ""
-                emit(Noted(f"to go on{how}: {resuming_command(run, settings)}"))
-            raise
-    show(format, lambda: repair_table(result), lambda: repair_document(result.summary, folder))
-    _end(result.summary)
+        finished = ranks.from_rank0(lambda: resume and run.complete)
+        with _told_how_to_resume(run, settings, ranks, emit):
+            stop = context.obj.stop if context.obj else Stop()
+            result = _finished(run, asked, ranks) if finished else api.repair(*asked, resume, force, stop, ranks)
+    if result is None:  # rank 0 has it
+        return
+    said = [f"{printable(str(run.path))}: finished already, nothing to resume"] if finished else []
+    show(format, lambda: Group(*said, repair_table(result)), lambda: repair_document(result.summary, run.path))
+    if result.summary["verdict"] == "not improved":
+        raise typer.Exit(1)  # the answer is no
 
 
-def _end(summary: dict[str, Any]) -> None:
-    """Exit with 1 where the repair did not improve the model: the answer is no."""
-    if summary["verdict"] == "not improved":
-        raise typer.Exit(1)
+def _require_one_intent(resume: bool, force: bool, dry_run: bool) -> None:
+    """Raise `UsageError` for options that contradict each other."""
+    if resume and force:
+        raise UsageError("cannot resume a run and replace it", "--resume and --force exclude each other", "give one")
+    if resume and dry_run:
+        raise UsageError("cannot try a resumed run", "--resume and --dry-run exclude each other", "give one")
 
 
-def _show_finished(summary: dict[str, Any], folder: Path, format: Format) -> None:
-    from sinder_cli.repairing.folder import RunFolder
-    from sinder_cli.report.documents import repair_document
-    from sinder_cli.report.tables import repair_table
+@contextmanager
+def _told_how_to_resume(run: RunFolder, settings: RepairSettings, ranks: Ranks, emit: Emit) -> Iterator[None]:
+    """Print the command that resumes the run where a signal ends it."""
+    try:
+        yield
+    except Ended:
+        if run.resumable:
+            how = ", under torchrun" if ranks.size > 1 else ""
+            emit(Noted(f"to go on{how}: {resuming_command(run, settings)}"))
+        raise
 
-    said = f"{printable(str(folder))}: finished already, nothing to resume"
-    show(
-        format,
-        lambda: Group(said, repair_table(RunFolder(folder).read_finished())),
-        lambda: repair_document(summary, folder),
-    )
+
+def _finished(run: RunFolder, asked: tuple[Any, ...], ranks: Ranks) -> FinishedRun | None:
+    """Return the records of a run that has ended, on rank 0, if it is the run that was asked for."""
+    if not ranks.writes:
+        return None
+    api.finished_repair(*asked)
+    return run.read_finished()
 
 
-def _show_trial(trial: Trial, format: Format) -> None:
+def _show_trial(trial: Trial | None, format: Format) -> None:
+    if trial is None:  # rank 0 has it
+        return
     from sinder_cli.report.documents import trial_document
     from sinder_cli.report.tables import trial_table
 

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from sinder_cli.repairing.loop import StepRecord
 
 
-STEP = ("loss", "density", "masked_tokens", "block", "length", "gain")  # what is logged of a step, as far as it has it
+STEP = (
+    "loss",
+    "clean_fraction",
+    "masked_tokens",
+    "block",
+    "length",
+    "gain",
+)  # what is logged of a step, as far as it has it
 GUARD = ("outlying", "defective_share", "cls", "good", "good_p01", "marked")  # and of a look at the guard
 FLUSH_SECONDS = 10
 

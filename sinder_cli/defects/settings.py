@@ -58,7 +58,10 @@ class DetectionSettings(BaseModel):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of the order or choice of images, and of drawn ones.")
     workers: int | None = Field(
-        None, ge=0, le=64, description="Processes that decode images; 0: none; default: one a spare core, at most 4."
+        None,
+        ge=0,
+        le=64,
+        description="Processes that decode images; 0: none; default: one a core but one, at most 4.",
     )
 
     @field_validator("device")

@@ -58,7 +58,7 @@ class StepRecord:
     moved: str | None  # the target that a greedy step has shrunk a singular value of
     length: float | None  # ‖Δδ‖: by how much of themselves singular values were changed
     gain: float | None  # the largest at the step's first defective block, of a greedy step
-    density: float  # share of recent images without a defect that a step can help
+    clean_fraction: float  # share of recent images without a defect that a step can help
     seconds: float  # since the run began, pauses between two processes left out
     skipped: bool = False  # for a NaN or infinity
 
@@ -131,13 +131,13 @@ class Progress:
         self.recent = deque(maxlen=self.window)
 
     @property
-    def density(self) -> float:
+    def clean_fraction(self) -> float:
         """Clean images among the last `window`; images not seen yet count as defective."""
         return sum(self.recent) / self.window
 
     def finished(self, settings: RepairSettings) -> bool:
         """Whether no step is left to do."""
-        return bool(self.stopped) or self.steps >= settings.max_steps or self.density >= settings.stop_density
+        return bool(self.stopped) or self.steps >= settings.max_steps or self.clean_fraction >= settings.stop_density
 
     def judge(self, look: Evaluation, values: dict[str, Tensor], stops: bool = True) -> None:
         """Take in a look at the guard: keep the state (`values`: its ε) if it is the best; it may stop the repair."""
@@ -238,7 +238,7 @@ def repair_steps(
             moved=move.moved,
             length=length,
             gain=move.gain,
-            density=progress.density,
+            clean_fraction=progress.clean_fraction,
             seconds=round(progress.seconds, 3),
             skipped=not finite,
         )

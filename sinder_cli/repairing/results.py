@@ -111,7 +111,7 @@ def stop_reason(scan: Scan, after: Snapshot, progress: Progress, settings: Repai
         return "nothing_marked" if scan.standing else "healthy"
     if progress.stopped:
         return progress.stopped
-    if progress.density < settings.stop_density:
+    if progress.clean_fraction < settings.stop_density:
         return "max_steps"
     return "no_gain" if after.left else "clean"
 
@@ -166,7 +166,7 @@ def run_summary(
         "skipped_steps": progress.nonfinite,
         "changed_weights": len(changed),
         "trained_values": sum(int(target.delta.count_nonzero()) for target in changed),
-        "clean_share": 1.0 if scan.healthy else progress.density,
+        "clean_fraction": 1.0 if scan.healthy else progress.clean_fraction,
         "stopped_by": stop_reason(scan, after, progress, settings),
         "data": config["images"] | {"places": config["call"]["data"]},  # none: drawn
         "settings": {name: value for name, value in config["settings"].items() if name not in WITHOUT_EFFECT},

@@ -143,7 +143,7 @@ def _step(event: Event) -> tuple[int, str] | None:
         return None
     found = f"block {event.block}, loss {event.loss:.3g}" if event.loss is not None else "no defect"
     found += f", shrinks {event.moved}" if event.moved else ""
-    return event.step, f"{found}, {event.density:.0%} clean, {_memory()}"
+    return event.step, f"{found}, {event.clean_fraction:.0%} clean, {_memory()}"
 
 
 def _memory() -> str:

@@ -90,7 +90,9 @@ def test_a_few_strays_among_very_many_tokens_show_nothing() -> None:
 def test_a_direction_that_is_near_in_few_blocks_leaves_some_doubt() -> None:
     verdict = judge([block(0, 300, 3.0, 29.0), *(block(number, 300, 3.0, 85.0) for number in range(1, 6))], 3)
     assert verdict.kind == "defects"
-    assert verdict.confidence.startswith("Some doubt, since in most blocks it lies further off: ")
+    assert verdict.confidence.startswith(
+        "Some doubt, since in most blocks the observed direction is further from the predicted one: "
+    )
     assert "in 1 of 6 blocks" in verdict.confidence
 
 

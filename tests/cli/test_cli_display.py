@@ -30,7 +30,7 @@ def step(number: int) -> StepRecord:
         moved=None,
         length=None,
         gain=None,
-        density=0.0,
+        clean_fraction=0.0,
         seconds=0.0,
     )
 

@@ -31,7 +31,7 @@ def record(step: int, loss: float | None = 0.5) -> StepRecord:
         moved=None,
         length=None,
         gain=None,
-        density=0.25,
+        clean_fraction=0.25,
         seconds=1.0,
     )
 
@@ -76,9 +76,9 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
 
 
 def test_a_clean_step_has_no_loss_and_no_block() -> None:
-    density = {"repair/density": 0.25, "repair/masked_tokens": 3}
-    assert logged_values(record(3)) == {"repair/loss": 0.5, "repair/block": 4} | density
-    assert logged_values(record(3, loss=None)) == density
+    clean_fraction = {"repair/clean_fraction": 0.25, "repair/masked_tokens": 3}
+    assert logged_values(record(3)) == {"repair/loss": 0.5, "repair/block": 4} | clean_fraction
+    assert logged_values(record(3, loss=None)) == clean_fraction
 
 
 def test_a_look_at_the_guard_is_logged_in_a_group_of_its_own(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_tensorboard_shows_the_steps_under_their_numbers(tmp_path: Path) -> None
     shown = scalars(tmp_path / "tensorboard")
     assert shown["repair/loss"] == [(1, 0.5), (3, 0.25)]
     assert shown["repair/block"] == [(1, 4.0), (3, 4.0)]
-    assert shown["repair/density"] == [(1, 0.25), (2, 0.25), (3, 0.25)]
+    assert shown["repair/clean_fraction"] == [(1, 0.25), (2, 0.25), (3, 0.25)]
     assert shown["repair/masked_tokens"] == [(1, 3.0), (2, 3.0), (3, 3.0)]
 
 
@@ -124,7 +124,7 @@ def test_wandb_gets_the_steps_and_the_settings(tmp_path: Path, wandb: Wandb) -> 
     write(tmp_path, "wandb", record(1), record(2, loss=None))
     (run,) = wandb.runs
     assert run.lines[0] == (1, logged_values(record(1)))
-    assert run.lines[1] == (2, {"repair/density": 0.25, "repair/masked_tokens": 3})
+    assert run.lines[1] == (2, {"repair/clean_fraction": 0.25, "repair/masked_tokens": 3})
     assert run.finished
     assert run.given["config"]["lr"] == 0.005
     assert run.given["dir"] == str(tmp_path)

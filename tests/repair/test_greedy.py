@@ -202,7 +202,7 @@ def test_a_greedy_run_shrinks_the_writer_and_nothing_else_until_no_token_stands_
     records = run.finish()
     assert [record.moved for record in records[:2]] == [None, None]  # before each image has been seen once
     assert {record.moved for record in records} == {"blocks.1.mlp.down", None}
-    assert records[-1].density == 1
+    assert records[-1].clean_fraction == 1
     (changed,) = run.deltas.changed
     assert changed.delta.nonzero().flatten().tolist() == [0]
     assert -20 <= float(changed.delta[0]) <= -10

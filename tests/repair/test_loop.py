@@ -26,7 +26,7 @@ def test_clean_images_change_nothing_and_end_the_run_at_the_stop_density(single:
     run = Run(single, Pictures(*[single.image(i) for i in range(4)]), stop_density=0.75)
     records = run.finish()
     assert len(records) == 6  # 75 % of a window of two passes, 8 images
-    assert [record.density for record in records] == [(i + 1) / 8 for i in range(6)]
+    assert [record.clean_fraction for record in records] == [(i + 1) / 8 for i in range(6)]
     assert all(record.loss is None and record.block is None and not record.skipped for record in records)
     assert all(torch.equal(before[name], tensor) for name, tensor in single.module.state_dict().items())
 
@@ -35,7 +35,7 @@ def test_defective_images_hold_the_density_down_until_max_steps(single: Any) -> 
     pictures = Pictures(*[single.image(i, red=RED) for i in range(2)])
     records = Run(single, pictures, lr=1e-9, max_steps=7).finish()
     assert [record.step for record in records] == list(range(1, 8))
-    assert {record.density for record in records} == {0.0}
+    assert {record.clean_fraction for record in records} == {0.0}
     assert all(record.block == 1 and record.masked_tokens == 3 and record.defective == 1 for record in records)
 
 
@@ -73,9 +73,9 @@ def test_two_runs_of_the_same_seed_are_bit_identical_and_another_seed_is_not(sin
 def test_the_density_counts_images_not_seen_yet_as_defective() -> None:
     progress = Progress(10)
     progress.recent.extend([True] * 4)
-    assert progress.density == 0.4
+    assert progress.clean_fraction == 0.4
     progress.recent.extend([True] * 6 + [False] * 5)
-    assert progress.density == 0.5
+    assert progress.clean_fraction == 0.5
 
 
 @pytest.mark.parametrize(("images", "window"), [(1, 2), (4, 8), (499, 998), (500, 1000), (30_000, 1000)])
@@ -123,7 +123,7 @@ def test_a_greedy_run_counts_no_image_that_is_not_finite_as_clean(single_writer:
     records = run.finish()
     assert [record.skipped for record in records] == [False, True] * 6
     assert run.progress.nonfinite == 6
-    assert run.progress.density == 0.0
+    assert run.progress.clean_fraction == 0.0
     assert all(record.loss is None for record in records if record.skipped)
 
 

@@ -55,5 +55,5 @@ def test_a_model_is_healthy_only_if_no_norm_stands_out() -> None:
     for standing, word, reason in ((0, "healthy", "healthy"), (7, "not improved", "nothing_marked")):
         found = scan(True, standing)
         assert verdict_of(found, side(0, WAS), side(0, WAS), False, FLOOR) == word
-        progress: Any = SimpleNamespace(stopped="", density=1.0)
+        progress: Any = SimpleNamespace(stopped="", clean_fraction=1.0)
         assert stop_reason(found, side(0, WAS), progress, SimpleNamespace(stop_density=1.0)) == reason  # type: ignore[arg-type]

@@ -123,8 +123,8 @@ def metrics_of(steps: int) -> list[StepRecord]:
     noise = torch.rand(max(steps, 1), generator=generator).tolist()
     records = []
     for step in range(1, steps + 1):
-        density = 0.8 * (step / steps) ** 2
-        clean = noise[step - 1] < density
+        clean_fraction = 0.8 * (step / steps) ** 2
+        clean = noise[step - 1] < clean_fraction
         loss = None if clean else 3.2 * 0.05 ** (step / steps) * (0.7 + 0.6 * noise[step - 1])
         records.append(
             StepRecord(
@@ -137,7 +137,7 @@ def metrics_of(steps: int) -> list[StepRecord]:
                 moved=None if clean else "blocks.1.mlp.fc2.weight",
                 length=None if clean else 0.3,
                 gain=None if clean else 9.5,
-                density=density,
+                clean_fraction=clean_fraction,
                 seconds=0.2 * step,
             )
         )
@@ -178,7 +178,7 @@ def progress_of(steps: int, stopped_by: str, after: Snapshot, kept: bool, settin
     if kept:
         fidelity = after.fidelity()
         progress.best = Best(steps, after.left, fidelity.cls, fidelity.good, fidelity.marked, {})
-    assert ends_by_density or progress.density < settings.stop_density
+    assert ends_by_density or progress.clean_fraction < settings.stop_density
     return progress
 
 

@@ -358,7 +358,7 @@ def test_a_missing_metrics_file_leaves_the_charts_out(make_result: MakeResult) -
 
 
 def test_a_run_of_clean_steps_has_a_curve_of_clean_images_only() -> None:
-    drawn = charts([{"step": 1, "loss": None, "density": 0.5}], 0.75)
+    drawn = charts([{"step": 1, "loss": None, "clean_fraction": 0.5}], 0.75)
     assert [chart.name for chart in drawn] == ["Clean images"]
 
 

@@ -427,7 +427,7 @@ def stop_reason(result: Recorded) -> str:
     """Why no further step was taken, in words."""
     summary, settings = result.summary, result.config["settings"]
     greedy = settings["step"] == "greedy"
-    share = f"{percent(summary['clean_share'])} of the latest images without a defect"
+    share = f"{percent(summary['clean_fraction'])} of the latest images without a defect"
     share += " that a step can help" if greedy else ""
     goal = percent(settings["stop_density"])
     stopped = str(summary["stopped_by"])

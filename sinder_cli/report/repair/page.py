@@ -66,7 +66,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def charts(metrics: list[dict[str, Any]], goal: float) -> list[LineChart]:
     """The loss of the steps that had one, and the share of clean images; none for a run without steps."""
     losses = [(line["step"], line["loss"]) for line in metrics if line["loss"] is not None]
-    clean = [(line["step"], 100 * line["density"]) for line in metrics]
+    clean = [(line["step"], 100 * line["clean_fraction"]) for line in metrics]
     drawn = [
         line_chart(losses, "Loss", "step", "distance to target ÷ mean token norm"),
         line_chart(clean, "Clean images", "step", "share of the latest images, %", top=100, goal=100 * goal),

@@ -53,7 +53,7 @@ def test_no_outlying_token_is_left_and_no_other_is_spoilt(repaired: Path, capsys
     assert fidelity["after"]["marked"] > fidelity["before"]["marked"]
     assert summary["cls_cosine"] >= 0.98
     assert 0 < summary["best_step"] <= summary["steps"]
-    assert summary["clean_share"] == 1
+    assert summary["clean_fraction"] == 1
     assert summary["seconds"] > 0
 
 
@@ -81,7 +81,7 @@ def test_every_file_of_the_run_directory_is_valid(repaired: Path) -> None:
     lines = [json.loads(line) for line in (repaired / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, summary["steps"] + 1))
     assert (lines[0]["block"], lines[0]["images"]) == (5, 1)
-    assert lines[-1]["density"] == summary["clean_share"]
+    assert lines[-1]["clean_fraction"] == summary["clean_fraction"]
     looks = [json.loads(line) for line in (repaired / "evaluations.jsonl").read_text().splitlines()]
     kept = next(look for look in looks if look["step"] == summary["best_step"])
     assert (kept["outlying"], kept["holds"], kept["best"]) == (0, True, True)
