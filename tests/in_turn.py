@@ -27,9 +27,12 @@ def unseen(
     """How many changes were tried, and those after which a plugin used other tensors than the file has.
 
     A file may be refused. One that is not is either used to the last tensor, each as it is stored, or what is not used
-    is named as ignored. Tensors `beside` stay as they are.
+    is named as ignored, and is zero. Tensors `beside`, such as a classifier, stay as they are, and may be ignored; so
+    may what is outside the backbone in the file as it is.
     """
     fixed = beside or {}
+    outside = {*fixed, *read(Weights.of(MemoryTensors("file", {**tensors, **fixed}))).ignored}
+    outside |= {f"{name}_more" for name in outside}
     tried, missed = 0, []
     for done, name, part in changes({name: tensor for name, tensor in tensors.items() if name not in fixed}):
         tried += 1
@@ -38,9 +41,16 @@ def unseen(
             found = read(Weights.of(MemoryTensors("file", changed)))
         except BadInputError:
             continue
-        held = sum(tensor.numel() for tensor in found.read(found.names).values())
-        left_out = sum(changed[each].numel() for each in found.ignored if each in changed)
-        everything = sum(tensor.numel() for tensor in changed.values())
-        if held + left_out != everything:
-            missed.append(f"{name} {done}: {held} numbers used, {left_out} left out, of {everything}")
+        left_out = {each: changed[each] for each in found.ignored if each in changed}
+        used = found.read(found.names)
+        if not torch.equal(_numbers([*used.values(), *left_out.values()]), _numbers(list(changed.values()))):
+            missed.append(f"{name} {done}: other numbers are used and left out than the file has")
+        wrongly = [each for each, tensor in left_out.items() if each not in outside and bool(tensor.count_nonzero())]
+        if wrongly:
+            missed.append(f"{name} {done}: {wrongly[0]} is left out, and is not zero")
     return tried, missed
+
+
+def _numbers(tensors: list[Tensor]) -> Tensor:
+    """All numbers of these tensors, in ascending order: the same wherever they lie."""
+    return torch.cat([tensor.flatten().double() for tensor in tensors]).sort().values

@@ -26,8 +26,10 @@ TOWERS = ("visual.conv1.weight",)  # that timm's functions know by this name, te
 TOWER = "visual."
 WRAPPERS = ("model_ema", "model", "module", "state_dict")  # that timm's functions look into, one inside another
 ENCODER = "encoder"  # of I-JEPA, the same
-# What a backbone does without when it runs: a token for masked patches, a mask of biases, angles that are computed.
-UNUSED = ("mask_token", "bias_mask", "periods", "relative_position_index", "freqs_cos", "freqs_sin")
+# What a backbone does without when it runs: a token for masked patches, a mask of biases; what timm computes itself.
+COMPUTED = ("periods", "relative_position_index", "freqs_cos", "freqs_sin")
+UNUSED = ("mask_token", "bias_mask", *COMPUTED)
+HALF_PRECISION = 0.01  # relative: what a computed number may be off that was stored in bfloat16
 SIZES = r"(_?(reg)?\d+)+"  # in a name of timm's, with the word for registers
 REGISTERS = ("reg_token", "register_tokens")  # timm's name, and the official one
 ROUNDING = 0.01  # of a tag, where a function resamples a tensor that is the same all over
@@ -57,7 +59,9 @@ def backbone_weights(name: str, described: Architecture, weights: Weights) -> We
 
 def _located(weights: Weights) -> Weights:
     """The backbone inside a training checkpoint; of a file in which none can be told, all there is."""
-    if weights.branch is None and any(name.startswith(f"{ENCODER}.") for name in weights.names):
+    own = any(name.startswith(f"{ENCODER}.") for name in weights.names)
+    averaged = any(name.startswith(f"target_{ENCODER}.") for name in weights.names)
+    if weights.branch is None and own and not averaged:
         weights = weights.without(lambda name: not name.startswith(f"{ENCODER}."))  # as timm does it, of I-JEPA
     if weights.holds(ANCHOR):
         return weights.located(ANCHOR)
@@ -87,7 +91,24 @@ def require_as_stored(name: str, weights: Weights, described: Architecture, conv
     missed = [s for s in dropped if s.rsplit(".", 1)[-1] not in UNUSED and not s.startswith(classifiers)]
     if any(bool(weights.read([stored])[stored].count_nonzero()) for stored in missed):
         raise _dropped(name, weights, missed)
+    _require_as_computed(name, weights, [stored for stored in dropped if stored.rsplit(".", 1)[-1] in COMPUTED])
     return tuple(weights.stored_names[stored] for stored in dropped)
+
+
+def _require_as_computed(name: str, weights: Weights, stored: Sequence[str]) -> None:
+    """Refuse stored angles and the like that are others than timm computes in their place, where it can be told."""
+    if not stored:
+        return
+    with contextlib.suppress(TypeError), torch.device("cpu"):  # TypeError: a model that takes no depth
+        buffers = {key.rsplit(".", 1)[-1]: value for key, value in create(name, depth=1).named_buffers()}
+        for each in stored:
+            own, found = buffers.get(each.rsplit(".", 1)[-1]), weights.read([each])[each]
+            if (
+                own is not None
+                and own.shape == found.shape
+                and not torch.allclose(own.float(), found.float(), rtol=HALF_PRECISION)
+            ):
+                raise _changed(name, weights, f"its {each} are others than those of this model")
 
 
 def _used(

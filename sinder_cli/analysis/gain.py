@@ -224,7 +224,7 @@ def gain_sentence(
         return "healthy: no token is outlying in any block; a repair would train nothing."
     whose = f"Without its outlying tokens ({counted})"
     if gain == "none":
-        return f"{whose} tokens would stay as they are ({STAY}): outliers cost little here, and a repair has nothing to gain."
+        return f"{whose} tokens would stay as they are ({STAY}): outliers cost little, a repair has nothing to gain."
     changed = f"marked ones by {_moved(marked.mean)}" if marked is not None else ""
     if gain == "marked":
         which = "cls and good patches" if cls is not None else "good patches"

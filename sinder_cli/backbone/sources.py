@@ -8,6 +8,9 @@ import contextlib
 import errno
 import json
 import pickle
+import struct
+import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +29,8 @@ SAFETENSORS_DTYPES = {
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 
+LFS_MAGIC = b"version h"  # ttps://git-lfs…
+MOST_REPEATED = 1 << 28  # bytes of a tensor whose stored numbers are fewer, as `expand` makes one
 DISTRIBUTED_SUFFIX = ".distcp"  # of each part of such a checkpoint
 TORCH_MAGIC = (b"PK", b"\x80")  # a zip archive, or the pickle of torch before 1.6
 TORCH_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".ckpt", ".tar"})
@@ -121,6 +126,8 @@ def open_checkpoint(path: Path) -> TensorSource:
         return open_shards(path)
     with path.open("rb") as file:
         start = file.read(9)
+    if start == LFS_MAGIC:
+        raise BadInputError(f"cannot read weights {path}", "it is a pointer of git-lfs, not the file", "git lfs pull")
     if start.startswith(TORCH_MAGIC) and not start.endswith(b"{"):
         return TorchFile(path, infos_of(_load_torch(path)))
     if start[8:] == b"{" or path.suffix.lower() == ".safetensors":
@@ -176,24 +183,28 @@ def _safetensors_infos(path: Path) -> dict[str, TensorInfo]:
 
 
 def _load_torch(path: Path) -> dict[str, Tensor]:
+    """Read the named tensors of a file of torch's, mapped and not copied. Raises `BadInputError` for other content."""
     import torch
 
     def load(mmap: bool) -> Any:
+        warnings.simplefilter("ignore")  # about what comes next as an error, or is no matter of ours
         if path.suffix.lower() == ".safetensors":  # torch goes by the suffix of a path
             with path.open("rb") as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
+    _require_plain_archive(path)
     try:
         with path.open("rb") as file:
             if not file.read(2).startswith(TORCH_MAGIC):
                 raise ValueError("torch.save did not write this file")
-        try:
-            stored = load(mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            stored = load(mmap=False)  # files older than torch 1.6 are no zip archives and cannot be mapped
+        with warnings.catch_warnings():
+            try:
+                stored = load(mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                stored = load(mmap=False)  # files older than torch 1.6 are no zip archives and cannot be mapped
     except pickle.UnpicklingError as error:
         if "protocol" in str(error) or "Unsupported operand" in str(error):
             why, remedy = "it was pickled in a way that cannot be read safely", "save it again with torch.save as it is"
@@ -206,11 +217,53 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
         if _is_of_the_machine(error) and not (isinstance(error, MemoryError) and path.stat().st_size < SMALL):
             raise
         why = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
+        why = "it is damaged" if "enforce fail" in why else why
         raise BadInputError(f"cannot read weights {path}", why, "is it whole? fetch it again") from error
-    flat = dict(_flatten(stored))
+    flat: dict[str, Tensor] = {}
+    for name, tensor in _flatten(stored):
+        if name in flat:
+            raise BadInputError(f"cannot read weights {path}", f"it holds two tensors that are named {name}")
+        _require_plain(path, name, tensor)
+        flat[name] = tensor
     if not flat:
         raise BadInputError(f"cannot read weights {path}", "it holds no named tensors", "save a state dict")
     return flat
+
+
+def _require_plain_archive(path: Path) -> None:
+    """Refuse archives that are not as torch.save writes a state dict; what is no whole archive is left to torch.
+
+    It maps compressed members as if they were not: their bytes would be taken for numbers.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
+        return
+    names = [member.filename for member in members]
+    what = f"cannot read weights {path}"
+    if names and all(name.endswith(".npy") for name in names):
+        raise BadInputError(what, "it is an archive of NumPy arrays", "save them as a state dict with torch.save")
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise BadInputError(what, "it is a TorchScript program", "save its tensors: torch.jit.load(…).state_dict()")
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        remedy = "save it again: torch.save(torch.load(…, weights_only=True), …)"
+        raise BadInputError(what, "its members are compressed, which torch.save never does", remedy)
+
+
+def _require_plain(path: Path, name: str, tensor: Tensor) -> None:
+    """Refuse tensors without numbers of their own: meta, sparse, quantized, or far larger than what is stored."""
+    import torch
+
+    kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else ""
+    if not kind and tensor.layout != torch.strided:
+        kind = "sparse"
+    if kind:
+        raise BadInputError(f"cannot read weights {path}", f"{name} is a {kind} tensor", "save plain tensors")
+    size = tensor.numel() * tensor.element_size()
+    if size > MOST_REPEATED and size > tensor.untyped_storage().nbytes():
+        why = f"{name} has {size / 1e9:.1f} GB by its shape, and {tensor.untyped_storage().nbytes()} bytes are stored"
+        raise BadInputError(f"cannot read weights {path}", why, "save a contiguous copy")
 
 
 def _is_of_the_machine(error: Exception) -> bool:
@@ -224,6 +277,9 @@ def _flatten(stored: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(stored, Mapping):
         for name, value in stored.items():
             yield from _flatten(value, f"{prefix}.{name}" if prefix else str(name))
+    elif isinstance(stored, list | tuple) and prefix:
+        for number, value in enumerate(stored):
+            yield from _flatten(value, f"{prefix}.{number}")
     elif isinstance(stored, torch.Tensor):
         yield prefix, stored.detach()
 

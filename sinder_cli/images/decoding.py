@@ -70,7 +70,7 @@ def decode(path: Path) -> Image:
             return _decoded(path, formats, path.stat().st_size)
         except Exception as error:
             refused = isinstance(error, UnreadableImageError) or is_out_of_memory(error)
-            mended = None if refused else without_bad_chunks(path)
+            mended = None if refused else without_metadata(path)
             if mended is None:
                 raise
         return _decoded(mended, formats, path.stat().st_size)
@@ -216,6 +216,10 @@ def _from_greys(values: Values) -> Image:
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MOST_BYTES = 2**30  # of a PNG that is copied without what is bad in it; 13 000 × 13 000 in 16-bit colour have as many
 ORIENTATION = 0x0112  # EXIF
+START_OF_SCAN, EXIF_SEGMENT = 0xDA, 0xE1
+NEEDLESS = {*range(0xE0, 0xEE), 0xEF, 0xFE}  # JFIF, EXIF, ICC, Photoshop, …, comments; 0xEE is Adobe's, of the colours
+TIFF_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
+TIFF_METADATA = {270, 305, 306, 315, 700, 33432, 33723, 34377, 34665, 34675, 34853, 37724}  # texts, XMP, EXIF, ICC, GPS
 
 
 def upright(image: Image) -> Image:
@@ -241,6 +245,63 @@ def _orientation(image: Image) -> int:
         if is_out_of_memory(error):
             raise
         return 1
+
+
+def without_metadata(path: Path) -> io.BytesIO | None:
+    """Return an image without the metadata that Pillow stumbles over; None where there is none to leave out."""
+    if path.stat().st_size > MOST_BYTES:
+        return None
+    with path.open("rb") as file:
+        start = file.read(len(SIGNATURE))
+    if start == SIGNATURE:
+        return without_bad_chunks(path)
+    if start.startswith(b"\xff\xd8\xff"):
+        return _plain_jpeg(path.read_bytes())
+    if start[:4] in TIFF_ORDERS:
+        return _plain_tiff(path.read_bytes(), TIFF_ORDERS[start[:4]])
+    return None
+
+
+def _plain_jpeg(content: bytes) -> io.BytesIO | None:
+    """A JPEG without segments that no pixel needs, but for an EXIF that can be read, which may turn the image."""
+    kept, at = [content[:2]], 2
+    while at + 4 <= len(content) and content[at] == 0xFF:
+        marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4], "big")
+        if marker == START_OF_SCAN:
+            return io.BytesIO(b"".join([*kept, content[at:]]))
+        segment = content[at : at + 2 + length]
+        if marker not in NEEDLESS or (marker == EXIF_SEGMENT and _is_exif(segment[4:])):
+            kept.append(segment)
+        at += 2 + max(length, 2)
+    return None
+
+
+def _is_exif(data: bytes) -> bool:
+    from PIL.Image import Exif
+
+    try:
+        exif = Exif()
+        exif.load(data)
+        return data.startswith(b"Exif\0\0") and int(exif.get(ORIENTATION, 1)) >= 0
+    except Exception as error:  # Pillow raises SyntaxError, struct.error, ValueError, … on odd tags
+        if is_out_of_memory(error):
+            raise
+        return False
+
+
+def _plain_tiff(content: bytes, order: str) -> io.BytesIO | None:
+    """A TIFF whose first page has a new directory, behind all else, without the tags that no pixel needs."""
+    try:
+        (start,) = struct.unpack_from(f"{order}I", content, 4)
+        (count,) = struct.unpack_from(f"{order}H", content, start)
+        entries = [content[at : at + 12] for at in range(start + 2, start + 2 + 12 * count, 12)]
+        kept = [entry for entry in entries if struct.unpack_from(f"{order}H", entry)[0] not in TIFF_METADATA]
+        following = content[start + 2 + 12 * count :][:4].ljust(4, b"\0")
+    except struct.error:
+        return None
+    even = content + b"\0" * (len(content) % 2)
+    directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + following
+    return io.BytesIO(even[:4] + struct.pack(f"{order}I", len(even)) + even[8:] + directory)
 
 
 def without_bad_chunks(path: Path) -> io.BytesIO | None:

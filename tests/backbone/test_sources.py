@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -180,6 +182,51 @@ def test_a_folder_that_cannot_be_read_is_told_by_what_it_is(inside: str, remedy:
     (tmp_path / inside).write_bytes(b"{}")
     with pytest.raises(NoInputError, match=remedy):
         open_checkpoint(tmp_path)
+
+
+def test_compressed_members_are_refused_and_not_taken_for_numbers(tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(4096.0)}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "again.pth", "w", zipfile.ZIP_DEFLATED) as again,
+    ):
+        for name in plain.namelist():
+            again.writestr(name, plain.read(name))
+    with pytest.raises(BadInputError, match=r"its members are compressed, which torch\.save never does; save it again"):
+        open_checkpoint(tmp_path / "again.pth")
+
+
+def test_two_tensors_of_one_name_are_refused_and_those_of_a_list_are_counted(tmp_path: Path) -> None:
+    torch.save({"a.b": torch.ones(2), "a": {"b": torch.zeros(2)}}, tmp_path / "two.pth")
+    with pytest.raises(BadInputError, match=r"it holds two tensors that are named a\.b"):
+        open_checkpoint(tmp_path / "two.pth")
+    torch.save({"w": torch.ones(2), "shadow": [torch.ones(1), (torch.zeros(3),)]}, tmp_path / "list.pth")
+    assert list(open_checkpoint(tmp_path / "list.pth").infos) == ["w", "shadow.0", "shadow.1.0"]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "why"),
+    [
+        (torch.empty(3, device="meta"), "w is a meta tensor"),
+        (torch.eye(3).to_sparse(), "w is a sparse tensor"),
+        (torch.zeros(1).expand(20_000, 20_000), r"w has 1\.6 GB by its shape, and 4 bytes are stored"),
+    ],
+)
+def test_tensors_without_numbers_of_their_own_are_refused_by_name(tensor: Tensor, why: str, tmp_path: Path) -> None:
+    torch.save({"w": tensor}, tmp_path / "odd.pth")
+    with pytest.raises(BadInputError, match=why):
+        open_checkpoint(tmp_path / "odd.pth")
+
+
+def test_archives_and_pointers_of_others_are_told_by_what_they_are(tmp_path: Path) -> None:
+    np.savez(tmp_path / "vit.npz", w=np.ones(3))
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        archive.writestr("script/constants.pkl", b"")
+    (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    told = {"vit.npz": "NumPy", "script.pt": r"TorchScript program; .*state_dict", "lfs.safetensors": "git lfs pull"}
+    for name, words in told.items():
+        with pytest.raises(BadInputError, match=words):
+            open_checkpoint(tmp_path / name)
 
 
 def test_a_part_of_a_distributed_checkpoint_is_told_by_what_it_is(tmp_path: Path) -> None:

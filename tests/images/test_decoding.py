@@ -8,8 +8,10 @@ import os
 import resource
 import struct
 import sys
+import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -359,3 +361,48 @@ def test_heic_is_read_upright_with_the_extra(orientation: int, cat: Image.Image,
     plain, found = pixels_of(tmp_path / "plain.heic"), pixels_of(tmp_path / "turned.heic")
     expected = np.rot90(plain, {1: 0, 3: 2, 6: -1}[orientation])
     assert np.abs(found.astype(int) - expected).mean() < 3  # colours are stored at half the resolution
+
+
+def jpeg_with(marker: int, data: bytes, image: Image.Image, **options: Any) -> bytes:
+    """A JPEG with one more segment at its start."""
+    buffer = io.BytesIO()
+    image.save(buffer, "jpeg", quality=95, **options)
+    content = buffer.getvalue()
+    return content[:2] + bytes([0xFF, marker]) + (len(data) + 2).to_bytes(2, "big") + data + content[2:]
+
+
+@pytest.mark.parametrize(
+    ("marker", "data"),
+    [
+        (0xE2, b"ICC_PROFILE\0"),  # cut short
+        (0xED, b"Photoshop 3.0\x008BIM\x04"),
+        (0xE0, b"JFIF"),
+    ],
+)
+def test_a_damaged_segment_costs_a_jpeg_no_pixel_and_not_its_rotation(marker: int, data: bytes, tmp_path: Path) -> None:
+    drawn = Image.linear_gradient("L").resize((40, 24)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "odd.jpg").write_bytes(jpeg_with(marker, data, drawn, exif=exif))
+    drawn.save(tmp_path / "plain.jpg", quality=95, exif=exif)
+    found, expected = decode(tmp_path / "odd.jpg"), decode(tmp_path / "plain.jpg")
+    assert found.size == (24, 40)
+    assert np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+@pytest.mark.parametrize("tag", [270, 34665, 34853])
+def test_a_pointer_out_of_range_costs_a_tiff_no_pixel(tag: int, tmp_path: Path) -> None:
+    drawn = Image.linear_gradient("L").resize((40, 24)).convert("RGB")
+    drawn.save(tmp_path / "plain.tif", tiffinfo={270: "a description that is long enough to have an offset"})
+    content = bytearray((tmp_path / "plain.tif").read_bytes())
+    (start,) = struct.unpack_from("<I", content, 4)
+    (count,) = struct.unpack_from("<H", content, start)
+    places = range(start + 2, start + 2 + 12 * count, 12)
+    at = next(place for place in places if struct.unpack_from("<H", content, place)[0] == 270)
+    kind, length = (2, 99) if tag == 270 else (4, 1)
+    struct.pack_into("<HHII", content, at, tag, kind, length, 0x7FFFFFF0)
+    (tmp_path / "odd.tif").write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of what it reads first
+        found = decode(tmp_path / "odd.tif")
+    assert np.array_equal(np.asarray(found), np.asarray(drawn))

@@ -170,7 +170,7 @@ def dinov3(biases: str = "") -> Tensors:
     for block in range(12 if biases else 0):
         parts = [torch.full((384,), 0.1 if kind in biases and biases != "zero" else 0.0) for kind in "qkv"]
         found[f"blocks.{block}.attn.qkv.bias"] = torch.cat(parts)
-    return found | {"mask_token": torch.zeros(1, 384), "rope_embed.periods": torch.ones(16)}
+    return found | {"mask_token": torch.zeros(1, 384), "rope_embed.periods": 100.0 ** (torch.arange(16) / 16)}
 
 
 def openai_clip() -> Tensors:

@@ -116,6 +116,16 @@ def test_an_official_dinov2_is_to_timm_what_it_is_to_the_plugin_dinov2(
         assert (torch.rad2deg(chords) <= 0.01).all()
 
 
+PERIODS = 100.0 ** (torch.arange(4) / 4)  # of heads of 16 features
+
+
+def test_a_dinov3_of_other_angles_than_those_of_the_model_is_refused(describe: Describe, tmp_path: Path) -> None:
+    swaps = ((r"^reg_token", "storage_tokens"), (r"gamma_1$", "ls1.gamma"), (r"gamma_2$", "ls2.gamma"))
+    official = renamed(small("dinov3"), *swaps) | {"rope_embed.periods": 1.5 * PERIODS}
+    with pytest.raises(BadInputError, match=r"its rope_embed\.periods are others than those of this model"):
+        describe("dinov3", saved(tmp_path / "official.pth", official))
+
+
 def test_an_official_dinov3_is_converted_and_nothing_is_printed(
     describe: Describe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,7 +134,7 @@ def test_an_official_dinov3_is_converted_and_nothing_is_printed(
         tensors, (r"^reg_token", "storage_tokens"), (r"gamma_1$", "ls1.gamma"), (r"gamma_2$", "ls2.gamma")
     )
     unused = {f"blocks.{i}.attn.qkv.{part}": torch.zeros(192) for i in range(3) for part in ("bias", "bias_mask")}
-    unused |= {"mask_token": torch.zeros(1, 64), "rope_embed.periods": torch.ones(4)}
+    unused |= {"mask_token": torch.zeros(1, 64), "rope_embed.periods": PERIODS.bfloat16()}
     backbone = describe("dinov3", saved(tmp_path / "official.pth", official | unused))
     assert was_converted(backbone)
     holds(backbone, tensors)
@@ -205,8 +215,10 @@ def test_the_encoder_of_an_official_ijepa_is_converted(describe: Describe, tmp_p
     tensors = small("gap")
     encoder = {f"module.{name}": tensor for name, tensor in tensors.items()}
     other = {name: torch.zeros_like(tensor) for name, tensor in encoder.items()}
-    official = {"encoder": encoder, "predictor": {}, "target_encoder": other, "epoch": 3}
-    holds(describe("gap", saved(tmp_path / "official.pth", official)), tensors)
+    path = saved(tmp_path / "official.pth", {"encoder": other, "predictor": {}, "target_encoder": encoder, "epoch": 3})
+    holds(describe("gap", path), tensors)  # the average over the training, as of every file of several backbones
+    holds(describe("gap", path, branch="encoder"), {name: torch.zeros_like(each) for name, each in tensors.items()})
+    holds(describe("gap", saved(tmp_path / "alone.pth", {"encoder": encoder})), tensors)
 
 
 def test_an_official_deit3_is_converted(describe: Describe, tmp_path: Path) -> None:
