@@ -97,8 +97,9 @@ def license_of(sidecars: Mapping[str, str]) -> str | None:
 
 def pickled(place: str) -> BadInputError:
     """The error for weights that are there only as pickles."""
-    why = "its weights are pickles alone, which are never opened"
-    return BadInputError(f"cannot use {place}", why, "save it with save_pretrained(…, safe_serialization=True)")
+    why = "its weights are pickles alone, which are not opened unless they are named"
+    remedy = "give --weights FOLDER/pytorch_model.bin (tensors alone are read), or save it as safetensors"
+    return BadInputError(f"cannot use {place}", why, remedy)
 
 
 PREFIX = "hf/"
