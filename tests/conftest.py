@@ -22,6 +22,21 @@ COMMAND = (sys.executable, "-m", "sinder_cli")
 UNWANTED = {"NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES", "PYTHONPATH", "PYTHONWARNINGS"}
 
 
+# Files of a minute or more, which come first: where a process a core runs the tests, none is left with one at the end.
+LONGEST = (
+    "test_same_weights.py",
+    "test_real_repair.py",
+    "test_cli_analyze.py",
+    "test_cli_resume.py",
+    "test_cli_errors.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first; within a file, and among the others, the order stays."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """One thread, since tests share the machine; an empty cache, so that no test finds an official checkpoint."""
