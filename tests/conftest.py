@@ -22,8 +22,14 @@ COMMAND = (sys.executable, "-m", "sinder_cli")
 UNWANTED = {"NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES", "PYTHONPATH", "PYTHONWARNINGS"}
 
 
-# Files of a minute or more, which come first: where a process a core runs the tests, none is left with one at the end.
+# Files of a minute or more, which come first: where each core has a process, none is left with one at the end.
 LONGEST = (
+    "test_same_weights.py",
+    "test_real_repair.py",
+    "test_cli_analyze.py",
+    "test_cli_resume.py",
+    "test_cli_errors.py",
+)
     "test_same_weights.py",
     "test_real_repair.py",
     "test_cli_analyze.py",
