@@ -30,12 +30,6 @@ LONGEST = (
     "test_cli_resume.py",
     "test_cli_errors.py",
 )
-    "test_same_weights.py",
-    "test_real_repair.py",
-    "test_cli_analyze.py",
-    "test_cli_resume.py",
-    "test_cli_errors.py",
-)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
