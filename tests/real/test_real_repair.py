@@ -6,10 +6,11 @@ from pathlib import Path
 
 import plants
 import pytest
+import timm
 import torch
 from evidence import judged, marked
 from real_files import NotToBeHadError, Photographs, photographs, real_weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sinder_cli import ModelRequest, api
@@ -81,6 +82,23 @@ def test_the_real_model_as_it_is_is_healthy_and_is_left_as_it_is(
     original = torch.load(weights, weights_only=True)
     assert original.keys() == written.keys()
     assert all(torch.equal(original[name], written[name]) for name in original)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "eva02_tiny_patch14_224"])
+def test_models_of_other_families_with_random_weights_are_healthy_on_photographs(
+    name: str, real: tuple[Path, Photographs], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module = timm.create_model(name, num_classes=0)
+    save_file(
+        {key: tensor.contiguous() for key, tensor in module.state_dict().items()}, tmp_path / "random.safetensors"
+    )
+    request = ModelRequest(f"timm/{name}", weights=tmp_path / "random.safetensors")
+    settings = RepairSettings(workers=0, scan_images=8, max_steps=1)
+    result = api.repair(request, [str(path) for path in real[1].training], tmp_path / "run", settings)
+    assert result is not None
+    assert max(block["max_ratio"] for block in result.summary["scan"]["blocks"]) > 2
+    assert (result.summary["verdict"], result.summary["steps"]) == ("healthy", 0)
 
 
 def last_of(checkpoint: Path, images: list[Tensor]) -> list[Tensor]:
