@@ -127,7 +127,7 @@ def read_table(text: str, path: str) -> dict[str, Any]:
 def _tower(whole: dict[str, Any]) -> dict[str, Any]:
     """The vision tower's table in that of a model of images and text; else the whole."""
     tower = whole.get("vision_config")
-    if not isinstance(tower, dict) or whole.get("model_type") in FAMILIES:
+    if not isinstance(tower, dict) or str(whole.get("model_type")) in FAMILIES:
         return whole
     usual = f"{whole.get('model_type')}_vision_model"  # older files leave the tower's type out
     return {"model_type": usual, **tower}

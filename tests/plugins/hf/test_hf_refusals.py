@@ -234,3 +234,12 @@ def test_an_adapter_of_peft_is_told_by_its_configuration(tmp_path: Path) -> None
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
     with pytest.raises(NoInputError, match=r"it is an adapter of peft; put it into its model with merge_and_unload"):
         api.open_model(ModelRequest(f"hf/{tmp_path / 'lora'}"))
+
+
+@pytest.mark.parametrize("kind", [[], ["clip"], {"clip": 1}])
+def test_a_type_that_is_no_text_is_refused_beside_a_tower_too(kind: object, folder: Path, opened: Opened) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": kind, "vision_config": config | {"model_type": kind}})
+    )
+    assert "is none of those known" in refusal(opened, folder).why
