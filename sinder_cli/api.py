@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.attention import require_attention
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from sinder_cli.exporting.settings import ExportSettings
     from sinder_cli.exporting.targets import Plan
     from sinder_cli.repairing.dry_run import Trial
-    from sinder_cli.repairing.folder import RunFolder
+    from sinder_cli.repairing.folder import FinishedRun, RunFolder
     from sinder_cli.repairing.results import RepairResult
     from sinder_cli.repairing.run import Start
 
@@ -356,8 +356,8 @@ def finished_repair(
     settings: RepairSettings,
     emit: Emit = silent,
     stdin: IO[str] | None = None,
-) -> dict[str, Any]:
-    """`summary.json` of the run that has ended in `out`. Raises `ConflictError` where this would be another run."""
+) -> FinishedRun:
+    """The records of the run that has ended in `out`. Raises `ConflictError` where this would be another run."""
     named = find_images(places, stdin, emit) if places else None
     from sinder_cli.repairing.folder import RunFolder
     from sinder_cli.repairing.run_identity import images_of
@@ -365,7 +365,7 @@ def finished_repair(
     folder = RunFolder(out)
     start = _start(request, named or images_of(folder), places, settings)
     folder.require_same(start.config, start.source, emit)
-    return folder.read_summary()
+    return folder.read_finished()
 
 
 def _start(

@@ -1,6 +1,7 @@
 """Checkpoints, read lazily by tensor name: files of any format, and folders of several with an index.
 
-Nothing is kept mapped or in memory between two reads."""
+Nothing is kept mapped or in memory between two reads.
+"""
 
 from __future__ import annotations
 
@@ -129,6 +130,7 @@ def open_checkpoint(path: Path) -> TensorSource:
     if start == LFS_MAGIC:
         raise BadInputError(f"cannot read weights {path}", "it is a pointer of git-lfs, not the file", "git lfs pull")
     if start.startswith(TORCH_MAGIC) and not start.endswith(b"{"):
+        _require_plain_archive(path)  # once: the file is listed anew at every read
         return TorchFile(path, infos_of(_load_torch(path)))
     if start[8:] == b"{" or path.suffix.lower() == ".safetensors":
         return open_safetensors(path)
@@ -193,7 +195,6 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
                 return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
-    _require_plain_archive(path)
     try:
         with path.open("rb") as file:
             if not file.read(2).startswith(TORCH_MAGIC):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Group
@@ -43,6 +43,7 @@ from sinder_cli.signals import Ended, Stop
 if TYPE_CHECKING:
     from sinder_cli.repairing.dry_run import Trial
     from sinder_cli.repairing.folder import FinishedRun, RunFolder
+    from sinder_cli.repairing.results import RepairResult
 
 
 @with_settings(RepairSettings)
@@ -89,9 +90,13 @@ def command(
             _show_trial(api.try_repair(*asked, force) if ranks.writes else None, format)
             return
         finished = ranks.from_rank0(lambda: resume and run.complete)
+        result: FinishedRun | RepairResult | None
         with _told_how_to_resume(run, settings, ranks, emit):
             stop = context.obj.stop if context.obj else Stop()
-            result = _finished(run, asked, ranks) if finished else api.repair(*asked, resume, force, stop, ranks)
+            if finished:
+                result = api.finished_repair(*asked) if ranks.writes else None
+            else:
+                result = api.repair(*asked, resume, force, stop, ranks)
     if result is None:  # rank 0 has it
         return
     said = [f"{printable(str(run.path))}: finished already, nothing to resume"] if finished else []
@@ -118,14 +123,6 @@ def _told_how_to_resume(run: RunFolder, settings: RepairSettings, ranks: Ranks, 
             how = ", under torchrun" if ranks.size > 1 else ""
             emit(Noted(f"to go on{how}: {resuming_command(run, settings)}"))
         raise
-
-
-def _finished(run: RunFolder, asked: tuple[Any, ...], ranks: Ranks) -> FinishedRun | None:
-    """Return the records of a run that has ended, on rank 0, if it is the run that was asked for."""
-    if not ranks.writes:
-        return None
-    api.finished_repair(*asked)
-    return run.read_finished()
 
 
 def _show_trial(trial: Trial | None, format: Format) -> None:
