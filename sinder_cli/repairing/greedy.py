@@ -1,12 +1,13 @@
 """The greedy step: shrink the one singular value that moves defective tokens most for what it moves the others.
 
-A singular defect is written by few singular values, which ordinary tokens hardly use. With δ = ε/σ, a singular value
-answers for the share `s = (∂L/∂δ)/L` of the loss: 1 where it writes all that makes the tokens stand out, since its part
-of the loss falls in proportion to it. A slope of more than the whole loss comes from the steepness of what triggers the
-defect, holds for no larger step, and differs from token to token: it counts as 1/s. That share is averaged over the
-latest steps and lowered by its standard error, so that what helps one image by chance counts for little. What a unit of
-δ moves ordinary tokens is measured by random probes (`step.Probes`). The gain of a singular value is the ratio of the
-two; it only ever shrinks, to 0 at most.
+A singular defect is written by few singular values, which ordinary tokens hardly use. What is left of a singular value,
+σ + ε, answers for the share `s = (∂L/∂ε) · (σ + ε)/L` of the loss: 1 where it writes all that makes the tokens stand
+out, since its part of the loss falls in proportion to it, however much of it is gone already. A slope of more than the
+whole loss comes from the steepness of what triggers the defect, holds for no larger step, and differs from token to
+token: it counts as 1/s. That share is averaged over the latest steps and lowered by its standard error, so that what
+helps one image by chance counts for little. What a unit of δ = ε/σ moves ordinary tokens is measured by random probes
+(`step.Probes`). The gain of a singular value is the share over what the loss of all that is left would move them; it
+only ever shrinks, to 0 at most.
 """
 
 from __future__ import annotations
@@ -103,8 +104,9 @@ class Observations:
             return seen, None, gain
         start, stop = next((run for run in target.basis.groups if run[0] <= index < run[1]), (index, index + 1))
         mean = (seen.shares[at] / seen.weight).item()
+        left = _left([target])[index].item()
         moved = _responses(seen)[at].sqrt().item()
-        share = min(1 / max(mean, 1e-6), settings.max_drift / moved, settings.trust)
+        share = min(left / max(mean, 1e-6), settings.max_drift / moved, settings.trust)
         shrinkage = Shrinkage(target, start, stop, share)
         return (seen.anew() if shrinkage.is_the_last else seen), shrinkage, gain
 
@@ -127,11 +129,11 @@ class Observations:
 
     def _with(self, part: BlockGradient, targets: Sequence[Target]) -> Observed:
         loss = max(part.excess, LEAST_EXCESS * len(part.losses))
-        slopes = _flat(part.gradients, targets) / loss
+        slopes = _flat(part.gradients, targets) * _left(targets) / loss
         shares = torch.where(slopes > 1, 1 / slopes, slopes.clamp_min(-1))
         responses = torch.zeros_like(shares)
         if part.probes:
-            responses = _flat(part.responses, targets).square().sum(dim=0) / len(part.losses)
+            responses = _flat(part.responses, targets).square().sum(dim=0) / part.probed
         before = self.by_block.get(part.block)
         if before is None:
             return Observed(shares, shares.square(), 1.0, responses, part.probes)
@@ -165,6 +167,13 @@ def polyak_deltas(
     }
 
 
+def _left(targets: Sequence[Target]) -> Tensor:
+    """What is left of each singular value, (σ + ε)/σ in one row, `[R]`; 1 where it vanishes."""
+    sigma = torch.cat([scale_of(target) for target in targets])
+    epsilon = torch.cat([target.delta for target in targets])
+    return torch.where(sigma > 0, 1 + epsilon / sigma, 1.0).clamp_min(0)
+
+
 def _weight_after(steps: int) -> float:
     return sum(KEPT**step for step in range(steps))
 
@@ -191,8 +200,9 @@ def _shares(seen: Observed) -> Tensor:
 
 def _best(seen: Observed, targets: Sequence[Target], excess: float) -> tuple[int, float, float]:
     """The place in the row of the singular value of the largest gain, that gain for a mean excess, and its lead."""
-    left = torch.cat([target.delta > -GONE * scale_of(target) for target in targets])  # not shrunk to 0 already
-    gains = _shares(seen).clamp_min(0) * left * max(excess, 0.0) / _responses(seen).sqrt()
+    left = _left(targets)
+    gains = _shares(seen).clamp_min(0) * max(excess, 0.0) / (_responses(seen).sqrt() * left)
+    gains[left <= 1 - GONE] = 0  # shrunk to 0 already
     largest = gains.topk(min(2, len(gains)))
     first, second = largest.values[0].item(), largest.values[-1].item()
     return int(largest.indices[0]), first, first / max(second, 1e-12)

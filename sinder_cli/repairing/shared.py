@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,21 +28,11 @@ class SharedStep:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What one rank tells the others of its images that are defective at one block."""
-
-    losses: tuple[float, ...]
-    leaving: int
-    excess: float
-    probes: int
-
-
-@dataclass(frozen=True)
 class _Told:
     """What one rank tells the others of its part of a batch."""
 
     images: int
-    parts: dict[int, _Part]  # by defective block
+    parts: dict[int, BlockGradient]  # by defective block, without its tensors
     masked_tokens: int
     defective: int
     idle: tuple[tuple[int, float], ...]
@@ -66,7 +56,7 @@ def gathered(
     if ranks.size == 1:
         return SharedStep(local, images)
     touched = frozenset(target.block for target in deltas.touched)
-    parts = {part.block: _Part(part.losses, part.leaving, part.excess, part.probes) for part in local.parts}
+    parts = {part.block: replace(part, gradients={}, responses={}) for part in local.parts}
     told = ranks.all_gather(_Told(images, parts, local.masked_tokens, local.defective, local.idle, touched, unreadable))
     skip_all([each.unreadable for each in told], unreadable, emit)
     deltas.agree([each.blocks for each in told], ranks)
@@ -87,7 +77,7 @@ def _reduced(
     blocks = sorted({block for each in told for block in each.parts})
     targets_of = {block: deltas.of_window(block, window) for block in blocks}
     of_block = {block: [each.parts[block] for each in told if block in each.parts] for block in blocks}
-    probes_of = {block: of_block[block][0].probes for block in blocks}  # the same for all
+    probes_of = {block: max(one.probes for one in of_block[block]) for block in blocks}  # none, or the same for all
 
     def row(block: int, kind: str, target: Target) -> Tensor:
         """This rank's part, flat: zeros where it has none."""
@@ -118,6 +108,7 @@ def _reduced(
                 gradients,
                 {name: found.unflatten(0, (probes, -1)) for name, found in responses.items()} if probes else {},
                 probes,
+                sum(one.probed for one in each),
             )
         )
     return tuple(parts)

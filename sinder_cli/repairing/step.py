@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,6 +51,9 @@ LOSS_SCALES = {"float16": 2.0**12}
 
 # Random directions by which a step measures what moves ordinary tokens: the first at a block, later ones, and all.
 PROBES, MORE_PROBES, ENOUGH_PROBES = 4, 1, 12
+# Of an image's tokens, marked: where there are more, what leaks from them moves the ordinary ones too, several times as
+# far as it does elsewhere, and the response of what writes the defect would be overrated.
+CROWDED = 0.1
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,9 @@ class BlockGradient:
     leaving: int  # of these images that were not looked at any further
     excess: float  # the sum of the losses, less what ordinary tokens have
     gradients: dict[str, Tensor]  # ∂(sum of losses)/∂ε, `[r]` each
-    responses: dict[str, Tensor]  # ∂(ordinary tokens · probe)/∂ε, `[probes, r]` each
-    probes: int
+    responses: dict[str, Tensor] = field(default_factory=dict)  # ∂(ordinary tokens · probe)/∂ε, `[probes, r]` each
+    probes: int = 0
+    probed: int = 0  # images
 
     @property
     def finite(self) -> bool:
@@ -155,7 +159,8 @@ def step_gradient(
             for at, number in enumerate(found.images.tolist()):
                 if number in asked:
                     seed[at] = gradient[asked[number][0].at]
-            seeds = [seed, *(probes.drawn(running, found, images) if probes else [])]
+            drawn, probed = probes.drawn(running, found, images) if probes else ([], 0)
+            seeds = [seed, *drawn]
             gradients: dict[str, Tensor] = {}
             responses: dict[str, Tensor] = {}
             for name, (slope, *answers) in _window_gradients(running, module, found, seeds, deltas, settings.tf32):
@@ -170,7 +175,8 @@ def step_gradient(
                     sum(loss.excess for loss in losses),
                     gradients,
                     responses,
-                    len(seeds) - 1,
+                    len(drawn),
+                    probed,
                 )
             )
     return StepGradient(tuple(parts), masked, int(met.sum()), tuple(idle))
@@ -186,20 +192,23 @@ class Probes:
     seeds: Sequence[int]  # one an image of the batch
     taken: Mapping[int, int]  # before, by block
 
-    def drawn(self, backbone: Backbone, found: BlockDefects, images: Tensor) -> list[Tensor]:
-        """Seeds `[B, T, N]` of a backward pass: signs on cls and ordinary patches of the defective images.
+    def drawn(self, backbone: Backbone, found: BlockDefects, images: Tensor) -> tuple[list[Tensor], int]:
+        """Seeds `[B, T, N]` of a backward pass, signs on cls and ordinary patches of defective images; and how many.
 
-        Ordinary are those that are not marked, nor lean the way that marked ones do. Divided by the image's mean
-        ordinary norm and by √(number of those tokens): the square of a response is, on average, the sum over the images
-        of a mean square of relative movements.
+        Crowded images are left out, unless nothing is known of the block yet. Ordinary are those that are not marked,
+        nor lean the way that marked ones do. Divided by the image's mean ordinary norm and by √(number of those
+        tokens): the square of a response is, on average, the sum over these images of a mean square of relative
+        movements.
         """
         taken = self.taken.get(found.block, 0)
         count = PROBES if not taken else MORE_PROBES if taken < ENOUGH_PROBES else 0
-        if not count:
-            return []
+        crowded = found.masks.flatten(1).float().mean(dim=1) > CROWDED
+        chosen = (found.defective & ~crowded if taken else found.defective).nonzero()[:, 0].tolist()
+        if not count or not chosen:
+            return [], 0
         grids = patch_grid(backbone, found.tokens, images)
         probes = found.tokens.new_zeros(count, *found.tokens.shape)  # [count, B, T, N]
-        for image in found.defective.nonzero()[:, 0].tolist():
+        for image in chosen:
             grid, mask = grids[image], found.masks[image]
             weights = torch.ones(found.tokens.shape[1], device=mask.device)
             weights[backbone.prefix_tokens :] = (~mask & ~leaning(grid, mask)).flatten().float()
@@ -207,7 +216,7 @@ class Probes:
             generator = torch.Generator().manual_seed(self.seeds[int(found.images[image])])
             signs = torch.randint(0, 2, (count, *found.tokens.shape[1:]), generator=generator) * 2 - 1
             probes[:, image] = signs.to(found.tokens) * weights[:, None].to(found.tokens)
-        return list(probes)
+        return list(probes), len(chosen)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from sinder_cli.errors import StorageError
 from sinder_cli.events import Warned
 from sinder_cli.images.decoding import UnreadableImageError
 from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.repairing import step as step_module
 from sinder_cli.repairing.checkpoints import Checkpoints
 from sinder_cli.repairing.deltas import Deltas
 from sinder_cli.repairing.loop import Progress, density_window, repair_steps
@@ -43,8 +44,8 @@ class Pictures:
 
     in_memory = True
 
-    def __init__(self, tiny: ModuleType) -> None:
-        spots: list[dict[str, Any]] = [{}, {"red": RED}, {"blue": BLUE}]
+    def __init__(self, tiny: ModuleType, *spots: dict[str, Any]) -> None:
+        spots = spots or ({}, {"red": RED}, {"blue": BLUE})
         self.tensors = [tiny.coloured(index, torch.float32, **spots[index % 3]) for index in range(9)]
 
     def __len__(self) -> int:
@@ -66,12 +67,14 @@ class Pictures:
 class Run:
     """One rank's part of a repair of the tiny planted model."""
 
-    def __init__(self, tiny: ModuleType, ranks: Ranks = ALONE, **settings: Any) -> None:
+    def __init__(
+        self, tiny: ModuleType, ranks: Ranks = ALONE, pictures: Pictures | None = None, **settings: Any
+    ) -> None:
         planted = tiny.plant(True, torch.float32)
         paper = {"recipe": "paper", "min_gap": 1.1, "lr": 0.05, "stop_density": 1.0}
         chosen = paper | {"batch_size": 3, "max_steps": 8} | settings
         self.settings, self.ranks = RepairSettings.model_validate(chosen), ranks
-        pictures = Pictures(tiny)
+        pictures = pictures or Pictures(tiny)
         self.progress = Progress(density_window(len(pictures), self.settings))
         self.deltas = Deltas(planted.backbone, planted.module)
         self.warnings: list[str] = []
@@ -182,6 +185,24 @@ def test_a_disk_that_fills_up_on_the_first_rank_ends_the_other(tiny: ModuleType,
     first, second = forked(work).answers()
     assert isinstance(first, StorageError)
     assert isinstance(second, LostRankError)
+
+
+def test_ranks_of_which_one_has_no_image_to_probe_measure_what_one_process_measures(
+    tiny: ModuleType, forked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_module, "CROWDED", (len(RED) - 0.5) / 144)
+    pictures = Pictures(tiny, {"red": RED}, {"red": RED[1:]}, {"red": RED})
+
+    def responses(ranks: Ranks) -> dict[str, Tensor]:
+        run = Run(tiny, ranks, pictures, step="greedy", min_tokens=2, batch_size=2, max_steps=5)
+        run.finish()
+        return {str(block): seen.responses / seen.probes for block, seen in run.progress.observed.by_block.items()}
+
+    alone = responses(ALONE)
+    first, second = forked(responses).answers()
+    assert alone
+    assert_near(alone, first)
+    assert_near(first, second)
 
 
 def test_two_ranks_of_the_default_recipe_shrink_the_singular_values_that_one_shrinks(

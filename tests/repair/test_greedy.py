@@ -59,7 +59,7 @@ def part(
     gradients = dict(zip(names, (slopes / scales).split(lengths), strict=True))
     spread = (responses * images / probes).sqrt() / scales  # squared and summed over the probes, these again
     answers = {name: found.repeat(probes, 1) for name, found in zip(names, spread.split(lengths), strict=True)}
-    return BlockGradient(0, (excess / images,) * images, images, excess, gradients, answers, probes)
+    return BlockGradient(0, (excess / images,) * images, images, excess, gradients, answers, probes, images)
 
 
 def after(parts: list[BlockGradient], targets: list[Target], **settings: Any) -> tuple[Shrinkage | None, float]:
@@ -180,6 +180,29 @@ def test_a_block_that_was_measured_before_takes_fewer_probes_and_at_last_none(pl
     assert not torch.equal(one, other)
 
 
+def test_crowded_images_are_probed_only_where_nothing_is_known_yet(
+    planted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What leaks from very many marked tokens moves the ordinary ones too, several times as far as elsewhere."""
+    monkeypatch.setattr(step_module, "CROWDED", (len(RED) - 0.5) / 144)
+    crowded = planted.image(0, red=RED)
+    chosen = RepairSettings.model_validate({"recipe": "paper", "min_gap": 1.1, "step": "greedy", "min_tokens": 2})
+
+    def seen(taken: dict[int, int], *images: Tensor) -> BlockGradient:
+        arguments = (planted.backbone, planted.module, planted.directions, Deltas(planted.backbone, planted.module))
+        probes = Probes((5, 6)[-len(images) :], taken)
+        return step_gradient(*arguments, torch.stack(images), chosen, None, probes).parts[0]
+
+    few = planted.image(1, red=RED[1:])
+    first, later = seen({}, crowded), seen({EARLY: 4}, crowded)
+    assert (first.probes, first.probed) == (step_module.PROBES, 1)
+    assert (later.probes, later.probed, later.responses) == (0, 0, {})
+    both, alone = seen({EARLY: 4}, crowded, few), seen({EARLY: 4}, few)
+    assert (both.probes, both.probed, len(both.losses)) == (step_module.MORE_PROBES, 1, 2)
+    for name, response in alone.responses.items():
+        torch.testing.assert_close(both.responses[name], response)
+
+
 def test_a_singular_value_that_writes_the_defect_answers_for_all_of_the_loss(writer: Any) -> None:
     images = torch.stack([writer.image(index, red=RED) for index in range(2)])
     deltas = Deltas(writer.backbone, writer.module)
@@ -296,17 +319,18 @@ def test_the_gain_and_the_move_are_those_of_a_loop(seed: int, steps: int, images
     weights = [KEPT ** (steps - 1 - age) for age in range(steps)]
     gains, means, moved = [], [], []
     all_responses = [sum(float(responses[k]) for _, responses, _ in rows) / steps for k in range(5)]
+    left = [0.75, 1, 1, 1, 1]
     for k in range(5):
         shares = []
         for slopes, _, excess in rows:
-            share = float(slopes[k]) / max(excess, LEAST_EXCESS * images)
+            share = float(slopes[k]) * left[k] / max(excess, LEAST_EXCESS * images)
             shares.append(1 / share if share > 1 else max(share, -1.0))
         total = sum(weights)
         mean = sum(w * s for w, s in zip(weights, shares, strict=True)) / total
         square = sum(w * s * s for w, s in zip(weights, shares, strict=True)) / total
         error = math.sqrt(max(square - mean**2, 0) / max(total - 1, 0.5)) if total > 1.5 else 0.0
         answer = math.sqrt(all_responses[k] + FLOOR * sum(all_responses) / 5)
-        gains.append(max(mean - error, 0) * (rows[-1][2] / images) / answer)
+        gains.append(max(mean - error, 0) * (rows[-1][2] / images) / (answer * left[k]))
         means.append(mean)
         moved.append(answer)
     move, gain = after(parts, targets)
@@ -319,7 +343,22 @@ def test_the_gain_and_the_move_are_those_of_a_loop(seed: int, steps: int, images
     assert steps >= enough or first < LEAD * second * 1.01
     at = gains.index(max(gains))
     assert (move.target.name, move.start) == (("a", at) if at < 3 else ("b", at - 3))
-    assert move.share == pytest.approx(min(1 / max(means[at], 1e-6), 0.05 / moved[at], 0.5), rel=1e-3)
+    assert move.share == pytest.approx(min(left[at] / max(means[at], 1e-6), 0.05 / moved[at], 0.5), rel=1e-3)
+
+
+@pytest.mark.parametrize("gone", [0.0, 0.5, 0.9, 0.99])
+def test_what_is_left_of_the_writer_still_answers_for_all_of_the_loss(gone: float) -> None:
+    """However little it is: it moves the others little too, so it is chosen before one that helps by chance."""
+    left = 1 - gone
+    found = target([5.0, 3.0, 1.0], [-5.0 * gone, 0.0, 0.0])
+    slopes = torch.tensor([10.0 / left, 6.0, 0.0])  # ∂L/∂δ of a loss that is proportional to what is left
+    steps = [part([found], slopes, torch.full((3,), 1e-4))] * TO_GATHER
+    seen, move, gain = Observations().step(steps[0], [found], 1, RepairSettings())
+    assert gone >= 0.5 or torch.allclose(seen.shares, torch.tensor([1.0, 0.6, 0.0]))  # once it is gone, anew
+    assert gain == pytest.approx(10 / (left * math.sqrt(1e-4 * (1 + FLOOR))), rel=1e-3)
+    assert move is not None
+    assert (move.start, move.share) == (0, pytest.approx(min(left, 0.5), rel=1e-3))
+    assert move.is_the_last == (gone >= 0.5)
 
 
 def test_once_the_writer_is_gone_shares_are_seen_anew_and_responses_kept() -> None:
@@ -351,7 +390,7 @@ def test_steps_without_a_probe_keep_what_was_measured() -> None:
     measured = part([found], torch.ones(3), torch.tensor([1.0, 2.0, 3.0]), probes=4)
     observations = Observations()
     observations.by_block[0], _, _ = observations.step(measured, [found], 1000, RepairSettings())
-    later = replace(measured, responses={}, probes=0)
+    later = replace(measured, responses={}, probes=0, probed=0)
     seen, _, _ = observations.step(later, [found], 1000, RepairSettings())
     assert seen.probes == 4
     torch.testing.assert_close(seen.responses, torch.tensor([1.0, 2.0, 3.0]))
