@@ -19,7 +19,6 @@ and exit code; any other exception is told as a failure of the plugin. The READM
 
 from typing import TYPE_CHECKING
 
-from sinder_cli.backbone.attention import attention_kernel
 from sinder_cli.backbone.contract import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -38,6 +37,7 @@ from sinder_cli.backbone.contract import (
     WeightRef,
     hookimpl,
 )
+from sinder_cli.backbone.device import attention_kernel
 from sinder_cli.backbone.download import download
 from sinder_cli.backbone.opening import require_matching
 from sinder_cli.backbone.sources import (

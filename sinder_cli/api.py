@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.backbone.attention import require_attention
 from sinder_cli.backbone.contract import Backbone, ModelRequest
-from sinder_cli.backbone.device import exact_device, resolve_device
+from sinder_cli.backbone.device import exact_device, require_attention, resolve_device
 from sinder_cli.backbone.opening import describe, load_module, open_backbone
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
 from sinder_cli.defects.settings import STAGES, DetectionSettings
@@ -30,7 +29,7 @@ from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.signals import Stop
 
 if TYPE_CHECKING:
-    from sinder_cli.analysis.results import AnalysisResult
+    from sinder_cli.analysis.survey import AnalysisResult
     from sinder_cli.analysis.tokens import Subject
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import Prediction
@@ -148,11 +147,9 @@ def analyze(
     if other is not None and made is not None:
         raise UsageError("cannot compare with two models", f"one is named, one is {made}", "leave one of them out")
     named = _named_images(places, stdin, emit, ranks)  # before a checkpoint is read, or even downloaded
-    from sinder_cli.analysis.batches import ImageBatches
     from sinder_cli.analysis.features import FeatureFiles, require_new_features
     from sinder_cli.analysis.per_image import portraits, shown_blocks
-    from sinder_cli.analysis.results import AnalysisResult, analysis_of
-    from sinder_cli.analysis.survey import survey
+    from sinder_cli.analysis.survey import AnalysisResult, ImageBatches, analysis_of, survey
     from sinder_cli.analysis.tokens import featured
 
     if features is not None and ranks.writes:
@@ -297,7 +294,7 @@ def repair(
     from sinder_cli.repairing.folder import RunFolder
     from sinder_cli.repairing.run import run_repair
     from sinder_cli.repairing.run_identity import images_of
-    from sinder_cli.report.repair.files import write_repair
+    from sinder_cli.report.repair.page import write_repair
 
     folder = RunFolder(out)
     if force:
@@ -414,7 +411,7 @@ def export(
     from sinder_cli.exporting.run import write_export
     from sinder_cli.exporting.targets import require_options, require_suffix, target_of
     from sinder_cli.folders import require_place
-    from sinder_cli.report.export.card import export_card
+    from sinder_cli.report.cards import export_card
 
     target = target_of(settings.to)
     require_options(settings.to, target, settings)

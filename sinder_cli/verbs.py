@@ -22,7 +22,7 @@ from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.report.progress import display
 
 if TYPE_CHECKING:
-    from sinder_cli.analysis.results import AnalysisResult
+    from sinder_cli.analysis.survey import AnalysisResult
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.exporting.run import ExportResult
     from sinder_cli.repairing.results import RepairResult

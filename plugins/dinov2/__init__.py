@@ -20,8 +20,7 @@ from sinder_cli import (
 )
 
 from .checkpoints import canonical, infer_config
-from .config import HEAD_WIDTH, OFFICIAL, Config, differences, parameter_count, tensor_shapes
-from .hub import hub_source
+from .config import HEAD_WIDTH, OFFICIAL, Config, differences, hub_source, parameter_count, tensor_shapes
 from .layers import layer_map
 
 if TYPE_CHECKING:

@@ -24,9 +24,18 @@ from sinder_cli import (
 
 from .checkpoint import as_stored, encoder, is_fused, require_whole
 from .config import Config, read_config
-from .folder import CONFIG, DescribedWeights, license_of, local_folder, open_folder, place_of, read_texts, repository
+from .folder import (
+    CONFIG,
+    DescribedWeights,
+    license_of,
+    local_folder,
+    open_folder,
+    place_of,
+    read_preprocessor,
+    read_texts,
+    repository,
+)
 from .layers import layer_map
-from .preprocessor import read_preprocessor
 
 if TYPE_CHECKING:
     from torch import nn

@@ -13,8 +13,7 @@ from sinder_cli.analysis.directions import ObservedDirection
 from sinder_cli.analysis.gain import InpaintingCollector
 from sinder_cli.analysis.histogram import ANGLE_SCALE, COSINE_SCALE, NORM_SCALE, Curve, Histogram
 from sinder_cli.analysis.records import BlockRecord, PairRecord, Rule
-from sinder_cli.analysis.rules import RULES, RuleCounts, added, merge_overlaps, ratio
-from sinder_cli.analysis.tokens import BlockTokens
+from sinder_cli.analysis.tokens import RULES, BlockTokens, RuleCounts, added, merge_overlaps, ratio
 from sinder_cli.defects.detection import DetectionRule
 from sinder_cli.defects.settings import STAGES, Stage
 from sinder_cli.distributed import Ranks

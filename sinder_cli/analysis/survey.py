@@ -1,27 +1,118 @@
-"""One pass over all images: the residual stream of one backbone, or of two side by side, summed up block by block."""
+"""One pass over all images: the residual stream of one or two backbones, summed up block by block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 
+from sinder_cli import __version__
 from sinder_cli.analysis.collectors import BlockCollector, BlockCurves, Collected, PairCollector
 from sinder_cli.analysis.components import Basis, Moments
 from sinder_cli.analysis.gain import InpaintingCollector, Outliers
-from sinder_cli.analysis.records import BlockRecord, Inpainting, PairRecord, Rule
+from sinder_cli.analysis.per_image import Portrait
+from sinder_cli.analysis.records import Analysis, BlockRecord, Inpainting, PairRecord, Rule, Side
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import BlockTokens, Subject, block_by_block, featured, in_basis
+from sinder_cli.analysis.verdict import judge
 from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import DetectionRule
+from sinder_cli.defects.inpainting import outlying_factor
 from sinder_cli.defects.settings import STAGES
 from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import UsageError
+from sinder_cli.escaping import printable
+from sinder_cli.events import Emit, tracked
+from sinder_cli.images.loading import Changes, LoadedImage, load_in_order, readable, skip_all, spread
+from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.images.processes import worker_count
+from sinder_cli.images.sources import ImageSource
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from sinder_cli.defects.prediction import Prediction
+
+
+Key = TypeVar("Key")
+
+WAITING_BATCHES = 4  # images that wait for others of their shape, in batches: memory that many shapes may take
+
+
+@dataclass
+class ImageBatches:
+    """Images of a source, which can be gone through more than once; those that cannot be decoded are told once."""
+
+    source: ImageSource
+    preprocess: Preprocessing
+    indices: Sequence[int]
+    settings: AnalyzeSettings
+    emit: Emit
+    ranks: Ranks = ALONE
+    skipped: dict[str, str] = field(default_factory=dict)
+    changes: Changes = field(default_factory=Changes)
+
+    def share(self) -> Iterator[tuple[list[str], Tensor]]:
+        """Named batches `[B, 3, H, W]` of the images that are this rank's, with progress."""
+        mine = self.ranks.share(self.indices)
+        loaded = tracked(self._loaded(mine), self.emit, "analyzing", len(mine), "images")
+        return self._batched(loaded)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all images of all ranks."""
+        return [self.source.name(index) for index in self.indices]
+
+    def gather(self) -> None:
+        """Let rank 0 know, and tell, what the others could not decode, and how many images were changed."""
+        skip_all(self.ranks.gather(self.skipped), self.skipped, self.emit)
+        for other in self.ranks.gather(self.changes):
+            self.changes.merge(other)
+        if self.ranks.writes:
+            self.changes.tell(self.emit, self.preprocess.max_tokens)
+
+    def again(self, most: int | Literal["all"]) -> tuple[int, Iterator[tuple[list[str], Tensor]]]:
+        """At most so many of the images that could be decoded, evenly spread: their number, and named batches."""
+        there = [index for index in self.indices if self.source.name(index) not in self.skipped]
+        chosen = spread(there, len(there) if most == "all" else most)
+        return len(chosen), self._batched(self._loaded(chosen))
+
+    def _loaded(self, indices: Sequence[int]) -> Iterator[LoadedImage]:
+        return load_in_order(
+            self.source, self.preprocess, indices, worker_count(self.settings.workers, self.ranks.local_size)
+        )
+
+    def _batched(self, loaded: Iterator[LoadedImage]) -> Iterator[tuple[list[str], Tensor]]:
+        return equal_shapes(readable(loaded, self.skipped, self.emit, self.changes), self.settings.batch_size)
+
+
+def equal_shapes(images: Iterable[tuple[Key, Tensor]], size: int) -> Iterator[tuple[list[Key], Tensor]]:
+    """Images `[3, H, W]` with their keys, in batches `[B ≤ size, 3, H, W]` of one shape each.
+
+    A batch comes as soon as it is full; when too many images wait, the shape that most of them have goes first.
+    The order depends on the images alone.
+    """
+    waiting: dict[torch.Size, list[tuple[Key, Tensor]]] = {}
+    count = 0
+    for key, image in images:
+        group = waiting.setdefault(image.shape, [])
+        group.append((key, image))
+        count += 1
+        if len(group) < size and count < WAITING_BATCHES * size:
+            continue
+        fullest = max(waiting, key=lambda shape: len(waiting[shape]))
+        count -= len(waiting[fullest])
+        yield _stacked(waiting.pop(fullest))
+    for group in waiting.values():
+        yield _stacked(group)
+
+
+def _stacked(group: list[tuple[Key, Tensor]]) -> tuple[list[Key], Tensor]:
+    return [key for key, _ in group], torch.stack([image for _, image in group])
+
 
 MOST_GAP = 1e12  # σ₁/σ₂ is told no larger: JSON knows no infinity
 
@@ -152,4 +243,52 @@ def _summed(subject: Subject, collectors: list[BlockCollector], inpainted: Inpai
             {rule: places.shares() for rule, places in collector.counts.places.items()} for collector in collectors
         ),
         inpainting=inpainted.record(finite=not any(block.nonfinite for block in records)) if inpainted else None,
+    )
+
+
+@dataclass(frozen=True)
+class AnalysisResult:
+    """The findings on one backbone, or on two side by side."""
+
+    analysis: Analysis
+    predictions: tuple[Prediction, ...]  # one a side
+    surveys: tuple[Survey, ...]  # one a side
+    blocks: tuple[int, ...]  # of which angles and masks are drawn
+    portraits: Iterator[Portrait]  # made while it is gone through, once: the images to draw are run again
+    drawn: int  # how many portraits there will be
+    mean: tuple[float, float, float]  # of the normalization of a portrait's image
+    std: tuple[float, float, float]
+    folder: Path | None = None  # that it was written into
+
+
+def analysis_of(
+    subjects: Sequence[Subject],
+    surveys: Surveys,
+    settings: AnalyzeSettings,
+    grid: tuple[int, int],
+    skipped: dict[str, str],
+) -> Analysis:
+    """The document: the first backbone, the second beside it if there is one, and how they were run."""
+    first, *others = (side_of(*pair, settings) for pair in zip(subjects, surveys.sides, strict=True))
+    return Analysis(
+        **dict(first),
+        sinder=__version__,
+        images=surveys.images,
+        skipped=dict(skipped),
+        grid=grid,
+        settings=settings.model_dump(exclude={"workers"}),
+        other=others[0] if others else None,
+        comparison=surveys.pairs or None,
+    )
+
+
+def side_of(subject: Subject, survey: Survey, settings: AnalyzeSettings) -> Side:
+    """One backbone's part of the document."""
+    return Side(
+        model=subject.backbone.name,
+        weights=printable(subject.backbone.weights.source.label),
+        fingerprint=subject.backbone.weights.fingerprint(),
+        verdict=judge(survey.blocks, settings.min_tokens, outlying_factor(settings.norm_factor)),
+        blocks=survey.blocks,
+        inpainting=survey.inpainting,
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import pluggy
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sinder_cli.backbone.attention import AttentionName
+from sinder_cli.backbone.device import AttentionName
 from sinder_cli.events import Emit, silent
 
 if TYPE_CHECKING:

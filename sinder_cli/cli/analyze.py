@@ -24,13 +24,12 @@ from sinder_cli.cli.options import (
     model_request,
     with_settings,
 )
-from sinder_cli.cli.output import show
-from sinder_cli.cli.sharing import shared
+from sinder_cli.cli.output import shared, show
 from sinder_cli.errors import DefectsFoundError, SinderError, UsageError
 from sinder_cli.report.progress import display
 
 if TYPE_CHECKING:
-    from sinder_cli.analysis.results import AnalysisResult
+    from sinder_cli.analysis.survey import AnalysisResult
 
 
 @with_settings(AnalyzeSettings)

@@ -14,7 +14,7 @@ import typer
 from pydantic import ValidationError
 
 from sinder_cli.cli.app import Invocation, command
-from sinder_cli.cli.sharing import tell
+from sinder_cli.cli.output import tell
 from sinder_cli.distributed import launched
 from sinder_cli.errors import SinderError, StorageError, TryAgainError, UsageError
 from sinder_cli.events import silent

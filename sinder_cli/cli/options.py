@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic.fields import FieldInfo
 
-from sinder_cli.backbone.attention import AttentionName
 from sinder_cli.backbone.contract import ModelRequest
+from sinder_cli.backbone.device import AttentionName
 from sinder_cli.defects.settings import DetectionSettings, read_settings
 from sinder_cli.events import Emit
 

@@ -1,10 +1,12 @@
-"""Results → standard output: a table on a terminal, one JSON document otherwise or on request."""
+"""Results → standard output: a table on a terminal, one JSON document otherwise; of several processes, one writes."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,8 +14,10 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
 
 from sinder_cli.cli.options import OutputFormat
+from sinder_cli.distributed import LostRankError, Ranks, joined, launched, tells
 from sinder_cli.escaping import printable_lines
 from sinder_cli.files import json_text
+from sinder_cli.report.progress import say
 
 
 def show(chosen: OutputFormat | None, table: Callable[[], RenderableType], document: Callable[[], Any]) -> None:
@@ -35,3 +39,25 @@ class _Escaped:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for part in console.render(self.table, options):
             yield part if part.control else Segment(printable_lines(part.text), part.style)
+
+
+SECONDS_TO_TELL = 1.0  # for the process that tells; torchrun ends all others when the first has ended
+
+
+def shared() -> AbstractContextManager[Ranks]:
+    """This process's place among those that `torchrun` has started; alone without it."""
+    return joined(_abandon)
+
+
+def tell(line: str) -> None:
+    """Say on standard error why this process ends, unless another one of the same run does."""
+    if tells(launched()):
+        say(line)
+    else:
+        time.sleep(SECONDS_TO_TELL)
+
+
+def _abandon(error: LostRankError) -> None:
+    """End at once, whatever the main thread waits for."""
+    tell(f"sinder: error: {error}")
+    os._exit(error.exit_code)

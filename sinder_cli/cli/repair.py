@@ -29,8 +29,7 @@ from sinder_cli.cli.options import (
     model_request,
     with_settings,
 )
-from sinder_cli.cli.output import show
-from sinder_cli.cli.sharing import shared
+from sinder_cli.cli.output import shared, show
 from sinder_cli.cli.trackers import logged
 from sinder_cli.distributed import Ranks
 from sinder_cli.errors import UsageError

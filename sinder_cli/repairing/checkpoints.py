@@ -27,8 +27,7 @@ from sinder_cli.errors import BadInputError, NoInputError, StorageError
 from sinder_cli.events import Emit, Warned
 from sinder_cli.files import replacing_folder, require_writable_folder, sha256_of, write_json
 from sinder_cli.memory import is_out_of_memory
-from sinder_cli.repairing.basis import SingularBasis
-from sinder_cli.repairing.deltas import Deltas, Target, TargetState
+from sinder_cli.repairing.deltas import Deltas, SingularBasis, Target, TargetState
 from sinder_cli.repairing.greedy import Observed
 from sinder_cli.repairing.loop import ANEW, Best, DivergedError, Progress
 

@@ -15,8 +15,8 @@ from sinder_cli.backbone.weights import rows_of
 from sinder_cli.distributed import ALONE
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.memory import peak_memory, told_when_it_runs_out
-from sinder_cli.repairing.basis import SingularBasis, blank_basis
 from sinder_cli.repairing.batches import step_batches
+from sinder_cli.repairing.deltas import SingularBasis, blank_basis
 from sinder_cli.repairing.forward import Directions
 from sinder_cli.repairing.guard import guard_sizes
 from sinder_cli.repairing.loop import size_of_step

@@ -22,9 +22,8 @@ from sinder_cli.images.loading import load_in_order, readable, require_some, sam
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import ImageSource, SomeImages, files_of
 from sinder_cli.memory import told_when_it_runs_out
-from sinder_cli.repairing.basis import SingularBasis, singular_basis
 from sinder_cli.repairing.batches import forget_mended, require_readable
-from sinder_cli.repairing.deltas import Deltas
+from sinder_cli.repairing.deltas import Deltas, SingularBasis, singular_basis
 from sinder_cli.repairing.folder import RunFolder
 from sinder_cli.repairing.forward import Directions
 from sinder_cli.repairing.guard import SAMPLES, Evaluation, Guard, Snapshot, guard_sizes, guarded
@@ -149,6 +148,9 @@ def ready(prepared: Prepared, folder: RunFolder, resume: bool) -> Repair:
     else:
         found = _scanned(prepared, chosen, unreadable)
     found.require_finite()
+    if crowded := [image.name for image in found.images if image.crowded]:
+        which = crowded[0] if len(crowded) == 1 else f"{len(crowded)} images, such as {crowded[0]}"
+        prepared.emit(Noted(f"most tokens of {which} are outlying: no yardstick to judge a repair by"))
     images = list(found.images)
     indices = [image.place for image in images]
     guard_indices, also = _guard_indices(start, found, images, indices)
@@ -200,11 +202,14 @@ def _guard_indices(
     """The images of the guard, by index in the source; and those of them that are trained on too, for want of others.
 
     They are images that the user gave, if there are two or more of them, and drawn ones up to four. If none of them has
-    a defect, one that has comes to them, though a step could be taken on it.
+    a defect, one that has comes to them, though a step could be taken on it. None of them is crowded, if there are
+    others: where most tokens are outlying, the inpainted original is no yardstick.
     """
     settings = start.settings
-    given = [(image.kind, at) for image, at in zip(images, indices, strict=True) if at < start.given]
-    drawn = [(image.kind, at) for image, at in zip(images, indices, strict=True) if at >= start.given]
+    pairs = list(zip(images, indices, strict=True))
+    fit = [(image, at) for image, at in pairs if not image.crowded] or pairs
+    given = [(image.kind, at) for image, at in fit if at < start.given]
+    drawn = [(image.kind, at) for image, at in fit if at >= start.given]
     chosen = [
         offered[place][1]
         for offered, size in zip((given, drawn), guard_sizes(len(given), len(drawn), settings.eval_images), strict=True)
@@ -212,7 +217,8 @@ def _guard_indices(
     ]
     if found.healthy:
         return chosen or list(indices[:1]), []
-    defective = [(image.kind, at) for image, at in zip(images, indices, strict=True) if image.blocks]
+    defective = [(image.kind, at) for image, at in fit if image.blocks]
+    defective = defective or [(image.kind, at) for image, at in pairs if image.blocks]
     shown = Counter(kind for kind, _ in defective)
     if {at for _, at in defective} & set(chosen):
         return chosen, []

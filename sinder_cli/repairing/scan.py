@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from sinder_cli.repairing.settings import RepairSettings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+CROWDED = 2.0  # × the usual median norm at a block: medians of a healthy DINOv2's images stay under 1.3 × of it
 PREDICTED_DEGREES = 30.0  # an observed direction this near to a determined predicted one is the predicted one
 
 
@@ -53,6 +54,7 @@ class ImageOutliers:
     finite: bool
     blocks: dict[int, tuple[int, ...]]
     standing: int = 0  # tokens that stand out by norm at some block, whatever marks them (`standing_out`)
+    crowded: bool = False  # most of its tokens are outlying at some block, so that the median of their norms is too
 
     @property
     def kind(self) -> tuple[int, ...]:
@@ -143,6 +145,7 @@ class Scan:
                     each["finite"],
                     {int(block): tuple(places) for block, places in each["blocks"].items()},
                     each["standing"],
+                    each.get("crowded", False),
                 )
                 for each in stored["images"]
             )
@@ -247,6 +250,7 @@ def scan(
     loaded = load_in_order(mine, preprocess, range(len(mine)), worker_count(settings.workers, ranks.local_size))
     shared = Shared()
     found: list[ImageOutliers] = []
+    medians: dict[int, Tensor] = {}  # of the norms of an image, `[blocks]`, by its place
     by_weights: Counter[int] = Counter()
     largest = [0.0] * backbone.depth
     B = max(1, settings.batch_size // ranks.size)
@@ -262,9 +266,11 @@ def scan(
         for block, ratio in enumerate(seen.ratios.nan_to_num(0.0).flatten(1).max(dim=1).values.tolist()):
             largest[block] = max(largest[block], ratio)
         finite = seen.last.flatten(1).isfinite().all(dim=1).tolist()
+        middle = seen.norms.flatten(2).median(dim=2).values.cpu()
         for image, (name, _) in enumerate(batch):
             standing = int(seen.standing[image].sum())
             found.append(_outliers(name, place_of[name], seen.defective[:, image], finite[image], standing))
+            medians[place_of[name]] = middle[:, image]
         batch.clear()
 
     changes = Changes()
@@ -276,8 +282,9 @@ def scan(
     if batch:
         take()
     sharing = shared if ranks.size > 1 else None
-    parts = ranks.all_gather((found, sharing, dict(by_weights), largest, dict(unreadable), changes))
-    for rank, (_, other, counts, most, broken, changed) in enumerate(parts):
+    parts = ranks.all_gather((found, sharing, dict(by_weights), largest, dict(unreadable), changes, medians))
+    for rank, (_, other, counts, most, broken, changed, norms) in enumerate(parts):
+        medians.update(norms)
         if rank == ranks.rank:
             continue
         if other is not None:
@@ -287,7 +294,11 @@ def scan(
         unreadable.update(broken)
         changes.merge(changed)
     changes.tell(emit)
-    images = tuple(sorted((each for part in parts for each in part[0]), key=lambda image: image.place))
+    crowded = crowded_images(medians)
+    images = tuple(
+        replace(image, crowded=image.place in crowded)
+        for image in sorted((each for part in parts for each in part[0]), key=lambda image: image.place)
+    )
     blocks = tuple(
         _block(block, images, by_weights[block], largest[block], directions, shared, rule)
         for block in range(backbone.depth)
@@ -302,6 +313,17 @@ def _outliers(name: str, place: int, masks: Tensor, finite: bool, standing: int)
     found = {block: tuple(mask.flatten().nonzero()[:, 0].tolist()) for block, mask in enumerate(masks.cpu())}
     blocks = {block: places for block, places in found.items() if places}
     return ImageOutliers(name, place, (masks.shape[1], masks.shape[2]), finite, blocks, standing)
+
+
+def crowded_images(medians: Mapping[int, Tensor]) -> set[int]:
+    """Find the images of which most tokens are outlying, given the median norms of each, `[blocks]`, by its place.
+
+    There the median is that of outlying tokens, and 3 × of it marks hardly one; it is far above those of other images.
+    """
+    if not medians:
+        return set()
+    usual = torch.stack(list(medians.values())).median(dim=0).values  # [blocks]
+    return {place for place, norms in medians.items() if bool((norms > CROWDED * usual).any())}
 
 
 def _block(

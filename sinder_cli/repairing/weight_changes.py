@@ -15,8 +15,7 @@ from sinder_cli.backbone.storing import stored_as, write_safetensors
 from sinder_cli.backbone.weights import Weights, rows_of
 from sinder_cli.errors import BadInputError, ConflictError, NoInputError
 from sinder_cli.events import Emit, Noted, tracked
-from sinder_cli.repairing.basis import singular_basis
-from sinder_cli.repairing.deltas import Deltas, target_name
+from sinder_cli.repairing.deltas import Deltas, singular_basis, target_name
 from sinder_cli.repairing.settings import WITHOUT_EFFECT, RepairSettings
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sinder_cli.analysis.batches import WAITING_BATCHES, equal_shapes
+from sinder_cli.analysis.survey import WAITING_BATCHES, equal_shapes
 
 SHAPES = [(4, 4), (4, 6), (6, 4), (5, 5), (8, 4), (4, 8)]
 

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from sinder_cli import Backbone, ModelRequest, UsageError, api
 from sinder_cli.analysis import gain as module
-from sinder_cli.analysis.batches import equal_shapes
 from sinder_cli.analysis.components import Basis
 from sinder_cli.analysis.gain import SAME, InpaintingCollector, gain_of, gain_sentence
 from sinder_cli.analysis.per_image import portraits
 from sinder_cli.analysis.records import Distribution, ImageInpainting, Inpainting
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.analysis.survey import Surveys, survey
+from sinder_cli.analysis.survey import Surveys, equal_shapes, survey
 from sinder_cli.analysis.tokens import Subject, block_by_block
 from sinder_cli.analysis.verdict import judge
 from sinder_cli.defects.detection import DetectionRule, defective_somewhere, outlying

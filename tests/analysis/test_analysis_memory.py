@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from sinder_cli.analysis import survey as module
-from sinder_cli.analysis.batches import WAITING_BATCHES, equal_shapes
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.analysis.survey import survey
+from sinder_cli.analysis.survey import WAITING_BATCHES, equal_shapes, survey
 from sinder_cli.analysis.tokens import Subject
 
 SIDE = 70

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sinder_cli.analysis.records import Rule
-from sinder_cli.analysis.rules import RULES, SHOWN_POSITIONS, PlaceCounts, RuleCounts, added, cell_of, ratio
+from sinder_cli.analysis.tokens import RULES, SHOWN_POSITIONS, PlaceCounts, RuleCounts, added, cell_of, ratio
 
 GRID = (6, 6)
 

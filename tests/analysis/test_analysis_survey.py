@@ -15,10 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from sinder_cli import UsageError
-from sinder_cli.analysis.batches import equal_shapes
 from sinder_cli.analysis.records import BlockRecord, Distribution, Marked
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.analysis.survey import Surveys, require_comparable, survey
+from sinder_cli.analysis.survey import Surveys, equal_shapes, require_comparable, survey
 from sinder_cli.analysis.tokens import BlockTokens, Subject
 from sinder_cli.defects.settings import STAGES
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sinder_cli import BadInputError, ModelRequest, UsageError, api
 from sinder_cli.analysis.records import Analysis, Rule
-from sinder_cli.analysis.results import AnalysisResult
 from sinder_cli.analysis.settings import AnalyzeSettings
+from sinder_cli.analysis.survey import AnalysisResult
 from sinder_cli.analysis.tokens import Subject
 from sinder_cli.defects.spectrum import angle_between
 from sinder_cli.events import Noted, Warned

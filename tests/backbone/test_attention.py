@@ -11,7 +11,7 @@ import torch
 
 from sinder_cli import ModelRequest, UnavailableError, api
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.backbone.attention import require_attention
+from sinder_cli.backbone.device import require_attention
 from sinder_cli.repairing.settings import RepairSettings
 
 

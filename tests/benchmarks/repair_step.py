@@ -30,7 +30,7 @@ from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
 from torch import Tensor, nn
 
 from sinder_cli import Backbone, MemoryTensors, ModelRequest, Weights
-from sinder_cli.backbone.attention import AttentionName
+from sinder_cli.backbone.device import AttentionName
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.repairing.deltas import Deltas
 from sinder_cli.repairing.forward import Directions

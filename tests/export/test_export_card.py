@@ -18,9 +18,9 @@ from sinder_cli.exporting.settings import ExportSettings
 from sinder_cli.exporting.targets import Check, Plan
 from sinder_cli.exporting.torchhub import TARGET
 from sinder_cli.repairing.weight_changes import write_patch
-from sinder_cli.report.export.card import render_export_card
+from sinder_cli.report.cards import render_export_card
 from sinder_cli.report.formatting import CITATION
-from sinder_cli.report.repair.files import WORDS, read_pictures
+from sinder_cli.report.repair.pictures import WORDS, read_pictures
 
 Export = Callable[..., ExportResult]
 CUSTOM = "dinov2_custom"

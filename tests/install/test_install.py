@@ -49,7 +49,7 @@ def test_the_wheel_holds_what_is_needed_at_run_time_and_no_folder_named_plugins(
         if path.is_file() and path.suffix != ".pyc"
     }
     assert inside == stored
-    assert {"sinder_cli/py.typed", "sinder_cli/report/pages/base.html.jinja"} <= inside
+    assert {"sinder_cli/py.typed", "sinder_cli/report/templates/base.html.jinja"} <= inside
 
 
 def test_the_installed_package_is_not_the_repository(python: Python, installed: Path) -> None:
@@ -69,8 +69,8 @@ def test_the_installed_command_finds_the_plugins_by_their_entry_points(installed
 def test_the_installed_command_works_far_from_the_repository(installed: Path, python: Python) -> None:
     document = json.loads(python("-m", "sinder_cli", "predict-defects", "demo_vit", "--stage", "cumulative").stdout)
     assert document["settled_from"] == {"cumulative": 5}
-    templates = "import sinder_cli.report.pages.templates as t; print(t.html_template('analysis/page.html.jinja').name)"
-    assert python("-c", templates).stdout.split() == ["analysis/page.html.jinja"]
+    templates = "import sinder_cli.report.templates as t; print(t.html_template('analysis/page.html.jinja').name)"
+    assert python("-c", templates).stdout.split() == ["analysis.html.jinja"]
     assert {path.name for path in (installed / "share" / "man").rglob("*.?")} == PAGES | FORMATS
 
 

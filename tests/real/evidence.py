@@ -44,7 +44,6 @@ WAYS: dict[str, tuple[int | None, dict[str, Any]]] = {  # photographs to train o
     "polyak": (None, {"recipe": "polyak", "max_steps": 60}),
     "paper": (None, {"recipe": "paper", "keep": "last", "max_steps": 40}),
 }
-FEW = ("block 8", "block 6, common", "block 8, strong", "too steep")  # plants that are tried with few photographs too
 DOCUMENT = Path(__file__).parent / "EVIDENCE.md"
 
 
@@ -227,7 +226,7 @@ def main() -> None:
         stored = [row for row in stored if row.plant not in arguments.plants or row.what not in again]
     for name in arguments.plants:
         done = {row.what for row in stored if row.plant == name}
-        ways = [way for way in arguments.ways if way not in done and (name in FEW or "," not in way)]
+        ways = [way for way in arguments.ways if way not in done]
         if not ways:
             continue
         with tempfile.TemporaryDirectory() as folder:

@@ -16,8 +16,7 @@ from sinder_cli import Backbone, BadInputError, MemoryTensors, NoInputError, Wei
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.errors import ConflictError
 from sinder_cli.events import Noted, Started, silent
-from sinder_cli.repairing.basis import singular_basis
-from sinder_cli.repairing.deltas import Deltas
+from sinder_cli.repairing.deltas import Deltas, singular_basis
 from sinder_cli.repairing.results import write_model
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.repairing.weight_changes import ADAPTER_FORMAT, Adapter, adapted, read_adapter, write_adapter

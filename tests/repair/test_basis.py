@@ -11,8 +11,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from sinder_cli.repairing.basis import NEAR_EQUAL, SingularBasis, singular_basis
-from sinder_cli.repairing.deltas import Deltas
+from sinder_cli.repairing.deltas import NEAR_EQUAL, Deltas, SingularBasis, singular_basis
 
 Svd = tuple[Tensor, Tensor, Tensor]
 SVD = torch.linalg.svd  # before a test puts another machine's in its place

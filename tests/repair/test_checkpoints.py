@@ -23,9 +23,8 @@ from sinder_cli.errors import BadInputError, CannotCreateError, StorageError
 from sinder_cli.events import Warned
 from sinder_cli.images.loading import shuffled
 from sinder_cli.repairing import checkpoints as module_of_checkpoints
-from sinder_cli.repairing.basis import SingularBasis, singular_basis
 from sinder_cli.repairing.checkpoints import COUNTERS, MANIFEST, STATE, Checkpoints
-from sinder_cli.repairing.deltas import Deltas
+from sinder_cli.repairing.deltas import Deltas, SingularBasis, singular_basis
 from sinder_cli.repairing.loop import Best, Progress
 
 BLUE = [(2, 7), (6, 3), (8, 8)]

@@ -17,8 +17,7 @@ from torch import Tensor
 from sinder_cli.backbone.contract import WeightRef
 from sinder_cli.defects.detection import leaning
 from sinder_cli.repairing import step as step_module
-from sinder_cli.repairing.basis import SingularBasis
-from sinder_cli.repairing.deltas import Deltas, Target
+from sinder_cli.repairing.deltas import Deltas, SingularBasis, Target
 from sinder_cli.repairing.forward import FIRST_ALONE, Interest
 from sinder_cli.repairing.greedy import (
     ALL,

@@ -51,9 +51,34 @@ def test_the_guard_looks_again_at_a_state_only_if_it_has_not_seen_it(state: Any,
 def test_the_one_image_of_its_kind_is_trained_on_though_it_is_judged_on(
     kinds: list[tuple[int, ...]], trained: bool
 ) -> None:
-    images: Any = [SimpleNamespace(kind=kind, blocks=dict.fromkeys(kind, (0,))) for kind in kinds]
+    images: Any = [SimpleNamespace(kind=kind, blocks=dict.fromkeys(kind, (0,)), crowded=False) for kind in kinds]
     start: Any = SimpleNamespace(settings=SimpleNamespace(eval_images=None, seed=0), given=len(kinds))
     guard, also = _guard_indices(start, SimpleNamespace(healthy=False), images, range(len(kinds)))  # type: ignore[arg-type]
     judged = [at for at in guard if kinds[at]]
     assert judged
     assert also == (judged if trained else [])
+
+
+@pytest.mark.parametrize(("crowded", "judged"), [({1, 2, 3}, True), (set(range(8)), False)])
+def test_nothing_is_judged_on_images_of_mostly_outlying_tokens_if_there_are_others(
+    crowded: set[int], judged: bool
+) -> None:
+    images: Any = [
+        SimpleNamespace(kind=(8,), blocks={8: (0,)}, crowded=at in crowded)
+        if at
+        else SimpleNamespace(kind=(), blocks={}, crowded=at in crowded)
+        for at in range(8)
+    ]
+    start: Any = SimpleNamespace(settings=SimpleNamespace(eval_images=None, seed=0), given=len(images))
+    guard, _ = _guard_indices(start, SimpleNamespace(healthy=False), images, range(len(images)))  # type: ignore[arg-type]
+    assert guard
+    assert not crowded & set(guard) or not judged
+
+
+def test_where_every_image_with_a_defect_is_crowded_one_of_them_is_judged_on() -> None:
+    images: Any = [SimpleNamespace(kind=(), blocks={}, crowded=False) for _ in range(6)]
+    images.append(SimpleNamespace(kind=(8,), blocks={8: (0,)}, crowded=True))
+    start: Any = SimpleNamespace(settings=SimpleNamespace(eval_images=None, seed=0), given=len(images))
+    guard, also = _guard_indices(start, SimpleNamespace(healthy=False), images, range(len(images)))  # type: ignore[arg-type]
+    assert guard[-1] == 6
+    assert also == [6]

@@ -17,7 +17,7 @@ from sinder_cli.distributed import ALONE
 from sinder_cli.errors import BadInputError
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.repairing.forward import Directions
-from sinder_cli.repairing.scan import BlockOutliers, ImageOutliers, Scan, rarest_first, scan
+from sinder_cli.repairing.scan import CROWDED, BlockOutliers, ImageOutliers, Scan, crowded_images, rarest_first, scan
 from sinder_cli.repairing.settings import RepairSettings
 
 DEPTH = 6
@@ -103,6 +103,7 @@ def test_a_scan_marks_what_a_loop_over_blocks_marks(single_writer: Any, batch_si
     assert found.tokens == 4 * 144
     assert not found.healthy
     assert [image.kind for image in found.images] == [(1,), (), (1,), (1,)]
+    assert not any(image.crowded for image in found.images)
 
 
 def test_a_direction_that_the_tokens_share_is_predicted_where_it_is_near_and_determined(single_writer: Any) -> None:
@@ -153,7 +154,7 @@ def test_the_marks_of_an_image_are_masks_again() -> None:
 
 EXAMPLE = Scan(
     (
-        ImageOutliers("größer \udcff.png", 2, (2, 3), True, {1: (0, 5), 10: (4,)}, 3),
+        ImageOutliers("größer \udcff.png", 2, (2, 3), True, {1: (0, 5), 10: (4,)}, 3, True),
         ImageOutliers("b", 4, (2, 3), False, {}),
     ),
     (BlockOutliers(0, 0, 0, 0, 1.5, 1e12, None, False), BlockOutliers(1, 2, 1, 1, 9.5, 2.0, 12.5, True)),
@@ -212,6 +213,15 @@ def test_a_file_of_another_form_is_bad_input(place: str, value: object, tmp_path
     path.write_text(json.dumps(json.loads(path.read_text()) | {place: value}))
     with pytest.raises(BadInputError, match="cannot read"):
         Scan.read(path)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.3, CROWDED * 0.99])
+def test_an_image_is_crowded_where_its_median_norm_is_far_above_those_of_others(factor: float) -> None:
+    usual = torch.tensor([1.0, 5.0, 3.0])
+    medians = {at: usual * (1 + 0.01 * at) for at in range(9)}
+    assert crowded_images(medians | {20: usual * factor}) == set()
+    assert crowded_images(medians | {20: usual * torch.tensor([1.0, 2 * CROWDED, 1.0])}) == {20}
+    assert crowded_images({0: usual}) == crowded_images({}) == set()
 
 
 def test_images_come_one_of_each_kind_in_turn_the_rarest_first() -> None:

@@ -12,9 +12,9 @@ import pytest
 from sinder_cli.escaping import printable_lines
 from sinder_cli.repairing.folder import RunFolder
 from sinder_cli.repairing.results import RepairResult
-from sinder_cli.report.pages.templates import code_span, table_cell
-from sinder_cli.report.repair.card import FILES, render_card
+from sinder_cli.report.cards import FILES, render_card
 from sinder_cli.report.repair.page import render_repair_page
+from sinder_cli.report.templates import code_span, table_cell
 
 MakeResult = Callable[..., RepairResult]
 

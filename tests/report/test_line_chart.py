@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from sinder_cli.report.drawing.line_chart import BOTTOM, LEFT, MAX_POINTS, RIGHT, TOP, line_chart
 from sinder_cli.report.drawing.scales import log_ticks, round_steps
-from sinder_cli.report.repair.page import BOTTOM, LEFT, MAX_POINTS, RIGHT, TOP, line_chart
 
 
 @pytest.mark.parametrize("largest", [0.0, 1e-4, 0.037, 0.99, 1.0, 3.2, 7.0, 99.9, 100.0, 900.0, 30_000.0])

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sinder_cli.report.drawing.pictures import data_uri, encoded, enlarged, pca_maps, picture
+from sinder_cli.report.drawing.pictures import encoded, enlarged, image_file, pca_maps, picture
 
 
 @pytest.fixture
@@ -80,6 +80,6 @@ def test_enlarging_repeats_every_patch_in_whole_pixels() -> None:
 def test_a_png_keeps_every_colour_and_travels_as_a_data_uri() -> None:
     rgb = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     assert (np.asarray(Image.open(io.BytesIO(encoded(rgb)))) == rgb).all()
-    head, _, body = data_uri(rgb, "jpeg").partition(",")
+    head, _, body = image_file(rgb, "jpeg").uri.partition(",")
     assert head == "data:image/jpeg;base64"
     assert Image.open(io.BytesIO(base64.b64decode(body))).format == "JPEG"

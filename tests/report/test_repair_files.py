@@ -9,7 +9,8 @@ from PIL import Image
 
 from sinder_cli.repairing.folder import RunFolder
 from sinder_cli.repairing.results import RepairResult
-from sinder_cli.report.repair.files import WORDS, read_pictures, write_repair
+from sinder_cli.report.repair.page import write_repair
+from sinder_cli.report.repair.pictures import WORDS, read_pictures
 
 MakeResult = Callable[..., RepairResult]
 

@@ -20,9 +20,10 @@ from rich.console import Console
 
 from sinder_cli.repairing.results import RepairResult
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.report.cards import render_card
+from sinder_cli.report.drawing.line_chart import LEFT
 from sinder_cli.report.repair import facts
-from sinder_cli.report.repair.card import render_card
-from sinder_cli.report.repair.page import LEFT, charts, guard_charts, read_lines, render_repair_page, samples_of
+from sinder_cli.report.repair.page import charts, guard_charts, read_lines, render_repair_page, samples_of
 from sinder_cli.report.tables import repair_table
 
 MakeResult = Callable[..., RepairResult]
@@ -280,7 +281,7 @@ def test_a_map_of_fidelity_has_the_colours_of_the_scale(make_result: MakeResult)
     result = make_result()
     fidelity = samples_of(result).images[1].maps[-1]
     for panel, side in zip(fidelity, (result.before, result.after), strict=True):
-        drawn = Image.open(io.BytesIO(base64.b64decode(panel.uri.partition(",")[2])))
+        drawn = Image.open(io.BytesIO(base64.b64decode(panel.image.uri.partition(",")[2])))
         small = drawn.resize((8, 8), Image.Resampling.NEAREST)
         for y, x in np.ndindex(8, 8):
             at = min(max((side.to_inpainted[1, y, x].item() - 0.5) / 0.5, 0.0), 1.0)
@@ -399,7 +400,7 @@ def printed(result: RepairResult, colours: bool = False) -> str:
 
 
 def test_importing_the_pages_is_cheap() -> None:
-    modules = ("repair.files", "repair.page", "repair.card", "analysis.folder", "manual")
+    modules = ("repair.page", "repair.pictures", "cards", "analysis.folder", "manual")
     code = f"import sys; {'; '.join(f'import sinder_cli.report.{name}' for name in modules)}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "matplotlib", "PIL", "jinja2"} & set(loaded)

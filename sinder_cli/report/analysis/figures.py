@@ -21,8 +21,7 @@ from sinder_cli.report.formatting import counted
 
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis, Side
-    from sinder_cli.analysis.results import AnalysisResult
-    from sinder_cli.analysis.survey import Survey
+    from sinder_cli.analysis.survey import AnalysisResult, Survey
 
 
 TITLE_LETTERS = 52  # in one line of a title

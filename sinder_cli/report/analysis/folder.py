@@ -27,7 +27,7 @@ from sinder_cli.report.documents import analysis_document
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sinder_cli.analysis.results import AnalysisResult
+    from sinder_cli.analysis.survey import AnalysisResult
     from sinder_cli.report.drawing.canvas import Chart
 
 SCALED_BY = 64  # images whose maps set the colours of all: they are kept until all of them are seen

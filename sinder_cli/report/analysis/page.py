@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from sinder_cli.report import formatting
 from sinder_cli.report.analysis import facts
 from sinder_cli.report.analysis.facts import COLOUR_OF, labels_of, sides_of
-from sinder_cli.report.drawing.pictures import data_uri
+from sinder_cli.report.drawing.pictures import Panel, image_file
 from sinder_cli.report.drawing.scales import ANGLES, ColourScale
-from sinder_cli.report.pages.templates import Panel, html_template
+from sinder_cli.report.templates import html_template
 
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis
@@ -68,7 +68,7 @@ def render_analysis_page(
 ) -> str:
     """The whole page as one string of HTML that loads nothing; `drawn` counts all images of which there are figures."""
     labels = labels_of(analysis)
-    return html_template("analysis/page.html.jinja").render(
+    return html_template("analysis.html.jinja").render(
         title=" and ".join(labels),
         labels=labels,
         sides=facts.side_names(analysis),
@@ -161,8 +161,8 @@ def _headed(heading: str, label: str) -> str:
 
 def _panel(shown: LabelledPicture, sharp: bool = True) -> Panel:
     if shown.picture is None:
-        return Panel(shown.label, shown.alt, "")
-    return Panel(shown.label, shown.alt, data_uri(shown.picture, "png" if sharp else "jpeg"), sharp)
+        return Panel(shown.label, shown.alt, None)
+    return Panel(shown.label, shown.alt, image_file(shown.picture, "png" if sharp else "jpeg"), sharp)
 
 
 def _bars(scales: Scales, compared: bool, inpainted: bool) -> list[Bar]:
@@ -172,4 +172,4 @@ def _bars(scales: Scales, compared: bool, inpainted: bool) -> list[Bar]:
         *([("Cosine", scales.cosine, "on every map")] if compared else []),
         *([("Inpainted", scales.inpainted, "on every map")] if inpainted and scales.inpainted else []),
     ]
-    return [Bar(name, scale, where, data_uri(scale.bar())) for name, scale, where in shown]
+    return [Bar(name, scale, where, image_file(scale.bar()).uri) for name, scale, where in shown]

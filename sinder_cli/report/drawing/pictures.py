@@ -24,6 +24,35 @@ CLIP_PERCENTILES = (1.0, 99.0)  # of a principal component, over all maps: beyon
 MAP_PIXELS = 512  # side that a map of patches is enlarged to, at most
 
 
+Kind = Literal["png", "jpeg"]
+
+
+class ImageFile(NamedTuple):
+    """The bytes of an image file."""
+
+    kind: Kind
+    content: bytes
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of the file's name."""
+        return ".jpg" if self.kind == "jpeg" else ".png"
+
+    @property
+    def uri(self) -> str:
+        """The image as a `data:` URI, so that a page needs no second file."""
+        return f"data:image/{self.kind};base64,{base64.b64encode(self.content).decode('ascii')}"
+
+
+class Panel(NamedTuple):
+    """One picture of a page: its caption, its description for who cannot see it, and the image, None for none."""
+
+    caption: str
+    alt: str
+    image: ImageFile | None
+    sharp: bool = False  # enlarged by the browser, every patch a square
+
+
 class LabelledPicture(NamedTuple):
     """One picture: its label, what a reader who cannot see it is told, and its colours; None without a map."""
 
@@ -93,7 +122,7 @@ def resized(rgb: Picture, height: int, width: int) -> Picture:
     return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.LANCZOS))
 
 
-def encoded(rgb: Picture, kind: Literal["png", "jpeg"] = "png", texts: Mapping[str, str] | None = None) -> bytes:
+def encoded(rgb: Picture, kind: Kind = "png", texts: Mapping[str, str] | None = None) -> bytes:
     """The bytes of an image file: PNG for maps, which keep every colour; JPEG for photographs.
 
     `texts` are stored inside a PNG, each under its keyword: `tEXt`, or `iTXt` where Latin-1 does not have the letters.
@@ -112,9 +141,9 @@ def encoded(rgb: Picture, kind: Literal["png", "jpeg"] = "png", texts: Mapping[s
     return file.getvalue()
 
 
-def data_uri(rgb: Picture, kind: Literal["png", "jpeg"] = "png") -> str:
-    """The picture as a `data:` URI, so that a page needs no second file."""
-    return f"data:image/{kind};base64,{base64.b64encode(encoded(rgb, kind)).decode('ascii')}"
+def image_file(rgb: Picture, kind: Kind = "png") -> ImageFile:
+    """Encode a picture, to be shown inside a page or written as a file."""
+    return ImageFile(kind, encoded(rgb, kind))
 
 
 def log_position(norms: Tensor, low: float, high: float) -> NDArray[Any]:

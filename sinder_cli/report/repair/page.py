@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sinder_cli.escaping import printable
-from sinder_cli.files import public_model
+from sinder_cli.files import public_model, write_text
 from sinder_cli.report import formatting
-from sinder_cli.report.drawing.pictures import data_uri, enlarged, pca_maps, picture
-from sinder_cli.report.drawing.scales import FIDELITY, NormSpread, Tick, norm_scale, round_steps
-from sinder_cli.report.formatting import Named, number, numbers
-from sinder_cli.report.pages.templates import Panel, html_template
+from sinder_cli.report.cards import render_card
+from sinder_cli.report.drawing.line_chart import LineChart, line_chart
+from sinder_cli.report.drawing.pictures import Panel, enlarged, image_file, pca_maps, picture
+from sinder_cli.report.drawing.scales import FIDELITY, NormSpread, norm_scale
+from sinder_cli.report.formatting import Named, number
 from sinder_cli.report.repair import facts
+from sinder_cli.report.repair.pictures import write_pictures
+from sinder_cli.report.templates import html_template
 
 if TYPE_CHECKING:
+    from sinder_cli.repairing.folder import RunFolder
     from sinder_cli.repairing.guard import Snapshot
     from sinder_cli.repairing.results import RepairResult
     from sinder_cli.report.drawing.pictures import Picture
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 def render_repair_page(result: RepairResult) -> str:
     """The whole page as one string of HTML that loads nothing: styles, drawings and pictures are inside."""
     samples = samples_of(result)
-    return html_template("repair/page.html.jinja").render(
+    return html_template("repair.html.jinja").render(
         model=public_model(result.model),
         verdict=facts.verdict(result),
         changed=bool(result.summary["changed_weights"]),
@@ -41,8 +43,8 @@ def render_repair_page(result: RepairResult) -> str:
         marked=facts.marked_tokens(result),
         marked_count=int(result.before.ever.sum()),
         samples=samples,
-        ratios_uri=data_uri(samples.ratios.bar()),
-        fidelity_uri=data_uri(samples.fidelity.bar()),
+        ratios_uri=image_file(samples.ratios.bar()).uri,
+        fidelity_uri=image_file(samples.fidelity.bar()).uri,
         charts=charts(read_lines(result.folder / "metrics.jsonl"), result.config["settings"]["stop_density"]),
         guard=guard_charts(read_lines(result.folder / "evaluations.jsonl"), result),
         kept=result.summary["best_step"],
@@ -54,6 +56,18 @@ def render_repair_page(result: RepairResult) -> str:
         judged_on=facts.guard_images(result.summary),
         paper=formatting,
     )
+
+
+def write_repair(folder: RunFolder, result: RepairResult) -> None:
+    """Write page, card and the first image's pictures into the run directory, each whole or not at all.
+
+    Raises `StorageError` or `CannotCreateError` for what the file system refuses.
+    """
+    first = samples_of(result).images[:1]
+    panels = [panel for sample in first for panel in (sample.image, *(each for pair in sample.maps for each in pair))]
+    write_pictures(folder.pictures, panels)
+    write_text(folder.report, render_repair_page(result))
+    write_text(folder.card, render_card(result))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -88,76 +102,6 @@ def guard_charts(evaluations: list[dict[str, Any]], result: Recorded) -> list[Li
         seen = [(line["step"], max(0.0, 1 - line[key])) for line in lines if line[key] is not None]
         drawn.append(line_chart(seen, name, "step", "1 − cosine to the inpainted original", kept=kept))
     return [chart for chart in drawn if chart is not None]
-
-
-WIDTH, HEIGHT = 360, 210  # of the whole drawing, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 42, 350, 28, 168  # of the plotting area
-MAX_POINTS = 240  # more are averaged: a phone shows no finer line
-
-Point = tuple[float, float]
-
-
-class LineChart(NamedTuple):
-    """Everything that the drawing of one line needs, in drawing units."""
-
-    name: str
-    x_label: str
-    y_label: str
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    line: list[Point]
-    goal: float | None  # height of a horizontal mark
-    averaged: int  # points of the data in one point of the line
-    kept: float | None = None  # place of a vertical mark
-
-    @property
-    def path(self) -> str:
-        """The points of an SVG polyline."""
-        return " ".join(f"{x:.1f},{y:.1f}" for x, y in self.line)
-
-
-def line_chart(
-    points: Sequence[Point],
-    name: str,
-    x_label: str,
-    y_label: str,
-    top: float | None = None,
-    goal: float | None = None,
-    kept: float | None = None,
-) -> LineChart | None:
-    """Lay out (x, y ≥ 0) points, from 0 on both axes up to the data's maximum or `top`; None without finite points.
-
-    `goal` is a y that is marked, `kept` an x.
-    """
-    finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-    if not finite:
-        return None
-    averaged = math.ceil(len(finite) / MAX_POINTS)
-    thinned = [_mean_point(finite[start : start + averaged]) for start in range(0, len(finite), averaged)]
-    x_steps = round_steps(max(x for x, _ in finite), whole=True)
-    y_steps = round_steps(top or max(y for _, y in thinned))
-
-    def across(x: float) -> float:
-        return LEFT + (RIGHT - LEFT) * x / x_steps[-1]
-
-    def up(y: float) -> float:
-        return BOTTOM - (BOTTOM - TOP) * y / y_steps[-1]
-
-    return LineChart(
-        name,
-        x_label,
-        y_label,
-        [Tick(across(x), f"{x:,.0f}") for x in x_steps],
-        [Tick(up(y), label) for y, label in zip(y_steps, numbers(y_steps), strict=True)],
-        [(across(x), up(y)) for x, y in thinned],
-        None if goal is None else up(goal),
-        averaged,
-        None if kept is None else across(min(kept, x_steps[-1])),
-    )
-
-
-def _mean_point(points: Sequence[Point]) -> Point:
-    return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
 
 
 class Sample(NamedTuple):
@@ -197,7 +141,7 @@ def samples_of(result: RepairResult) -> Samples:
             Sample(
                 name,
                 _numbers(list(sides.values()), index),
-                Panel("Image", f"{name}, as the model saw it", data_uri(shown, "jpeg")),
+                Panel("Image", f"{name}, as the model saw it", image_file(shown, "jpeg")),
                 list(zip(*rows, strict=True)),
             )
         )
@@ -228,7 +172,7 @@ def _maps(
 
 
 def _panel(what: str, side: str, alt: str, colours: Picture) -> Panel:
-    return Panel(f"{what}, {side}", alt, data_uri(enlarged(colours)))
+    return Panel(f"{what}, {side}", alt, image_file(enlarged(colours)))
 
 
 def _numbers(sides: list[Snapshot], index: int) -> list[Named]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
 
 from sinder_cli import Backbone, BlockMap, GatedMlpMap, UnavailableError, WeightRef, attention_kernel
-from sinder_cli.backbone.attention import AttentionName
+from sinder_cli.backbone.device import AttentionName
 from sinder_cli.backbone.opening import load_module
 
 Describe = Callable[..., Backbone]

@@ -14,7 +14,7 @@ from timm_samples import made
 from torch import Tensor, nn
 
 from sinder_cli import AttentionMap, Backbone, BlockMap, GatedMlpMap, NormMap, UnavailableError, UsageError, WeightRef
-from sinder_cli.backbone.attention import AttentionName
+from sinder_cli.backbone.device import AttentionName
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.defects.gaussian import ACTIVATIONS
 

@@ -1,12 +1,12 @@
 """The templates, compiled: HTML escapes what it is given, Markdown marks it as code.
 
-They lie beside the modules that fill them; a template's name is its path inside `report/`.
+They lie in this folder; each is named after the document that it makes.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from sinder_cli.escaping import printable, printable_lines
 
@@ -64,13 +64,4 @@ def _environment(autoescape: bool) -> Environment:
 def _source(name: str) -> str:
     from importlib.resources import files
 
-    return files("sinder_cli.report").joinpath(name).read_text(encoding="utf-8")
-
-
-class Panel(NamedTuple):
-    """One picture: its caption, what a reader who cannot see it is told, and a `data:` URI, empty for none."""
-
-    caption: str
-    alt: str
-    uri: str
-    sharp: bool = False  # enlarged by the browser, every patch a square
+    return files("sinder_cli.report.templates").joinpath(name).read_text(encoding="utf-8")

@@ -1,1 +1,0 @@
-"""What is written about an export: the model card of its folder."""

@@ -1,1 +1,0 @@
-"""What the HTML pages share: the templates, compiled, and their common parts."""
