@@ -1,1 +1,1 @@
-"""The backbone plugins that come with sinder; found through entry points like anyone's."""
+"""The backbone plugins that come with sinder, found through entry points like any other plugin."""

@@ -2,7 +2,7 @@
 
 This module is what a Python program imports, and what the author of a backbone plugin does, and nothing else.
 
-`predict_defects`, `analyze`, `repair` and `export` are the commands as functions: docs/python.md shows them, `verbs.py`
+`predict_defects`, `analyze`, `repair` and `export` are the commands as functions: docs/python.md shows them, `api.py`
 documents them.
 
 A plugin is a module that an entry point of the group `sinder.backbones` names. It says `SINDER_API = 1`, the version of
@@ -53,7 +53,7 @@ from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError, NoInputError, SinderError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
-    from sinder_cli.verbs import (
+    from sinder_cli.api import (
         AnalyzeRequest,
         AnalyzeSettings,
         ExportRequest,
@@ -117,9 +117,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """The verbs, once they are asked for: a plugin, or `sinder --help`, does without what they import."""
+    """Import the functions of the API when they are first used: a plugin, or `sinder --help`, does not need them."""
     if name in __all__:
-        from sinder_cli import verbs
+        from sinder_cli import api
 
-        return getattr(verbs, name)
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

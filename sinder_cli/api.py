@@ -1,58 +1,86 @@
-"""The verbs as functions: they take settings and return records. The one place where stages are composed."""
+"""The public API: one function per command; the one place where the stages of a command are composed.
+
+`from sinder_cli import predict_defects, analyze, repair, export`: each takes one request, writes to `out` all that its
+command writes, and returns a record. Nothing is printed except with `progress=True`, on standard error. Errors are
+`SinderError`s, one line each: `WHAT: WHY; WHAT TO DO`.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, overload
 
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.contract import Backbone, ModelRequest
 from sinder_cli.backbone.device import exact_device, require_attention, resolve_device
-from sinder_cli.backbone.opening import describe, load_module, open_backbone
+from sinder_cli.backbone.opening import describe, require_loadable
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
-from sinder_cli.defects.settings import STAGES, DetectionSettings
-from sinder_cli.distributed import ALONE, Ranks, require_alike
-from sinder_cli.errors import NoInputError, SinderError, UsageError
+from sinder_cli.defects.settings import DetectionSettings
+from sinder_cli.distributed import Ranks, require_alike
+from sinder_cli.errors import SinderError, UsageError
 from sinder_cli.events import Emit, Noted, Warned, silent
+from sinder_cli.exporting.settings import ExportSettings
 from sinder_cli.files import require_new_folder, require_writable_file, write_json
-from sinder_cli.images.drawn import DrawnPictures
-from sinder_cli.images.loading import require_some, sampled
-from sinder_cli.images.preprocessing import MIN_PATCHES, Preprocessing, Resize
-from sinder_cli.images.sources import DrawnImages, ImageSource, JoinedImages, find_images, read_bytes
-from sinder_cli.memory import told_when_it_runs_out
+from sinder_cli.images.sources import ImageSource
+from sinder_cli.inputs import drawn_images, images_of_repair, named_images, open_model, preprocessing, run_named
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.requests import (
+    AnalyzeRequest,
+    ExportRequest,
+    Place,
+    PredictRequest,
+    Process,
+    RepairRequest,
+    model_named,
+    places_named,
+)
 from sinder_cli.signals import Stop
 
 if TYPE_CHECKING:
-    from sinder_cli.analysis.survey import AnalysisResult
-    from sinder_cli.analysis.tokens import Subject
+    from sinder_cli.analysis.run import AnalysisResult
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import Prediction
-    from sinder_cli.defects.settings import Stage
     from sinder_cli.exporting.run import ExportResult
-    from sinder_cli.exporting.settings import ExportSettings
     from sinder_cli.exporting.targets import Plan
     from sinder_cli.repairing.dry_run import Trial
     from sinder_cli.repairing.folder import FinishedRun, RunFolder
     from sinder_cli.repairing.results import RepairResult
     from sinder_cli.repairing.run import Start
 
-DRAWN_IMAGES = 64  # how many a backbone draws that brings its own
-FEW_IMAGES = 16  # under which drawn pictures are added to those that a repair is given
-# A folder of such a name is nobody's wish, unless it is there.
+__all__ = [
+    "AnalyzeRequest",
+    "AnalyzeSettings",
+    "ExportRequest",
+    "ExportSettings",
+    "PredictRequest",
+    "Process",
+    "RepairRequest",
+    "RepairSettings",
+    "analyze",
+    "backbones",
+    "check_backbone",
+    "drawn_images",
+    "export",
+    "finished_repair",
+    "open_model",
+    "predict_defects",
+    "preprocessing",
+    "repair",
+    "run_as_called",
+    "try_repair",
+]
+
+FEW_IMAGES = 16  # a repair that is given fewer gets drawn pictures as well
+# A folder of such a name is a mistake, unless it exists.
 OTHER_SUFFIXES = {".csv", ".htm", ".html", ".jsonl", ".md", ".pdf", ".png", ".safetensors", ".svg", ".txt"}
-MOST_SQUARES = 4  # tokens of a long image at most, in squares of the model's size: up to 4:1 nothing is scaled down
-MOST_CHEAP = 2048  # tokens that are let be in any case: attention is the smaller part of a block under 6 × width tokens
-TO_TRAIN_ON = 32  # images, with those that are drawn
+HERE = Process()
 
 
 def backbones(emit: Emit = silent) -> list[InstalledBackbone]:
-    """Every model of every installed plugin; each plugin that cannot be loaded is warned of."""
+    """Return every model of every installed plugin; a plugin that cannot be loaded is warned of."""
     rows = list(installed_backbones())
     for row in rows:
         if row.problem:
@@ -60,39 +88,11 @@ def backbones(emit: Emit = silent) -> list[InstalledBackbone]:
     return rows
 
 
-def open_model(request: ModelRequest) -> Backbone:
-    """Ask the plugin that the model belongs to for a checked description; of what a run repaired, for its directory.
-
-    An adapter, or a delta, is applied to its weights. Raises `UsageError` for a run directory with weights or heads.
-    """
-    if run := _run_named(request):
-        if request.weights or request.heads or request.revision or request.branch:
-            why = "a run has its own weights and heads"
-            raise UsageError(f"cannot use {request.model} with other weights", why, "leave the option out")
-        model, heads = run.repaired_model()
-        request = replace(request, model=model, weights=run.model, heads=heads, sidecars=run.read_sidecars())
-    hooks = hooks_for(request.model)
-    if request.adapter is None:
-        return open_backbone(hooks, request)
-    from sinder_cli.repairing.weight_changes import read_change
-
-    change = read_change(request.adapter)  # before a checkpoint is read, or even downloaded
-    return change.applied(open_backbone(hooks, request), request.emit)
-
-
-def _run_named(request: ModelRequest) -> RunFolder | None:
-    """The run directory that the user named in the place of a model; it need not be one yet."""
-    from sinder_cli.repairing.folder import RunFolder
-
-    run = RunFolder(Path(request.model))
-    return run if run.is_run or request.model.startswith(("/", "./", "../")) else None
-
-
 def check_backbone(request: ModelRequest, emit: Emit = silent) -> Conformance:
-    """Run a plugin through everything that the engine relies on, with the weights that the request means.
+    """Check everything that the engine relies on in a plugin, with the weights that the request means.
 
-    What its checks raise are failures of theirs. Raises `UsageError` for a name that no plugin offers, and what goes
-    wrong before there is a backbone to look at.
+    An exception inside a check is a failure of that check. Raises `UsageError` for a name that no plugin offers, and
+    whatever prevents the plugin from describing a backbone at all.
     """
     hooks = hooks_for(request.model)
     backbone = describe(hooks, request)
@@ -101,113 +101,71 @@ def check_backbone(request: ModelRequest, emit: Emit = silent) -> Conformance:
     return conformance(backbone, lambda path: describe(hooks, replace(request, weights=path)), emit)
 
 
-def predict(
-    request: ModelRequest, stages: Sequence[Stage] = STAGES, emit: Emit = silent, out: Path | IO[bytes] | None = None
+def predict_defects(
+    request: PredictRequest,
+    out: Place | IO[bytes] | None = None,
+    *,
+    progress: bool = False,
+    process: Process = HERE,
 ) -> Prediction:
-    """Defect directions from the weights alone; the module is never built.
+    """Predict the defect directions of every block from the weights alone; the module is never built.
 
-    `out` is a file, or an open one, that gets them as safetensors: one `[blocks, N]` float32 tensor a stage.
+    `out` is a file, or an open one, for the directions as safetensors: one `[blocks, N]` float32 tensor per stage.
     """
-    if isinstance(out, Path):
-        require_writable_file(out)
-    backbone = open_model(request)  # an unknown model is told before torch is imported
-    from sinder_cli.defects.prediction import predict as predict_defects
-    from sinder_cli.defects.prediction import write_directions
+    place = Path(out) if isinstance(out, str | Path) else out
+    with _reporting(process, progress) as emit:
+        if isinstance(place, Path):
+            require_writable_file(place)
+        backbone = open_model(model_named(request.model, emit))  # before torch is imported: the name may be unknown
+        from sinder_cli.defects.prediction import predict, write_directions
 
-    prediction = predict_defects(backbone, stages, emit)
-    if out is not None:
-        write_directions(out, prediction)
-    return prediction
+        prediction = predict(backbone, request.stages, emit)
+        if place is not None:
+            write_directions(place, prediction)
+        return prediction
 
 
+@overload
+def analyze(request: AnalyzeRequest, out: Place | None = ..., *, progress: bool = ...) -> AnalysisResult: ...
+@overload
+def analyze(request: AnalyzeRequest, out: Place | None = ..., *, process: Process) -> AnalysisResult | None: ...
 def analyze(
-    request: ModelRequest,
-    places: Sequence[str],
-    settings: AnalyzeSettings,
-    emit: Emit = silent,
-    stdin: IO[str] | None = None,
-    other: ModelRequest | None = None,
-    out: Path | None = None,
-    ranks: Ranks = ALONE,
-    features: Path | None = None,
-    draw: bool = False,
+    request: AnalyzeRequest, out: Place | None = None, *, progress: bool = False, process: Process = HERE
 ) -> AnalysisResult | None:
-    """What the tokens do, block by block, and whether the weights predict it; of two backbones if `other` is given.
+    """Show what the tokens do over a set of images, block by block, and whether the weights predict it.
 
-    Either may be a run directory. `settings.clamp` and `settings.method` make a second one out of the first. `out` is a
-    new folder for the page, the document, directions and figures, or a file `….json` for the document alone. Without
-    a folder, `draw` asks for portraits, which are made as they are gone through. `features` is a folder that gets a
-    file an image: the last block's tokens after the final norm, of the inpainted side where there is one, else of the
-    first. Each of several `ranks` looks at its share of the images, and rank 0 has the result, the others None.
-    Raises `UsageError` for two backbones that do not compare. Where writing fails in the end, `error.found` has the
+    `out` is a new folder for report, document, directions and figures, or a file `….json` for the document alone. Each
+    of several ranks looks at its share of the images; rank 0 gets the result, the others None.
+    Raises `UsageError` for two backbones that do not compare. Where writing fails in the end, `error.found` is the
     result.
     """
-    folder, file = _places_of(out, ranks)
+    settings, ranks = request.settings, process.ranks
+    folder, file = _places_of(None if out is None else Path(out), ranks)
     made = "clamped" if settings.clamp is not None else "inpainted" if settings.method == "inpaint" else None
-    if other is not None and made is not None:
+    if request.compare is not None and made is not None:
         raise UsageError("cannot compare with two models", f"one is named, one is {made}", "leave one of them out")
-    named = _named_images(places, stdin, emit, ranks)  # before a checkpoint is read, or even downloaded
-    from sinder_cli.analysis.features import FeatureFiles, require_new_features
-    from sinder_cli.analysis.per_image import portraits, shown_blocks
-    from sinder_cli.analysis.survey import AnalysisResult, ImageBatches, analysis_of, survey
-    from sinder_cli.analysis.tokens import featured
+    with _reporting(process, progress) as emit:
+        named = named_images(places_named(request.data), replace(process, emit=emit))  # before anything is downloaded
+        from sinder_cli.analysis.run import AnalysisInput, run_analysis
 
-    if features is not None and ranks.writes:
-        require_new_features(features)
-    device = exact_device(_device(settings, ranks, emit))
-    require_attention(request.attention, device)
-    backbones = _compared(open_model(request), other, settings.clamp, emit)
-    first = backbones[0]
-    shown = shown_blocks(first.depth, settings.blocks)
-    preprocess = preprocessing(first, settings.image_size, settings.resize, settings.max_tokens)
-    source = named or drawn_images(first, settings.seed)
-    require_alike({"images": source.fingerprint()}, ranks)
-    chosen = sampled(len(source), settings.limit, settings.seed)
-    images = ImageBatches(source, preprocess, chosen, settings, emit, ranks)
-    subjects = [_subject(backbone, device, emit, ranks) for backbone in backbones]
-    if settings.method == "inpaint":
-        subjects.append(subjects[0].inpainted(settings))
-    written = subjects[featured(subjects)].backbone
-    files = None if features is None else FeatureFiles.made(features, images.names, written)
-
-    grid = (preprocess.size // first.patch_size,) * 2
-    sizes = f"at image size {preprocess.size}, resize {settings.resize} and batch size {settings.batch_size}"
-    with told_when_it_runs_out(sizes, "lower --image-size or --batch-size, or use --resize square"):
-        drawing = (draw or folder is not None) and settings.figures != 0
-        kept = files.write if files is not None else None
-        surveys = survey(subjects, images.share(), grid, settings, device, drawing, ranks, kept)
-    images.gather()
-    if surveys is None:
-        return None
-    require_some(surveys.images, len(images.skipped))
-    drawn, again = images.again(settings.figures if surveys.basis else 0)
-    resolved = settings.model_copy(
-        update={
-            "device": device,
-            "blocks": shown,
-            "image_size": None if settings.resize == "none" else preprocess.size,
-            "max_tokens": preprocess.max_tokens,
-        }
-    )
-    result = AnalysisResult(
-        analysis=analysis_of(subjects, surveys, resolved, grid, images.skipped),
-        predictions=tuple(subject.prediction for subject in subjects),
-        surveys=surveys.sides,
-        blocks=shown,
-        portraits=portraits(subjects, again, surveys.basis, settings, device) if surveys.basis else iter(()),
-        drawn=drawn,
-        mean=preprocess.mean,
-        std=preprocess.std,
-    )
-    try:
-        return _analysis_written(result, folder, file, emit)
-    except SinderError as error:
-        error.found = result
-        raise
+        device = exact_device(_device(settings, ranks, emit))
+        model = model_named(request.model, emit)
+        require_attention(model.attention, device)
+        backbones = _sides(open_model(model), request, emit)
+        preprocess = preprocessing(backbones[0], settings.image_size, settings.resize, settings.max_tokens)
+        source = named or drawn_images(backbones[0], settings.seed)
+        draw = request.portraits or folder is not None
+        given = AnalysisInput(backbones, source, preprocess, device, request.features, draw)
+        result = run_analysis(given, settings, emit, ranks)
+        try:
+            return result and _analysis_written(result, folder, file, emit)
+        except SinderError as error:
+            error.found = result
+            raise
 
 
 def _places_of(out: Path | None, ranks: Ranks) -> tuple[Path | None, Path | None]:
-    """The folder or the JSON file that an analysis is written to, looked at before anything is run; neither for none.
+    """Return the folder or the JSON file that an analysis is written to, once it is known to be usable; one is None.
 
     Raises `UsageError` for what has the name of another kind of file, `CannotCreateError` where there is no writing.
     """
@@ -224,7 +182,7 @@ def _places_of(out: Path | None, ranks: Ranks) -> tuple[Path | None, Path | None
 
 
 def _analysis_written(result: AnalysisResult, folder: Path | None, file: Path | None, emit: Emit) -> AnalysisResult:
-    """The same with its figures listed, once they are written."""
+    """Write the result where it belongs, and return it with its figures listed."""
     from sinder_cli.report.analysis.folder import write_analysis
     from sinder_cli.report.documents import analysis_document
 
@@ -235,87 +193,61 @@ def _analysis_written(result: AnalysisResult, folder: Path | None, file: Path | 
     return result
 
 
-def _compared(first: Backbone, other: ModelRequest | None, clamp: int | None, emit: Emit) -> list[Backbone]:
-    """The backbone, and the one that it is compared with if there is one: another, or itself clamped."""
-    from sinder_cli.analysis.survey import require_comparable
-
-    if other is not None:
-        backbones = [first, open_model(other)]
-        require_comparable(backbones)
-        return backbones
-    if clamp is not None:
+def _sides(first: Backbone, request: AnalyzeRequest, emit: Emit) -> list[Backbone]:
+    """Return the backbone, followed by the one that it is compared with: a second model, or itself clamped."""
+    if request.compare is not None:
+        return [first, open_model(model_named(request.compare, emit))]
+    if request.settings.clamp is not None:
         from sinder_cli.analysis.clamp import clamped
 
-        return [first, clamped(first, clamp, emit)]
+        return [first, clamped(first, request.settings.clamp, emit)]
     return [first]
 
 
-def _subject(backbone: Backbone, device: str, emit: Emit, ranks: Ranks) -> Subject:
-    """A backbone with its predictions, and its weights in place."""
-    from sinder_cli.analysis.tokens import Subject
-    from sinder_cli.defects.prediction import predict as predict_defects
-
-    module = load_module(backbone, device)
-    return Subject(backbone, module, ranks.from_rank0(lambda: predict_defects(backbone, emit=emit, device=device)))
-
-
-def _named_images(places: Sequence[str], stdin: IO[str] | None, emit: Emit, ranks: Ranks) -> ImageSource | None:
-    """The images that the user named; a list on standard input is read once, by rank 0."""
-    if not places:
-        return None
-    if "-" in places and ranks.size > 1:
-        return find_images(places, BytesIO(ranks.from_rank0(lambda: read_bytes(stdin or sys.stdin))), emit)
-    return find_images(places, stdin, emit)
-
-
+@overload
+def repair(request: RepairRequest, out: Place, *, progress: bool = ...) -> RepairResult: ...
+@overload
+def repair(request: RepairRequest, out: Place, *, process: Process) -> RepairResult | None: ...
 def repair(
-    request: ModelRequest,
-    places: Sequence[str],
-    out: Path,
-    settings: RepairSettings,
-    emit: Emit = silent,
-    stdin: IO[str] | None = None,
-    resume: bool = False,
-    force: bool = False,
-    stop: Stop | None = None,
-    ranks: Ranks = ALONE,
+    request: RepairRequest, out: Place, *, progress: bool = False, process: Process = HERE
 ) -> RepairResult | None:
-    """Fine-tune singular values until the images are clean, and leave a run directory behind.
+    """Repair a backbone's singular defects by fine-tuning singular values, and leave a run directory in `out`.
 
-    `resume` goes on with an unfinished run there, if there is one, over its images where none are named; `force` gives
-    a run up that is there. `stop` may ask to end after a step: a checkpoint is written then, and `Ended` raised.
-    Of several `ranks`, each takes its share of every batch; rank 0 alone evaluates, writes and has the result, the
-    others None.
+    `result.summary["verdict"]` is `healthy`, `repaired`, `improved` or `not improved`. `process.stop` may ask to end
+    after a step: a checkpoint is written then, and `Ended` raised. Of several ranks, each takes its share of every
+    batch; rank 0 alone evaluates, writes, and gets the result, the others None.
     """
+    settings, ranks = request.settings, process.ranks
     if settings.batch_size < ranks.size:
         why = f"each of the {ranks.size} processes takes its share of every batch"
         raise UsageError(f"batch size {settings.batch_size} is too small", why, f"use --batch-size {ranks.size}")
-    named = _named_images(places, stdin, emit, ranks)  # before a checkpoint is read, or even downloaded
-    from sinder_cli.repairing.folder import RunFolder
-    from sinder_cli.repairing.run import run_repair
-    from sinder_cli.repairing.run_identity import images_of
-    from sinder_cli.report.repair.page import write_repair
+    with _reporting(process, progress) as emit:
+        named = named_images(places_named(request.data), replace(process, emit=emit))  # before anything is downloaded
+        from sinder_cli.repairing.folder import RunFolder
+        from sinder_cli.repairing.run import run_repair
+        from sinder_cli.repairing.run_identity import images_of
+        from sinder_cli.report.repair.page import write_repair
 
-    folder = RunFolder(out)
-    if force:
-        _require_elsewhere(out, request)
-    with folder.held(emit) if ranks.writes else nullcontext():
-        goes_on = ranks.from_rank0(lambda: folder.require_free(resume, force))
-        if resume and not goes_on and ranks.writes:
-            emit(Noted(f"no run in {out} yet: starting one"))
-        if goes_on:
-            named = named or images_of(folder)
-        start = _start(request, named, places, settings, ranks)
-        result = run_repair(start, folder, emit, goes_on, stop or Stop(), ranks)
-        if result is not None:
-            write_repair(folder, result)
-        return result
+        folder = RunFolder(Path(out))
+        if request.force:
+            _require_elsewhere(folder.path, model_named(request.model, emit))
+        with folder.held(emit) if ranks.writes else nullcontext():
+            resumed = ranks.from_rank0(lambda: folder.require_free(request.resume, request.force))
+            if request.resume and not resumed and ranks.writes:
+                emit(Noted(f"no run in {folder.path} yet: starting one"))
+            if resumed:
+                named = named or images_of(folder)
+            start = _start(request, named, emit, ranks)
+            result = run_repair(start, folder, emit, resumed, process.stop or Stop(), ranks)
+            if result is not None:
+                write_repair(folder, result)
+            return result
 
 
 def run_as_called(
     out: Path, given: ModelRequest, settings: RepairSettings
 ) -> tuple[ModelRequest, RepairSettings] | None:
-    """What the run in a folder was called with, and over it what is given now; None where there is no run."""
+    """Return how the run in a folder was called, overridden by what is given now; None where there is no run."""
     from sinder_cli.repairing.folder import RunFolder
     from sinder_cli.repairing.run_identity import as_called
 
@@ -323,119 +255,104 @@ def run_as_called(
     return as_called(folder, given, settings) if folder.is_run else None
 
 
-def try_repair(
-    request: ModelRequest,
-    places: Sequence[str],
-    out: Path,
-    settings: RepairSettings,
-    emit: Emit = silent,
-    stdin: IO[str] | None = None,
-    force: bool = False,
-) -> Trial:
-    """What `repair` would do with the same arguments: all that it does before its first step, and that step's cost.
+def try_repair(request: RepairRequest, out: Place, process: Process = HERE) -> Trial:
+    """Report what `repair` would do: everything before its first step, and that step's time and memory.
 
-    Nothing is written, and nothing that is there is touched.
+    Nothing is written, and no existing file is changed.
     """
-    named = find_images(places, stdin, emit) if places else None
+    named = named_images(places_named(request.data), process)
     from sinder_cli.repairing.dry_run import trial
     from sinder_cli.repairing.folder import RunFolder
 
-    folder = RunFolder(out)
-    with folder.held(emit):
-        folder.require_free(resume=False, force=force)
-        return trial(_start(request, named, places, settings), emit)
+    folder = RunFolder(Path(out))
+    with folder.held(process.emit):
+        folder.require_free(resume=False, force=request.force)
+        return trial(_start(request, named, process.emit), process.emit)
 
 
-def finished_repair(
-    request: ModelRequest,
-    places: Sequence[str],
-    out: Path,
-    settings: RepairSettings,
-    emit: Emit = silent,
-    stdin: IO[str] | None = None,
-) -> FinishedRun:
-    """The records of the run that has ended in `out`. Raises `ConflictError` where this would be another run."""
-    named = find_images(places, stdin, emit) if places else None
+def finished_repair(request: RepairRequest, out: Place, process: Process = HERE) -> FinishedRun:
+    """Return the records of a finished run. Raises `ConflictError` where the request is of another run."""
+    named = named_images(places_named(request.data), process)
     from sinder_cli.repairing.folder import RunFolder
     from sinder_cli.repairing.run_identity import images_of
 
-    folder = RunFolder(out)
-    start = _start(request, named or images_of(folder), places, settings)
-    folder.require_same(start.config, start.source, emit)
+    folder = RunFolder(Path(out))
+    start = _start(request, named or images_of(folder), process.emit)
+    folder.require_same(start.config, start.source, process.emit)
     return folder.read_finished()
 
 
-def _start(
-    request: ModelRequest,
-    named: ImageSource | None,
-    places: Sequence[str],
-    settings: RepairSettings,
-    ranks: Ranks = ALONE,
-) -> Start:
+def _start(request: RepairRequest, named: ImageSource | None, emit: Emit, ranks: Ranks = HERE.ranks) -> Start:
+    """Return what a repair starts from; on all ranks the same."""
     from sinder_cli.repairing.results import run_config
     from sinder_cli.repairing.run import Start
 
-    device = _device(settings, ranks, request.emit)
-    require_attention(request.attention, device)
-    backbone = ranks.machine_first(lambda: open_model(request))
+    model, settings = model_named(request.model, emit), request.settings
+    device = _device(settings, ranks, emit)
+    require_attention(model.attention, device)
+    backbone = ranks.machine_first(lambda: open_model(model))
     preprocess = preprocessing(backbone, settings.image_size)
     settings = settings.model_copy(update={"image_size": preprocess.size})
     enough = 0 if settings.visit == "all" else FEW_IMAGES
-    source = repaired_on(backbone, named, enough, preprocess.size, settings.seed, request.emit)
+    source = images_of_repair(backbone, named, enough, preprocess.size, settings.seed, emit)
     given = len(named) if named else 0
-    config = run_config(backbone, request, settings, source, places, device, given)
+    config = run_config(backbone, model, settings, source, places_named(request.data), device, given)
     require_alike(config, ranks)
     return Start(backbone, preprocess, source, settings, device, config, given)
 
 
-def _require_elsewhere(out: Path, request: ModelRequest) -> None:
+def _require_elsewhere(out: Path, model: ModelRequest) -> None:
     """Refuse to remove the run that the model to be repaired, or its adapter, lies in."""
-    for place in (Path(request.model), request.weights, request.adapter):
+    for place in (Path(model.model), model.weights, model.adapter):
         if place is not None and place.exists() and out.resolve() in (place.resolve(), *place.resolve().parents):
             what = f"cannot replace the run in {out}"
             raise UsageError(what, "it holds the weights that are to be repaired", "choose another --out")
 
 
-def export(
-    request: ModelRequest,
-    out: Path,
-    settings: ExportSettings,
-    places: Sequence[str] = (),
-    stdin: IO[str] | None = None,
-) -> ExportResult:
-    """Write a run's or a model's weights where they can be loaded; checked before they get their name.
+def export(request: ExportRequest, out: Place, *, progress: bool = False, process: Process = HERE) -> ExportResult:
+    """Write the weights of a run or a model to `out` in a format that others load; they are checked first.
 
-    `places` are images for the check. A folder gets a model card. Of a run whose deltas are exported, `request.weights`
-    are the weights that it repaired.
+    `request.data` are images for the check. A folder gets a model card. For a run whose deltas are exported, the
+    weights in the request are those that it repaired.
     """
-    from sinder_cli.exporting.run import write_export
+    from sinder_cli.exporting.run import finished_export, write_draft
     from sinder_cli.exporting.targets import require_options, require_suffix, target_of
-    from sinder_cli.folders import require_place
-    from sinder_cli.report.cards import export_card
+    from sinder_cli.folders import placed, require_place
+    from sinder_cli.report.cards import write_export_card
 
+    place, settings = Path(out), request.settings
     target = target_of(settings.to)
     require_options(settings.to, target, settings)
-    require_suffix(target, out)
-    require_place(out, target.kind, settings.force, _read_from(request))
-    images = find_images(places, stdin, request.emit) if places else None
-    plan = _export_plan(request, settings, of_changes=target.of_changes)
-    return write_export(replace(plan, images=images), target, out, export_card)
+    require_suffix(target, place)
+    with _reporting(process, progress) as emit:
+        model = model_named(request.source, emit)
+        require_place(place, target.kind, settings.force, _read_from(model))
+        images = named_images(places_named(request.data), replace(process, emit=emit))
+        plan = replace(_export_plan(model, settings, of_changes=target.of_changes), images=images)
+        target.require(plan)
+        require_loadable(plan.backbone)
+        with placed(place) as draft:
+            emit(Noted(f"writing {place}"))
+            check = write_draft(plan, target, draft)
+            if target.kind == "folder":
+                write_export_card(draft, plan, target, check, place.resolve().name)
+            return finished_export(plan, target, check, draft, place)
 
 
 def _read_from(request: ModelRequest) -> list[Path]:
-    """The files and folders that an export must not write over."""
-    run = _run_named(request)
+    """Return the files and folders that an export must not overwrite."""
+    run = run_named(request)
     named = [run.path, run.model, run.adapter] if run else []
     return [*named, *(place for place in (request.weights, request.adapter) if place is not None)]
 
 
 def _export_plan(request: ModelRequest, settings: ExportSettings, of_changes: bool) -> Plan:
-    """The backbone as it is to be written, and how it came to be what it is."""
+    """Return the plan of an export: the backbone as it is written, and how it was repaired."""
     from sinder_cli.exporting.casting import cast
     from sinder_cli.exporting.targets import Plan, Repaired
     from sinder_cli.repairing.weight_changes import read_change
 
-    run = _run_named(request)
+    run = run_named(request)
     named = replace(request, weights=None) if run and of_changes else request
     repaired = None
     if request.adapter is not None:
@@ -453,9 +370,9 @@ def _export_plan(request: ModelRequest, settings: ExportSettings, of_changes: bo
 
 
 def _base_of(run: RunFolder, request: ModelRequest) -> tuple[Backbone | None, str]:
-    """The weights that a run repaired; None, and why, if they are no more where they were.
+    """Return the backbone that a run repaired; None, and why, if its weights are not where they were.
 
-    Those that the user names are taken at the word: others raise `ConflictError` where they are put to use.
+    Weights that the user names are not compared here: wrong ones raise `ConflictError` where they are used.
     """
     model, heads = run.repaired_model()
     source, fingerprint = run.repaired_weights()
@@ -473,58 +390,20 @@ def _base_of(run: RunFolder, request: ModelRequest) -> tuple[Backbone | None, st
 
 
 def _device(settings: DetectionSettings, ranks: Ranks, emit: Emit) -> str:
-    """The device of the settings; what it does not know of them is told."""
+    """Return the device of the settings; warn of settings that have no effect on it."""
     device = resolve_device(settings.device, ranks)
     if settings.tf32 and not device.startswith("cuda"):
         emit(Warned(f"--tf32 has no effect on device {device!r}"))
     return device
 
 
-def repaired_on(
-    backbone: Backbone, named: ImageSource | None, enough: int, size: int, seed: int, emit: Emit
-) -> ImageSource:
-    """The images of a repair: those that the user named, first; where they are none, or not enough, drawn ones
-    after them.
+@contextmanager
+def _reporting(process: Process, progress: bool) -> Iterator[Emit]:
+    """Yield what receives progress and warnings: a display on standard error, or what the process gives."""
+    if not progress:
+        yield process.emit
+        return
+    from sinder_cli.report.progress import display
 
-    A backbone that draws images itself gets its own.
-    """
-    if named is None and backbone.sample_images is not None:
-        return drawn_images(backbone, seed)
-    count = len(named) if named else 0
-    if named is not None and count >= enough:
-        return named
-    drawn = DrawnPictures(TO_TRAIN_ON - count, size, seed)
-    emit(Noted(f"{counted_images(count)} given: drawing {len(drawn)} pictures of {size} × {size} pixels to train on"))
-    return JoinedImages((named, drawn)) if named else drawn
-
-
-def counted_images(count: int) -> str:
-    """How many images, in words."""
-    return {0: "no image was", 1: "1 image was"}.get(count, f"{count} images were")
-
-
-def drawn_images(backbone: Backbone, seed: int) -> ImageSource:
-    """The images that a backbone draws itself, for when the user named none."""
-    if backbone.sample_images is None:
-        raise NoInputError(f"no images for {backbone.name}", "it brings none of its own", "name a folder with --data")
-    return DrawnImages(tuple(backbone.sample_images(DRAWN_IMAGES, seed)), backbone.name)
-
-
-def preprocessing(
-    backbone: Backbone, image_size: int | None, resize: Resize = "square", max_tokens: int | None = None
-) -> Preprocessing:
-    """The model's normalization, a size rounded down to whole patches, and a bound on tokens for what keeps its shape.
-
-    Raises `UsageError` for under 5 × 5 patches.
-    """
-    size = image_size or backbone.image_size
-    rounded = size - size % backbone.patch_size
-    if rounded < MIN_PATCHES * backbone.patch_size:
-        raise UsageError(
-            f"image size {size} is too small",
-            f"it makes under {MIN_PATCHES} × {MIN_PATCHES} patches of {backbone.patch_size} pixels",
-            f"use --image-size {MIN_PATCHES * backbone.patch_size} or more",
-        )
-    if resize == "short" and max_tokens is None:
-        max_tokens = max(MOST_CHEAP, MOST_SQUARES * (rounded // backbone.patch_size) ** 2)
-    return Preprocessing(rounded, backbone.mean, backbone.std, resize, backbone.patch_size, max_tokens)
+    with display() as emit:
+        yield emit

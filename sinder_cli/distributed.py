@@ -1,6 +1,6 @@
-"""The processes that share a run, as `torchrun` starts them: who is which, what they tell each other, who is lost.
+"""The processes that share a run, as `torchrun` starts them: their ranks, their communication, and lost processes.
 
-Started alone, nothing of this is imported or started.
+If a run has a single process, nothing of this is imported or started.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TO_JOIN = timedelta(minutes=10)  # until all processes are there
-TO_MEET = timedelta(days=1)  # in a collective: rank 0 may have much to write, and who is lost shows by the heartbeat
+TO_JOIN = timedelta(minutes=10)  # for all processes to join
+TO_MEET = timedelta(days=1)  # in a collective: rank 0 may have much to write, and the heartbeat finds lost ranks
 TO_ANSWER = timedelta(seconds=10)  # for the store, once all have joined
 BEAT_SECONDS = 2.0
 MISSED_BEATS = 10  # until a rank counts as lost: 20 s, for a promise of 30
 
-LOST = ("a process of this run was lost", "it has died or cannot be reached", "a repair goes on with --resume")
+LOST = ("a process of this run was lost", "it has died or cannot be reached", "continue a repair with --resume")
 
 
 class LostRankError(TryAgainError):
@@ -37,9 +37,9 @@ class LostRankError(TryAgainError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `size` of them; rank 0 is the one that writes and prints.
+    """This process among `size` processes; rank 0 is the one that writes and prints.
 
-    All ranks call each method alike. Raises `LostRankError` where one of them is gone.
+    All ranks must make the same calls. Methods raise `LostRankError` if another rank is gone.
     """
 
     rank: int = 0
@@ -52,11 +52,11 @@ class Ranks:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's part: every `size`-th."""
+        """Return the items of this rank: every `size`-th."""
         return items[self.rank :: self.size]
 
     def all_gather(self, value: T) -> list[T]:
-        """The small picklable values of all ranks, in their order."""
+        """Return the values of all ranks, which must be small and picklable, in the order of ranks."""
         if self.size == 1:
             return [value]
         from torch import distributed
@@ -67,7 +67,7 @@ class Ranks:
         return values
 
     def gather(self, value: T) -> list[T]:
-        """The picklable values of all ranks, on rank 0; nothing elsewhere."""
+        """Return the picklable values of all ranks on rank 0, and an empty list on the others."""
         if self.size == 1:
             return [value]
         from torch import distributed
@@ -78,7 +78,7 @@ class Ranks:
         return values
 
     def from_rank0(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on every rank; picklable."""
+        """Return on every rank the picklable value that `make` returns on rank 0."""
         if self.size == 1:
             return make()
         from torch import distributed
@@ -89,13 +89,13 @@ class Ranks:
         return made[0]
 
     def machine_first(self, make: Callable[[], T]) -> T:
-        """What each process makes, one on each machine before the others: they find what it has downloaded."""
+        """Return the value of `make`; one process per machine calls it first, so that others find its downloads."""
         made = make() if self.local_rank == 0 else None
         self.all_gather(None)
         return make() if made is None else made
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, in place."""
+        """Sum a tensor over all ranks, in place."""
         if self.size > 1:
             from torch import distributed
 
@@ -104,7 +104,7 @@ class Ranks:
         return tensor
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """The values of one rank on every rank, in place."""
+        """Copy the values of one rank to every rank, in place."""
         if self.size > 1:
             from torch import distributed
 
@@ -117,7 +117,7 @@ ALONE = Ranks()
 
 
 def require_alike(facts: Mapping[str, Any], ranks: Ranks) -> None:
-    """Raises `ConflictError` naming the first of the facts that is not the same on all ranks."""
+    """Raise `ConflictError`, which names the first fact that differs, unless the facts are the same on all ranks."""
     for rank, other in enumerate(ranks.all_gather(facts)):
         for name, fact in facts.items():
             if other[name] != fact:
@@ -126,7 +126,7 @@ def require_alike(facts: Mapping[str, Any], ranks: Ranks) -> None:
 
 
 def launched() -> Ranks:
-    """What `torchrun` says in the environment; alone without it."""
+    """Return the ranks that `torchrun` set in the environment; `ALONE` without it."""
     given = os.environ
     if int(given.get("WORLD_SIZE", "1")) == 1 or not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= given.keys():
         return ALONE
@@ -140,10 +140,10 @@ def launched() -> Ranks:
 
 @contextmanager
 def joined(abandon: Callable[[LostRankError], None]) -> Iterator[Ranks]:
-    """The processes of this run as one group, for as long as this lasts: NCCL between CUDA devices, else gloo.
+    """Join the processes of this run to one group while the context lasts: NCCL between CUDA devices, else gloo.
 
-    `abandon` is called from another thread when a rank has not been heard of for 20 seconds: whatever this process
-    waits for may never come, and it must end. Raises `LostRankError` when the group cannot be made.
+    `abandon` is called from another thread when a rank has sent no heartbeat for 20 seconds: this process may wait for
+    it forever, and must end. Raises `LostRankError` if the group cannot be made.
     """
     ranks = launched()
     if ranks.size == 1:
@@ -163,13 +163,13 @@ def joined(abandon: Callable[[LostRankError], None]) -> Iterator[Ranks]:
             timeout=TO_MEET,
         )
         heartbeat = _Heartbeat(ranks, store.clone(), abandon)
-        distributed.barrier()  # by now each has beaten once
+        distributed.barrier()  # by now each rank has sent one heartbeat
     heartbeat.start()
     try:
         yield ranks
         heartbeat.leave()
     except BaseException:
-        tells(ranks)  # before the others see that this one is gone
+        tells(ranks)  # claims the report before the others see that this one is gone
         raise
     finally:
         distributed.destroy_process_group()
@@ -177,29 +177,29 @@ def joined(abandon: Callable[[LostRankError], None]) -> Iterator[Ranks]:
 
 
 def tells(ranks: Ranks) -> bool:
-    """Whether it is this process that tells what went wrong: the first of all that asks, so that it is told once."""
+    """Return True if this process reports a failure: it is the first to ask, so that the failure is reported once."""
     if ranks.size == 1:
         return True
     try:
         told_by = _store(ranks, TO_ANSWER).compare_set("sinder.told_by", "", str(ranks.rank))
-    except RuntimeError:  # nobody there to ask
+    except RuntimeError:  # the store is gone
         return True
     return bool(told_by == str(ranks.rank).encode())
 
 
 @contextmanager
 def _all_present() -> Iterator[None]:
-    """Failures of communication mean that a process is gone."""
+    """Turn a failure of communication into `LostRankError`: it means that a process is gone."""
     try:
         yield
-    except RuntimeError as error:  # of every kind, by backend and by what exactly went wrong
+    except RuntimeError as error:  # its message depends on the backend and the failure
         if is_out_of_memory(error):
             raise
         raise LostRankError(*LOST) from error
 
 
 def _store(ranks: Ranks, timeout: timedelta) -> Any:
-    """A connection of its own to the store that all processes share; kept by torchrun, else by rank 0."""
+    """Open a new connection to the store that all processes share; torchrun holds the store, else rank 0."""
     from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://", ranks.rank, ranks.size, timeout=timeout))
@@ -207,9 +207,9 @@ def _store(ranks: Ranks, timeout: timedelta) -> Any:
 
 
 class _Heartbeat(Thread):
-    """Counts upwards in the store every two seconds, and watches that the others do.
+    """Thread that counts upwards in the store every two seconds, and checks that the other ranks do so.
 
-    Missed beats are counted in beats of its own, so that a pause of all processes together is none.
+    Missed beats are counted in beats of this thread, so that a pause of all processes at once does not count.
     """
 
     def __init__(self, ranks: Ranks, store: Any, abandon: Callable[[LostRankError], None]) -> None:
@@ -224,11 +224,11 @@ class _Heartbeat(Thread):
     def run(self) -> None:
         try:
             self._watch()
-        except RuntimeError as error:  # the store is gone, and whoever kept it
+        except RuntimeError as error:  # the store is gone, and with it the process that held it
             self._give_up(error)
 
     def leave(self) -> None:
-        """From now on nobody need hear of this process."""
+        """End the heartbeat: the others no longer expect one from this process."""
         self.ended.set()
         self.join()
         self.store.set(self.mine, "left")

@@ -1,4 +1,4 @@
-"""Every failure a user can cause or meet, each with the exit code that a shell script can rely on."""
+"""Failures that a user can cause or meet, each with an exit code that shell scripts can rely on."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from typing import ClassVar
 
 from sinder_cli.escaping import printable
 
-MOST_LETTERS = 160  # of another library's words in a message of ours; `--debug` shows all of them
+MOST_LETTERS = 160  # quoted from another library's message; `--debug` shows the whole message
 
 
 def excerpt(words: str) -> str:
-    """Return the beginning of the first line of what another library says, to be quoted in a message."""
+    """Return the beginning of the first line of another library's message, for a quote in an error of ours."""
     line = (words.strip().splitlines() or [""])[0]
     return line if len(line) <= MOST_LETTERS else f"{line[: MOST_LETTERS - 1].rstrip()}…"
 
 
 class SinderError(Exception):
-    """A failure told in one line: what failed, why, and what to do about it.
+    """A failure reported in one line: what failed, why, and what to do about it.
 
-    A library's reason over several lines is joined to one; what else no terminal should get is escaped.
+    A reason of several lines is joined to one line; other control characters are escaped.
     """
 
     exit_code: ClassVar[int] = 70
-    found: object = None  # what was found before, where writing it is all that failed
+    found: object = None  # the results, if only writing them failed
 
     def __init__(self, what: str, why: str, remedy: str = "") -> None:
         super().__init__(what, why, remedy)
@@ -58,19 +58,19 @@ class NoInputError(SinderError):
 
 
 class UnavailableError(SinderError):
-    """A plugin, a library or a download that the command needs is not there."""
+    """A plugin, a library or a download that the command needs is not available."""
 
     exit_code = 69
 
 
 class CannotCreateError(SinderError):
-    """An output cannot be created where it was asked for."""
+    """An output cannot be created in the requested place."""
 
     exit_code = 73
 
 
 class StorageError(SinderError):
-    """Reading or writing broke off: an I/O error, or a full disk."""
+    """Reading or writing failed: an I/O error, or a full disk."""
 
     exit_code = 74
 

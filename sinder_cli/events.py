@@ -1,6 +1,6 @@
-"""What a long computation tells its caller while it runs: small records, given to one callback.
+"""Events of a long computation: small records, passed to a callback of its caller while it runs.
 
-The stages emit; only the command line turns events into text.
+The stages emit events; only the command line turns them into text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Started:
     phase: str
     total: int | None = None
     unit: str = ""
-    done: int = 0  # by an earlier process that this one goes on from
+    done: int = 0  # by an earlier process whose work this one continues
 
 
 @dataclass(frozen=True)
@@ -39,24 +39,28 @@ class Finished:
 
 @dataclass(frozen=True)
 class Noted:
-    """A fact worth a line: which weights were matched, what was decided."""
+    """A fact worth one line, such as the matched weights or a decision."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Warned:
-    """Something was skipped or is doubtful; the work goes on."""
+    """Something was skipped or is doubtful; the work continues."""
 
     text: str
 
 
-Event = object
+class Record:
+    """Base class of the records that a run keeps, such as a step; listeners follow the run by them."""
+
+
+Event = Started | Advanced | Finished | Noted | Warned | Record
 Emit = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """Drop the event: the default for callers who do not listen."""
+    """Drop the event: the default for callers without a listener."""
 
 
 def tracked(items: Iterable[T], emit: Emit, phase: str, total: int | None, unit: str = "") -> Iterator[T]:

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a value, in words of our own: its texts speak of inputs, schemas and patterns."""
+"""Plain words for validation errors of pydantic, whose own texts speak of inputs, schemas and patterns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 MOST_LETTERS = 40  # of a value that is quoted
 
-WANTED = {  # what a value must be, by pydantic's type of error; in braces what pydantic says of the limit
+WANTED = {  # what a value must be, by pydantic's type of error; in braces the names of pydantic's limits
     "bool_parsing": "true or false",
     "bool_type": "true or false",
     "callable_type": "a function",
@@ -50,27 +50,27 @@ class Fault(NamedTuple):
 
 
 def first_fault(error: ValidationError, names: Collection[str] = ()) -> Fault:
-    """Return where the first fault lies and why it is one. `names` are those that a misspelt one may have meant."""
+    """Return place and reason of the first fault. `names` are the valid names, to suggest one for a misspelt name."""
     first = error.errors(include_url=False)[0]
     place = tuple(str(part) for part in first["loc"])
     return Fault(place, _why(first["type"], first.get("ctx", {}), first["input"], place, names))
 
 
 def _why(kind: str, limits: dict[str, Any], value: object, place: tuple[str, ...], names: Collection[str]) -> str:
-    if kind in ("value_error", "assertion_error"):  # our own words
+    if kind in ("value_error", "assertion_error"):  # the message of our own validator
         return str(limits["error"])
     if kind == "missing":
         return "it is missing"
     if kind == "extra_forbidden":
         close = get_close_matches(place[-1], names, 1)
-        return "there is none of that name" + (f": did you mean {close[0]}?" if close else "")
+        return "this name is unknown" + (f": did you mean {close[0]}?" if close else "")
     wanted = WANTED.get(kind)
     limits = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in limits.items()}
     return f"it must be {wanted.format(**limits)}, not {quoted(value)}" if wanted else f"{quoted(value)} does not fit"
 
 
 def quoted(value: object) -> str:
-    """A value on one line, cut where it is long; a container by its kind alone."""
+    """Return a value on one line, shortened if long; for a container only its kind."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):

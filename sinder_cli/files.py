@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written beside the target, flushed to disk, then renamed."""
+"""Files that are written completely or not at all: beside the target, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 
 def output_error(path: Path, error: OSError) -> SinderError:
-    """Tell a full disk or an I/O error (74) from a place where nothing can be created (73)."""
+    """Return `StorageError` (74) for a full disk or an I/O error, else `CannotCreateError` (73)."""
     reason = error.strerror or str(error)
     if error.errno in _NO_ROOM:
         return StorageError(f"cannot write {path}", reason, "free space there and run again")
@@ -31,9 +31,9 @@ def output_error(path: Path, error: OSError) -> SinderError:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it and rename it over `path`, else remove it.
+    """Yield a temporary path beside `path`; on success flush it and rename it to `path`, else remove it.
 
-    A symbolic link is followed. Raises `CannotCreateError` or `StorageError` for what the file system refuses.
+    A symbolic link is followed. Raises `CannotCreateError` or `StorageError` for errors of the file system.
     """
     path = path.resolve()
     try:
@@ -57,11 +57,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder; on success flush what is in it and put it in the place of `path`, else remove it.
+    """Yield a temporary folder; on success flush its content and move it to `path`, else remove it.
 
-    A new `path` appears in one rename; folders above it are created. One that is there must be empty, and stays the
-    same folder (it may be somebody's working directory or a mount): it is filled by one rename for each entry.
-    Raises `CannotCreateError` or `StorageError` for what the file system refuses.
+    A new `path` appears in one rename; its parent folders are created. An existing `path` must be empty, and stays the
+    same folder (it may be a working directory or a mount): each entry is moved into it by one rename.
+    Raises `CannotCreateError` or `StorageError` for errors of the file system.
     """
     path = path.resolve()
     require_new_folder(path)
@@ -79,7 +79,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             _move_entries(temporary, path)
         else:
             temporary.chmod(0o777 & ~_umask())
-            temporary.rename(path)  # over an empty folder, never over one that was filled meanwhile
+            temporary.rename(path)  # replaces an empty folder, and fails if it was filled meanwhile
         flush(place)
     except OSError as error:
         raise output_error(path, error) from error
@@ -88,7 +88,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def _move_entries(source: Path, target: Path) -> None:
-    """Move all entries into a folder that holds nothing but `source`; folders first: a page finds its pictures."""
+    """Move all entries into a folder that holds only `source`; folders first, so that a page finds its pictures."""
     if list(target.iterdir()) != [source]:
         raise CannotCreateError(f"cannot create {target}", "it was filled meanwhile", "choose another --out")
     for entry in sorted(source.iterdir(), key=lambda entry: (entry.is_file(), entry.name)):
@@ -96,32 +96,33 @@ def _move_entries(source: Path, target: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what a process that was killed while it wrote `path`, file or folder, has left beside it."""
+    """Remove temporary files and folders beside `path`, left by processes that were killed while they wrote it."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
+    """Write `text` as UTF-8, completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may hold any bytes
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write `document` as indented JSON, whole or not at all; NaN is refused."""
+    """Write `document` as indented JSON, completely or not at all; raise `ValueError` for NaN."""
     write_text(path, json_text(document))
 
 
 def json_text(document: Any) -> str:
-    """A document as files and standard output have it: indented, letters as they are, NaN refused.
+    """Return a document as indented JSON for files and standard output. Raises `ValueError` for NaN.
 
-    What of a file's name is no character, or would steer a terminal, becomes an escape of JSON: `\\udcff`, `\\u009b`.
+    Letters stay unescaped. Bytes of file names that are not UTF-8, and characters that control a terminal, become JSON
+    escapes: `\\udcff`, `\\u009b`.
     """
     return json_escaped(json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def make_folder(folder: Path) -> None:
-    """Create `folder` and those above it, as far as they are not there, and have their names on the disk."""
+    """Create `folder` and its missing parents, and flush their names to disk."""
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for place in made:
@@ -129,7 +130,7 @@ def make_folder(folder: Path) -> None:
 
 
 def require_writable_folder(folder: Path) -> None:
-    """Create `folder` if need be and prove that files can be made in it."""
+    """Create `folder` if it is missing, and check that files can be created in it."""
     try:
         make_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
@@ -139,9 +140,9 @@ def require_writable_folder(folder: Path) -> None:
 
 
 def require_new_folder(folder: Path) -> None:
-    """Prove, before any work is done, that `folder` is empty or can be made; nothing is left of the proof.
+    """Check, before any work is done, that `folder` is empty or can be created; leave no trace of the check.
 
-    Raises `CannotCreateError` for one that is not empty or cannot be made.
+    Raises `CannotCreateError` if it is not empty or cannot be created.
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise CannotCreateError(f"cannot create {folder}", "it is not empty", "choose another --out, or remove it")
@@ -149,7 +150,7 @@ def require_new_folder(folder: Path) -> None:
 
 
 def require_creatable_folder(folder: Path) -> None:
-    """Prove, before any work is done, that `folder` is there or can be made; nothing is left of the proof."""
+    """Check, before any work is done, that `folder` exists or can be created; leave no trace of the check."""
     nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     try:
         with tempfile.TemporaryFile(dir=nearest):
@@ -159,7 +160,7 @@ def require_creatable_folder(folder: Path) -> None:
 
 
 def require_writable_file(path: Path) -> None:
-    """Prove, before any work is done, that `path` can be created or replaced."""
+    """Check, before any work is done, that `path` can be created or replaced."""
     what = f"cannot create {path}"
     if path.is_dir():
         raise CannotCreateError(what, "it is a folder", "name a file")
@@ -171,18 +172,18 @@ def require_writable_file(path: Path) -> None:
 
 
 def public_model(name: str) -> str:
-    """A model's name for others to read: of a folder of this machine (`hf//home/me/vit`), its last part alone."""
+    """Return a model's name for publication: for a folder of this machine (`hf//home/me/vit`) only its last part."""
     plugin, slash, place = name.partition("/")
     return f"{plugin}/{Path(place).resolve().name}" if slash and place.startswith(("/", ".", "~")) else name
 
 
 def public_place(place: str) -> str:
-    """The name of a file or folder for others to read, without those that it lies in on this machine."""
+    """Return the name of a file or folder for publication, without its parent folders on this machine."""
     return Path(place).name or "a folder" if "/" in place else place
 
 
 def public_source(label: str) -> str:
-    """Where weights were read from, for others to read: names of files, and of models as they are.
+    """Return the source of weights for publication: files by their names only, models unchanged.
 
     >>> public_source("/home/me/vit.pth, adapted by runs/mine/adapter.safetensors")
     'vit.pth, adapted by adapter.safetensors'
@@ -199,7 +200,7 @@ def _public_part(part: str) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Compute the SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -214,13 +215,13 @@ def _umask() -> int:
 
 
 def flush_tree(folder: Path) -> None:
-    """Have all files of a folder, and their names, on the disk."""
+    """Flush all files of a folder, and their names, to disk."""
     for place in (*folder.rglob("*"), folder):
         flush(place)
 
 
 def flush(place: Path) -> None:
-    """Have a file, or the names in a folder, on the disk."""
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(place, os.O_RDONLY)
     try:
         os.fsync(descriptor)

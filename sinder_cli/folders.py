@@ -1,4 +1,4 @@
-"""Folders as wholes: held by one process at a time, and put into their place whole or not at all."""
+"""Folders: locked by one process at a time, and moved into place completely or not at all."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from sinder_cli.files import (
 
 @contextmanager
 def held(folder: Path, emit: Emit) -> Iterator[None]:
-    """Create a folder and keep other processes out of it; what was made and stays empty is removed again.
+    """Create a folder and lock it against other processes; created folders that stay empty are removed at the end.
 
-    Raises `TryAgainError` while another process holds it.
+    Raises `TryAgainError` while another process holds the lock.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     with ExitStack() as undone:  # a signal may come between any two of these
@@ -40,11 +40,11 @@ def held(folder: Path, emit: Emit) -> Iterator[None]:
         require_writable_folder(folder)
         handle = _opened_here_alone(folder)
         undone.callback(_close_all, handle)  # and with it the lock
-        undone.callback(_remove_empty, made)  # before that, or it might be another's by then
+        undone.callback(_remove_empty, made)  # before the lock is released, after which another process may use it
         try:
             _lock(handle[0], folder, emit)
         except TryAgainError:
-            made.clear()  # it is the other's
+            made.clear()  # the folder belongs to the other process
             raise
         yield
 
@@ -57,9 +57,9 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def _opened_here_alone(folder: Path) -> list[int]:
-    """The descriptor of a folder, which no process that is forked later keeps: it would keep the lock as well."""
+    """Open a folder; a process forked later closes the descriptor, since it would keep the lock as well."""
     handle = [os.open(folder, os.O_RDONLY)]
-    os.register_at_fork(after_in_child=lambda: _close_all(handle))  # nothing is left to close once it is closed here
+    os.register_at_fork(after_in_child=lambda: _close_all(handle))  # the list is empty once it is closed here
     return handle
 
 
@@ -72,26 +72,26 @@ def _lock(handle: int, path: Path, emit: Emit) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        why, remedy = "another process is repairing into it", "wait for its end, or choose another --out"
+        why, remedy = "another process is repairing into it", "wait until it ends, or choose another --out"
         raise TryAgainError(f"run directory {path} is in use", why, remedy) from error
-    except OSError as error:  # a file system, such as some of NFS, that locks no folders
+    except OSError as error:  # some file systems, such as some NFS, cannot lock folders
         emit(Warned(f"cannot keep other processes out of {path}: {error.strerror}"))
 
 
 MANIFEST = "sinder_export.json"
 FORMAT = "sinder-export-1"
 
-REPLACED = ".replaced"  # what is moved aside, in the folder for drafts
+REPLACED = ".replaced"  # name of the old output while it lies in the folder for drafts
 
 _RENAME_EXCHANGE = 2  # Linux' flag of renameat2
 _AT_FDCWD = -100
 
 
 def require_place(out: Path, kind: Literal["file", "folder"], force: bool, sources: Iterable[Path]) -> None:
-    """Refuse a place that cannot be written, or that holds what must not be lost.
+    """Refuse a place that cannot be written, or whose content must not be lost.
 
-    Without `force` nothing may be there; with it, a file, or a folder that an earlier export wrote and nobody added to.
-    Raises `CannotCreateError`, and `UsageError` for a place that holds, or is, one of the `sources`.
+    Without `force` the place must be free; with it, a file may be replaced, or a folder with only files of an earlier
+    export. Raises `CannotCreateError`, and `UsageError` for a place that contains, or is, one of the `sources`.
     """
     for source in sources:
         if source.exists() and out.resolve() in (source.resolve(), *source.resolve().parents):
@@ -112,16 +112,16 @@ def require_place(out: Path, kind: Literal["file", "folder"], force: bool, sourc
 
 
 def _taken(out: Path) -> CannotCreateError:
-    return CannotCreateError(f"cannot create {out}", "it is there already", "--force replaces it")
+    return CannotCreateError(f"cannot create {out}", "it already exists", "--force replaces it")
 
 
 def _stranger(folder: Path) -> str:
-    """Why a folder is not what an export left; empty if it is."""
+    """Return why a folder is not an unchanged export; an empty string if it is."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         written = {MANIFEST, *manifest["files"]} if manifest["format"] == FORMAT else set()
     except (OSError, ValueError, KeyError, TypeError):
-        return "it is not empty, and no export"
+        return "it is not empty, and is not an export"
     if not written:
         return f"its format is {manifest['format']!r}, not {FORMAT!r}"
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
@@ -133,8 +133,8 @@ def _stranger(folder: Path) -> str:
 def placed(out: Path) -> Iterator[Path]:
     """Yield a path beside `out` for a file or a folder of its name; on success flush it and rename it to `out`.
 
-    What is there is replaced in that one rename, or, where no two folders can be exchanged, by two; what a killed
-    process has left is removed. Raises `CannotCreateError` or `StorageError`.
+    An existing `out` is replaced in that one rename, or in two if the system cannot exchange two folders. Leftovers of
+    killed processes are removed. Raises `CannotCreateError` or `StorageError`.
     """
     name, out = out.name, out.resolve()  # a symbolic link is followed
     try:
@@ -151,14 +151,14 @@ def placed(out: Path) -> Iterator[Path]:
 
 
 def _put(draft: Path, out: Path) -> None:
-    """Rename `draft` to `out`; a folder that was there is in the place of `draft` afterwards, or beside it."""
+    """Rename `draft` to `out`; a folder that was at `out` is at `draft` afterwards, or beside it."""
     if not out.is_dir() or not any(out.iterdir()):
         draft.replace(out)
     elif not _exchange(draft, out):
         aside = out.rename(draft.with_name(REPLACED))
         try:
             draft.rename(out)
-        except BaseException:  # a signal as well
+        except BaseException:  # including a signal
             if not out.exists():
                 aside.rename(out)
             raise
@@ -166,7 +166,7 @@ def _put(draft: Path, out: Path) -> None:
 
 @contextlib.contextmanager
 def _room_beside(out: Path) -> Iterator[Path]:
-    """A folder for drafts, locked for as long as this process lives, and removed with what is in it."""
+    """Yield a folder for drafts beside `out`, locked by this process; remove it with its content at the end."""
     room = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
     handle = os.open(room, os.O_RDONLY)
     try:
@@ -178,7 +178,7 @@ def _room_beside(out: Path) -> Iterator[Path]:
 
 
 def _sweep(out: Path) -> None:
-    """Remove the rooms of processes that are no more; what one of them had moved aside, last of all, comes back."""
+    """Remove the draft folders of ended processes; an output that one of them had moved aside is restored first."""
     for room in out.parent.glob(f".{glob.escape(out.name)}.*.part"):
         handle = os.open(room, os.O_RDONLY)
         try:
@@ -192,7 +192,7 @@ def _sweep(out: Path) -> None:
 
 
 def _is_ours(handle: int) -> bool:
-    """Lock a folder; False while another process holds it, or where the file system locks no folders."""
+    """Lock a folder; return False if another process holds the lock, or the file system cannot lock folders."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -201,8 +201,8 @@ def _is_ours(handle: int) -> bool:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two folders in one step; False where the system or the file system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux alone has it
+    """Exchange two folders in one step; return False if the system or the file system cannot do so."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # only Linux has it
     if renameat2 is None:
         return False
     if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:

@@ -1,4 +1,4 @@
-"""Memory: how much has been used, and that it runs out, in the many ways in which libraries say so."""
+"""Memory: the peak use so far, and recognition of the many errors by which libraries report lack of memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from sinder_cli.errors import TryAgainError
 
-SIGNS = (  # of it in the message of a RuntimeError: torch's allocators, cuBLAS, the C++ library, threading, oneDNN
+SIGNS = (  # in the message of a RuntimeError, from torch's allocators, cuBLAS, the C++ library, threading, oneDNN
     "allocate memory",
     "out of memory",
     "ALLOC_FAILED",
@@ -22,7 +22,7 @@ SIGNS = (  # of it in the message of a RuntimeError: torch's allocators, cuBLAS,
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that there was not enough memory."""
+    """Return True if an exception means that there was not enough memory."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one
@@ -31,7 +31,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def peak_memory(device: str = "cpu") -> int:
-    """The most bytes so far: allocated on a CUDA device, else resident in this process."""
+    """Return the peak number of bytes so far: allocated on a CUDA device, else resident in this process."""
     if device.startswith("cuda"):
         import torch
 
@@ -42,11 +42,11 @@ def peak_memory(device: str = "cpu") -> int:
 
 @contextmanager
 def told_when_it_runs_out(why: str, remedy: str) -> Iterator[None]:
-    """Raises `TryAgainError` with these words for whatever means that memory ran out inside."""
+    """Raise `TryAgainError` with this reason and remedy for any error inside that means lack of memory."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # what they hold is needed to save the run
+        traceback.clear_frames(error.__traceback__)  # saving the run needs the memory that the frames hold
         raise TryAgainError("out of memory", why, remedy) from error

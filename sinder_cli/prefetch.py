@@ -12,7 +12,7 @@ Loaded = TypeVar("Loaded")
 
 
 def loaded_ahead(load: Callable[[Item], Loaded], items: Iterable[Item], ahead: int) -> Iterator[Loaded]:
-    """`load(item)` for each item in turn, at most `ahead` of them before they are asked for; items may be endless."""
+    """Yield `load(item)` for each item in turn, loading at most `ahead` items in advance; items may be endless."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending: deque[Future[Loaded]] = deque()
         for item in items:

@@ -1,4 +1,4 @@
-"""Being asked to stop by a signal: at once, or after what must not be broken off."""
+"""Stopping by a signal: at once, or after work that must not be interrupted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Ended(BaseException):
 
 
 def death_words(returncode: int) -> str:
-    """What a child died of, from its negative return code: `it died of SIGSEGV (Segmentation fault)`."""
+    """Return why a child died, from its negative return code: `it died of SIGSEGV (Segmentation fault)`."""
     number = -returncode
     try:
         name = signal.Signals(number).name
@@ -26,15 +26,16 @@ def death_words(returncode: int) -> str:
 
 
 def was_sent(returncode: int) -> bool:
-    """Whether the signal that a child died of comes from outside; the others are raised by what a process does."""
+    """Return True if a child died of a signal from outside; other signals are caused by the process itself."""
     return -returncode in {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGKILL}
 
 
 class Stop:
-    """Turns signals into `Ended`; while it is deferred, the first one only leaves word in `asked`.
+    """Handler that turns signals into `Ended`; while deferred, it only stores the first signal in `asked`.
 
-    `once`: no second one counts then. A cluster signals torchrun and its processes, and torchrun signals them again.
-    `say` is told at once that the first is waiting; it is called by a signal handler, between any two instructions.
+    With `once`, a second signal is ignored while deferred: a cluster signals torchrun and its processes, and torchrun
+    signals them again. `say` is called at once with a message about the stored signal; the call comes from a signal
+    handler, between any two instructions.
     """
 
     def __init__(self, once: bool = False, say: Callable[[str], object] = lambda _: None) -> None:
@@ -44,7 +45,7 @@ class Stop:
         self._deferred = False
 
     def hear(self, number: int) -> None:
-        """A signal came in. Raises `Ended` unless it is the first while deferred."""
+        """Handle a signal. Raises `Ended` unless it is the first while deferred, or a later one with `once`."""
         if self._deferred and (self.asked is None or self._once):
             if self.asked is None:
                 self.asked = number
@@ -55,7 +56,7 @@ class Stop:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, the first signal waits to be asked for; a second one ends at once."""
+        """Store the first signal in `asked` inside; a second one raises `Ended` at once, unless `once` is set."""
         self._deferred = True
         try:
             yield

@@ -27,6 +27,7 @@ from sinder_cli.exporting.settings import ExportSettings, TargetName
 from sinder_cli.exporting.verifying import normalized_tokens, relative_difference
 from sinder_cli.files import write_text
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.requests import ExportRequest, PredictRequest, RepairRequest
 
 TESTS = Path(__file__).parent
 README, MATRIX = TESTS.parent / "README.md", TESTS / "export" / "MATRIX.md"
@@ -89,7 +90,7 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """All of them, library by library."""
-    sys.path[:0] = [str(TESTS / "plugins" / name) for name in ("hf", "timm", "dinov2")]
+    sys.path.insert(0, str(TESTS / "support"))
     define_torchvision_operators()
     yield from _dinov2_cases()
     yield from _hf_cases()
@@ -124,7 +125,7 @@ def _by_transformers(run: Path, _: str, images: torch.Tensor) -> torch.Tensor:
 
     with tempfile.TemporaryDirectory() as folder:
         settings = ExportSettings("transformers", verify=False)
-        api.export(ModelRequest(str(run)), Path(folder, "out"), settings)
+        api.export(ExportRequest(ModelRequest(str(run)), settings), Path(folder, "out"))
         tokens: torch.Tensor = AutoModel.from_pretrained(Path(folder, "out")).eval()(images).last_hidden_state
     return tokens
 
@@ -147,11 +148,13 @@ def _hf_cases() -> Iterator[Case]:
 
 def _by_own_transformers(run: Path, _: str, images: torch.Tensor) -> torch.Tensor:
     """What transformers makes of the repaired file, in its own layout, strictly loaded."""
-    sys.path.insert(0, str(TESTS.parent / "sinder_cli" / "export" / "checks"))
+    sys.path.insert(0, str(TESTS.parent / "sinder_cli" / "exporting" / "checks"))
     from load_transformers import features, loaded
 
     with tempfile.TemporaryDirectory() as folder:
-        api.export(ModelRequest(str(run)), Path(folder, "out"), ExportSettings("transformers", verify=False))
+        api.export(
+            ExportRequest(ModelRequest(str(run)), ExportSettings("transformers", verify=False)), Path(folder, "out")
+        )
         tokens: torch.Tensor = features(loaded(str(Path(folder, "out"))), images)["last_hidden_state"]
     return tokens
 
@@ -214,10 +217,10 @@ def examined(case: Case) -> Outcome:
         check = api.check_backbone(request)
         passed = sum(each.outcome == "passed" for each in check.checks)
         failed = f", failed: {', '.join(each.name for each in check.failed)}" if check.failed else ""
-        prediction = api.predict(request, ("cumulative",))
+        prediction = api.predict_defects(PredictRequest(request, ("cumulative",)))
         gap = f"σ₁/σ₂ {min(prediction.gaps()):.2f}–{max(prediction.gaps()):.2f}"
         run = Path(place, "run")
-        api.repair(request, [str(_pictures(Path(place)))], run, EAGER)
+        api.repair(RepairRequest(request, [str(_pictures(Path(place)))], EAGER), run)
         repaired = api.open_model(ModelRequest(str(run)))
         summary = f"{_changed(run)} weights"
         conforms = f"{passed} of {len(check.checks)}{failed}"
@@ -296,7 +299,7 @@ def matrix_table() -> str:
             folder = Path(place, "model")
             folder.mkdir()
             run = Path(place, "run")
-            api.repair(case.request(folder), [str(_pictures(Path(place)))], run, EAGER)
+            api.repair(RepairRequest(case.request(folder), [str(_pictures(Path(place)))], EAGER), run)
             cells = [_exported(run, target, Path(place, f"out_{target}{suffix}")) for target, suffix in TARGETS.items()]
         lines.append(f"| {case.family} ({case.library}) | " + " | ".join(cells) + " |")
         print(lines[-1], file=sys.stderr)
@@ -305,7 +308,7 @@ def matrix_table() -> str:
 
 def _exported(run: Path, target: TargetName, out: Path) -> str:
     try:
-        check = api.export(ModelRequest(str(run)), out, ExportSettings(target)).check
+        check = api.export(ExportRequest(ModelRequest(str(run)), ExportSettings(target)), out).check
     except SinderError as error:
         return f"refused: {error.why}"
     if not check.verified:

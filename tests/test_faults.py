@@ -55,8 +55,8 @@ def test_no_value_of_any_setting_brings_out_another_librarys_words(kind: type[De
         ({"device": "tpu"}, "bad setting 'device': it must be auto, cpu, cuda, cuda:N or mps, not 'tpu'"),
         ({"log": {"a": 1}}, "bad setting 'log': it must be a list, not a table"),
         ({"recipe": ["paper"]}, "bad setting 'recipe': it must be 'sinder', 'polyak' or 'paper', not a list"),
-        ({"min_fidelty": 1}, "bad setting 'min_fidelty': there is none of that name: did you mean min_fidelity?"),
-        ({"learning_rate": 1}, "bad setting 'learning_rate': there is none of that name"),
+        ({"min_fidelty": 1}, "bad setting 'min_fidelty': this name is unknown: did you mean min_fidelity?"),
+        ({"learning_rate": 1}, "bad setting 'learning_rate': this name is unknown"),
         ({"norm_factor": 0, "mark": "norm"}, "settings contradict each other: mark norm needs a norm_factor above 0"),
     ],
 )
@@ -69,7 +69,7 @@ def test_a_setting_is_refused_with_what_it_must_be(settings: dict[str, Any], wor
 @pytest.mark.parametrize(
     "text", ["x = " + "[" * 5000, "seed = " + "9" * 5000, "seed = 1\x00", "= 1", "\ufeffseed = 1", "a.b.c = 1\na.b = 2"]
 )
-def test_a_settings_file_that_is_no_toml_is_refused_by_its_name(text: str, tmp_path: Path) -> None:
+def test_a_settings_file_that_is_no_toml_is_refused(text: str, tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text(text)
     with pytest.raises(UsageError, match=r"cannot read settings .*settings\.toml: .*; it must be TOML"):

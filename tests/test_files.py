@@ -60,9 +60,7 @@ def test_a_failure_leaves_the_old_file_and_no_temporary(old: Path, error: type[B
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_full_disk_is_a_storage_error_and_leaves_the_old_file(
-    old: Path, code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_old_file(old: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -81,7 +79,7 @@ def test_every_file_and_its_folder_are_flushed_to_disk(old: Path, monkeypatch: p
     assert flushed == [old.stat().st_ino, old.parent.stat().st_ino]
 
 
-def test_a_place_where_nothing_can_be_created_is_an_error_of_its_own(old: Path) -> None:
+def test_a_place_closed_to_new_files_is_its_own_error(old: Path) -> None:
     for place in (old / "below a file.json", old.parent / "absent" / "result.json"):
         with pytest.raises(CannotCreateError) as caught:
             write_text(place, "new")
@@ -142,7 +140,7 @@ def test_a_folder_below_a_file_cannot_be_created(old: Path) -> None:
         require_writable_folder(old / "run")
 
 
-def test_a_file_to_be_written_must_be_no_folder_and_in_one(old: Path) -> None:
+def test_a_file_to_be_written_must_be_in_a_folder(old: Path) -> None:
     require_writable_file(old)
     require_writable_file(old.parent / "new")
     with pytest.raises(CannotCreateError, match="it is a folder"):
@@ -155,7 +153,7 @@ def test_a_file_to_be_written_must_be_no_folder_and_in_one(old: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "kind"), [(errno.ENOSPC, StorageError), (errno.EFBIG, StorageError), (errno.EACCES, CannotCreateError)]
 )
-def test_an_os_error_is_told_as_no_room_or_no_permission(code: int, kind: type[Exception]) -> None:
+def test_an_os_error_is_told_by_its_reason(code: int, kind: type[Exception]) -> None:
     assert type(output_error(Path("x"), OSError(code, os.strerror(code)))) is kind
 
 
@@ -173,7 +171,7 @@ def test_a_symbolic_link_is_followed_and_stays_a_link(old: Path, tmp_path: Path)
     assert old.read_text() == "new"
 
 
-def test_text_with_an_undecodable_file_name_is_written_all_the_same(tmp_path: Path) -> None:
+def test_text_with_an_undecodable_file_name_is_written(tmp_path: Path) -> None:
     name = os.fsdecode(b"\xff.png")
     write_text(tmp_path / "a.txt", f"skipped {name}")
     assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "skipped \\udcff.png"
@@ -212,7 +210,7 @@ def test_a_failure_leaves_nothing_of_a_folder(tmp_path: Path, error: type[BaseEx
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_empty_folder_is_filled_and_a_filled_one_is_refused_untouched(tmp_path: Path) -> None:
+def test_an_empty_folder_is_filled_and_a_filled_one_refused(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     with replacing_folder(target) as temporary:
@@ -235,7 +233,7 @@ def test_a_folder_that_is_there_stays_the_same_folder(tmp_path: Path) -> None:
     assert sorted(path.name for path in target.iterdir()) == ["figures", "page.html"]
 
 
-def test_an_empty_folder_that_was_filled_meanwhile_keeps_what_it_holds(tmp_path: Path) -> None:
+def test_a_folder_that_was_filled_meanwhile_keeps_its_files(tmp_path: Path) -> None:
     def write() -> None:
         with replacing_folder(tmp_path) as temporary:
             (temporary / "ours").touch()
@@ -265,9 +263,7 @@ def test_a_folder_does_not_take_the_place_of_a_file(old: Path) -> None:
     assert only_the_old_is_there(old)
 
 
-def test_all_that_is_in_a_folder_is_flushed_and_has_the_usual_permissions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_that_is_in_a_folder_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed = []
     genuine = os.fsync
     monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(os.fstat(handle).st_ino), genuine(handle)))
@@ -297,7 +293,7 @@ def test_a_source_is_told_without_the_folders_of_this_machine(label: str, told: 
     assert public_source(label) == told
 
 
-def test_a_model_in_a_folder_of_this_machine_is_told_by_its_last_part() -> None:
+def test_a_model_in_a_folder_goes_by_its_last_part() -> None:
     assert public_model("hf//home/me/vit") == "hf/vit"
     assert public_model("hf/facebook/dinov2-small") == "hf/facebook/dinov2-small"
     assert public_model("demo_vit") == "demo_vit"

@@ -13,6 +13,7 @@ from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.errors import TryAgainError
 from sinder_cli.memory import is_out_of_memory, told_when_it_runs_out
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.requests import AnalyzeRequest, RepairRequest
 
 OUT_OF_MEMORY = [
     MemoryError(),
@@ -55,10 +56,10 @@ def test_analyze_tells_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("sinder_cli.analysis.survey.survey", fails)
+    monkeypatch.setattr("sinder_cli.analysis.run.survey", fails)
     settings = AnalyzeSettings(image_size=140, batch_size=3, limit=1, workers=0)
     with pytest.raises(TryAgainError, match="at image size 140, resize short and batch size 3; lower --image-size"):
-        api.analyze(ModelRequest("demo_vit"), [], settings)
+        api.analyze(AnalyzeRequest(ModelRequest("demo_vit"), [], settings))
 
 
 @pytest.mark.parametrize(
@@ -75,4 +76,4 @@ def test_a_repair_tells_its_sizes_wherever_memory_runs_out(
     with pytest.raises(
         TryAgainError, match="at 140 × 140 pixels, batch size 3 and a window of 4 blocks; --resume when"
     ):
-        api.repair(ModelRequest("demo_vit"), [], tmp_path / "run", settings)
+        api.repair(RepairRequest(ModelRequest("demo_vit"), [], settings), tmp_path / "run")

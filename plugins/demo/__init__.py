@@ -1,7 +1,7 @@
-"""The example to read: a small Vision Transformer made from a seed, with one known singular defect planted in it.
+"""An example plugin: a small Vision Transformer made from a seed, with one known singular defect planted in it.
 
-`demo_vit` has the defect and `demo_vit_clean` is its twin without; both draw their own images. A plugin is this file's
-three hooks; the model is in `model.py`, the planting in `planting.py`, the images in `drawing.py`.
+`demo_vit` has the defect and `demo_vit_clean` is the same model without it; both draw their own images. The plugin is
+the three hooks of this file; the model is in `model.py`, the planting in `planting.py`, the images in `drawing.py`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PLANTED = {"demo_vit": True, "demo_vit_clean": False}
 
 @hookimpl
 def sinder_listing() -> Sequence[Listing]:
-    """Both twins."""
+    """List both models."""
     parameters = sum(prod(shape) for shape in tensor_shapes().values())
     return [
         Listing("demo_vit", "small ViT from a seed, a defect planted in block 5", parameters, PATCH, 1),
@@ -57,7 +57,7 @@ def sinder_weights(request: ModelRequest) -> MemoryTensors:
 
 @hookimpl
 def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
-    """Describe the demo ViT. Raises `BadInputError` for weights of anything else."""
+    """Describe the demo ViT. Raises `BadInputError` for weights of another model."""
     require_matching(tensor_shapes(), weights, request.model)
     from .drawing import draw_images
     from .model import DemoVit
@@ -92,7 +92,7 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
 
 
 def tensor_shapes() -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model's state dict with its shape, in its order."""
+    """Return the name and shape of every tensor of the model's state dict, in its order."""
     shapes: dict[str, tuple[int, ...]] = {"cls": (1, 1, WIDTH), "position": (1, 1 + GRID * GRID, WIDTH)}
     shapes |= _affine("patches", (WIDTH, 3, PATCH, PATCH))
     for index in range(DEPTH):

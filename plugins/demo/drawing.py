@@ -9,7 +9,7 @@ SIDE = 320  # pixels; a little more than the model's input
 
 
 def draw_images(count: int, seed: int) -> list[Image.Image]:
-    """`count` RGB images of 320 × 320 pixels; the i-th depends on the seed and on i alone."""
+    """Draw `count` RGB images of 320 × 320 pixels; image i depends only on the seed and on i."""
     return [_draw(np.random.default_rng([seed, index])) for index in range(count)]
 
 
@@ -26,7 +26,7 @@ def _draw(rng: np.random.Generator) -> Image.Image:
 
 
 def _gradient(rng: np.random.Generator) -> np.ndarray:
-    """A linear gradient between two colours at a random angle, `[SIDE, SIDE, 3]` uint8."""
+    """Draw a linear gradient between two colours at a random angle, `[SIDE, SIDE, 3]` uint8."""
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE - 0.5
     share = (np.cos(angle) * x + np.sin(angle) * y + 0.75) / 1.5
@@ -35,7 +35,7 @@ def _gradient(rng: np.random.Generator) -> np.ndarray:
 
 
 def _shape(pen: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
-    """One filled ellipse, rectangle or polygon."""
+    """Draw one filled ellipse, rectangle or polygon."""
     colour = tuple(int(c) for c in rng.integers(0, 256, 3))
     x, y = rng.uniform(0, SIDE, 2)
     w, h = rng.uniform(SIDE / 10, SIDE / 2, 2)
@@ -50,7 +50,7 @@ def _shape(pen: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
 
 
 def _textured(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """`pixels` with a sinusoidal grating of random pitch inside a random disc."""
+    """Return `pixels` with a sinusoidal grating of random pitch inside a random disc."""
     y, x = np.mgrid[0:SIDE, 0:SIDE]
     cx, cy = rng.uniform(0, SIDE, 2)
     inside = np.hypot(x - cx, y - cy) < rng.uniform(SIDE / 10, SIDE / 4)

@@ -26,12 +26,12 @@ class Block(nn.Module):
         self.down = nn.Linear(HIDDEN, WIDTH)
 
     def mix(self, x: Tensor) -> Tensor:
-        """The attention sub-layer's contribution, `[B, T, N]` → `[B, T, N]`."""
+        """Compute the attention sub-layer's contribution, `[B, T, N]` → `[B, T, N]`."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, T, d]
         return self.out(self.attention(q, k, v).transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, N]` → `[B, T, N]`."""
+        """Run the block: `[B, T, N]` → `[B, T, N]`."""
         x = x + self.mix(x)
         return x + self.down(functional.gelu(self.up(self.norm2(x))))
 
@@ -49,11 +49,11 @@ class DemoVit(nn.Module):
 
     @property
     def sequence(self) -> list[Block]:
-        """The blocks, in the order they run."""
+        """The blocks, in the order in which they run."""
         return [cast("Block", block) for block in self.blocks]
 
     def embed(self, images: Tensor) -> Tensor:
-        """`[B, 3, H, W]` → `[B, 1 + patches, N]`."""
+        """Embed images `[B, 3, H, W]` as tokens `[B, 1 + patches, N]`."""
         patches = self.patches(images)  # [B, N, h, w]
         cls_position, grid = self.position[:, :1], self.position[:, 1:]
         grid = grid.unflatten(1, (GRID, GRID)).permute(0, 3, 1, 2)
@@ -63,7 +63,7 @@ class DemoVit(nn.Module):
         return torch.cat([cls, (patches + grid).flatten(2).transpose(1, 2)], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """`[B, 3, H, W]` → tokens after the final norm, `[B, 1 + patches, N]`."""
+        """Return the tokens after the final norm, `[B, 1 + patches, N]`, of images `[B, 3, H, W]`."""
         x = self.embed(images)
         for block in self.sequence:
             x = block(x)
@@ -72,5 +72,5 @@ class DemoVit(nn.Module):
 
 
 def build() -> DemoVit:
-    """The module with PyTorch's own attention."""
+    """Build the module with PyTorch's own attention."""
     return DemoVit(functional.scaled_dot_product_attention)

@@ -1,9 +1,9 @@
 """Weights from a seed, and the planted defect.
 
-A trigger neuron of block 5's MLP fires on a few patch tokens and writes a large multiple of a fixed direction ν. What
-it listens for is a direction that tokens hardly use, but for a few whose position embedding carries it. Later
-blocks do not read ν, so that it stays in the residual stream as it was written: an input-independent, high-norm
-token. As in real models cls attends to it, and so it takes from what cls sees.
+A trigger neuron of block 5's MLP fires on a few patch tokens and writes a large multiple of a fixed direction ν. It
+reacts to a direction that tokens hardly use, except a few whose position embedding contains it. Later blocks do not
+read ν, so that it stays unchanged in the residual stream: an input-independent, high-norm token. As in real models,
+cls attends to this token, and so attends less to the others.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from .sizes import GRID, HEADS, PATCH, WIDTH
 SEED = 2
 BLOCK = 5  # where the defect is written
 NEURON = 0  # of that block's MLP
-EMBEDDING = 4.0  # scale of patches and positions; what a block adds to a patch token is small beside it
-WRITING = 0.25  # scale of what blocks write
-POSITIONS = 9  # patches whose position embedding carries the trigger, of 400
-CARRIED = 24.0  # how much of it; tokens have a norm near 110
+EMBEDDING = 4.0  # scale of patches and positions; large compared with the output of a block
+WRITING = 0.25  # scale of the weights that write to the residual stream
+POSITIONS = 9  # patches whose position embedding contains the trigger, of 400
+CARRIED = 24.0  # amount of the trigger in them; tokens have a norm near 110
 THRESHOLD = 1.2  # of the trigger, in standard deviations of a normalized token's entries
-STEEPNESS = 10.0  # of the trigger, so that no other token feels GELU's tail
+STEEPNESS = 10.0  # of the trigger; large enough that GELU is nearly 0 for all other tokens
 STRENGTH = 50.0  # of the column that writes ν
-ATTRACTION = 5.0  # by how much cls raises the attention logit of a defective token
+ATTRACTION = 5.0  # increase of the attention logit of cls for a defective token
 CALIBRATION_IMAGES = 8
-GRAIN = 2.0**-12  # of what was measured on them: far coarser than the rounding of another machine or thread count
+GRAIN = 2.0**-12  # unit for rounding measured values: far coarser than differences between machines or thread counts
 
 
 def demo_weights(planted: bool) -> dict[str, Tensor]:
-    """The state dict of `demo_vit` (planted) or `demo_vit_clean`; the twins differ in the column that writes ν.
+    """Return the state dict of `demo_vit` (planted) or `demo_vit_clean`; they differ only in the column that writes ν.
 
-    They are the same bits everywhere: what is computed is computed in float64, and then rounded.
+    The bits are the same on every machine: computed values are computed in float64, and then rounded.
     """
     return {name: tensor.clone() for name, tensor in _twins()[0 if planted else 1].items()}
 
@@ -67,7 +67,7 @@ def _twins() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def _random_state(generator: torch.Generator) -> dict[str, Tensor]:
-    """Gaussian weights at scales that keep tokens distinct over twelve blocks."""
+    """Draw Gaussian weights, with scales that keep tokens distinct over twelve blocks."""
 
     def scale(name: str, shape: torch.Size) -> float:
         if name == "patches.weight":
@@ -91,7 +91,10 @@ def _random_state(generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def _attracting_key(cls_query: Tensor) -> Tensor:
-    """The key `[N]` that √N times makes cls raise a token's logit by ATTRACTION; a normalized defective one is √N ν."""
+    """Return the key `[N]` that raises the attention logit of cls by ATTRACTION when multiplied by √N.
+
+    A normalized defective token is √N ν.
+    """
     q = cls_query.unflatten(0, (HEADS, -1))  # [heads, d]
     unit_logit = q / q.square().sum(dim=1, keepdim=True) * q.shape[1] ** 0.5
     return ATTRACTION / WIDTH**0.5 * unit_logit.flatten()
@@ -99,7 +102,7 @@ def _attracting_key(cls_query: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _cls_queries(state: dict[str, Tensor]) -> dict[int, Tensor]:
-    """What cls asks for in each block after the planted one, `[N]`, averaged over the calibration images."""
+    """Return the query `[N]` of cls in each block after the planted one, averaged over the calibration images."""
     model = _model(state)
     x = model.embed(_calibration_images())
     queries = {}
@@ -112,7 +115,7 @@ def _cls_queries(state: dict[str, Tensor]) -> dict[int, Tensor]:
 
 @torch.no_grad()
 def _mlp_input(state: dict[str, Tensor]) -> Tensor:
-    """What the MLP of the planted block reads, `[K, 1 + patches, N]`, on the calibration images."""
+    """Return the input of the planted block's MLP, `[K, 1 + patches, N]`, on the K calibration images."""
     model = _model(state)
     x = model.embed(_calibration_images())
     *before, block = model.sequence[: BLOCK + 1]
@@ -122,7 +125,7 @@ def _mlp_input(state: dict[str, Tensor]) -> Tensor:
 
 
 def _unused_direction(x: Tensor) -> Tensor:
-    """The direction `[N]` in which normalized tokens have least, the trivial one (1, …, 1) apart."""
+    """Return the direction `[N]` of least second moment of normalized tokens, except the trivial one (1, …, 1)."""
     tokens = x.flatten(0, 1)
     moment = tokens.T @ tokens / len(tokens) + torch.ones(WIDTH, WIDTH, dtype=torch.float64)
     least = torch.linalg.eigh(moment).eigenvectors[:, 0]
@@ -130,14 +133,14 @@ def _unused_direction(x: Tensor) -> Tensor:
 
 
 def _scattered_places(generator: torch.Generator) -> Tensor:
-    """Interior patches, no two of them neighbours, as row-major indices."""
+    """Draw interior patches, no two of them neighbours, as row-major indices."""
     rows, columns = torch.meshgrid(torch.arange(2, GRID - 2, 3), torch.arange(2, GRID - 2, 3), indexing="ij")
     places = (rows * GRID + columns).flatten()
     return places[torch.randperm(len(places), generator=generator)[:POSITIONS]]
 
 
 def _model(state: dict[str, Tensor]) -> DemoVit:
-    """The module with these weights, in float64."""
+    """Return the module with these weights, in float64."""
     model = DemoVit(scaled_dot_product_attention).double()
     model.load_state_dict(state)
     return model
@@ -155,11 +158,11 @@ def _calibration_images() -> Tensor:
 
 
 def _grained(measured: Tensor) -> Tensor:
-    """Numbers that rounding has moved differently become the same."""
+    """Round to multiples of GRAIN, so that results of different machines become equal."""
     return (measured / GRAIN).round() * GRAIN
 
 
 def _centred_unit(vector: Tensor) -> Tensor:
-    """Unit vectors whose entries sum to zero, as LayerNorm's outputs do: `[…, N]` → `[…, N]`."""
+    """Return unit vectors whose entries sum to zero, as LayerNorm's outputs do: `[…, N]` → `[…, N]`."""
     centred = vector - vector.mean(dim=-1, keepdim=True)
     return centred / centred.norm(dim=-1, keepdim=True)

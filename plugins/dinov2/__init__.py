@@ -35,17 +35,17 @@ BASE_URL = "https://dl.fbaipublicfiles.com/dinov2"
 
 @hookimpl
 def sinder_listing() -> Sequence[Listing]:
-    """The official models with and without registers, and `dinov2_custom`."""
+    """List the official models with and without registers, and `dinov2_custom`."""
     official = [
         Listing(name, _summary(config), parameter_count(config), config.patch, 1 + config.registers)
         for name, config in OFFICIAL.items()
     ]
-    return [*official, Listing(CUSTOM, "any DINOv2 checkpoint, given with --weights; its sizes are read off it")]
+    return [*official, Listing(CUSTOM, "any DINOv2 checkpoint, given with --weights; its sizes are read from it")]
 
 
 @hookimpl
 def sinder_weights(request: ModelRequest) -> Path:
-    """The official checkpoint of `request.model`, downloaded once."""
+    """Return the official checkpoint of `request.model`, downloaded once."""
     if request.model == CUSTOM:
         raise UsageError(f"no weights for {CUSTOM}", "it has no official checkpoint", "name a file with --weights")
     return download(official_url(request.model), request.emit)
@@ -53,7 +53,7 @@ def sinder_weights(request: ModelRequest) -> Path:
 
 @hookimpl
 def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
-    """Describe the transformer that a checkpoint holds; under an official name it must be exactly that model."""
+    """Describe the transformer in a checkpoint; for an official name it must be exactly that model."""
     weights = canonical(weights)
     config = infer_config(weights)
     if request.model in OFFICIAL:
@@ -85,7 +85,7 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
 
 
 def official_url(model: str) -> str:
-    """Where the official checkpoint of an official model lies."""
+    """Return the URL of the checkpoint of an official model."""
     plain = model.removesuffix("_reg")
     registers = OFFICIAL[model].registers
     return f"{BASE_URL}/{plain}/{plain}{f'_reg{registers}' if registers else ''}_pretrain.pth"
@@ -97,7 +97,7 @@ def _summary(config: Config) -> str:
 
 
 def _require_official(model: str, found: Config, weights: Weights) -> None:
-    """Refuse another architecture than the named model's, by name where the weights are another official model's."""
+    """Raise `BadInputError` if the weights have another architecture than the model, naming it if it is official."""
     differing = differences(found, OFFICIAL[model])
     if not differing:
         return
@@ -114,7 +114,7 @@ def _require_official(model: str, found: Config, weights: Weights) -> None:
 
 
 def _heads(request: ModelRequest, config: Config) -> int:
-    """The number of attention heads, which no tensor shows: that of the official models' width, or the user's."""
+    """Return the number of attention heads, which no tensor shows: the user's, or width / 64 as in official models."""
     usual, odd = divmod(config.width, HEAD_WIDTH)
     heads = usual if request.heads is None else request.heads
     if request.model in OFFICIAL and heads != usual:

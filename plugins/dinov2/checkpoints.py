@@ -1,7 +1,7 @@
-"""Checkpoints of DINOv2: sizes are read off names and shapes, and those of the paper's own code are made canonical.
+"""Checkpoints of DINOv2: sizes are read from names and shapes, and files of the paper's own code are made canonical.
 
 The file that the authors released has the official names, and a `reg_token` that their model does not read. A state
-dict that is saved while the code trains has, in the place of each weight W, the factors of W = U diag(S + ε) Vᵀ: `U`,
+dict that their code saves during training has, instead of each weight W, the factors of W = U diag(S + ε) Vᵀ: `U`,
 `S`, `Vt` and `epsilon`, and for fused queries, keys and values three sets of them, `U_q`, `U_k`, `U_v` and so on.
 """
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-ANCHOR = "patch_embed.proj.weight"  # every DINOv2 checkpoint has it, whatever it is nested in
+ANCHOR = "patch_embed.proj.weight"  # every DINOv2 checkpoint has it, with some prefix or none
 
-HEADS = ("head.", "heads.", "linear_head.", "dino_head.", "ibot_head.", "classifier.")  # behind the backbone
+HEADS = ("head.", "heads.", "linear_head.", "dino_head.", "ibot_head.", "classifier.")  # after the backbone
 DINOV3 = {384: "small", 768: "base", 1024: "large", 1280: "huge_plus", 4096: "7b"}  # by width
 
 _CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
@@ -31,11 +31,11 @@ _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 
 
 def canonical(weights: Weights) -> Weights:
-    """The backbone inside a checkpoint, under the names of the official files.
+    """Return the backbone inside a checkpoint, under the names of the official files.
 
-    Training with sharded blocks stores block 3 of chunk 0 as `blocks.0.3.…`; here it is `blocks.3.…`. Heads are left
-    out, the two halves of a SwiGLU that are stored apart become one, and what the paper's code leaves in its files is
-    taken care of.
+    Training with sharded blocks stores block 3 of chunk 0 as `blocks.0.3.…`; it becomes `blocks.3.…`. Heads are left
+    out, the two halves of a SwiGLU that are stored separately become one tensor, and the extra tensors of the paper's
+    code are multiplied or ignored.
     """
     backbone = weights.located(ANCHOR).without(lambda name: name.startswith(HEADS))
     _require_dinov2(backbone)
@@ -43,7 +43,7 @@ def canonical(weights: Weights) -> Weights:
 
 
 def _require_dinov2(weights: Weights) -> None:
-    """Refuse a DINOv3, whose tensors are nearly a DINOv2's, by the name under which it can be used."""
+    """Raise `BadInputError` for a DINOv3, whose tensors resemble a DINOv2's, with the model name to use for it."""
     if "storage_tokens" not in weights and "rope_embed.periods" not in weights:
         return
     what = f"cannot use weights {weights.source.label}"
@@ -55,9 +55,9 @@ def _require_dinov2(weights: Weights) -> None:
 
 
 def infer_config(weights: Weights) -> Config:
-    """The configuration of canonical weights. Raises `BadInputError` naming the tensor that makes no sense.
+    """Return the configuration of canonical weights. Raises `BadInputError`, which names the invalid tensor.
 
-    One tensor is enough to tell that a part is there: that no other lacks is for `require_matching` to see.
+    One tensor of a part shows that the part exists; `require_matching` checks that no other tensor is missing.
     """
     width, channels, patch, patch_width = _shape(weights, ANCHOR, rank=4)
     if channels != 3 or patch != patch_width:
@@ -133,9 +133,9 @@ _FACTOR = re.compile(rf"^(.+\.)(?:{'|'.join(FACTORS)})(_[qkv])?$")
 
 
 def with_packed(weights: Weights) -> Weights:
-    """The weights with gate and up of each SwiGLU as one tensor, where a file stores them apart.
+    """Return the weights with gate and up of each SwiGLU as one tensor, if a file stores them separately.
 
-    Raises `BadInputError` for a gate without its up, or of another shape.
+    Raises `BadInputError` for a gate without its up, or with an up of another shape or dtype.
     """
     first, second = (f".{name}." for name in PACKED)
     pairs = {name: name.replace(first, second) for name in weights.names if f".mlp{first}" in name}
@@ -148,7 +148,7 @@ def with_packed(weights: Weights) -> Weights:
             gate, up = name, pairs[name]
             if up not in weights or weights.info(gate) != weights.info(up):
                 what = f"cannot use weights {weights.source.label}"
-                raise BadInputError(what, f"{up} is no match for {gate}", "is it whole?")
+                raise BadInputError(what, f"{up} is missing or does not match {gate}", "is the file complete?")
             packed = name.replace(first, ".w12.")
             names[packed] = f"{weights.prefix}{packed}"
             products[names[packed]] = Stack((stored, weights.stored_names[up]))
@@ -158,9 +158,9 @@ def with_packed(weights: Weights) -> Weights:
 
 
 def without_leftovers(weights: Weights) -> Weights:
-    """The weights as the official files have them: factors multiplied when they are read, the loose key ignored.
+    """Return the weights as in the official files: factors are multiplied when they are read, `reg_token` is ignored.
 
-    Raises `BadInputError` for factors that are not all there, or whose shapes make no product.
+    Raises `BadInputError` if factors are missing, or if their shapes cannot be multiplied.
     """
     kept = {name: stored for name, stored in weights.stored_names.items() if name != LOOSE}
     ignored = (*weights.ignored, *([weights.stored_names[LOOSE]] if LOOSE in weights else ()))
@@ -175,7 +175,7 @@ def without_leftovers(weights: Weights) -> Weights:
         for layer, suffixes in layers.items()
     }
     names: dict[str, str] = {}
-    for name, stored in kept.items():  # a weight comes where the first tensor of its layer was
+    for name, stored in kept.items():  # a weight takes the place of the first tensor of its layer
         match = _FACTOR.match(name)
         layer = match[1] if match else name[: name.rindex(".") + 1] if "." in name else ""
         if layer in layers:
@@ -190,7 +190,7 @@ def without_leftovers(weights: Weights) -> Weights:
 
 @dataclass(frozen=True)
 class Product:
-    """A weight by the stored names of its factors, one set of four for each part of its rows."""
+    """A weight given by the stored names of its factors, a set of four for each part of its rows."""
 
     parts: tuple[tuple[str, str, str, str], ...]
 
@@ -199,12 +199,12 @@ class Product:
         return tuple(name for part in self.parts for name in part)
 
     def info(self, infos: Mapping[str, TensorInfo]) -> TensorInfo:
-        """Shape and dtype of the weight."""
+        """Return shape and dtype of the weight."""
         rows = sum(infos[u].shape[0] for u, *_ in self.parts)
         return TensorInfo((rows, infos[self.parts[0][2]].shape[1]), infos[self.parts[0][0]].dtype)
 
     def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """U diag(S + ε) Vᵀ, part below part."""
+        """Compute U diag(S + ε) Vᵀ for each part, stacked by rows."""
         import torch
 
         return torch.cat([tensors[u] * (tensors[s] + tensors[e]) @ tensors[vt] for u, s, vt, e in self.parts])
@@ -212,7 +212,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Stack:
-    """A tensor by the stored names of those whose rows it has, one below another; they are of one dtype."""
+    """A tensor given by the stored names of the tensors whose rows it stacks; all have the same dtype."""
 
     names: tuple[str, ...]
 
@@ -221,12 +221,12 @@ class Stack:
         return self.names
 
     def info(self, infos: Mapping[str, TensorInfo]) -> TensorInfo:
-        """Shape and dtype of the tensor."""
+        """Return shape and dtype of the tensor."""
         shapes = [infos[name].shape for name in self.names]
         return TensorInfo((sum(shape[0] for shape in shapes), *shapes[0][1:]), infos[self.names[0]].dtype)
 
     def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The rows, part below part."""
+        """Return the tensors, stacked by rows."""
         import torch
 
         return torch.cat([tensors[name] for name in self.names])
@@ -234,7 +234,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class MultipliedTensors:
-    """A source some of whose tensors are made of others."""
+    """A source in which some tensors are computed from others."""
 
     source: TensorSource
     products: Mapping[str, Product | Stack] = field(repr=False)
@@ -249,7 +249,7 @@ class MultipliedTensors:
         return {**infos, **{name: product.info(infos) for name, product in self.products.items()}}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Whole tensors, in the order asked for; the factors of one product at a time."""
+        """Read whole tensors in the requested order; the factors of one product at a time."""
         found: dict[str, Tensor] = {}
         for name in names:
             if product := self.products.get(name):
@@ -260,14 +260,14 @@ class MultipliedTensors:
 
 
 def _factors(weights: Weights, layer: str, suffix: str) -> tuple[str, str, str, str]:
-    """The stored names of U, S, Vᵀ and ε, if they are all there and fit."""
+    """Return the stored names of U, S, Vᵀ and ε. Raises `BadInputError` if one is missing or they do not fit."""
     names = [f"{layer}{factor}{suffix}" for factor in FACTORS]
     what = f"cannot use weights {weights.source.label}"
     if missing := [name for name in names if name not in weights]:
-        raise BadInputError(what, f"of the factors of {layer}weight it has no {', '.join(missing)}", "is it whole?")
+        raise BadInputError(what, f"it lacks factors of {layer}weight: {', '.join(missing)}", "is the file complete?")
     shapes = [weights.shape(name) for name in names]
     u, s, vt, epsilon = shapes
     if [len(shape) for shape in shapes] != [2, 1, 2, 1] or not u[1] == s[0] == epsilon[0] == vt[0]:
-        raise BadInputError(what, f"the factors of {layer}weight do not fit: {shapes}", "is it whole?")
+        raise BadInputError(what, f"the factors of {layer}weight do not fit: {shapes}", "is the file complete?")
     first, second, third, fourth = (weights.stored_names[name] for name in names)
     return first, second, third, fourth

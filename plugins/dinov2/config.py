@@ -1,4 +1,4 @@
-"""The shape of a DINOv2 transformer as plain data: its official sizes, and the tensors each configuration has."""
+"""Configurations of DINOv2 transformers as plain data: the official sizes, and the tensors of each configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEAD_WIDTH = 64  # of every official model
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and parts of one model; all of them show in the names and shapes of its tensors."""
+    """Sizes and parts of one model; all of them follow from the names and shapes of its tensors."""
 
     width: int
     depth: int
@@ -40,7 +40,7 @@ OFFICIAL = _SIZES | {f"{name}_reg": replace(config, registers=4) for name, confi
 
 
 def tensor_shapes(config: Config) -> dict[str, Shape]:
-    """Every tensor of the model's state dict with its shape, in the official order."""
+    """Return the name and shape of every tensor of the model's state dict, in the official order."""
     N = config.width
     shapes: dict[str, Shape] = {"cls_token": (1, 1, N), "pos_embed": (1, 1 + config.grid**2, N)}
     if config.registers:
@@ -55,12 +55,12 @@ def tensor_shapes(config: Config) -> dict[str, Shape]:
 
 
 def parameter_count(config: Config) -> int:
-    """The number of parameters, all tensors of the state dict counted."""
+    """Return the number of parameters, counting all tensors of the state dict."""
     return sum(prod(shape) for shape in tensor_shapes(config).values())
 
 
 def differences(found: Config, expected: Config) -> dict[str, str]:
-    """What differs, by field: `{"width": "width 768 instead of 1024"}`."""
+    """Return the differences by field, such as `{"width": "width 768 instead of 1024"}`."""
     pairs = {field.name: (getattr(found, field.name), getattr(expected, field.name)) for field in fields(Config)}
     return {name: f"{name} {_word(a)} instead of {_word(b)}" for name, (a, b) in pairs.items() if a != b}
 
@@ -106,6 +106,6 @@ def build():
 
 
 def hub_source(config: Config, heads: int) -> dict[str, str]:
-    """The module's own two files, and one that builds it with these sizes."""
+    """Return the module's own two files, and one that builds it with these sizes."""
     own = {name: files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("config.py", "module.py")}
     return own | {"model.py": MODEL.format(config=config, heads=heads)}

@@ -1,4 +1,4 @@
-"""Which tensor of a DINOv2 block plays which role."""
+"""The layer map of DINOv2: the role of each tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .config import Config
 
 
 def layer_map(config: Config, heads: int) -> LayerMap:
-    """The layer map of the whole model; the position embedding has one row for cls and none for registers."""
+    """Return the layer map of the whole model; the position embedding has one row for cls and none for registers."""
     return LayerMap(
         width=config.width,
         blocks=tuple(_block(config, heads, f"blocks.{index}") for index in range(config.depth)),

@@ -17,7 +17,7 @@ from .config import Config
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 NORM_EPS = 1e-6
-SCALE_OFFSET = 0.1  # of the official interpolation; it keeps rounding from losing a row, and shifts every sample
+SCALE_OFFSET = 0.1  # of the official interpolation; it prevents the loss of a row by rounding, and shifts every sample
 
 
 class VisionTransformer(nn.Module):
@@ -30,14 +30,17 @@ class VisionTransformer(nn.Module):
         self.cls_token = _parameter(1, 1, N)
         self.pos_embed = _parameter(1, 1 + config.grid**2, N)
         self.register_tokens = _parameter(1, config.registers, N) if config.registers else None
-        self.mask_token = _parameter(1, N) if config.mask_token else None  # of pre-training; kept for the checkpoint
+        self.mask_token = _parameter(1, N) if config.mask_token else None  # of pre-training; checkpoints have it
         projection = nn.Conv2d(3, N, kernel_size=config.patch, stride=config.patch)
         self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
         self.blocks = nn.ModuleList(Block(config, heads, kernel) for _ in range(config.depth))
         self.norm = nn.LayerNorm(N, eps=NORM_EPS)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images `[B, 3, h·P, w·P]` → tokens `[B, 1 + registers + h·w, N]`. Raises `ValueError` for a broken patch."""
+        """Return tokens `[B, 1 + registers + h·w, N]` of images `[B, 3, h·P, w·P]`.
+
+        Raises `ValueError` if the images are not made of whole patches.
+        """
         height, width = images.shape[-2:]
         if height % self.config.patch or width % self.config.patch:
             raise ValueError(f"an image of {height} × {width} px is not made of patches of {self.config.patch} px")
@@ -50,10 +53,10 @@ class VisionTransformer(nn.Module):
         return torch.cat([x[:, :1], self.register_tokens.expand(images.shape[0], -1, -1), x[:, 1:]], dim=1)
 
     def position(self, rows: int, columns: int) -> Tensor:
-        """The position embedding `[1, 1 + h·w, N]`, resized in float32 as the official models do it.
+        """Return the position embedding `[1, 1 + h·w, N]`, resized in float32 as the official models do it.
 
-        Models with registers resize to the wanted size, antialiased; those without by a factor that is slightly
-        too large, not antialiased.
+        Models with registers resize to the exact size, with antialiasing; models without them resize by a slightly too
+        large factor, without antialiasing.
         """
         G = self.config.grid
         if rows == columns == G:
@@ -69,7 +72,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([cls, plane.flatten(2).transpose(1, 2)], dim=1).to(self.pos_embed.dtype)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images `[B, 3, h·P, w·P]` → normalized tokens `[B, 1 + registers + h·w, N]`."""
+        """Return normalized tokens `[B, 1 + registers + h·w, N]` of images `[B, 3, h·P, w·P]`."""
         x = self.embed(images)
         for block in self.blocks:
             x = block(x)
@@ -91,7 +94,7 @@ class Block(nn.Module):
         self.ls2 = LayerScale(N) if config.layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, N]` → the same shape."""
+        """Run the block: `[B, T, N]` → the same shape."""
         y: Tensor = x + self.ls1(self.attn(self.norm1(x)))
         z: Tensor = y + self.ls2(self.mlp(self.norm2(y)))
         return z
@@ -109,7 +112,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(N, N, bias=config.proj_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, N]` → the same shape."""
+        """Compute self-attention: `[B, T, N]` → the same shape."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, T, 3, A, D]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each [B, A, T, D]
         mixed: Tensor = self.proj(self.kernel(q, k, v).transpose(1, 2).flatten(2))
@@ -117,7 +120,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """`w3(SiLU(gate) ⊙ up)`, gate being the first half of `w12(x)` and up the second."""
+    """`w3(SiLU(gate) ⊙ up)`; gate is the first half of `w12(x)` and up the second."""
 
     def __init__(self, width: int, hidden: int, bias: bool) -> None:
         super().__init__()
@@ -125,27 +128,27 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, N]` → the same shape."""
+        """Run the MLP: `[B, T, N]` → the same shape."""
         gate, up = self.w12(x).chunk(2, dim=-1)  # each [B, T, H]
         y: Tensor = self.w3(silu(gate) * up)
         return y
 
 
 def plain_mlp(width: int, hidden: int, bias: bool) -> nn.Module:
-    """`fc2(GELU(fc1(x)))`, with the exact GELU."""
+    """Return the module of `fc2(GELU(fc1(x)))`, with the exact GELU."""
     fc1, fc2 = nn.Linear(width, hidden, bias=bias), nn.Linear(hidden, width, bias=bias)
     return nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
 
 
 class LayerScale(nn.Module):
-    """`gamma ⊙ x`."""
+    """LayerScale: `gamma ⊙ x`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.gamma = _parameter(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[…, N]` → the same shape."""
+        """Scale the entries: `[…, N]` → the same shape."""
         return x * self.gamma
 
 

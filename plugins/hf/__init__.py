@@ -45,7 +45,7 @@ SINDER_API = 1
 
 @hookimpl
 def sinder_listing() -> Sequence[Listing]:
-    """A repository of the hub, and a folder."""
+    """List the two forms of names: a repository of the hub, and a folder."""
     families = "DINOv2, DINOv3, ViT, DeiT, MAE, MSN, BEiT, CLIP, SigLIP, I-JEPA or Data2Vec"
     needs = ("transformers", "huggingface_hub")
     return [
@@ -56,7 +56,7 @@ def sinder_listing() -> Sequence[Listing]:
 
 @hookimpl
 def sinder_weights(request: ModelRequest) -> DescribedWeights:
-    """The weights in the folder, or in the repository, of which only what is needed is downloaded."""
+    """Return the weights in the folder, or in the repository, from which only the necessary files are downloaded."""
     folder = local_folder(request)
     if folder is None:
         folder = _hub().download(repository(request), request.revision, weights=True)
@@ -65,7 +65,7 @@ def sinder_weights(request: ModelRequest) -> DescribedWeights:
 
 @hookimpl
 def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
-    """Describe the encoder that `config.json` tells of and these weights hold."""
+    """Describe the encoder of `config.json` with these weights."""
     place, sidecars = place_of(request), _sidecars(request, weights)
     config = read_config(sidecars[CONFIG], place)
     weights = encoder(weights, config)
@@ -81,7 +81,7 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
             module: nn.Module = library.build(config, fused, attention)
         except MemoryError:
             raise
-        except Exception as error:  # it checks its configurations itself, in many ways
+        except Exception as error:  # transformers checks configurations itself, with many kinds of errors
             line = (str(error).strip().splitlines() or [""])[-1].strip()
             why = f"transformers cannot build what its config.json describes ({type(error).__name__}: {line})"
             raise BadInputError(f"cannot use {place}", why, "is it the right config.json?") from error
@@ -108,7 +108,7 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
 
 
 def _sidecars(request: ModelRequest, weights: Weights) -> Mapping[str, str]:
-    """The text files of a run, of the folder that the weights came from, or else of the one that the name means."""
+    """Return the text files of a run, else of the folder with the weights, else of the named folder or repository."""
     if request.sidecars:
         if CONFIG not in request.sidecars:
             what, why = f"cannot use {request.model}", f"its run directory keeps no {CONFIG}"
@@ -127,15 +127,15 @@ def _require_heads(request: ModelRequest, config: Config) -> None:
 
 
 def _attention(request: ModelRequest) -> str:
-    """The library's name for a kernel. Raises `UsageError` for one that it lacks."""
+    """Return the library's name for a kernel. Raises `UsageError` for a kernel that it lacks."""
     if request.attention == "xformers":
-        what, why = "cannot use xformers attention", "the blocks are those of transformers, which does without"
+        what, why = "cannot use xformers attention", "the blocks are those of transformers, which does not support it"
         raise UsageError(what, why, "use --attention sdpa")
     return "eager" if request.attention == "eager" else "sdpa"
 
 
 def _module() -> ModuleType:
-    define_torchvision_operators()  # which transformers would miss in a torchvision for another torch
+    define_torchvision_operators()  # transformers needs them if torchvision was built for another torch
     try:
         from . import module
     except ImportError as error:

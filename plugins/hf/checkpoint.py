@@ -1,4 +1,4 @@
-"""The encoder inside a checkpoint, under the names of the library's present modules."""
+"""The encoder inside a checkpoint, under the names of the library's current modules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .layers import tensor_shapes
 
 
 def encoder(weights: Weights, config: Config) -> Weights:
-    """The encoder's tensors by the library's names, whatever they are nested in and whenever they were stored.
+    """Return the encoder's tensors by the library's current names, from files of any nesting and any version.
 
     Heads and poolers are left out, and count as ignored.
     """
@@ -25,7 +25,7 @@ def encoder(weights: Weights, config: Config) -> Weights:
 
 
 def _gathered(weights: Weights, family: Family) -> Weights:
-    """The tensors with those under the encoder's prefix that a file stores without it."""
+    """Return the tensors, adding the encoder's prefix to those that a file stores without it."""
     prefix, beginning = family.astray
     if not prefix or f"{prefix}{family.stem.patch}.weight" not in weights:
         return weights
@@ -39,21 +39,21 @@ def _renamed(name: str, renames: tuple[tuple[str, str], ...]) -> str:
 
 
 def as_stored(config: Config, weights: Weights) -> Config:
-    """The configuration with what it leaves to the checkpoint: whether there is a mask token."""
+    """Return the configuration, with the mask token taken from the checkpoint if it was undecided."""
     stem, parts = config.family.stem, config.parts
     return config if parts.mask is not None else replace(config, parts=replace(parts, mask=stem.mask in weights))
 
 
 def is_fused(config: Config, weights: Weights) -> bool:
-    """Whether a gated MLP's gate and up are one tensor, as checkpoints from before transformers 5 have them."""
+    """Return True if gate and up of a gated MLP are one tensor, as in checkpoints from before transformers 5."""
     fused = config.family.names.fused[0]
     return bool(config.parts.gated and fused) and any(f".{fused}." in name for name in weights.names)
 
 
 def require_whole(config: Config, fused: bool, weights: Weights, model: str) -> None:
-    """Raises `BadInputError` for an encoder that lacks a tensor, has one too many, or one of another shape.
+    """Raise `BadInputError` for an encoder with a missing tensor, an unexpected one, or one of another shape.
 
-    Its depth is held against the number of tensors first, so that nothing of a size that nobody has is made.
+    Its depth is compared with the number of tensors first, so that an absurd depth does not fill the memory.
     """
     if config.depth > len(weights.names):
         why = f"its config.json says {config.depth} blocks, and its weights have {len(weights.names)} tensors"

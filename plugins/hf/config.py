@@ -1,4 +1,4 @@
-"""What `config.json` says about an encoder, resolved against its family's defaults."""
+"""Configuration of an encoder: the values of `config.json`, completed by its family's defaults."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Parts:
-    """Which optional parts an encoder has; as `Switches`, but decided, except for what the checkpoint decides."""
+    """The optional parts of an encoder: `Switches` with their values; None means that the checkpoint decides."""
 
     query_bias: bool
     key_bias: bool
@@ -62,7 +62,7 @@ class Config:
     activation: str
     eps: float
     patch: int
-    grid: int  # patches a side at the native size
+    grid: int  # patches per side at the native size
     registers: int
     parts: Parts
 
@@ -76,10 +76,10 @@ class Config:
 
 
 def read_config(text: str, place: str) -> Config:
-    """The configuration of the encoder that a `config.json` describes, or of the vision tower inside it.
+    """Return the configuration of the encoder in a `config.json`, or of the vision tower inside it.
 
-    Raises `BadInputError` for one that needs code of its own, for a family that is not known or cannot be
-    expressed, and for sizes that make no sense. `place` is named in errors.
+    Raises `BadInputError` if it needs code of its own, for a family that is unknown or cannot be described by a layer
+    map, and for invalid sizes. `place` is named in errors.
     """
     whole = read_table(text, f"{place}/config.json")
     if "auto_map" in whole:
@@ -114,7 +114,7 @@ def read_config(text: str, place: str) -> Config:
 
 
 def read_table(text: str, path: str) -> dict[str, Any]:
-    """The table in a JSON text. Raises `BadInputError` where it is none."""
+    """Return the table in a JSON text. Raises `BadInputError` if there is none."""
     try:
         table = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -125,11 +125,11 @@ def read_table(text: str, path: str) -> dict[str, Any]:
 
 
 def _tower(whole: dict[str, Any]) -> dict[str, Any]:
-    """The vision tower's table in that of a model of images and text; else the whole."""
+    """Return the table of the vision tower in a model of images and text; else the whole table."""
     tower = whole.get("vision_config")
     if not isinstance(tower, dict) or str(whole.get("model_type")) in FAMILIES:
         return whole
-    usual = f"{whole.get('model_type')}_vision_model"  # older files leave the tower's type out
+    usual = f"{whole.get('model_type')}_vision_model"  # older files omit the type of the tower
     return {"model_type": usual, **tower}
 
 
@@ -141,13 +141,13 @@ def _family(raw: dict[str, Any], place: str) -> Family:
     if experts := next((key for key in EXPERT_KEYS if isinstance(raw.get(key), int) and raw[key] > 1), None):
         raise _bad(place, f"the block of its {name} {EXPERTS} ({experts} {raw[experts]})", "use a dense ViT")
     if name not in FAMILIES:
-        raise _bad(place, f"its model_type {name!r} is none of those known", f"they are {', '.join(FAMILIES)}")
+        raise _bad(place, f"its model_type {name!r} is not supported", f"supported: {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
 @dataclass(frozen=True)
 class _Given:
-    """The values of a configuration, each checked when it is asked for."""
+    """The values of a configuration, each checked when it is read."""
 
     values: Mapping[str, Any]
     place: str
@@ -159,7 +159,7 @@ class _Given:
         return value
 
     def side(self, key: str) -> int:
-        """The side of a square, which may be written as a pair."""
+        """Return the side of a square, which may be given as a pair."""
         value = self.values.get(key)
         if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
@@ -176,7 +176,7 @@ class _Given:
     def share(self, key: str) -> float:
         value = self.number(key)
         if value >= 1:
-            raise _bad(self.place, f"{key} is {value:g}, and no norm has one of 1 or more")
+            raise _bad(self.place, f"{key} is {value:g}, but must be below 1")
         return value
 
     def switch(self, switch: str | bool | None) -> bool | None:
@@ -187,23 +187,23 @@ class _Given:
 
 
 def _hidden(given: _Given, width: int, gated: bool | None) -> int:
-    """The hidden width of the MLP; DINOv2 says a ratio instead, two thirds of which a gated MLP has."""
+    """Return the hidden width of the MLP; DINOv2 gives a ratio instead, of which a gated MLP has two thirds."""
     if "mlp_ratio" not in given.values:
         return given.size("intermediate_size")
     hidden = int(width * given.number("mlp_ratio"))
-    return (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden  # in whole eights, as the library rounds
+    return (int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden  # rounded up to a multiple of 8, as in the library
 
 
 def _activation(given: _Given, gated: bool | None) -> str:
-    """The activation as the layer map calls it; DINOv2's gated MLP has SiLU, whatever the configuration says."""
+    """Return the activation by its name in a layer map; DINOv2's gated MLP always has SiLU."""
     name = "silu" if gated and "mlp_ratio" in given.values else given.values.get("hidden_act")
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise _bad(given.place, f"its activation {name!r} is none of those known", f"they are {', '.join(ACTIVATIONS)}")
+        raise _bad(given.place, f"its activation {name!r} is not supported", f"supported: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
 def _grid(given: _Given, patch: int) -> int:
-    """Patches a side at the native size; SigLIP 2, which takes any proportion, says how many positions it has."""
+    """Return the patches per side at the native size; SigLIP 2, for any aspect ratio, gives the number of positions."""
     if "num_patches" not in given.values:
         grid = given.side("image_size") // patch
     else:
@@ -220,10 +220,10 @@ def _bad(place: str, why: str, remedy: str = "is it the right config.json?") -> 
     return BadInputError(f"cannot use {place}", why, remedy)
 
 
-POST_NORM = "is post-norm: it normalizes what a sub-layer gives, not what it takes"
+POST_NORM = "is post-norm: it normalizes the output of a sub-layer, not its input"
 HIERARCHICAL = "is hierarchical: the tokens change in number and width between stages"
 CONVOLUTIONAL = "is convolutional: there are no tokens whose residual stream could be followed"
-EXPERTS = "is a mixture of experts: tokens take different MLPs, which have no one linear part"
+EXPERTS = "is a mixture of experts: tokens take different MLPs, which have no common linear part"
 
 REFUSED: Mapping[str, tuple[str, str]] = {
     "swin": ("SwinLayer", HIERARCHICAL),
@@ -261,5 +261,5 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "hgnet_v2": ("HGNetV2BasicLayer", CONVOLUTIONAL),
 }
 
-# Keys of `config.json` that say how many experts an MLP has, whatever the family is.
+# Keys of `config.json` for the number of experts of an MLP, in any family.
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")

@@ -1,7 +1,7 @@
-"""The families of vision transformers in Hugging Face's library, as data: where each part of an encoder lies.
+"""The families of vision transformers in Hugging Face's library, as data: the name of each part of an encoder.
 
-Names are those of the library's own modules; `{}` is the number of a block. Shapes are words of symbols:
-N width, G patches a side, T rows of the position embedding, P side of a patch, R registers.
+Names are those of the library's own modules; `{}` is the number of a block. Shapes are written as symbols with spaces:
+N width, T rows of the position embedding, P side of a patch, V = 3·P².
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class BlockNames:
-    """The parts of a block, each relative to it."""
+    """The names of the parts of a block, relative to the block."""
 
     norms: tuple[str, str]
     query: str
@@ -31,14 +31,14 @@ class BlockNames:
     output: str
     mlp: tuple[str, str]  # up, down
     gated: tuple[str, str, str] = ("", "", "")  # gate, up, down
-    fused: tuple[str, str] = ("", "")  # gate and up as one tensor, which is how older checkpoints store them, and down
+    fused: tuple[str, str] = ("", "")  # gate and up as one tensor, as in older checkpoints, and down
     scales: tuple[str, str] = ("", "")
     table: str = ""  # of biases by relative position
 
 
 @dataclass(frozen=True)
 class StemNames:
-    """What makes tokens of an image; what a family never has is empty."""
+    """The names of the parts that turn an image into tokens; empty for a part that a family never has."""
 
     patch: str
     patch_shape: str = "N 3 P P"
@@ -57,9 +57,9 @@ class StemNames:
 
 @dataclass(frozen=True)
 class Switches:
-    """Which optional parts are there: always, never, by a key of `config.json`, or by its opposite (`not KEY`).
+    """The optional parts: present always, never, by a key of `config.json`, or by its opposite (`not KEY`).
 
-    None leaves it to the checkpoint.
+    None means that the checkpoint decides.
     """
 
     query_bias: str | bool = True
@@ -78,7 +78,7 @@ class Switches:
 
 @dataclass(frozen=True)
 class Family:
-    """One family; `defaults` are what its `config.json` may leave out."""
+    """One family; `defaults` are the values that its `config.json` may omit."""
 
     module: str  # the library's class
     configuration: str  # and that of its configuration
@@ -91,11 +91,11 @@ class Family:
     switches: Switches = Switches()
     prefix: int = 1  # tokens before the patches that have a row in the position embedding
     finishes: bool = True  # whether the library's last hidden state is normalized
-    heads: tuple[str, ...] = ("pooler.",)  # how names begin that are no part of the encoder though they lie in it
-    astray: tuple[str, str] = ("", "")  # an encoder's prefix, and how those names begin that are stored without it
+    heads: tuple[str, ...] = ("pooler.",)  # prefixes inside the encoder that do not belong to it
+    astray: tuple[str, str] = ("", "")  # an encoder's prefix, and the prefix of names stored without it
     renames: tuple[tuple[str, str], ...] = ()  # from the names of older checkpoints, as regular expressions
-    arguments: Mapping[str, object] = field(default_factory=dict)  # of the module, to leave its heads out
-    mask_argument: str = ""  # of the module, for a mask token that is there or not
+    arguments: Mapping[str, object] = field(default_factory=dict)  # of the module, to omit its heads
+    mask_argument: str = ""  # argument of the module that decides whether it has a mask token
     settings: Mapping[str, object] = field(default_factory=dict)  # of the configuration, for the same purpose
     mean: Triple = HALF
     std: Triple = HALF
@@ -105,7 +105,7 @@ QKV_BIAS = Switches(query_bias="qkv_bias", key_bias="qkv_bias", value_bias="qkv_
 SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224, "patch_size": 16}
 VIT_SIZES = {**SIZES, "intermediate_size": 3072, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
 
-# From the layout before transformers 5 to the present one. The present one is still written in the old.
+# From the layout before transformers 5 to the present one. Present versions still write the old layout.
 RENAMED_PROJECTIONS = (
     (r"\.attention\.attention\.query\.", ".attention.q_proj."),
     (r"\.attention\.attention\.key\.", ".attention.k_proj."),
@@ -252,7 +252,7 @@ CLIP = Family(
     },
     embedding="normed",
     finishes=False,  # it normalizes cls alone, when it pools
-    heads=("embeddings.position_ids",),  # no head either, but a count from 0 that older checkpoints store
+    heads=("embeddings.position_ids",),  # not a head: the numbers from 0 on, stored in older checkpoints
     mean=CLIP_MEAN,
     std=CLIP_STD,
 )

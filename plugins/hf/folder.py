@@ -1,4 +1,4 @@
-"""A local folder as `save_pretrained` leaves it: weights in safetensors, and small text files that describe them."""
+"""A local folder as `save_pretrained` writes it: weights in safetensors, and small text files that describe them."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ ADAPTER = "adapter_config.json"
 CARD = "README.md"
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 OPTIONAL = (*PREPROCESSORS, CARD)
-MAX_BYTES = 4 << 20  # of a text file; the largest configurations, with a thousand labels, have a tenth of it
+MAX_BYTES = 4 << 20  # of a text file; the largest configurations, with a thousand labels, have a tenth of that
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
 class DescribedWeights:
-    """Weights with the text files that lay beside them."""
+    """Weights with the text files of the same folder."""
 
     source: TensorSource
     sidecars: Mapping[str, str] = field(repr=False)
@@ -59,7 +59,7 @@ class DescribedWeights:
 def open_folder(folder: Path) -> DescribedWeights:
     """Open a folder's weights, reading names, shapes and dtypes only, and its text files.
 
-    Raises `NoInputError` where a file is missing and `BadInputError` where there are only pickles.
+    Raises `NoInputError` if a file is missing and `BadInputError` if there are only pickles.
     """
     sidecars = read_texts(folder)
     try:
@@ -72,7 +72,7 @@ def open_folder(folder: Path) -> DescribedWeights:
 
 
 def read_texts(folder: Path) -> dict[str, str]:
-    """The text files of a folder by name. Raises `NoInputError` where there is no `config.json`."""
+    """Read the text files of a folder by name. Raises `NoInputError` if there is no `config.json`."""
     if not (folder / CONFIG).is_file():
         why = f"there is no {CONFIG}" if folder.is_dir() else "there is no such folder"
         remedy = "name a folder that save_pretrained wrote, or OWNER/NAME"
@@ -92,16 +92,16 @@ def _text(path: Path) -> str:
 
 
 def license_of(sidecars: Mapping[str, str]) -> str | None:
-    """The license that the head of a model card names, if there is a card."""
+    """Return the license named in the head of a model card, or None."""
     head = re.match(r"---\s*\n(.*?)\n---", sidecars.get(CARD, ""), re.DOTALL)
     named = re.search(r"^license: *[\"']?([\w.-]+)", head[1], re.MULTILINE) if head else None
     return named[1] if named else None
 
 
 def pickled(place: str) -> BadInputError:
-    """The error for weights that are there only as pickles."""
-    why = "its weights are pickles alone, which are not opened unless they are named"
-    remedy = "give --weights FOLDER/pytorch_model.bin (tensors alone are read), or save it as safetensors"
+    """Return the error for weights that exist only as pickles."""
+    why = "its weights exist only as pickles, which are not opened unless they are named"
+    remedy = "give --weights FOLDER/pytorch_model.bin (only tensors are read), or save it as safetensors"
     return BadInputError(f"cannot use {place}", why, remedy)
 
 
@@ -110,12 +110,12 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def place_of(request: ModelRequest) -> str:
-    """The folder or repository as the user wrote it."""
+    """Return the folder or repository as the user wrote it."""
     return request.model.removeprefix(PREFIX)
 
 
 def local_folder(request: ModelRequest) -> Path | None:
-    """The folder that is meant, or None for a repository. Raises `UsageError` for a revision of a folder."""
+    """Return the requested folder, or None for a repository. Raises `UsageError` for a revision of a folder."""
     place = place_of(request)
     path = Path(place).expanduser()
     if not place.startswith((".", "/", "~")) and not (place and path.is_dir()):
@@ -127,17 +127,17 @@ def local_folder(request: ModelRequest) -> Path | None:
 
 
 def repository(request: ModelRequest) -> str:
-    """The repository that is meant. Raises `UsageError` for a name that none can have."""
+    """Return the requested repository. Raises `UsageError` for an invalid name."""
     place = place_of(request)
     if not _REPOSITORY.fullmatch(place):
-        why = "it is no folder here, and no OWNER/NAME"
+        why = "it is neither a local folder nor OWNER/NAME"
         raise UsageError(f"unknown model {request.model!r}", why, "name a folder as hf/./FOLDER, or a repository")
     return place
 
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """The side of a square input in pixels, and what `(pixels / 255 − mean) / std` takes."""
+    """The side of a square input in pixels, and mean and std of `(pixels / 255 − mean) / std`."""
 
     size: int
     mean: Triple
@@ -145,9 +145,9 @@ class Preprocessor:
 
 
 def read_preprocessor(sidecars: Mapping[str, str], config: Config, place: str) -> Preprocessor:
-    """What the first of the preprocessor's files says; the family's usual values where it says nothing.
+    """Read the first of the preprocessor's files; missing values are the family's usual ones.
 
-    Raises `BadInputError` for values that make no sense.
+    Raises `BadInputError` for invalid values.
     """
     found = next((name for name in PREPROCESSORS if name in sidecars), None)
     said = read_table(sidecars[found], f"{place}/{found}") if found else {}
@@ -164,7 +164,7 @@ def read_preprocessor(sidecars: Mapping[str, str], config: Config, place: str) -
 
 
 def _scale(said: Mapping[str, Any], path: str) -> float:
-    """What the file multiplies pixels of 0 to 255 with, in units of 1/255."""
+    """Return the factor by which the file multiplies pixels of 0 to 255, in units of 1/255."""
     factor = said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) is not False else 1.0
     if not isinstance(factor, int | float) or not factor > 0:
         raise BadInputError(f"cannot read {path}", f"rescale_factor is {factor!r}, no scale", "fetch it again")
@@ -178,14 +178,14 @@ def _divided(values: Triple, scale: float) -> Triple:
 
 
 def _size(said: Mapping[str, Any]) -> int | None:
-    """The side of what the model gets: of the crop, if there is one, else of the resized image."""
+    """Return the side of the model's input: of the crop, if there is one, else of the resized image."""
     if said.get("do_center_crop") and (side := _side(said.get("crop_size"))):
         return side
     return _side(said.get("size")) if said.get("do_resize", True) else None
 
 
 def _side(size: object) -> int | None:
-    """The shorter side of a size in any of the ways that the library writes one."""
+    """Return the shorter side of a size, in any format of the library; None if it has none."""
     if isinstance(size, dict):
         sides = [size[key] for key in ("shortest_edge", "height", "width") if isinstance(size.get(key), int)]
         return min(sides, default=None)

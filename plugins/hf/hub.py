@@ -1,6 +1,6 @@
 """The Hugging Face hub: the few files that describe an encoder, and its safetensors, in the hub's own cache.
 
-Pickles are not even downloaded. All files are of one commit, whatever happens on the hub meanwhile.
+Pickles are never downloaded. All files are from the same commit, even if the hub changes meanwhile.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def download(repository: str, revision: str | None, weights: bool) -> Path:
-    """The folder of the cache that has a repository's text files, and its weights if they are wanted.
+    """Return the folder of the cache with a repository's text files, and its weights if requested.
 
-    Raises `NoInputError`, `UnavailableError` and `BadInputError` that say what is missing and what to do.
+    Raises `NoInputError`, `UnavailableError`, `UsageError` or `BadInputError`, which say what is wrong and what to do.
     """
     folder = _fetch(repository, CONFIG, revision).parent
     commit = folder.name
@@ -45,19 +45,19 @@ def download(repository: str, revision: str | None, weights: bool) -> Path:
 
 
 def _fetch(repository: str, name: str, revision: str | None) -> Path:
-    """One file in the cache. Whatever may go wrong on the way is told in one line."""
+    """Return one file in the cache. Raises a `SinderError` of one line for any failure."""
     try:
         return Path(hf_hub_download(repository, name, revision=revision))
     except EntryNotFoundError as error:
         if isinstance(error, LocalEntryNotFoundError):
             raise _unreachable(repository, name, error) from error
-        raise NoInputError(f"cannot use {repository}", f"the hub has no {name} in it", "name another") from error
+        raise NoInputError(f"cannot use {repository}", f"the hub has no {name} for it", "name another") from error
     except (HfHubHTTPError, HFValidationError, HTTPError) as error:
         raise _refused(repository, revision, error) from error
 
 
 def _fetch_if_there(repository: str, name: str, commit: str) -> Path | None:
-    """One file in the cache, or None if the repository is known not to have it, or nobody may be asked."""
+    """Return one file in the cache; None if the repository is known to lack it, or, in offline mode, if not cached."""
     try:
         return _fetch(repository, name, commit)
     except NoInputError:

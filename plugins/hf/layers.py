@@ -1,4 +1,4 @@
-"""From a family's names and a configuration to the layer map, and to the tensors that an encoder must have."""
+"""The layer map of an encoder, and the tensors that it must have, from its family's names and its configuration."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .config import Config
 
 Shape = tuple[int, ...]
 
-STEERED = {"rotary", "relative", "relative of two"}  # embeddings that go on to steer the mixing in every block
+STEERED = {"rotary", "relative", "relative of two"}  # embeddings whose positions affect the mixing in every block
 
 
 def layer_map(config: Config, fused: bool) -> LayerMap:
-    """The layer map of the whole encoder; `fused` tells that gate and up are stored as one tensor."""
+    """Return the layer map of the whole encoder; with `fused`, gate and up are stored as one tensor."""
     family, parts = config.family, config.parts
     stem = family.stem
     return LayerMap(
@@ -105,7 +105,7 @@ def _ref(name: str, there: bool | None, rows: tuple[int, int] | None = None) -> 
 
 
 def tensor_shapes(config: Config, fused: bool) -> dict[str, Shape]:
-    """Every tensor that the encoder must have, with its shape."""
+    """Return the name and shape of every tensor that the encoder must have."""
     blocks = (config.family.block.format(index) for index in range(config.depth))
     inside = _block_shapes(config, fused)
     norm = _affine(config.family.norm, (config.width,)) if config.parts.norm else {}
@@ -165,7 +165,7 @@ def _mlp_shapes(config: Config, fused: bool) -> dict[str, Shape]:
 
 
 def _table(config: Config) -> Shape:
-    """A bias for every difference of two patches' places, and for cls to a patch, a patch to cls, and cls to cls."""
+    """Return the shape of a bias table: a row per offset of two patches, and for cls–patch, patch–cls and cls–cls."""
     return ((2 * config.grid - 1) ** 2 + 3, config.heads)
 
 

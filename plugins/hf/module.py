@@ -16,11 +16,11 @@ from transformers.initialization import no_init_weights
 
 from .config import Config
 
-Context = dict[str, Any]  # the arguments that every block of a family takes beside the tokens
+Context = dict[str, Any]  # the arguments of every block of a family besides the tokens
 
 
 def build(config: Config, fused: bool, attention: str) -> nn.Module:
-    """The encoder without heads, in no particular initialization."""
+    """Build the encoder without heads and without a defined initialization."""
     family = config.family
     values = {**config.raw, **family.settings, "patch_size": config.patch}
     configuration = getattr(transformers, family.configuration).from_dict(values)
@@ -35,9 +35,9 @@ def build(config: Config, fused: bool, attention: str) -> nn.Module:
 
 
 class FusedSwiGLU(nn.Module):
-    """`weights_out(SiLU(gate) ⊙ up)`, gate and up being the halves of `weights_in(x)`: as older checkpoints store it.
+    """`weights_out(SiLU(gate) ⊙ up)`; gate and up are the halves of `weights_in(x)`, as older checkpoints store them.
 
-    The library's module has them apart, and splits such a checkpoint; here the tensors stay what they are.
+    The library's module has separate gate and up, and splits such a checkpoint; here the stored tensors are kept.
     """
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -46,16 +46,16 @@ class FusedSwiGLU(nn.Module):
         self.weights_out = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, T, N]` → the same shape."""
+        """Run the MLP: `[B, T, N]` → the same shape."""
         gate, up = self.weights_in(x).chunk(2, dim=-1)  # each [B, T, H]
         y: Tensor = self.weights_out(silu(gate) * up)
         return y
 
 
 def embed(config: Config, module: Any, images: Tensor) -> tuple[Tensor, Context]:
-    """Images `[B, 3, h·P, w·P]` → tokens `[B, T, N]` that enter the first block, and what every block takes beside.
+    """Return the tokens `[B, T, N]` before the first block, and the further arguments of every block.
 
-    Raises `ValueError` for a broken patch.
+    Images have the shape `[B, 3, h·P, w·P]`. Raises `ValueError` if they are not made of whole patches.
     """
     height, width = images.shape[-2:]
     if height % config.patch or width % config.patch:
@@ -64,18 +64,18 @@ def embed(config: Config, module: Any, images: Tensor) -> tuple[Tensor, Context]
 
 
 def run_block(config: Config, module: nn.Module, index: int, tokens: Tensor, context: Context) -> Tensor:
-    """One block on `[B, T, N]`; some families give more than the tokens."""
+    """Run one block on `[B, T, N]`; only the tokens are returned, even if a family returns more."""
     left = module.get_submodule(config.family.block.format(index))(tokens, **context)
     return left[0] if isinstance(left, tuple) else left
 
 
 def finish(config: Config, module: nn.Module, tokens: Tensor) -> Tensor:
-    """The final norm, where the library's last hidden state has one."""
+    """Apply the final norm, if the library's last hidden state has one."""
     return module.get_submodule(config.family.norm)(tokens) if config.family.finishes else tokens
 
 
 def forward(config: Config, module: Any, images: Tensor) -> Tensor:
-    """The library's own way from `[B, 3, h·P, w·P]` to its last hidden state."""
+    """Return the library's last hidden state of images `[B, 3, h·P, w·P]`, by its own forward pass."""
     arguments = INPUTS.get(config.family.embedding, _as_they_are)
     last: Tensor = module(**arguments(module, images)).last_hidden_state
     return last
@@ -90,7 +90,7 @@ def _resized(module: Any, images: Tensor) -> tuple[Tensor, Context]:
 
 
 def _unmasked(module: Any, images: Tensor) -> tuple[Tensor, Context]:
-    """The patches in order and none masked: the configuration's ratio is 0, and the noise that sorts them ascends."""
+    """Embed the patches in order, without masking: the configured ratio is 0, and the noise that sorts them ascends."""
     tokens, _, _ = module.embeddings(images, noise=_ascending(module, images), interpolate_pos_encoding=True)
     return tokens, {"attention_mask": None}
 
@@ -110,12 +110,12 @@ def _normed(module: Any, images: Tensor) -> tuple[Tensor, Context]:
 
 
 def _flattened(module: Any, images: Tensor) -> tuple[Tensor, Context]:
-    """Patches are flattened channels last, as the library's preprocessor does it, and then projected."""
+    """Project patches that are flattened with channels last, as in the library's preprocessor."""
     return module.embeddings(*_patches(module, images)), {"attention_mask": None}
 
 
 def _patches(module: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Flattened patches `[B, h·w, P·P·3]`, and h and w of each image."""
+    """Return flattened patches `[B, h·w, P·P·3]`, and h and w of each image `[B, 2]`."""
     P = module.config.patch_size
     patches = images.unfold(2, P, P).unfold(3, P, P)  # [B, 3, h, w, P, P]
     h, w = patches.shape[2:4]
@@ -136,7 +136,7 @@ def _relative_of_two(module: Any, images: Tensor) -> tuple[Tensor, Context]:
 
 
 def _shared_bias(table: Any, module: Any, images: Tensor) -> Tensor | None:
-    """Biases `[1, heads, T, T]` that all blocks share, or None where there are none."""
+    """Return the biases `[1, heads, T, T]` that all blocks share, or None if there are none."""
     h, w = (side // module.config.patch_size for side in images.shape[-2:])
     return None if table is None else table((h, w))
 
@@ -171,7 +171,7 @@ def _to_be_flattened(module: Any, images: Tensor) -> dict[str, Any]:
     return {"pixel_values": flat, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
-# What the library's own forward takes, where it is more than images.
+# Arguments of the library's own forward pass, for embeddings that need more than images.
 INPUTS: Mapping[str, Callable[[Any, Tensor], dict[str, Any]]] = {
     "resized": _to_be_resized,
     "unmasked": _to_be_unmasked,

@@ -1,8 +1,8 @@
 """Vision transformers of timm: every pre-norm `VisionTransformer`, and the `Eva` family, as `timm/NAME`.
 
-The backbone is what timm makes of the name with `num_classes=0`: only the classifier of a checkpoint is left out. An
-attention pool, or the norm behind a pool, is part of it and passes through a repair unchanged; the final norm is that
-of timm's `forward_features`, so that a model which normalizes behind its pool has none.
+The backbone is timm's model of the name with `num_classes=0`: only the classifier of a checkpoint is left out. An
+attention pool, or the norm after a pool, is part of it and stays unchanged in a repair; the final norm is that of
+timm's `forward_features`, so that a model with its norm after the pool has none.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SINDER_API = 1
 
 PREFIX = "timm/"
 REQUIRES = ("timm",)
-WELL_KNOWN = (  # timm's name, what it is, parameters, patch, prefix tokens
+WELL_KNOWN = (  # timm's name, summary, parameters, patch, prefix tokens
     ("vit_large_patch14_dinov2.lvd142m", "DINOv2, 24 blocks of width 1024", 304_367_616, 14, 1),
     ("vit_large_patch14_reg4_dinov2.lvd142m", "DINOv2, 24 blocks of width 1024, 4 registers", 304_370_688, 14, 5),
     ("vit_large_patch16_dinov3.lvd1689m", "DINOv3, 24 blocks of width 1024, 4 registers", 303_079_424, 16, 5),
@@ -41,25 +41,25 @@ WELL_KNOWN = (  # timm's name, what it is, parameters, patch, prefix tokens
 
 @hookimpl
 def sinder_listing() -> Sequence[Listing]:
-    """A few of timm's names, and the form of all others."""
+    """List a few of timm's names, and the form of all others."""
     known = [Listing(f"{PREFIX}{row[0]}", *row[1:], REQUIRES) for row in WELL_KNOWN]
-    return [*known, Listing(f"{PREFIX}NAME", "any pre-norm VisionTransformer or Eva of timm's", requires=REQUIRES)]
+    return [*known, Listing(f"{PREFIX}NAME", "any pre-norm VisionTransformer or Eva of timm", requires=REQUIRES)]
 
 
 @hookimpl
 def sinder_weights(request: ModelRequest) -> Path:
-    """The pretrained file that timm knows for `request.model`, downloaded once; none for what would be refused."""
+    """Return timm's pretrained file for `request.model`, downloaded once; refuse an unusable model before that."""
     name = _timm_name(request)
     from .architecture import architecture
     from .hub import pretrained_file
 
-    architecture(name)  # what cannot be described is not worth a download
+    architecture(name)  # raises before the download if the model cannot be described
     return pretrained_file(name, request)
 
 
 @hookimpl
 def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
-    """Describe timm's module of this name as these weights fill it."""
+    """Describe timm's module of this name with these weights."""
     name = _timm_name(request)
     fused = _fused(request)
     from .architecture import architecture, attention_switch, block_runner, create, embed
@@ -94,15 +94,15 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
 
 
 def _timm_name(request: ModelRequest) -> str:
-    """timm's own name of the model. Raises `UnavailableError` without timm, `UsageError` for a name unknown to it."""
+    """Return timm's own name of the model. Raises `UnavailableError` without timm, `UsageError` for an unknown name."""
     name = request.model.removeprefix(PREFIX)
     define_torchvision_operators()
     try:
         import timm
-    except Exception as error:  # a torchvision for another torch fails in many ways
+    except Exception as error:  # a torchvision built for another torch fails in many ways
         why = f"timm cannot be imported ({type(error).__name__}: {error})"
         raise UnavailableError(f"cannot use {request.model}", why, "install sinder-cli[timm]") from error
-    current = timm.models.get_deprecated_models().get(name, name)  # None for a name that was given up for nothing
+    current = timm.models.get_deprecated_models().get(name, name)  # None for a name removed without a successor
     if current is None or not timm.is_model(current) or not _is_tagged(timm, current):
         names = [*timm.list_models(), *timm.list_models(pretrained=True)]  # without tags, and with them
         near = get_close_matches(name, names, n=3, cutoff=0.5)
@@ -112,13 +112,13 @@ def _timm_name(request: ModelRequest) -> str:
 
 
 def _is_tagged(timm: Any, name: str) -> bool:
-    """Whether the tag of a name, which says of pretrained weights which, is one that timm knows."""
+    """Return True if timm knows the tag of a name, which selects pretrained weights, or if there is no tag."""
     return "." not in name or bool(timm.list_models(name, include_tags=True))
 
 
 def _fused(request: ModelRequest) -> bool:
     if request.attention == "xformers":
-        why = "timm has PyTorch's fused attention and its own, step by step"
+        why = "timm has only PyTorch's fused attention and an unfused one of its own"
         raise UsageError("cannot use xformers attention with timm", why, "use --attention sdpa or eager")
     return request.attention != "eager"
 

@@ -1,4 +1,4 @@
-"""What timm's transformer of a name is: made without memory, its layer map read off its structure."""
+"""Description of timm's transformer of a name: made without memory, with a layer map from its structure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REMEDY = "choose a plain pre-norm ViT of timm's"
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is known of a model without its weights; `module` is on the meta device."""
+    """Facts about a model that are known without its weights; `module` is on the meta device."""
 
     module: VisionTransformer | Eva
     layers: LayerMap
@@ -37,21 +37,21 @@ class Architecture:
 
     @property
     def classifiers(self) -> tuple[str, ...]:
-        """The layers behind the features, which a checkpoint may have and the module has not."""
+        """The layers after the features, which a checkpoint may contain and the module lacks."""
         named = self.module.pretrained_cfg.get("classifier") or "head"
         return (named,) if isinstance(named, str) else tuple(named)
 
 
 def create(name: str, **options: Any) -> nn.Module:
-    """timm's module of a name, without its classifier, on torch's present device."""
+    """Return timm's module of a name, without its classifier, on torch's current device."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of names that timm gave up and still knows
+        warnings.simplefilter("ignore")  # about deprecated names of timm
         module: nn.Module = timm.create_model(name, num_classes=0, **options)
         return module
 
 
 def architecture(name: str) -> Architecture:
-    """Describe the model that timm makes of a name. Raises `UsageError` for one that no layer map can describe."""
+    """Describe timm's model of a name. Raises `UsageError` for a model that no layer map can describe."""
     with torch.device("meta"):
         module = _any_size(name)
     try:
@@ -61,7 +61,7 @@ def architecture(name: str) -> Architecture:
 
 
 def _any_size(name: str) -> nn.Module:
-    """The module, for images of any size; models of other kinds may not take the option, and get none."""
+    """Return the module for images of any size, or without that option if the model does not accept it."""
     try:
         return create(name, dynamic_img_size=True)
     except TypeError:
@@ -86,7 +86,7 @@ def _described(module: nn.Module) -> Architecture:
 
 
 def _stem(root: Part) -> StemMap | None:
-    """The parts of the stem, None for one with a norm or a token more than a map has room for."""
+    """Return the parts of the stem; None if it has a norm or a token for which a map has no field."""
     if root["patch_embed"].has("norm") or root.has("dist_token"):
         return None
     return StemMap(
@@ -99,9 +99,9 @@ def _stem(root: Part) -> StemMap | None:
 
 
 def _patch_size(stem: Any) -> int:
-    """The side of a patch; a stem other than one convolution of square RGB patches is refused."""
+    """Return the side of a patch. Raises `InexpressibleError` unless the stem convolves single square RGB patches."""
     if type(stem) is not PatchEmbed:
-        raise InexpressibleError(f"patch_embed is {type(stem).__name__}, no projection of single patches")
+        raise InexpressibleError(f"patch_embed is {type(stem).__name__}, not a projection of single patches")
     height, width = stem.patch_size
     if height != width or stem.proj.in_channels != 3:
         raise InexpressibleError(f"patch_embed takes {height}×{width} patches of {stem.proj.in_channels} channels")
@@ -113,7 +113,7 @@ def _whole_patches(size: int, patch: int) -> int:
 
 
 def attention_switch(module: nn.Module, fused: bool) -> nn.Module:
-    """Let every attention of a module run in PyTorch's fused kernel, or step by step."""
+    """Let every attention of a module run in PyTorch's fused kernel, or as separate operations; return the module."""
     switches: list[Any] = [part for part in module.modules() if hasattr(part, "fused_attn")]
     for part in switches:
         part.fused_attn = fused
@@ -121,7 +121,7 @@ def attention_switch(module: nn.Module, fused: bool) -> nn.Module:
 
 
 def embed(module: VisionTransformer | Eva, images: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Images `[B, 3, H, W]` → tokens `[B, T, N]` in front of the first block, and the rotary embedding if there is one.
+    """Return the tokens `[B, T, N]` before the first block of images `[B, 3, H, W]`, and the rotary embedding or None.
 
     Raises `ValueError` for an image that is not made of whole patches.
     """
@@ -134,7 +134,7 @@ def embed(module: VisionTransformer | Eva, images: torch.Tensor) -> tuple[torch.
 
 
 def block_runner(module: VisionTransformer | Eva) -> Callable[[Any, int, torch.Tensor, Any], torch.Tensor]:
-    """How a block of such a module is called; a mixed rotary embedding has a part for each block."""
+    """Return a function that runs one block of a module; a mixed rotary embedding has a part for each block."""
     if isinstance(module, VisionTransformer):
         return lambda module, index, tokens, _: module.blocks[index](tokens)
     if module.rope_mixed:
@@ -143,22 +143,24 @@ def block_runner(module: VisionTransformer | Eva) -> Callable[[Any, int, torch.T
 
 
 def structure(module: nn.Module) -> str:
-    """One phrase that names the block and the reason, for a module that is neither VisionTransformer nor Eva."""
+    """Return a phrase with block and reason, for a module that is neither VisionTransformer nor Eva."""
     block = _first_block(module)
     named = f"{block[0]} is {type(block[1]).__name__}" if block else f"it is {type(module).__name__}"
     return f"{named}, {_reason(module, block[1] if block else module)}"
 
 
 def _first_block(module: nn.Module) -> tuple[str, nn.Module] | None:
-    """The first part that is called a block, and is no list of them."""
+    """Return the first module with parameters whose class name ends in `Block` or `Layer`, with its name."""
     blocks = ((name, part) for name, part in module.named_modules() if type(part).__name__.endswith(("Block", "Layer")))
     return next(((name, part) for name, part in blocks if any(True for _ in part.parameters())), None)
 
 
 def _reason(module: nn.Module, block: nn.Module) -> str:
     if any(isinstance(part, nn.Conv1d | nn.Conv2d) for part in block.modules()):
-        return "which convolves: a layer map tells attention and MLP alone"
+        return "which convolves: a layer map describes only attention and MLP"
     widths = [int(stage["num_chs"]) for stage in getattr(module, "feature_info", ())]
     if widths and widths[0] != widths[-1]:
-        return f"and its width grows from {widths[0]} to {widths[-1]}: a hierarchical model has no one residual stream"
+        return (
+            f"and its width grows from {widths[0]} to {widths[-1]}: a hierarchical model has no single residual stream"
+        )
     return f"and {type(module).__name__} is neither timm's VisionTransformer nor its Eva"

@@ -1,9 +1,9 @@
-"""The blocks that timm builds transformers of, each as a layer map tells it.
+"""Layer maps of the blocks of timm's transformers.
 
-A norm between value and output (`attn.norm`), or behind the hidden layer (`mlp.norm`), is linear up to its scale, as
-LayerNorm is: y ↦ g ⊙ (y − mean y) / s(y) + b. It goes into the map as the sub-layer's `inner_norm`, and the
-linearization folds it in as the matrix diag(g) (I − 11ᵀ/F) / s, with one s for all tokens: the root of the mean of
-s(y)² over Gaussian inputs. A gate there depends on the token in another way, and is refused.
+A norm between value and output (`attn.norm`), or after the hidden layer (`mlp.norm`), is linear except for its scale,
+as LayerNorm is: y ↦ g ⊙ (y − mean y) / s(y) + b. The map has it as `inner_norm` of the sub-layer, and the linearization
+includes it as the matrix diag(g) (I − 11ᵀ/F) / s, with one s for all tokens: the root of the mean of s(y)² over
+Gaussian inputs. A gate in that place depends on the token in another way, and is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .parts import InexpressibleError, Part, activation, attention_fields, mlp_m
 
 
 def block_map(part: Part) -> BlockMap:
-    """The map of one block by its class. Raises `InexpressibleError` naming what no map can say."""
+    """Return the map of one block by its class. Raises `InexpressibleError`, which names what no map can describe."""
     kind = type(part.module)
     if kind in BLOCKS:
         return BLOCKS[kind](part)
@@ -47,7 +47,7 @@ def _eva_block(part: Part) -> BlockMap:
 
 
 def _things_block(part: Part) -> BlockMap:
-    """Attentions side by side, then MLPs side by side."""
+    """Return the map of a block with several attentions side by side, then several MLPs side by side."""
     count: Any = part.module
     beside: BlockMap | None = None
     for index in reversed(range(count.num_parallel)):
@@ -62,15 +62,18 @@ def _things_block(part: Part) -> BlockMap:
             beside=beside,
         )
     if beside is None:
-        raise InexpressibleError(f"{part.kind} of no sub-layers")
+        raise InexpressibleError(f"{part.kind} without sub-layers")
     return beside
 
 
 def _scaling_block(part: Part) -> BlockMap:
-    """Attention and MLP in parallel, behind one norm; one projection holds hidden layer, queries, keys and values."""
+    """Return the map of attention and MLP in parallel after one norm.
+
+    One projection holds the hidden layer, queries, keys and values.
+    """
     block: Any = part.module
     if part.has("out_proj"):
-        raise InexpressibleError(f"{part.name}.out_proj is the output of attention and MLP in one, side by side")
+        raise InexpressibleError(f"{part.name}.out_proj is a single output projection of attention and MLP")
     hidden, *widths = block.in_split
     query, key, value = ((start, start + width) for start, width in zip(_starts(hidden, widths), widths, strict=True))
     in_proj, norm, scale = part["in_proj"], norm_map(part["in_norm"]), _layer_scale(part, "ls")
@@ -114,8 +117,8 @@ BLOCKS: dict[type[nn.Module], Callable[[Part], BlockMap]] = {
     eva.EvaBlock: _eva_block,
 }
 
-POST_NORM = "which normalizes behind its sub-layers: only pre-norm blocks can be linearized"
-REASONS = {  # by name, since not every release of timm has all of them
+POST_NORM = "which normalizes after its sub-layers: only pre-norm blocks can be linearized"
+REASONS = {  # by class name, since not every release of timm has all of these classes
     "ResPostBlock": POST_NORM,
     "EvaBlockPostNorm": POST_NORM,
     "DiffParallelScalingBlock": "whose attention is the difference of two, normalized by head",

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are the backbone's, converted by timm's own function where their names are others'."""
+"""The backbone's tensors in a checkpoint; if their names are not timm's, timm's own function converts them."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from sinder_cli import BadInputError, MemoryTensors, Weights, require_matching
 from .architecture import Architecture, create
 
 ANCHOR = "patch_embed.proj.weight"  # of timm's own checkpoints, and of most official ones
-TOWERS = ("visual.conv1.weight",)  # that timm's functions know by this name, text beside them
+TOWERS = ("visual.conv1.weight",)  # vision tower beside a text tower, by the names in timm's functions
 TOWER = "visual."
-WRAPPERS = ("model_ema", "model", "module", "state_dict")  # that timm's functions look into, one inside another
-ENCODER = "encoder"  # of I-JEPA, the same
-# What a backbone does without when it runs: a token for masked patches, a mask of biases; what timm computes itself.
+WRAPPERS = ("model_ema", "model", "module", "state_dict")  # nested dictionaries that timm's functions open
+ENCODER = "encoder"  # the same for I-JEPA
+# Tensors that a running backbone does not need: a token for masked patches, a mask of biases, values computed by timm.
 COMPUTED = ("periods", "relative_position_index", "freqs_cos", "freqs_sin")
 UNUSED = ("mask_token", "bias_mask", *COMPUTED)
-HALF_PRECISION = 0.01  # relative: what a computed number may be off that was stored in bfloat16
-SIZES = r"(_?(reg)?\d+)+"  # in a name of timm's, with the word for registers
+HALF_PRECISION = 0.01  # relative error allowed for a computed number stored in bfloat16
+SIZES = r"(_?(reg)?\d+)+"  # numbers in a name of timm, with the word for registers
 REGISTERS = ("reg_token", "register_tokens")  # timm's name, and the official one
-ROUNDING = 0.01  # of a tag, where a function resamples a tensor that is the same all over
+ROUNDING = 0.01  # of a tag: resampling a constant tensor rounds
 
 Filter = Callable[[dict[str, Any], nn.Module], Mapping[str, Tensor]]
 
 
 def backbone_weights(name: str, described: Architecture, weights: Weights) -> Weights:
-    """The tensors of the backbone by timm's names, those of the classifier left out.
+    """Return the tensors of the backbone by timm's names, without those of the classifier.
 
-    Where names and shapes are timm's already, they are read lazily. Others are converted, all tensors at once, by the
-    function that timm itself applies to the official checkpoints of this model. It may give tensors other names and
-    order their numbers anew, and nothing else: `require_as_stored`. Raises `BadInputError` for weights that do not fit.
+    If names and shapes are timm's already, tensors are read lazily. Otherwise all tensors are converted at once, by the
+    function that timm itself applies to official checkpoints of this model. It may only rename tensors and rearrange
+    their numbers, as `require_as_stored` checks. Raises `BadInputError` for weights that do not fit.
     """
     shapes = described.shapes
     located = _located(weights)
@@ -58,11 +58,11 @@ def backbone_weights(name: str, described: Architecture, weights: Weights) -> We
 
 
 def _located(weights: Weights) -> Weights:
-    """The backbone inside a training checkpoint; of a file in which none can be told, all there is."""
+    """Return the backbone inside a training checkpoint; all tensors if no backbone is recognized."""
     own = any(name.startswith(f"{ENCODER}.") for name in weights.names)
     averaged = any(name.startswith(f"target_{ENCODER}.") for name in weights.names)
     if weights.branch is None and own and not averaged:
-        weights = weights.without(lambda name: not name.startswith(f"{ENCODER}."))  # as timm does it, of I-JEPA
+        weights = weights.without(lambda name: not name.startswith(f"{ENCODER}."))  # as timm does for I-JEPA
     if weights.holds(ANCHOR):
         return weights.located(ANCHOR)
     for anchor in TOWERS:
@@ -72,10 +72,11 @@ def _located(weights: Weights) -> Weights:
 
 
 def require_as_stored(name: str, weights: Weights, described: Architecture, convert: Filter) -> tuple[str, ...]:
-    """Refuse a conversion that changes, resizes or drops what a file holds; the stored names of what it may leave out.
+    """Check that a conversion does not change, resize or drop stored numbers; return the names of unused tensors.
 
-    timm's function is run on tensors each of which is one number, its own, all over: what comes out tells whose numbers
-    lie where, and how many of them. Left out may be the classifier, what a backbone does without (`UNUSED`), and zeros.
+    timm's function is run on constant tensors, each filled with a number of its own, the tag: the result shows whose
+    numbers go where, and how many. Allowed to be unused are the classifier, tensors that a running backbone does not
+    need (`UNUSED`), and zeros. Raises `BadInputError` for any other change.
     """
     sizes = {stored: math.prod(weights.shape(stored)) for stored in weights.names}
     tags = {stored: tag for tag, stored in enumerate(sizes, start=1)}
@@ -96,7 +97,7 @@ def require_as_stored(name: str, weights: Weights, described: Architecture, conv
 
 
 def _require_as_computed(name: str, weights: Weights, stored: Sequence[str]) -> None:
-    """Refuse stored angles and the like that are others than timm computes in their place, where it can be told."""
+    """Raise `BadInputError` if stored values that timm computes itself, such as angles, differ from its values."""
     if not stored:
         return
     with contextlib.suppress(TypeError), torch.device("cpu"):  # TypeError: a model that takes no depth
@@ -108,15 +109,15 @@ def _require_as_computed(name: str, weights: Weights, stored: Sequence[str]) -> 
                 and own.shape == found.shape
                 and not torch.allclose(own.float(), found.float(), rtol=HALF_PRECISION)
             ):
-                raise _changed(name, weights, f"its {each} are others than those of this model")
+                raise _changed(name, weights, f"its {each} differ from those of this model")
 
 
 def _used(
     name: str, weights: Weights, described: Architecture, tags: Mapping[str, int], made: Mapping[str, Tensor]
 ) -> Counter[str]:
-    """How many numbers come of each stored tensor, given what is made of the tagged ones.
+    """Return how many numbers of each stored tensor are used, from the converted tensors `made` of the tagged ones.
 
-    Of a model whose registers have no position, the class token takes its own in: cls_token + pos_embed[0].
+    If registers have no position, timm adds the position of cls to its token: cls_token + pos_embed[0].
     """
     of_tag = {tag: stored for stored, tag in tags.items()}
     folded = tags.get("cls_token", 0) + tags.get("pos_embed", 0)
@@ -137,7 +138,7 @@ def _used(
 
 
 def _require_rest_zero(name: str, weights: Weights, described: Architecture, convert: Filter, stored: str) -> None:
-    """Refuse a conversion that takes some numbers of a tensor alone, unless the others are zeros."""
+    """Raise `BadInputError` if a conversion uses only some numbers of a tensor, unless the others are zeros."""
     size = math.prod(weights.shape(stored))
     places = {key: torch.zeros(()).expand(weights.shape(key)) for key in weights.names}
     places[stored] = torch.arange(1.0, size + 1).reshape(weights.shape(stored))
@@ -153,9 +154,9 @@ def _require_rest_zero(name: str, weights: Weights, described: Architecture, con
 
 
 def _resized(name: str, weights: Weights, described: Architecture, stored: str) -> BadInputError:
-    """The error for a tensor that timm would resample to the size of the model."""
+    """Return the error for a tensor that timm would resample to the size of the model."""
     wanted = described.shapes.get(stored)
-    model = f"and the model's is {_times(wanted)}" if wanted else "and the model's is of another size"
+    model = f"and the model's is {_times(wanted)}" if wanted else "and the model's has another size"
     fitting = fitting_names(name, weights)
     remedy = f"name the model {' or '.join(fitting)}" if fitting else "name the model of this size and patch"
     return _changed(name, weights, f"{stored} is {_times(weights.shape(stored))}, {model}", remedy)
@@ -166,12 +167,12 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 def _dropped(name: str, weights: Weights, dropped: Sequence[str], part: str = "") -> BadInputError:
-    """The error for numbers that are not zero and that the model has no place for."""
+    """Return the error for numbers that are not zero and that the model has no place for."""
     more = f" and {len(dropped) - 1} more" if len(dropped) > 1 else ""
     remedy = "is it a checkpoint of this model?"
     if dropped[0].endswith("bias") and timm.models.is_model(f"{name}_qkvb"):
         remedy = f"name the model timm/{name}_qkvb"
-    return _changed(name, weights, f"it has no place for {part}{dropped[0]}{more}, which are not zero", remedy)
+    return _changed(name, weights, f"the model has no place for {part}{dropped[0]}{more}, which are not zero", remedy)
 
 
 def _changed(name: str, weights: Weights, why: str, remedy: str = "is it a checkpoint of this model?") -> BadInputError:
@@ -179,9 +180,9 @@ def _changed(name: str, weights: Weights, why: str, remedy: str = "is it a check
 
 
 def fitting_names(name: str, weights: Weights) -> list[str]:
-    """Names of timm's that differ from this one in sizes and registers alone, and fit what is stored.
+    """Return names of timm that differ from this one only in sizes and registers, and fit the stored tensors.
 
-    That is the patches, the positions, and whether there are registers.
+    The patch projection, the positions, cls and the presence of registers are compared.
     """
     skeleton = re.sub(SIZES, "#", name.partition(".")[0])
     near = [other for other in timm.list_models(module="vision_transformer") if re.sub(SIZES, "#", other) == skeleton]
@@ -193,19 +194,19 @@ def fitting_names(name: str, weights: Weights) -> list[str]:
             stored = {key: weights.shape(key) for key in ("pos_embed", ANCHOR, "cls_token") if key in weights}
             alike = any(key in shapes for key in REGISTERS) == registers
             if registers and stored.get("pos_embed") == _with_one_more(shapes.get("pos_embed")):
-                del stored["pos_embed"]  # the position of cls, which timm's models with registers do without
+                del stored["pos_embed"]  # it includes the position of cls, which timm's models with registers lack
             if stored and alike and all(shapes.get(key) == shape for key, shape in stored.items()):
                 fitting.append(f"timm/{other}")
     return fitting
 
 
 def _with_one_more(positions: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """The shape of positions `[1, T, N]` with one token more."""
+    """Return the shape of positions `[1, T, N]` with one more token."""
     return positions and (positions[0], positions[1] + 1, *positions[2:])
 
 
 def without(weights: Weights, layers: tuple[str, ...]) -> Weights:
-    """The weights but for those of some layers, which are counted as ignored."""
+    """Return the weights without those of some layers, which count as ignored."""
     prefixes = tuple(f"{layer}." for layer in layers)
     kept = {name: stored for name, stored in weights.stored_names.items() if not name.startswith(prefixes)}
     left_out = tuple(name for name in weights.names if name not in kept)
@@ -213,7 +214,7 @@ def without(weights: Weights, layers: tuple[str, ...]) -> Weights:
 
 
 def converted(name: str, weights: Weights, module: nn.Module, convert: Filter) -> Weights:
-    """The weights as timm's function makes them of these, held in memory."""
+    """Return these weights converted by timm's function, in memory."""
     tensors = _converted(name, weights, module, convert, weights.read(weights.names))
     found = Weights.of(MemoryTensors(f"{weights.source.label}, converted by timm", tensors))
     return replace(found, ignored=weights.ignored, prefix=weights.prefix, others=weights.others)
@@ -222,7 +223,7 @@ def converted(name: str, weights: Weights, module: nn.Module, convert: Filter) -
 def _converted(
     name: str, weights: Weights, module: nn.Module, convert: Filter, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What timm's function makes of tensors by the names of `weights`."""
+    """Convert tensors with the names of `weights` by timm's function. Raises `BadInputError` if it fails."""
     try:
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():  # standard output is for results
             made = dict(convert(nested(tensors), module))
@@ -234,13 +235,13 @@ def _converted(
             sizes or f"timm's function for this model cannot convert it ({type(error).__name__}: {_first_line(error)})"
         )
         fitting = fitting_names(name, weights)
-        remedy = f"name the model {' or '.join(fitting)}" if fitting else "is it a checkpoint of it?"
+        remedy = f"name the model {' or '.join(fitting)}" if fitting else "is it a checkpoint of this model?"
         raise BadInputError(f"cannot use weights {weights.source.label}", why, remedy) from error
     return made
 
 
 def _positions(weights: Weights, module: nn.Module) -> str:
-    """The stored positions against the model's, where they differ; those are what the functions fail at."""
+    """Return a phrase with the shapes of stored and the model's positions if they differ; conversions fail at that."""
     wanted = module.state_dict().get("pos_embed")
     if wanted is None or "pos_embed" not in weights or weights.shape("pos_embed") == tuple(wanted.shape):
         return ""
@@ -252,7 +253,7 @@ def _first_line(error: Exception) -> str:
 
 
 def nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Tensors in the dictionaries they were stored in, as far as timm's functions look: `model.x` is `x` of `model`."""
+    """Return tensors nested in the dictionaries that timm's functions open: `model.x` becomes `x` of `model`."""
     for wrapper in (*WRAPPERS, ENCODER):
         prefix = f"{wrapper}."
         if inside := {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}:
@@ -260,11 +261,12 @@ def nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return dict(tensors)
 
 
-@cache  # a module is made for it
+@cache  # it makes a module, which is slow
 def filter_of(name: str) -> Filter:
-    """The function that timm applies to pretrained tensors of this model, with the options that it binds to it.
+    """Return the function that timm applies to pretrained tensors of this model, with its options bound.
 
-    timm hands it to its own loader alone, so a loader that loads nothing takes it. Raises `LookupError` without one.
+    timm passes it only to its own loader; a temporary loader, which loads nothing, receives it instead. Raises
+    `LookupError` if there is none.
     """
     taken: list[Filter | None] = []
     with _loading(lambda *_, filter_fn=None, **__: taken.append(filter_fn)), torch.device("meta"):
@@ -276,7 +278,7 @@ def filter_of(name: str) -> Filter:
 
 @contextlib.contextmanager
 def _loading(load: Callable[..., None]) -> Iterator[None]:
-    """Another loader in the place of timm's."""
+    """Replace timm's loader by another one inside the context."""
     own, builder.load_pretrained = builder.load_pretrained, load
     try:
         yield

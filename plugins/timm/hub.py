@@ -1,4 +1,4 @@
-"""Finding the pretrained file of a model where timm says it is: on the Hugging Face hub, at an address, on disk."""
+"""Finding the pretrained file of a model in the place that timm names: the Hugging Face hub, a URL, or the disk."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 
 from sinder_cli import ModelRequest, UnavailableError, download
 
-HUB_FILE = "pytorch_model.bin"  # that timm means where it names none
+HUB_FILE = "pytorch_model.bin"  # timm's default if it names no file
 SAFE_NAMES = {HUB_FILE: "model.safetensors", "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
 
 
 def pretrained_file(name: str, request: ModelRequest) -> Path:
-    """The pretrained file of a model, fetched once into its cache. Raises `UnavailableError` that says what to do."""
+    """Return the pretrained file of a model, fetched once into a cache. Raises `UnavailableError` with a remedy."""
     cfg = timm.get_pretrained_cfg(name) if timm.models.is_model_pretrained(name) else None
     if cfg is None or not cfg.has_weights:
-        raise UnavailableError(f"no weights for timm/{name}", "timm knows of none", "name a file with --weights")
+        raise UnavailableError(f"no weights for timm/{name}", "timm has none", "name a file with --weights")
     if cfg.file:
         return Path(cfg.file)
     if cfg.hf_hub_id:
@@ -35,7 +35,7 @@ def pretrained_file(name: str, request: ModelRequest) -> Path:
 
 
 def hub_file(repository: str, filename: str, revision: str | None = None) -> Path:
-    """A file of a repository on the hub in its cache, or its twin in safetensors where there is one."""
+    """Return a file of a hub repository, fetched into the cache; its safetensors version if there is one."""
     repository, _, pinned = repository.partition("@")
     at = {"repo_id": repository, "revision": revision or pinned or None}
     try:
@@ -55,7 +55,7 @@ def hub_file(repository: str, filename: str, revision: str | None = None) -> Pat
 
 
 def _safest(filename: str, at: dict[str, Any]) -> Path:
-    """The file as safetensors, or else as it is named; where the hub does not answer it is not asked twice."""
+    """Return the safetensors version of a file, else the file itself; if the hub does not answer, use the cache."""
     try:
         return Path(hf_hub_download(filename=safe_name(filename), **at))
     except LocalEntryNotFoundError:
@@ -68,7 +68,7 @@ def _safest(filename: str, at: dict[str, Any]) -> Path:
 
 
 def safe_name(filename: str) -> str:
-    """The name that a pickled file of the hub has as safetensors."""
+    """Return the name of the safetensors version of a pickled file on the hub."""
     return SAFE_NAMES.get(filename) or str(Path(filename).with_suffix(".safetensors"))
 
 
@@ -87,7 +87,7 @@ HELD = (
 
 
 def hub_config(name: str, module: Any) -> str:
-    """The text of `config.json` for a model by its name, built without a classifier."""
+    """Return the text of `config.json` for a model of a name, built without a classifier."""
     architecture, _, tag = name.partition(".")
     cfg = {key: module.pretrained_cfg[key] for key in HELD if module.pretrained_cfg.get(key) is not None}
     cfg |= {"tag": tag, "custom_load": False, "num_classes": 0}

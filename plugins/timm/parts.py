@@ -1,6 +1,6 @@
-"""The parts that timm builds blocks of: norms, activations, attentions, MLPs, each by its class.
+"""The parts of timm's blocks: norms, activations, attentions, MLPs, each recognized by its class.
 
-A class that is in none of the tables is refused: what it computes is not known.
+A class that is in none of the tables is refused, because its computation is not known.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Rows = tuple[int, int]
 
 
 class InexpressibleError(Exception):
-    """What a layer map cannot say of a part; the message names the part and the reason."""
+    """A layer map cannot describe a part; the message names the part and the reason."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A module with the name that leads to it, so that its tensors can be named as the state dict names them."""
+    """A module with its path, so that its tensors get the same names as in the state dict."""
 
     name: str
     module: nn.Module
@@ -34,11 +34,11 @@ class Part:
 
     @property
     def kind(self) -> str:
-        """How messages call it: `blocks.0.attn is DiffAttention`."""
+        """Path and class for messages: `blocks.0.attn is DiffAttention`."""
         return f"{self.name} is {type(self.module).__name__}"
 
     def has(self, child: str) -> bool:
-        """Whether there is such a part, or tensor, that does something."""
+        """Return True if there is such a part or tensor, and it is not `nn.Identity`."""
         found = getattr(self.module, child, None)
         return found is not None and not isinstance(found, nn.Identity)
 
@@ -75,7 +75,7 @@ ACTIVATIONS = {
     nn.Tanh: "tanh",
     layers.Tanh: "tanh",
 }
-ELEMENTWISE = (  # functions without weights that have no name in a layer map, and are handed over as they are
+ELEMENTWISE = (  # functions without weights and without a name in a layer map, which then holds the function itself
     nn.CELU, nn.ELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU6,
     nn.SELU, nn.Softplus, nn.Softsign, layers.HardMish, layers.HardSigmoid, layers.HardSwish, layers.Mish,
 )  # fmt: skip
@@ -86,7 +86,7 @@ def _listed(kinds: Iterable[type]) -> str:
 
 
 def norm_map(part: Part) -> NormMap:
-    """The map of a LayerNorm or RMSNorm."""
+    """Return the map of a LayerNorm or RMSNorm. Raises `InexpressibleError` for another class."""
     kind = NORMS.get(type(part.module))
     if kind is None:
         raise InexpressibleError(f"{part.kind}, neither LayerNorm nor RMSNorm")
@@ -101,7 +101,7 @@ def optional_norm(part: Part, child: str) -> NormMap | None:
 
 
 def activation(part: Part) -> str | Callable[..., Any]:
-    """The name of an activation, or the function itself where a layer map has no name for it."""
+    """Return the name of an activation, or the function itself if a layer map has no name for it."""
     function = part.module
     if type(function) is nn.GELU:
         return "gelu" if function.approximate == "none" else "gelu_tanh"
@@ -113,7 +113,10 @@ def activation(part: Part) -> str | Callable[..., Any]:
 
 
 def attention_fields(part: Part) -> dict[str, Any]:
-    """What an `AttentionMap` says of the attention itself; norms of queries and keys only steer the mixing."""
+    """Return the fields of an `AttentionMap`, except norm and scale.
+
+    Norms of queries and keys are left out, since they affect only the mixing.
+    """
     attention: Any = part.module
     if type(attention) not in ATTENTIONS:
         raise InexpressibleError(f"{part.kind}, none of {_listed(ATTENTIONS)}")
@@ -121,7 +124,7 @@ def attention_fields(part: Part) -> dict[str, Any]:
         raise InexpressibleError(f"{part.name} multiplies its values by a gate that depends on the token")
     if getattr(attention, "num_kv_groups", 1) > 1:
         heads = f"{attention.num_kv_heads} value heads for {attention.num_heads} heads"
-        raise InexpressibleError(f"{part.name} shares values between heads ({heads}): value and output do not meet")
+        raise InexpressibleError(f"{part.name} shares values between heads ({heads}): value and output widths differ")
     return {
         **(_fused(part) if part.has("qkv") else _split(part)),
         "output": part.tensor("proj.weight"),
@@ -137,7 +140,7 @@ def _fused(part: Part) -> dict[str, Any]:
     third = _rows(qkv) // 3
     rows = {"query": (0, third), "key": (third, 2 * third), "value": (2 * third, 3 * third)}
     weights = {role: qkv.tensor("weight", at) for role, at in rows.items()}
-    if part.has("q_bias"):  # of EVA, which has none for keys
+    if part.has("q_bias"):  # EVA has no bias for keys
         return weights | {"query_bias": part.tensor("q_bias"), "value_bias": part.tensor("v_bias")}
     return weights | {f"{role}_bias": qkv.optional("bias", at) for role, at in rows.items()}
 
@@ -154,7 +157,7 @@ def _split(part: Part) -> dict[str, Any]:
 
 
 def mlp_map(part: Part, norm: NormMap, scale: WeightRef | None) -> PlainMlpMap | GatedMlpMap:
-    """The map of an MLP by its class, with the norm in front of it and the LayerScale behind it."""
+    """Return the map of an MLP by its class, with the norm before it and the LayerScale after it."""
     described = MLPS.get(type(part.module))
     if described is None:
         raise InexpressibleError(f"{part.kind}, none of {_listed(MLPS)}")
@@ -174,7 +177,7 @@ def _plain(part: Part, fields: dict[str, Any]) -> PlainMlpMap:
 
 
 def _packed(part: Part, fields: dict[str, Any]) -> GatedMlpMap:
-    """One projection holds gate and up, in either order."""
+    """Return the map of an MLP with gate and up in one projection, in either order."""
     half = _rows(part["fc1"]) // 2
     first, second = (0, half), (half, 2 * half)
     gate, up = (second, first) if part.module.gate_last else (first, second)

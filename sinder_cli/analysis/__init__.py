@@ -1,1 +1,1 @@
-"""What the tokens of a backbone do over a set of images: statistics, verdicts, comparisons, maps to draw."""
+"""Analysis of a backbone's tokens over a set of images: statistics, verdicts, comparisons, maps to draw."""

@@ -1,4 +1,4 @@
-"""A backbone whose linear layers have their largest singular values clamped (SINDER, figure 4); no file is touched."""
+"""A backbone whose linear layers have their largest singular values clamped (SINDER, figure 4); no file is changed."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ from sinder_cli.events import Emit, Warned, tracked
 if TYPE_CHECKING:
     from torch import Tensor
 
-NEGLIGIBLE = 1e-7  # of σ₁: what is smaller drowns in the rounding of W Wᵀ, and float32 hardly holds it
+NEGLIGIBLE = 1e-7  # × σ₁: smaller values are lost in the rounding of W Wᵀ, and float32 hardly resolves them
 
 
 @dataclass(frozen=True)
 class LargestPart:
-    """What clamping takes from a weight W: `U diag(1 − σ_K/σ) Uᵀ W` of the M < K singular directions above the K-th.
+    """The part that clamping removes from a weight W: `U diag(1 − σ_K/σ) Uᵀ W`.
 
-    `U` `[out, M]` and `excess` `[M]`, float32. Right singular vectors are never needed: Uᵀ W = S Vᵀ.
+    It has the M < K singular directions above the K-th: `U` `[out, M]` and `excess` `[M]`, float32. Right singular
+    vectors are never needed: Uᵀ W = S Vᵀ.
     """
 
     U: Tensor
     excess: Tensor
 
     def taken_from(self, weight: Tensor) -> Tensor:
-        """The clamped weight, in the dtype of `weight` `[out, in]`."""
+        """Return the clamped weight, in the dtype of `weight` `[out, in]`."""
         wide = weight.float()
         return (wide - (self.U * self.excess) @ (self.U.T @ wide)).to(weight.dtype)
 
 
 def largest_part(weight: Tensor, k: int) -> LargestPart:
-    """What lowers the singular values of `weight` `[out, in]` above the K-th to it; nothing where there is no K-th.
+    """Return the part whose removal lowers the singular values of `weight` `[out, in]` above the K-th to the K-th.
 
-    The leading left singular vectors are eigenvectors of W Wᵀ, or images of those of Wᵀ W where that is smaller;
-    in float64 they lose nothing that matters for the largest.
+    It is empty if there is no K-th. The leading left singular vectors are eigenvectors of W Wᵀ, or images of those of
+    Wᵀ W if that is smaller; in float64 no precision that matters for the largest ones is lost.
     """
     wide = weight.double()
     tall = wide.shape[0] > wide.shape[1]
@@ -86,9 +87,9 @@ class ClampedTensors:
 
 
 def clamped(backbone: Backbone, k: int, emit: Emit) -> Backbone:
-    """The backbone with the singular values of every linear layer of its blocks lowered to the layer's K-th.
+    """Return the backbone with the singular values of every linear layer in its blocks lowered to the layer's K-th.
 
-    Linear layers are query, key, value, output and all MLP weights, each part of a fused projection by itself.
+    Linear layers are query, key, value, output and all MLP weights; each part of a fused projection counts as its own.
     """
     weights = backbone.weights
     parts: dict[str, list[tuple[WeightRef, LargestPart]]] = {}

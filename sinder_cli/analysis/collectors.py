@@ -1,4 +1,4 @@
-"""Statistics that grow batch by batch in fixed memory, and add up over processes that have seen different images."""
+"""Statistics that are collected batch by batch in fixed memory; those of several processes can be added."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class BlockCollector:
         self.observed = ObservedDirection()
 
     def add(self, tokens: BlockTokens) -> None:
-        """The tokens of one batch."""
+        """Add the tokens of one batch."""
         self.patch_norms.add(tokens.norms)
         if tokens.cls is not None:
             self.cls_norms.add(tokens.cls.norm(dim=-1))
@@ -57,14 +57,14 @@ class BlockCollector:
                 self.observed.add(patches[marked])
 
     def merge(self, other: BlockCollector) -> None:
-        """Take in the statistics of other images."""
+        """Add the statistics of other images."""
         for mine, theirs in zip(self._histograms, other._histograms, strict=True):
             mine.merge(theirs)
         self.counts.merge(other.counts)
         self.observed.merge(other.observed)
 
     def to_cpu(self) -> BlockCollector:
-        """The same on the CPU, as it can be sent to another process."""
+        """Return a copy on the CPU, which can be sent to another process."""
         moved = BlockCollector("cpu", self.counts.grid, self.rule)
         moved.merge(self)
         return moved
@@ -74,7 +74,7 @@ class BlockCollector:
         return [self.patch_norms, self.cls_norms, self.register_norms, *self.angles.values()]
 
     def record(self, block: int, predicted: Tensor, gaps: dict[Stage, float]) -> BlockRecord:
-        """Sum up; `predicted` `[4, N]`."""
+        """Return the record of the block; `predicted` `[4, N]` are its predicted directions."""
         return BlockRecord(
             block=block,
             patch_norm=self.patch_norms.distribution(),
@@ -90,7 +90,7 @@ class BlockCollector:
         )
 
     def curves(self) -> BlockCurves:
-        """The outlines of its distributions."""
+        """Return the outlines of its distributions."""
         angles = {stage: histogram.curve(VIOLIN_POINTS) for stage, histogram in self.angles.items()}
         return BlockCurves(self.patch_norms.curve(VIOLIN_POINTS, logarithmic=True), angles)
 
@@ -103,7 +103,7 @@ class PairCollector:
         self.overlap: dict[Rule, tuple[int, int]] = {}
 
     def add(self, sides: Sequence[BlockTokens]) -> None:
-        """Both sides' tokens of one batch."""
+        """Add both sides' tokens of one batch."""
         a, b = sides
         self.patches.add(cosine_similarity(a.patches, b.patches, dim=-1))
         if a.cls is not None and b.cls is not None:
@@ -113,19 +113,19 @@ class PairCollector:
                 self.overlap[rule] = added(self.overlap.get(rule), a.masks[rule], b.masks[rule])
 
     def merge(self, other: PairCollector) -> None:
-        """Take in the agreement on other images."""
+        """Add the agreement on other images."""
         self.patches.merge(other.patches)
         self.cls.merge(other.cls)
         merge_overlaps(self.overlap, other.overlap)
 
     def to_cpu(self) -> PairCollector:
-        """The same on the CPU, as it can be sent to another process."""
+        """Return a copy on the CPU, which can be sent to another process."""
         moved = PairCollector("cpu")
         moved.merge(self)
         return moved
 
     def record(self, block: int) -> PairRecord:
-        """Sum up."""
+        """Return the record of the pair of blocks."""
         agreement = {rule: ratio(*counts) for rule, counts in self.overlap.items()}
         return PairRecord(
             block=block,
@@ -148,7 +148,7 @@ Part = TypeVar("Part", bound=Mergeable)
 
 @dataclass
 class Collected:
-    """All that one pass over images sums up."""
+    """Everything that one pass over images collects."""
 
     images: int
     sides: list[list[BlockCollector]]  # by backbone and block
@@ -157,7 +157,10 @@ class Collected:
     inpainted: list[InpaintingCollector | None]  # by backbone
 
     def at_first(self, ranks: Ranks) -> Collected:
-        """What all ranks have collected, on rank 0; elsewhere this rank's own. One block at a time is in memory."""
+        """Return what all ranks have collected, on rank 0; elsewhere this rank's own.
+
+        Only one block at a time is in memory.
+        """
         if ranks.size == 1:
             return self
         return Collected(

@@ -1,4 +1,4 @@
-"""Principal components of patch tokens, from sums that grow image by image."""
+"""Principal components of patch tokens, from sums to which each image is added."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Basis:
     components: Tensor
 
     def project(self, tokens: Tensor) -> Tensor:
-        """Coordinates of tokens `[…, N]` → `[…, 3]`, float32."""
+        """Return the coordinates `[…, 3]` of tokens `[…, N]`, float32."""
         return ((tokens.double().cpu() - self.mean) @ self.components).float()
 
 
@@ -33,29 +33,29 @@ class Moments:
         self.second = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def add(self, tokens: Tensor) -> None:
-        """Take in tokens `[M, N]`; those that are not finite are left out."""
+        """Add tokens `[M, N]`; those that are not finite are left out."""
         kept = tokens[tokens.isfinite().all(dim=1)].double()
         self.count += len(kept)
         self.sum += kept.sum(dim=0)
         self.second += kept.T @ kept
 
     def merge(self, other: Moments) -> None:
-        """Take in the sums over other tokens."""
+        """Add the sums over other tokens."""
         self.count += other.count
         self.sum += other.sum.to(self.sum.device)
         self.second += other.second.to(self.sum.device)
 
     def to_cpu(self) -> Moments:
-        """The same on the CPU, as it can be sent to another process."""
+        """Return a copy on the CPU, which can be sent to another process."""
         moved = Moments(len(self.sum))
         moved.merge(self)
         return moved
 
     def basis(self, count: int = 3) -> Basis:
-        """The leading eigenvectors of the covariance.
+        """Return the mean and the leading eigenvectors of the covariance.
 
-        Deterministic: a full symmetric eigendecomposition, and of the two signs of a vector the one that makes its
-        largest entry positive. Fewer than `count` dimensions are filled up with zeros.
+        Deterministic: a full symmetric eigendecomposition, and each vector has the sign that makes its largest entry
+        positive. If there are fewer than `count` dimensions, the rest is filled with zeros.
         """
         mean = (self.sum / max(self.count, 1)).cpu()
         covariance = (self.second / max(self.count, 1)).cpu() - mean[:, None] * mean

@@ -1,4 +1,4 @@
-"""The direction that outlying tokens share, and how far they spread around it, without keeping a token."""
+"""The direction that outlying tokens share, and how far they spread around it; no token is kept."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SKETCH_ROWS = 8  # singular directions kept; a defect needs one
-FOLDED_AT_ONCE = 64  # new rows a decomposition
+FOLDED_AT_ONCE = 64  # new rows per decomposition
 
 
 class Sketch:
     """The leading singular directions of a growing matrix, of which only `SKETCH_ROWS` rows are kept.
 
-    Rows are `s_k v_k` of the matrix so far, in float64, largest first; what is cut off is smaller than all of them.
-    Exact up to that rank. Beyond it energies are bounds from below, near for directions that stand out from the rest.
+    Rows are `s_k v_k` of the matrix so far, in float64, largest first; those cut off are smaller than all of them.
+    Exact up to that rank. Beyond it, energies are lower bounds, close for directions that stand out from the rest.
     """
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None  # [≤ SKETCH_ROWS, N]
 
     def fold(self, rows: Tensor) -> None:
-        """Take in more rows `[M, N]`, or those of another sketch."""
+        """Add more rows `[M, N]`, or those of another sketch."""
         for part in rows.double().split(FOLDED_AT_ONCE):
             stacked = part if self.rows is None else torch.cat([self.rows, part])
             mixing = torch.linalg.eigh(stacked @ stacked.T).eigenvectors.flip(1)  # [m, m], largest first
@@ -48,12 +48,12 @@ class ObservedDirection:
         self.tokens = 0
         self.images = 0
         self.all_tokens = Sketch()  # of unit vectors of tokens
-        self.all_images = Sketch()  # of one unit vector an image: the leading direction of its tokens
-        self.companions = 0  # tokens of images with two or more
+        self.all_images = Sketch()  # of one unit vector per image: the leading direction of its tokens
+        self.companions = 0  # tokens of images that have two or more
         self.off_axis = 0.0  # Σ sin² between those and the direction of their own image
 
     def add(self, tokens: Tensor) -> None:
-        """Take in the outlying tokens `[M, N]` of one image; those that are not finite are left out."""
+        """Add the outlying tokens `[M, N]` of one image; those that are not finite are left out."""
         tokens = tokens.double().cpu()
         norms = tokens.norm(dim=1)
         good = norms.isfinite() & (norms > 0)
@@ -72,7 +72,7 @@ class ObservedDirection:
             self.off_axis += max(0.0, count - image.energies[0])
 
     def merge(self, other: ObservedDirection) -> None:
-        """Take in what was seen of other images."""
+        """Add what was observed in other images."""
         for mine, theirs in ((self.all_tokens, other.all_tokens), (self.all_images, other.all_images)):
             if theirs.rows is not None:
                 mine.fold(theirs.rows)
@@ -83,16 +83,17 @@ class ObservedDirection:
 
     @property
     def direction(self) -> Tensor | None:
-        """The direction all outlying tokens share, `[N]` float32 of unit norm and fixed sign; None without any."""
+        """Direction that all outlying tokens share, `[N]` float32 of unit norm and fixed sign; None without any."""
         rows = self.all_tokens.rows
         return None if rows is None else fixed_sign(rows[0] / rows[0].norm()).float()
 
     def record(self, predicted: dict[Stage, Tensor]) -> Observed | None:
-        """Sum up, with the angle to each predicted direction `[N]`; None without outlying tokens.
+        """Return the summary, with the angle to each predicted direction `[N]`; None without outlying tokens.
 
-        Spreads are the angles whose sine is the root mean square of the sines. Within: between a token and its
-        image's direction. Across: between two images' directions, over all pairs, which is σ⁴ summed over the sketch
-        of those n unit vectors, less the n pairs of equals: Σ_ij cos²(d_i, d_j) = ‖D Dᵀ‖² = Σ_k σ_k⁴.
+        Spreads are the angles whose sine is the root mean square of the sines. Within: between a token and its image's
+        direction. Across: between two images' directions, over all pairs. There the sum of cos² is the sum of σ⁴ over
+        the sketch of those n unit vectors, minus n for the pairs of a vector with itself: Σ_ij cos²(d_i, d_j) = ‖D Dᵀ‖²
+        = Σ_k σ_k⁴.
         """
         direction = self.direction
         if direction is None:

@@ -15,25 +15,28 @@ from sinder_cli.errors import CannotCreateError
 from sinder_cli.escaping import printable
 from sinder_cli.files import make_folder, output_error, require_creatable_folder
 
-MOST_BYTES = 200  # of a file's name without its ending: a temporary name beside it needs some, too
+MOST_BYTES = 200  # of a file name without its suffix: the longer name of a temporary file must fit, too
 TAKEN = "after the last block and the final norm"
 
 
 def require_new_features(folder: Path) -> None:
-    """Prove, before any work is done, that the folder is empty or can be made. Raises `CannotCreateError`."""
+    """Check, before any work, that the folder is empty or can be created. Raises `CannotCreateError` otherwise."""
     if folder.is_dir() and any(folder.iterdir()):
         raise CannotCreateError(f"cannot create {folder}", "it is not empty", "choose another --features, or remove it")
     require_creatable_folder(folder)
 
 
 def file_names(images: Iterable[str]) -> dict[str, str]:
-    """A file's name for each image: its stem, kept as far as a file system can hold it; of two alike, the second -2."""
+    """Return a file name for each image: its stem, cut to a length that a file system can hold.
+
+    Of two equal names, the second gets the ending -2.
+    """
     names: dict[str, str] = {}
     used: set[str] = set()
     for image in images:
         stem = _cut(re.sub(r"[\x00-\x1f\\]+", "-", PurePosixPath(image).stem) or "image")
         chosen, count = stem, 1
-        while chosen.casefold() in used:  # some file systems do not tell A from a
+        while chosen.casefold() in used:  # some file systems do not distinguish A from a
             count += 1
             chosen = f"{stem}-{count}"
         used.add(chosen.casefold())
@@ -49,7 +52,7 @@ def _cut(stem: str) -> str:
 
 @dataclass(frozen=True)
 class FeatureFiles:
-    """The folder that features are written to, and the file of each image by its name."""
+    """The folder that features are written to, and the file name of each image."""
 
     folder: Path
     names: Mapping[str, str]
@@ -57,7 +60,7 @@ class FeatureFiles:
 
     @classmethod
     def made(cls, folder: Path, images: Iterable[str], backbone: Backbone) -> FeatureFiles:
-        """The folder, created if need be, for features of one backbone."""
+        """Return the files for features of one backbone; the folder is created if it does not exist."""
         try:
             make_folder(folder)
         except OSError as error:
@@ -68,8 +71,8 @@ class FeatureFiles:
     def write(self, names: Sequence[str], subject: Subject, last: BlockTokens) -> None:
         """Write a batch, each image's file whole or not at all: `patches` `[h, w, N]` and `cls` `[N]`, float32.
 
-        `last` are the tokens before the final norm. Without cls there is no `cls`. The metadata name model, weights and
-        image.
+        `last` are the tokens before the final norm. A model without cls has no `cls`. The metadata contain the model,
+        the fingerprint of its weights and the image.
         """
         backbone = subject.backbone
         _, h, w, _ = last.patches.shape

@@ -1,4 +1,4 @@
-"""What a repair could change: the last block's tokens against those of the inpainted original, image by image."""
+"""Estimate of what a repair could change: the last block's tokens against the inpainted original, image by image."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALE = LinearScale(-1.0, 1.0, 40_000)  # bins of 0.00005: what matters here lies near 1
-SAME = 0.999  # a cosine from which on tokens count as unmoved; 2.6°
+SAME = 0.999  # cosine from which tokens count as unmoved; 2.6°
 STAY = f"99 of 100 cosines ≥ {SAME}"
 AS_GOOD_AS_ONE = 0.99995  # in four digits
-FAR = 0.9  # a mean cosine of cls under which the report asks for a task
+FAR = 0.9  # mean cosine of cls below which the report advises a test on a task
 MOST_IMAGES = 1000  # with a record of their own: memory does not grow with the number of images
 
 
 class Outliers:
-    """Which patch tokens of one batch are outlying in any block by the rule, and how far out, as the blocks go by.
+    """The patch tokens of one batch that are outlying in any block by the rule, and how far; blocks are added in turn.
 
-    They are those of `detection.defective_somewhere`, which needs all blocks at once. A `norm_factor` of 0, the paper's
-    rule, marks tokens of any norm: those are no outliers, and the default factor is taken.
+    The tokens are those of `detection.defective_somewhere`, which needs all blocks at once. A `norm_factor` of 0, the
+    paper's rule, marks tokens of any norm; as those are no outliers, the default factor is used.
     """
 
     def __init__(self, settings: AnalyzeSettings) -> None:
         self.rule = replace(DetectionRule.of(settings), norm_factor=outlying_factor(settings.norm_factor))
         self.marked: Tensor = torch.empty(0)  # bool [B, h, w]
         self.largest: Tensor = torch.empty(0)  # [B]: norm ÷ median of the image
-        self.block: Tensor = torch.empty(0)  # [B]: where
+        self.block: Tensor = torch.empty(0)  # [B]: the block where that is
         self.by_norm: Tensor = torch.empty(0)  # bool [B, h, w]: outlying by norm alone
-        self._before: Tensor = torch.empty(0)  # the same, in the block before
+        self._before: Tensor = torch.empty(0)  # bool [B, h, w]: outlying by norm in the block before
 
     def add(self, block: int, side: BlockTokens) -> None:
-        """Take in the next block."""
+        """Add the next block."""
         out, ratios = side.masks["outlying"], norm_ratios(side.norms)
         now = certain(out, ratios, side.masks.get("equation_5", torch.zeros_like(out)), self.rule)
         most = ratios.nan_to_num(0.0, posinf=math.inf).flatten(1).amax(dim=1)
@@ -63,9 +63,12 @@ class Outliers:
 
 @dataclass(frozen=True)
 class InpaintedCosines:
-    """The last block of the b images of a batch with outlying tokens, against their inpainted originals; on the CPU."""
+    """Cosines between the tokens after the last block and those of the inpainted original, on the CPU.
 
-    images: list[int]  # which of the batch
+    They cover the b images of a batch that have outlying tokens.
+    """
+
+    images: list[int]  # their indices in the batch
     patches: Tensor  # [b, h, w]
     cls: Tensor | None  # [b]
     replaced: Tensor  # bool [b, h, w]: by the inpainted pass, in some block
@@ -75,7 +78,10 @@ class InpaintedCosines:
 def inpainted_cosines(
     subject: Subject, images: Tensor, outliers: Outliers, last: BlockTokens, settings: AnalyzeSettings
 ) -> InpaintedCosines:
-    """Run those of the images `[B, 3, H, W]` again that have outlying tokens; `last` are all images' last tokens."""
+    """Run the images of a batch `[B, 3, H, W]` that have outlying tokens again, and return their cosines.
+
+    `last` are the tokens of all images of the batch after the last block.
+    """
     found = outliers.marked.flatten(1).any(dim=1).nonzero()[:, 0]  # [b]
     replaced = outliers.marked[found].clone().zero_()
     if not len(found):
@@ -97,7 +103,7 @@ class InpaintingCollector:
 
     device: str
     tokens: int = 0
-    unmarked: int = 0  # tokens that stand out by norm, and that the rule leaves
+    unmarked: int = 0  # tokens that stand out by norm, but are not marked by the rule
     replaced: int = 0
     images: int = 0  # with outlying tokens
     seen: int = 0  # all images
@@ -115,7 +121,7 @@ class InpaintingCollector:
         last: BlockTokens,
         settings: AnalyzeSettings,
     ) -> None:
-        """One batch, its outlying tokens, and its tokens after the last block."""
+        """Add one batch: its outlying tokens, and its tokens after the last block."""
         found = inpainted_cosines(subject, images, outliers, last, settings)
         self._add_unmoved(last, ~outliers.marked.flatten(1).any(dim=1))
         self.seen += len(images)
@@ -148,14 +154,14 @@ class InpaintingCollector:
             self.by_image = _furthest(self.by_image)
 
     def _add_unmoved(self, last: BlockTokens, chosen: Tensor) -> None:
-        """Images of a batch, bool `[B]`, without outlying tokens: the inpainted pass is the original's."""
+        """Add the images, bool `[B]`, without outlying tokens: their inpainted pass equals the original's."""
         for histogram, tokens in ((self.good, last.patches), (self.cls, last.cls)):
             if tokens is not None:
                 whole = tokens[chosen].isfinite().all(dim=-1)
                 histogram.add(torch.where(whole, 1.0, math.nan))
 
     def merge(self, other: InpaintingCollector) -> None:
-        """Take in the cosines of other images."""
+        """Add the cosines of other images."""
         for mine, theirs in ((self.cls, other.cls), (self.good, other.good), (self.marked, other.marked)):
             mine.merge(theirs)
         self.tokens += other.tokens
@@ -166,13 +172,13 @@ class InpaintingCollector:
         self.by_image = _furthest([*self.by_image, *other.by_image])
 
     def to_cpu(self) -> InpaintingCollector:
-        """The same on the CPU, as it can be sent to another process."""
+        """Return a copy on the CPU, which can be sent to another process."""
         moved = InpaintingCollector("cpu")
         moved.merge(self)
         return moved
 
     def record(self, finite: bool) -> Inpainting:
-        """Sum up; `finite`: whether all tokens are."""
+        """Return the summary; `finite` is True if all tokens are finite."""
         cls, good, marked = (each.distribution() for each in (self.cls, self.good, self.marked))
         gain = gain_of(self.images, cls, good, marked) if finite else None
         return Inpainting(
@@ -193,7 +199,7 @@ class InpaintingCollector:
 
 
 def gain_of(images: int, cls: Distribution | None, good: Distribution | None, marked: Distribution | None) -> Gain:
-    """What there is to gain, from how many images have outlying tokens, and the cosines over all images."""
+    """Return the gain, from the number of images with outlying tokens and the cosines over all images."""
     if not images:
         return "healthy"
     if any(each is not None and each.p01 < SAME for each in (cls, good)):
@@ -209,16 +215,16 @@ def gain_sentence(
     marked: Distribution | None,
     unmarked: int = 0,
 ) -> str:
-    """The same in words; `counted` says how many tokens are outlying, in how many images.
+    """Return the gain in words; `counted` states how many tokens are outlying, in how many images.
 
-    `unmarked` tokens stand out by norm, and the rule leaves them.
+    `unmarked` tokens stand out by norm, but the rule does not mark them.
     """
     if gain is None:
-        return "Tokens are not finite: what a repair could change cannot be said."
+        return "Tokens are not finite: what a repair could change cannot be determined."
     if gain == "healthy" and unmarked:
         return (
             f"A repair would train nothing: {unmarked:,} tokens stand out by norm, and none of them is certain to be a"
-            " defect (--mark norm takes them all)."
+            " defect (--mark norm marks them all)."
         )
     if gain == "healthy":
         return "healthy: no token is outlying in any block; a repair would train nothing."
@@ -235,19 +241,19 @@ def gain_sentence(
         changed,
     ]
     far = cls is not None and cls.mean < FAR
-    task = " cls moves far: outliers may carry information, ask a task whether the change is one for the better."
+    task = " cls moves far: outliers may carry information, test on a task whether this is an improvement."
     return f"{whose} {', '.join(filter(None, parts))}: this much a repair could change.{task if far else ''}"
 
 
 def _moved(cosine: float, lowest: float = 1.0) -> str:
-    """29° (cosine 0.8746, 1 % below 0.5), without a lowest cosine that is as good as 1."""
+    """Return 29° (cosine 0.8746, 1 % below 0.5) in words, without a lowest cosine that is practically 1."""
     degrees = math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
     below = f", 1 % below {lowest:.4f}" if lowest < AS_GOOD_AS_ONE else ""
     return f"{degrees:.2g}° (cosine {f'{cosine:.4f}' if cosine < AS_GOOD_AS_ONE else '> 0.9999'}{below})"
 
 
 def _furthest(images: Sequence[ImageInpainting]) -> list[ImageInpainting]:
-    """At most so many of the images as have a record: those whose cls, or good tokens, are furthest moved."""
+    """Return at most `MOST_IMAGES` of the images: those whose cls, or good tokens, moved furthest."""
     return sorted(images, key=lambda each: (_moved_least(each), each.image))[:MOST_IMAGES]
 
 
@@ -257,5 +263,5 @@ def _moved_least(image: ImageInpainting) -> float:
 
 
 def _known(cosine: Tensor | None) -> float | None:
-    """A number that is finite, or None."""
+    """Return the cosine as a number; None if it is missing or not finite."""
     return cosine.item() if cosine is not None and bool(cosine.isfinite()) else None

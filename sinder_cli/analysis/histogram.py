@@ -13,23 +13,23 @@ from sinder_cli.analysis.records import Distribution
 if TYPE_CHECKING:
     from torch import Tensor
 
-MANTISSA_BITS = 9  # 512 bins an octave: a quantile is right to 0.2 %, and mostly far better
+MANTISSA_BITS = 9  # 512 bins per octave: quantiles are accurate to 0.2 %, and mostly far better
 OCTAVES = (-24, 40)  # 6e-8 to 1e12; beyond them a norm falls into the first or the last bin
-ANGLE_BINS = 1800  # of a twentieth of a degree
+ANGLE_BINS = 1800  # bins of a twentieth of a degree
 
 
 class Scale(Protocol):
-    """Which bin a value falls into, and where bins begin."""
+    """The bins of a histogram: the bin of each value, and the edges of the bins."""
 
     @property
     def bins(self) -> int: ...
 
     def bin_of(self, values: Tensor) -> Tensor:
-        """Bin numbers of values of any shape, as int64."""
+        """Return the bin numbers of values of any shape, as int64."""
         ...
 
     def edges(self) -> Tensor:
-        """`[bins + 1]` float64, ascending."""
+        """Return the edges of the bins, `[bins + 1]` float64, ascending."""
         ...
 
 
@@ -84,7 +84,7 @@ class Curve:
 
 
 class Histogram:
-    """Counts of a stream of values on one scale; NaN and infinities are counted apart."""
+    """Counts of a stream of values on one scale; NaN and infinities are counted separately."""
 
     def __init__(self, scale: Scale, device: str | torch.device = "cpu") -> None:
         self.scale = scale
@@ -95,13 +95,13 @@ class Histogram:
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, values: Tensor) -> None:
-        """Count values of any shape, on the device of the histogram; nothing waits for the device."""
+        """Count values of any shape, on the device of the histogram, without waiting for the device."""
         if not values.numel():
             return
         values = values.detach().float().flatten()
         good = values.isfinite()
         kept = torch.where(good, values, values.new_zeros(()))
-        bins = torch.where(good, self.scale.bin_of(kept), self.scale.bins)  # one bin more for what is not finite
+        bins = torch.where(good, self.scale.bin_of(kept), self.scale.bins)  # one more, for values that are not finite
         self.counts += torch.bincount(bins, minlength=self.scale.bins + 1)[: self.scale.bins]
         self.nonfinite += (~good).sum()
         self.total += kept.double().sum()
@@ -109,7 +109,7 @@ class Histogram:
         self.high = torch.maximum(self.high, torch.where(good, values, -torch.inf).max())
 
     def merge(self, other: Histogram) -> None:
-        """Take in what another histogram of the same scale has counted."""
+        """Add the counts of another histogram of the same scale."""
         device = self.counts.device
         self.counts += other.counts.to(device)
         self.total += other.total.to(device)
@@ -118,18 +118,18 @@ class Histogram:
         self.high = torch.maximum(self.high, other.high.to(device))
 
     def to_cpu(self) -> Histogram:
-        """The same on the CPU, as it can be sent to another process."""
+        """Return a copy on the CPU, which can be sent to another process."""
         moved = Histogram(self.scale)
         moved.merge(self)
         return moved
 
     @property
     def count(self) -> int:
-        """Finite values so far."""
+        """Number of finite values so far."""
         return int(self.counts.sum())
 
     def distribution(self) -> Distribution | None:
-        """Mean, extremes and quantiles; None before the first finite value."""
+        """Return mean, extremes and quantiles; None before the first finite value."""
         count = self.count
         if not count:
             return None
@@ -140,9 +140,9 @@ class Histogram:
         )
 
     def curve(self, points: int, logarithmic: bool = False) -> Curve | None:
-        """The density over `points` equal steps between the extremes (of the logarithm, on request), its peak at 1.
+        """Return the density over `points` equal steps between the extremes, its peak at 1; None without finite values.
 
-        On a logarithmic axis numbers below the first octave lie at its beginning.
+        `logarithmic` makes steps of equal logarithm, and puts numbers below the first octave at its beginning.
         """
         if not self.count:
             return None
@@ -158,14 +158,17 @@ class Histogram:
         return Curve(tuple(at.tolist()), tuple((mass / mass.max()).tolist()))
 
     def _edges(self) -> Tensor:
-        """Where bins begin and end, drawn in to the extremes; the outer bins reach out to what lies beyond."""
+        """Return the edges of the bins, limited to the extremes; the outer bins extend to values beyond the scale."""
         low, high = self.low.item(), self.high.item()
         edges = self.scale.edges().clamp(low, high)
         edges[0], edges[-1] = low, high
         return edges
 
     def _quantiles(self, shares: tuple[float, ...]) -> list[float]:
-        """Linear between two order statistics, as numpy's default; those of one bin are taken to lie evenly in it."""
+        """Return quantiles, linear between two order statistics, as numpy's default.
+
+        The values of one bin are taken to be evenly spaced in it.
+        """
         edges, counts = self._edges(), self.counts.cpu()
         cumulative = counts.cumsum(0)
 
@@ -180,7 +183,7 @@ class Histogram:
 
 
 def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
-    """Piecewise linear through the points (xs ascending, ys), at `x`; ys[-1] at the last of them."""
+    """Interpolate linearly through the points (xs ascending, ys) at `x`; the last point gives ys[-1]."""
     right = torch.searchsorted(xs, x, right=True).clamp(1, len(xs) - 1)
     left = right - 1
     width = xs[right] - xs[left]

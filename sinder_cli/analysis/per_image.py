@@ -1,4 +1,4 @@
-"""What is drawn of each image: norms, angles, masks, principal components, targets, and the attention of cls."""
+"""Maps to draw of each image: norms, angles, masks, principal components, targets, and the attention of cls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CUMULATIVE = STAGES.index("cumulative")
 
 @dataclass(frozen=True)
 class TargetMaps:
-    """What equation (5) would do to one image: norms at its first defective block, marked tokens at their target."""
+    """Norms of one image at its first defective block: as they are, and with equation (5)'s tokens at their target."""
 
     block: int
     norms: Tensor  # [h, w], as they are
@@ -40,7 +40,7 @@ class TargetMaps:
 
 @dataclass(frozen=True)
 class InpaintedMaps:
-    """One image against its inpainted original, last block."""
+    """Comparison of one image with its inpainted original, after the last block."""
 
     cosine: Tensor  # [h, w]
     marked: Tensor  # bool [h, w]: outlying in some block
@@ -49,22 +49,22 @@ class InpaintedMaps:
 
 @dataclass(frozen=True)
 class PortraitSide:
-    """One backbone's tokens of one image."""
+    """Maps of one backbone's tokens of one image."""
 
     components: Tensor  # [h, w, 3]: last block, in the shared basis
     norms: Tensor  # [h, w]: last block
-    in_basis: Tensor  # bool [h, w]: the tokens that the basis was taken from
+    in_basis: Tensor  # bool [h, w]: the tokens from which the basis was computed
     outlying: Tensor  # bool [h, w]: last block
     angles: dict[int, Tensor]  # block → [h, w] degrees to ν of the cumulative stage
     masks: dict[int, Tensor]  # block → bool [h, w], equation (5); blocks whose direction is determined
     attention: Tensor | None  # [h, w]: of cls in the last block, mean over heads; None without cls
     targets: TargetMaps | None  # None where no block of this image is defective
-    inpainted: InpaintedMaps | None = None  # None without a token that is outlying in some block, or not asked for
+    inpainted: InpaintedMaps | None = None  # None if no token is outlying in any block, or if not requested
 
 
 @dataclass(frozen=True)
 class Portrait:
-    """One image and what each backbone makes of it."""
+    """One image, and the maps of each backbone."""
 
     name: str
     image: Tensor  # [3, H, W] float32: what the backbones saw, normalized
@@ -73,9 +73,9 @@ class Portrait:
 
 
 def shown_blocks(depth: int, chosen: Sequence[int] | None) -> tuple[int, ...]:
-    """The blocks to draw: those chosen, else the last of each quarter of the depth (9, 19, 29, 39 of 40).
+    """Return the blocks to draw: those chosen, else the last of each quarter of the depth (9, 19, 29, 39 of 40).
 
-    Raises `UsageError` for a block that is not there.
+    Raises `UsageError` for a block that does not exist.
     """
     if chosen is None:
         quarters = min(SHOWN_BLOCKS, depth)
@@ -94,7 +94,7 @@ def portraits(
     settings: AnalyzeSettings,
     device: str,
 ) -> Iterator[Portrait]:
-    """Run named batches `[B, 3, H, W]` again and give each image's maps, one image at a time."""
+    """Run named batches `[B, 3, H, W]` again and yield each image's maps, one image at a time."""
     for names, batch in batches:
         images = batch.to(device)
         runs = [_run(subject, images, basis, settings) for subject in subjects]
@@ -108,7 +108,7 @@ def portraits(
 def _run(
     subject: Subject, images: Tensor, basis: Basis, settings: AnalyzeSettings
 ) -> tuple[Tensor, list[PortraitSide]]:
-    """One backbone's pass over a batch: the last block's patches `[B, h, w, N]`, and the maps of each image."""
+    """Run one backbone on a batch; return the last block's patches `[B, h, w, N]` and each image's maps."""
     nu = subject.directions(images.device)
     shown = shown_blocks(subject.backbone.depth, settings.blocks)
     angles: dict[int, Tensor] = {}
@@ -148,7 +148,7 @@ def _run(
 def _inpainted(
     subject: Subject, images: Tensor, outliers: Outliers, last: BlockTokens, settings: AnalyzeSettings
 ) -> dict[int, InpaintedMaps]:
-    """The maps of those images of the batch that have outlying tokens."""
+    """Return the maps of those images of the batch that have outlying tokens, by their index."""
     if not (settings.inpaint and subject.original):
         return {}
     found = inpainted_cosines(subject, images, outliers, last, settings)
@@ -160,7 +160,7 @@ def _inpainted(
 
 
 def _targets(block: int, side: BlockTokens, at: int, settings: AnalyzeSettings) -> TargetMaps | None:
-    """The learning targets of one image of the batch, where this block of it is defective."""
+    """Return the learning targets of one image of the batch; None if the image is not defective in this block."""
     mask = side.masks["equation_5"][at]
     if int(mask.sum()) < settings.min_tokens:
         return None
@@ -174,7 +174,7 @@ def _targets(block: int, side: BlockTokens, at: int, settings: AnalyzeSettings) 
 
 
 def _cls_map(weights: Tensor | None, subject: Subject, side: BlockTokens) -> Tensor | None:
-    """Attention weights `[B, heads, T]` of cls → the mean over heads on the patches, `[B, h, w]`."""
+    """Return the attention of cls to the patches, `[B, h, w]`: the mean over heads of weights `[B, heads, T]`."""
     B, h, w, _ = side.patches.shape
     prefix = subject.backbone.prefix_tokens
     if weights is None or not subject.backbone.has_cls or weights.shape[0::2] != (B, prefix + h * w):
@@ -186,9 +186,9 @@ SOFTMAX = frozenset({torch.softmax, torch.Tensor.softmax, torch.nn.functional.so
 
 
 class ClsAttention(TorchFunctionMode):
-    """Inside this context, keeps the attention weights of the first token, `[B, heads, T]`, of the last such call.
+    """Context that keeps the attention weights of the first token, `[B, heads, T]`, of the last attention inside it.
 
-    `weights` stays None where attention is computed by a kernel that it does not know, such as xformers'.
+    `weights` stays None if attention is computed by a kernel that is not known here, such as that of xformers.
     """
 
     def __init__(self) -> None:
@@ -219,7 +219,7 @@ def _first_row(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """softmax(q₀Kᵀ · scale + mask) of the first query: q and K `[B, heads, T, d]` → `[B, heads, T]`."""
+    """Return softmax(q₀Kᵀ · scale + mask) of the first query, `[B, heads, T]`, from q and K `[B, heads, T, d]`."""
     if enable_gqa:  # several heads of queries share a key
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
     scores = (query[..., :1, :].float() @ key.float().transpose(-2, -1))[..., 0, :]

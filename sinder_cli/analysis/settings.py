@@ -11,10 +11,10 @@ from sinder_cli.images.preprocessing import Resize
 
 
 def _split(value: object) -> object:
-    """Numbers between commas, as an option gives them."""
+    """Return the numbers between the commas of an option; a list stays as it is."""
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, list | tuple) or not parts or not all(str(part).strip().isdecimal() for part in parts):
-        raise ValueError("give numbers of blocks, as 9,19,29,39")
+        raise ValueError("give numbers of blocks, such as 9,19,29,39")
     return parts
 
 
@@ -22,7 +22,7 @@ Blocks = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_spl
 
 
 def _count_or_all(value: object) -> object:
-    """A number of figures, or all of them."""
+    """Return a number of figures, or `all`."""
     if value == "all" or (str(value).isdecimal() and not isinstance(value, bool)):
         return value if value == "all" else int(str(value))
     raise ValueError("give 0 or more, or all")
@@ -32,35 +32,35 @@ Figures = Annotated[int | Literal["all"], BeforeValidator(_count_or_all)]
 
 
 class AnalyzeSettings(DetectionSettings):
-    """What is looked at, and what is drawn."""
+    """Settings of an analysis: what is examined, and what is drawn."""
 
     resize: Resize = Field(
         "short",
-        description="short: shorter side to the image size, shape kept; square: and the centre cropped out; none.",
+        description="short: shorter side to the image size, shape kept; square: the same, then centre crop; none.",
     )
     max_tokens: int | None = Field(
         None,
         ge=25,
-        description="Scale an image of more patch tokens down to that many, its shape kept: time grows with their"
-        " square. Default: 4 x those of a square of the image size, which leaves shapes up to 4:1 alone, or 2048 if"
-        " that is more; with --resize none, no bound.",
+        description="Scale down images with more patch tokens than this, shape kept: time grows with the square"
+        " of the number. Default: 4 x the tokens of a square of the image size (shapes up to 4:1 stay as they are), or"
+        " 2048 if that is more; with --resize none, no limit.",
     )
-    limit: int | None = Field(None, ge=1, le=MOST, description="Run so many images, drawn by the seed; default: all.")
+    limit: int | None = Field(None, ge=1, le=MOST, description="Run this many images, drawn by the seed; default: all.")
     norm_threshold: float | None = Field(
         None, gt=0, description="Mark tokens above this norm too, and take the observed direction from them."
     )
     blocks: Blocks | None = Field(
-        None, description="Blocks to draw angles and masks of, as 9,19,29,39; default: four, evenly spread."
+        None, description="Blocks whose angles and masks are drawn, such as 9,19,29,39; default: four, evenly spread."
     )
-    figures: Figures = Field(8, description="Images to draw, spread evenly; all draws every one; needs --out.")
+    figures: Figures = Field(8, description="Number of images to draw, evenly spread, or all; needs --out.")
     exclude_masked: bool = Field(False, description="Leave marked tokens out of the basis of the PCA pictures.")
     clamp: int | None = Field(
-        None, ge=1, le=MOST, description="Compare with the weights whose singular values are clamped to their K-th."
+        None, ge=1, le=MOST, description="Compare with the same weights with singular values clamped to the K-th."
     )
     inpaint: bool = Field(
         True,
-        description="Compare with the inpainted original: what a repair could change; a second pass of images with"
-        " outlying tokens.",
+        description="Compare with the inpainted original: what a repair could change; images with outlying tokens are"
+        " run a second time.",
     )
     method: Literal["none", "inpaint"] = Field(
         "none",

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 
-from sinder_cli import __version__
 from sinder_cli.analysis.collectors import BlockCollector, BlockCurves, Collected, PairCollector
 from sinder_cli.analysis.components import Basis, Moments
 from sinder_cli.analysis.gain import InpaintingCollector, Outliers
-from sinder_cli.analysis.per_image import Portrait
-from sinder_cli.analysis.records import Analysis, BlockRecord, Inpainting, PairRecord, Rule, Side
+from sinder_cli.analysis.records import BlockRecord, Inpainting, PairRecord, Rule
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import BlockTokens, Subject, block_by_block, featured, in_basis
-from sinder_cli.analysis.verdict import judge
 from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import DetectionRule
-from sinder_cli.defects.inpainting import outlying_factor
 from sinder_cli.defects.settings import STAGES
 from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import UsageError
-from sinder_cli.escaping import printable
 from sinder_cli.events import Emit, tracked
 from sinder_cli.images.loading import Changes, LoadedImage, load_in_order, readable, skip_all, spread
 from sinder_cli.images.preprocessing import Preprocessing
@@ -33,8 +27,6 @@ from sinder_cli.images.sources import ImageSource
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from sinder_cli.defects.prediction import Prediction
 
 
 Key = TypeVar("Key")
@@ -243,52 +235,4 @@ def _summed(subject: Subject, collectors: list[BlockCollector], inpainted: Inpai
             {rule: places.shares() for rule, places in collector.counts.places.items()} for collector in collectors
         ),
         inpainting=inpainted.record(finite=not any(block.nonfinite for block in records)) if inpainted else None,
-    )
-
-
-@dataclass(frozen=True)
-class AnalysisResult:
-    """The findings on one backbone, or on two side by side."""
-
-    analysis: Analysis
-    predictions: tuple[Prediction, ...]  # one a side
-    surveys: tuple[Survey, ...]  # one a side
-    blocks: tuple[int, ...]  # of which angles and masks are drawn
-    portraits: Iterator[Portrait]  # made while it is gone through, once: the images to draw are run again
-    drawn: int  # how many portraits there will be
-    mean: tuple[float, float, float]  # of the normalization of a portrait's image
-    std: tuple[float, float, float]
-    folder: Path | None = None  # that it was written into
-
-
-def analysis_of(
-    subjects: Sequence[Subject],
-    surveys: Surveys,
-    settings: AnalyzeSettings,
-    grid: tuple[int, int],
-    skipped: dict[str, str],
-) -> Analysis:
-    """The document: the first backbone, the second beside it if there is one, and how they were run."""
-    first, *others = (side_of(*pair, settings) for pair in zip(subjects, surveys.sides, strict=True))
-    return Analysis(
-        **dict(first),
-        sinder=__version__,
-        images=surveys.images,
-        skipped=dict(skipped),
-        grid=grid,
-        settings=settings.model_dump(exclude={"workers"}),
-        other=others[0] if others else None,
-        comparison=surveys.pairs or None,
-    )
-
-
-def side_of(subject: Subject, survey: Survey, settings: AnalyzeSettings) -> Side:
-    """One backbone's part of the document."""
-    return Side(
-        model=subject.backbone.name,
-        weights=printable(subject.backbone.weights.source.label),
-        fingerprint=subject.backbone.weights.fingerprint(),
-        verdict=judge(survey.blocks, settings.min_tokens, outlying_factor(settings.norm_factor)),
-        blocks=survey.blocks,
-        inpainting=survey.inpainting,
     )

@@ -1,4 +1,4 @@
-"""The tokens of one block of one backbone, taken apart, and what the rules mark among them."""
+"""The tokens of one block of one backbone, split by kind, and the masks of the rules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Subject:
-    """A backbone ready to be run, with what its weights predict; `original` unless it is an inpainted one."""
+    """A backbone ready to run, with the prediction from its weights; `original` is False for an inpainted one."""
 
     backbone: Backbone
     module: Any
@@ -32,27 +32,27 @@ class Subject:
     original: bool = True
 
     def directions(self, device: str | torch.device) -> Tensor:
-        """The predicted directions of all stages, `[blocks, 4, N]`."""
+        """Return the predicted directions of all stages, `[blocks, 4, N]`."""
         return torch.stack([self.prediction.directions(stage) for stage in STAGES], dim=1).to(device)
 
     def running(self, settings: AnalyzeSettings) -> Backbone:
-        """The backbone in the precision of the settings."""
+        """Return the backbone in the precision of the settings."""
         return in_precision(self.backbone, settings.dtype, settings.tf32)
 
     def inpainted(self, settings: AnalyzeSettings) -> Subject:
-        """The same module with its outlying tokens replaced as they appear."""
+        """Return the subject with the same module, but with outlying tokens replaced where they appear."""
         backbone = inpainted(self.backbone, settings.norm_factor)
         return replace(self, backbone=replace(backbone, name=f"{backbone.name}, inpainted"), original=False)
 
 
 def featured(subjects: Sequence[Subject]) -> int:
-    """Which of the subjects features are written of: the inpainted one, or else the first."""
+    """Return the index of the subject whose features are written: the inpainted one, or else the first."""
     return next((at for at, subject in enumerate(subjects) if not subject.original), 0)
 
 
 @dataclass(frozen=True)
 class BlockTokens:
-    """One block's tokens of one batch, in float32, and what the rules mark among them."""
+    """One block's tokens of one batch, in float32, and the masks of the rules."""
 
     patches: Tensor  # [B, h, w, N]
     norms: Tensor  # [B, h, w]: of patches
@@ -68,13 +68,13 @@ class BlockTokens:
 
     @property
     def stream(self) -> Tensor:
-        """All tokens again, in the order of the residual stream: `[B, prefix + h·w, N]`."""
+        """All tokens in the order of the residual stream, `[B, prefix + h·w, N]`."""
         cls = [] if self.cls is None else [self.cls[:, None]]
         return torch.cat([*cls, self.registers, self.patches.flatten(1, 2)], dim=1)
 
 
 def block_by_block(subject: Subject, images: Tensor, nu: Tensor, settings: AnalyzeSettings) -> Iterator[BlockTokens]:
-    """Run normalized images `[B, 3, H, W]` and take apart the tokens after each block; `nu` `[blocks, 4, N]`."""
+    """Run normalized images `[B, 3, H, W]` and yield the tokens after each block; `nu` is `[blocks, 4, N]`."""
     running = subject.running(settings)
     tokens, context = running.embed(subject.module, images)
     start = norm_ratios(patch_grid(running, tokens, images).float().norm(dim=-1))
@@ -92,7 +92,7 @@ def block_tokens(
     start: Tensor,
     settings: AnalyzeSettings,
 ) -> BlockTokens:
-    """Take apart the tokens after one block `[B, T, N]`.
+    """Split the tokens after one block `[B, T, N]` by kind, and mark them by each rule that applies.
 
     `nu` `[4, N]` holds the block's predicted directions, `start` `[B, h, w]` the ratios of norms at the embedding.
     """
@@ -112,7 +112,7 @@ def block_tokens(
 
 
 def in_basis(side: BlockTokens, settings: AnalyzeSettings) -> Tensor:
-    """Which patch tokens principal components are taken from, bool `[B, h, w]`: all, or those that no rule marks."""
+    """Return which patch tokens the principal components use, bool `[B, h, w]`: all, or those that no rule marks."""
     if not settings.exclude_masked:
         return torch.ones_like(side.masks["outlying"])
     return ~torch.stack(list(side.masks.values())).any(dim=0)
@@ -125,9 +125,9 @@ SHOWN_POSITIONS = 20
 
 
 class PlaceCounts:
-    """How often a rule marks each cell of one grid, and how many tokens fell into that cell.
+    """Counts for each cell of one grid: how many tokens fell into it, and how many of them a rule marks.
 
-    Tokens of an image of another grid fall into the cell that has their place relative to the image.
+    A token of an image with another grid falls into the cell at its place relative to the image.
     """
 
     def __init__(self, grid: tuple[int, int]) -> None:
@@ -135,23 +135,23 @@ class PlaceCounts:
         self.seen = torch.zeros(grid, dtype=torch.int64)
 
     def add(self, mask: Tensor) -> None:
-        """Take in one batch of masks, bool `[B, h, w]`."""
+        """Add one batch of masks, bool `[B, h, w]`."""
         counts = mask.sum(dim=0).cpu()  # [h, w]
         cells = cell_of(tuple(mask.shape[1:]), tuple(self.marked.shape))
         self.marked.view(-1).index_add_(0, cells, counts.flatten())
         self.seen.view(-1).index_add_(0, cells, torch.full_like(counts, len(mask)).flatten())
 
     def merge(self, other: PlaceCounts) -> None:
-        """Take in the counts of other images, on the same grid."""
+        """Add the counts of other images, on the same grid."""
         self.marked += other.marked
         self.seen += other.seen
 
     def shares(self) -> Tensor:
-        """Marked ÷ seen, `[H, W]` float64; NaN where no token fell."""
+        """Return marked ÷ seen, `[H, W]` float64; NaN where there was no token."""
         return self.marked.double() / self.seen
 
     def most_frequent(self) -> tuple[Position, ...]:
-        """The cells marked most often, the most frequent first, equal ones row by row."""
+        """Return the cells marked most often, the most frequent first, equal ones row by row."""
         shares = self.shares().nan_to_num()
         order = torch.argsort(shares.flatten(), descending=True, stable=True)[:SHOWN_POSITIONS].tolist()
         columns = shares.shape[1]
@@ -164,7 +164,7 @@ class PlaceCounts:
 
 
 def cell_of(shape: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
-    """For each token of `shape`, row by row, the number of the cell of `grid` in which its centre lies."""
+    """Return, for each token of `shape` row by row, the number of the cell of `grid` that contains its centre."""
     row, column = (  # ⌊(i + ½) · cells / size⌋ in whole numbers
         (2 * torch.arange(size) + 1) * cells // (2 * size) for size, cells in zip(shape, grid, strict=True)
     )
@@ -172,7 +172,7 @@ def cell_of(shape: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
 
 
 class RuleCounts:
-    """What each rule marks in one block; a rule that does not apply stays without a count."""
+    """Counts of the tokens that each rule marks in one block; a rule that does not apply has no count."""
 
     def __init__(self, grid: tuple[int, int], min_tokens: int) -> None:
         self.grid, self.min_tokens = grid, min_tokens
@@ -182,7 +182,7 @@ class RuleCounts:
         self.overlap: dict[tuple[Rule, Rule], tuple[int, int]] = {}  # intersection, union
 
     def add(self, masks: Mapping[Rule, Tensor]) -> None:
-        """Take in one batch of masks, bool `[B, h, w]` each."""
+        """Add one batch of masks, bool `[B, h, w]` each."""
         for rule, mask in masks.items():
             per_image = mask.flatten(1).sum(dim=1)
             self.tokens[rule] = self.tokens.get(rule, 0) + int(per_image.sum())
@@ -192,7 +192,7 @@ class RuleCounts:
             self.overlap[pair] = added(self.overlap.get(pair), masks[pair[0]], masks[pair[1]])
 
     def merge(self, other: RuleCounts) -> None:
-        """Take in the counts of other images."""
+        """Add the counts of other images."""
         for rule, places in other.places.items():
             self.tokens[rule] = self.tokens.get(rule, 0) + other.tokens[rule]
             self.images[rule] = self.images.get(rule, 0) + other.images[rule]
@@ -200,7 +200,7 @@ class RuleCounts:
         merge_overlaps(self.overlap, other.overlap)
 
     def records(self) -> dict[Rule, Marked | None]:
-        """One record a rule, None for one that does not apply."""
+        """Return one record per rule, None for a rule that does not apply."""
         return {rule: self._record(rule) for rule in RULES}
 
     def _record(self, rule: Rule) -> Marked | None:
@@ -216,12 +216,12 @@ class RuleCounts:
         )
 
     def agreement(self) -> dict[str, float | None]:
-        """Intersection over union for each two rules that apply."""
+        """Return the intersection over union for every two rules that apply."""
         return {f"{a}/{b}": ratio(*counts) for (a, b), counts in self.overlap.items()}
 
 
 def added(before: tuple[int, int] | None, a: Tensor, b: Tensor) -> tuple[int, int]:
-    """Intersection and union so far, with two more masks of one shape."""
+    """Return intersection and union so far, with those of two more masks of one shape added."""
     intersection, union = before or (0, 0)
     return intersection + int((a & b).sum()), union + int((a | b).sum())
 
@@ -234,5 +234,5 @@ def merge_overlaps(into: dict[Key, tuple[int, int]], other: Mapping[Key, tuple[i
 
 
 def ratio(intersection: int, union: int) -> float | None:
-    """Intersection over union; None where there is nothing."""
+    """Return intersection over union; None if the union is empty."""
     return intersection / union if union else None

@@ -1,4 +1,4 @@
-"""From numbers to an answer: are there defects, from where on, do the weights predict them, how sure is it?"""
+"""Verdict on a backbone: whether it has defects, from which block on, whether weights predict them, and how sure."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from sinder_cli.analysis.records import BlockRecord, Marked, Rule, Verdict
 from sinder_cli.defects.settings import NORM_FACTOR
 
-PREDICTED_DEGREES = 30.0  # an observed direction this near to a determined predicted one counts as predicted
-STRAY_SHARE = 1e-4  # of all tokens: fewer are strays, however many images are run
-CLEAR_GAP, CLEAR_TOKENS = 2.0, 30  # at which a direction, and what was seen of it, leave little doubt
+PREDICTED_DEGREES = 30.0  # up to this angle to a determined predicted direction, an observed one counts as predicted
+STRAY_SHARE = 1e-4  # share of all tokens: fewer are strays, however many images are run
+CLEAR_GAP, CLEAR_TOKENS = 2.0, 30  # σ₁/σ₂ and number of tokens from which there is little doubt
 
 
 @dataclass(frozen=True)
 class Norms:
-    """The rule that tells tokens that stand out by norm, and its words."""
+    """The rule that marks tokens that stand out by norm, and its description."""
 
     rule: Rule
-    factor: float  # × the image's median, of outlying ones
+    factor: float  # × the image's median, for the rule `outlying`
 
     @property
     def words(self) -> str:
@@ -28,13 +28,12 @@ class Norms:
 
 
 def judge(blocks: Sequence[BlockRecord], min_tokens: int, norm_factor: float = NORM_FACTOR) -> Verdict:
-    """The verdict on one backbone.
+    """Return the verdict on one backbone.
 
-    A block, whichever it is, shows outlying tokens when at least `min_tokens` of them over all images, and one in
-    10,000, stand out by norm (above `norm_threshold` if one was given, else outlying by `norm_factor`). They are
-    defects where the weights predict them: the observed direction of some such block lies within 30° of a determined
-    predicted one. They begin where the unbroken run of such blocks begins. Tokens that are not finite come before all
-    else.
+    A block, whichever it is, shows outlying tokens if at least `min_tokens` of them over all images, and one in 10,000,
+    stand out by norm (above `norm_threshold` if one was given, else outlying by `norm_factor`). They are defects if the
+    weights predict them: in some such block, the observed direction lies within 30° of a determined predicted one. They
+    begin where the unbroken run of such blocks begins. Tokens that are not finite take precedence over all else.
     """
     above = any(block.marked["above_threshold"] for block in blocks)
     rule = Norms("above_threshold" if above else "outlying", norm_factor)
@@ -57,7 +56,7 @@ def _broken(broken: Sequence[BlockRecord]) -> Verdict:
         kind="broken",
         first_block=first,
         sentence=f"tokens that are not finite from block {first}: {count:,} patch tokens are NaN or infinite.",
-        confidence="Nothing else can be said of such a model: are its weights whole, and is the precision enough?",
+        confidence="Nothing else can be said about this model: check its weights, and that the precision is enough.",
         tokens=count,
         gap=None,
         angle_to_predicted_deg=None,
@@ -80,11 +79,11 @@ def _defects(showing: Sequence[BlockRecord], near: Sequence[BlockRecord], rule: 
 
 
 def _confidence(showing: Sequence[BlockRecord], near: Sequence[BlockRecord], best: BlockRecord, rule: Rule) -> str:
-    """How sure it is that these are the predicted defects, and what would remove a doubt."""
+    """Return how sure it is that these are the predicted defects, and what would remove a doubt."""
     gap, found = best.gap["cumulative"], _marked(best, rule).tokens
     doubts = [
         *(["the predicted direction is weakly determined"] if gap < CLEAR_GAP else []),
-        *(["few tokens were seen, more images would tell"] if found < CLEAR_TOKENS else []),
+        *(["few tokens were seen, so more images are needed"] if found < CLEAR_TOKENS else []),
         *(
             ["in most blocks the observed direction is further from the predicted one"]
             if 2 * len(near) < len(showing)
@@ -107,14 +106,14 @@ def _unpredicted(showing: Sequence[BlockRecord], rule: Norms) -> Verdict:
         f"at the nearest, block {nearest.block}, it lies {_angle(nearest):.0f}° from the predicted one"
         if determined
         else f"σ₁/σ₂ of the predicted one is at most {max(block.gap['cumulative'] for block in showing):.3g} there,"
-        " so that the weights single out none"
+        " so that the weights determine none"
     )
     return Verdict(
         kind="unpredicted",
         first_block=first,
         sentence=f"outlying tokens from block {first}, not predicted by the weights:"
         f" {_counted(most, rule.rule)} have {rule.words}.",
-        confidence=f"Their direction is no singular defect: {why}.",
+        confidence=f"Their direction is not that of a singular defect: {why}.",
         gap=nearest.gap["cumulative"],
         tokens=_marked(most, rule.rule).tokens,
         angle_to_predicted_deg=_angle(nearest),
@@ -144,7 +143,7 @@ def _none(blocks: Sequence[BlockRecord], rule: Norms, min_tokens: int) -> Verdic
         kind="none",
         first_block=None,
         sentence=_nothing(blocks, rule, min_tokens),
-        confidence=f"{seen:,} patch tokens a block were looked at; the predicted direction {word} (σ₁/σ₂ ≤ {gap:.3g}).",
+        confidence=f"{seen:,} patch tokens per block were seen; the predicted direction {word} (σ₁/σ₂ ≤ {gap:.3g}).",
         gap=gap,
         tokens=0,
         angle_to_predicted_deg=None,
@@ -152,7 +151,7 @@ def _none(blocks: Sequence[BlockRecord], rule: Norms, min_tokens: int) -> Verdic
 
 
 def _nothing(blocks: Sequence[BlockRecord], rule: Norms, min_tokens: int) -> str:
-    """That not one token is outlying, or that those that stand out are too few to count."""
+    """Return the sentence that no token is outlying, or that those that stand out are too few to count."""
     if not any(_marked(block, each).tokens for block in blocks for each in ("outlying", rule.rule)):
         words = Norms("outlying", rule.factor).words.replace("their", "its")
         return f"healthy: no token is outlying in any block, none has {words}."
@@ -163,13 +162,13 @@ def _nothing(blocks: Sequence[BlockRecord], rule: Norms, min_tokens: int) -> str
 
 
 def _showing(blocks: Sequence[BlockRecord], rule: Rule, min_tokens: int) -> list[BlockRecord]:
-    """The blocks in which a rule marks more than strays."""
+    """Return the blocks in which a rule marks more than strays."""
     found = [(block, _marked(block, rule)) for block in blocks]
     return [block for block, marked in found if marked.tokens >= min_tokens and marked.share >= STRAY_SHARE]
 
 
 def _start_of_run(showing: Sequence[BlockRecord], block: BlockRecord) -> int:
-    """The first block of the unbroken run of showing blocks that ends at this one."""
+    """Return the first block of the unbroken run of showing blocks that ends at this one."""
     shown, start = {each.block for each in showing}, block.block
     while start - 1 in shown:
         start -= 1
@@ -177,7 +176,7 @@ def _start_of_run(showing: Sequence[BlockRecord], block: BlockRecord) -> int:
 
 
 def _is_near(block: BlockRecord) -> bool:
-    """Whether a determined predicted direction is the observed one."""
+    """Return True if a determined predicted direction agrees with the observed one."""
     return block.determined and _angle(block) <= PREDICTED_DEGREES
 
 
@@ -186,7 +185,7 @@ def _strongest(blocks: Sequence[BlockRecord], rule: Rule) -> BlockRecord:
 
 
 def _counted(block: BlockRecord, rule: Rule) -> str:
-    """How many tokens, at the block that has most."""
+    """Return in words how many tokens a rule marks in a block, and which share of all they are."""
     marked = _marked(block, rule)
     return f"{marked.tokens:,} tokens ({100 * marked.share:.2g} %) at block {block.block}"
 
@@ -196,5 +195,5 @@ def _marked(block: BlockRecord, rule: Rule) -> Marked:
 
 
 def _angle(block: BlockRecord) -> float:
-    """Degrees from the observed to the predicted direction of the cumulative stage; 90 without one."""
+    """Return the degrees from the observed to the predicted direction of the cumulative stage; 90 without one."""
     return block.observed.angle_to_predicted_deg["cumulative"] if block.observed else 90.0

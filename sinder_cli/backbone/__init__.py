@@ -1,1 +1,1 @@
-"""What a Vision Transformer is to us: its layer map, its weights, its plugin."""
+"""Vision Transformers as sinder handles them: layer maps, weights, and the plugins that provide both."""

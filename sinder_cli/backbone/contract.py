@@ -1,4 +1,4 @@
-"""The plugin contract: the hooks that a plugin implements, and what it hands over: a Backbone and its layer map."""
+"""The plugin contract: the hooks that a plugin implements, and what they return: a Backbone and its layer map."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Listing:
-    """One line of `sinder backbones`: a model name that a plugin offers, and what is known without its weights.
+    """One line of `sinder backbones`: a model name that a plugin offers, and facts known without its weights.
 
     `requires` names the modules that the model needs beyond sinder's own dependencies, such as `timm`;
-    `revisions` tells that it comes from a hub where `--revision` means something.
+    `revisions` is True if the model comes from a hub, so that `--revision` can be used.
     """
 
     name: str
@@ -46,14 +46,14 @@ class Listing:
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What the user said about the model: its name, and options that a plugin may need to describe it.
+    """Request for a model: its name, and the user's options that a plugin may need to describe it.
 
     `weights` is the file that the user named, if any; the engine opens it. `heads` is the number of attention heads,
-    where nothing else tells it. `attention` is for `attention_kernel`, and `emit` for `download`. `adapter` is no
-    plugin's business.
-    `branch` tells which of several backbones in the file is meant; `Weights.located` heeds it.
-    `revision` is that of a repository on a hub. `sidecars` are those of the backbone that a run repaired, by name;
-    where there are any, they stand for the files of the folder or repository that the name means, which may be gone.
+    for models that do not determine it otherwise. `attention` is for `attention_kernel`, and `emit` for `download`.
+    Plugins ignore `adapter`.
+    `branch` selects one of several backbones in the file; `Weights.located` applies it.
+    `revision` is that of a repository on a hub. `sidecars` are those of the backbone that a run repaired, by name; if
+    there are any, they replace the files of the named folder or repository, which may no longer exist.
     """
 
     model: str
@@ -71,20 +71,20 @@ class ModelRequest:
 class Backbone:
     """A Vision Transformer as a plugin describes it: embed → blocks → norm, with its layer map.
 
-    `layers` names tensors of `weights`, which are those that the plugin was given, perhaps `located` or `renamed`.
+    `layers` names tensors of `weights`. These are the weights that the plugin received, perhaps `located` or `renamed`.
     The functions are called with gradients on or off, on any device, for any batch size and any image of whole patches,
-    at least 5 × 5 of them; they write into none of their arguments.
+    at least 5 × 5 of them; they do not modify their arguments.
 
     `embed(module, images)` takes normalized images `[B, 3, H, W]` and returns the tokens `[B, prefix + patches, N]`
     (patches row by row) and a context that every block may need, shared by all images of the batch, or None.
     `run_block(module, index, tokens, context)` runs one block on the residual stream.
     `finish(module, tokens)` applies the final norm.
-    `build()` makes the module, in any initialization; its state dict has exactly the names of `weights`.
-    `forward(module, images)` is the library's own way from images to the normalized tokens `[B, prefix + patches, N]`;
-    nothing but `sinder check-backbone` calls it, to compare `embed`, `run_block` and `finish` with it.
-    `sidecars` are small text files, by name, that describing the backbone again takes beside its weights, such as the
-    `config.json` of a Hugging Face folder; a run directory keeps them.
-    `hub_source()` gives Python files, by name, of a package that needs nothing but torch, for an export to `torch.hub`:
+    `build()` makes the module, with any initialization; its state dict has exactly the names of `weights`.
+    `forward(module, images)` is the library's own forward pass to the normalized tokens `[B, prefix + patches, N]`;
+    only `sinder check-backbone` calls it, to compare `embed`, `run_block` and `finish` with it.
+    `sidecars` are small text files, by name, that are needed besides the weights to describe the backbone again, such
+    as the `config.json` of a Hugging Face folder; a run directory keeps them.
+    `hub_source()` returns the Python files, by name, of a package that needs only torch, for an export to `torch.hub`:
     `build()` of its `model.py` makes the module, whose `forward(images)` returns tokens after the final norm.
     """
 
@@ -96,7 +96,7 @@ class Backbone:
     has_cls: bool
     image_size: int  # pixels; the default side of a square input
     build: Callable[[], nn.Module]
-    embed: Callable[[Any, Tensor], tuple[Tensor, Any]]  # the first argument is what `build` made
+    embed: Callable[[Any, Tensor], tuple[Tensor, Any]]  # the first argument is the module that `build` made
     run_block: Callable[[Any, int, Tensor, Any], Tensor]
     finish: Callable[[Any, Tensor], Tensor]
     forward: Callable[[Any, Tensor], Tensor] | None = None
@@ -105,7 +105,7 @@ class Backbone:
     sample_images: Callable[[int, int], list[Image]] | None = None  # (count, seed); for models that bring their data
     sidecars: Mapping[str, str] = field(default_factory=dict)
     hub_source: Callable[[], Mapping[str, str]] | None = None
-    license: str | None = None  # of the weights, as model cards name it, where it is known: `apache-2.0`
+    license: str | None = None  # of the weights, as model cards name it, if known: `apache-2.0`
 
     @property
     def depth(self) -> int:
@@ -128,8 +128,8 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 def sinder_listing() -> Sequence[Listing]:
     """List the model names that this plugin offers, without importing torch.
 
-    Any other name is refused before the next hook is called, unless a listed one has a `/` in it, as
-    `hf/OWNER/NAME` has: that stands for more names than can be listed.
+    Other names are refused before the next hook is called, unless a listed name contains a `/`, such as
+    `hf/OWNER/NAME`: it stands for more names than can be listed.
     """
     raise AssertionError
 
@@ -142,7 +142,7 @@ def sinder_weights(request: ModelRequest) -> Path | TensorSource | None:
 
 @hookspec(firstresult=True)
 def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
-    """Describe `request.model` as these weights hold it."""
+    """Describe `request.model` with the sizes and parts that these weights have."""
     raise AssertionError
 
 
@@ -166,7 +166,7 @@ class WeightRef(Record):
 
 
 class NormMap(Record):
-    """A normalization; only LayerNorm centres its input. `eps` is what it adds to the variance."""
+    """A normalization; only LayerNorm centres its input. `eps` is added to the variance."""
 
     kind: Literal["layernorm", "rmsnorm"] = "layernorm"
     weight: WeightRef | None = None
@@ -177,7 +177,7 @@ class NormMap(Record):
 class AttentionMap(Record):
     """`x ← x + scale ⊙ (output · inner_norm(mix(value · norm(x))))`; weights are stored `[out, in]`.
 
-    `heads` and `mixing` are for those who convert a model; nothing that the engine does depends on them. Mixing is
+    `heads` and `mixing` are used only to convert a model; nothing else in the engine depends on them. Mixing is
     `plain` if tokens mix by softmax(QKᵀ/√d) alone, without rotary positions, relative biases, or norms of queries and
     keys.
     """
@@ -232,7 +232,7 @@ class GatedMlpMap(_Mlp):
 class BlockMap(Record):
     """One transformer block. In a parallel block both sub-layers read the same input.
 
-    `beside` is a second pair of sub-layers whose outputs are added to those of the first, as timm's 18×2 models have:
+    `beside` is a second pair of sub-layers whose outputs are added to those of the first, as in timm's 18×2 models:
     `x ← x + attention(x) + beside.attention(x)`, then the same with the MLPs.
     """
 
@@ -248,16 +248,16 @@ class BlockMap(Record):
 
 
 class PositionMap(Record):
-    """A learned position embedding `[…, tokens, width]`, the first `prefix` rows of which are no patches."""
+    """A learned position embedding `[…, tokens, width]`, whose first `prefix` rows do not belong to patches."""
 
     weight: WeightRef
     prefix: int = Field(0, ge=0)
 
 
 class StemMap(Record):
-    """What makes tokens of an image: patch projection `[N, 3, P, P]`, cls, registers, mask token, a norm after them.
+    """Parts that turn an image into tokens: patch projection `[N, 3, P, P]`, cls, registers, mask token, final norm.
 
-    It is for those who convert a model to another library; nothing else depends on it.
+    They are used only to convert a model to another library; nothing else depends on them.
     """
 
     patch: WeightRef
@@ -271,7 +271,7 @@ class StemMap(Record):
 class LayerMap(Record):
     """All blocks of a backbone in the order they run, and the width N of its residual stream.
 
-    `stem` and the final `norm` are needed for conversions to other libraries alone.
+    `stem` and the final `norm` are used only for conversions to other libraries.
     """
 
     width: int = Field(ge=1)
@@ -282,7 +282,7 @@ class LayerMap(Record):
 
 
 def references(record: Record, path: str = "") -> Iterator[tuple[str, WeightRef]]:
-    """Every weight reference inside a map, with the role that leads to it: `attention.norm.weight`."""
+    """Yield every weight reference inside a map with its role, the path to it, such as `attention.norm.weight`."""
     for name in type(record).model_fields:
         value = getattr(record, name)
         role = f"{path}.{name}" if path else name
@@ -293,9 +293,10 @@ def references(record: Record, path: str = "") -> Iterator[tuple[str, WeightRef]
 
 
 def trained_references(block: BlockMap) -> dict[str, WeightRef]:
-    """The weights whose singular values a repair may change: value, output and every MLP weight (SINDER, section 4).
+    """Return the weights whose singular values a repair may change: value, output and every MLP weight.
 
-    Queries and keys only steer the mixing of tokens, which the linearization drops; they and all biases stay.
+    Source: SINDER, section 4. Queries and keys only control the mixing of tokens, which the linearization drops; they
+    and all biases stay unchanged.
     """
     mlp = block.mlp
     gate = {"mlp.gate": mlp.gate} if isinstance(mlp, GatedMlpMap) else {}
@@ -306,6 +307,6 @@ def trained_references(block: BlockMap) -> dict[str, WeightRef]:
 
 
 def linear_references(block: BlockMap) -> tuple[WeightRef, ...]:
-    """Every linear layer's weight of a block: queries and keys, as far as the map names them, and the trained ones."""
+    """Return the weights of all linear layers of a block: the trained ones, and queries and keys if mapped."""
     steering = [ref for branch in block.branches for ref in (branch.attention.query, branch.attention.key)]
     return (*(ref for ref in steering if ref is not None), *trained_references(block).values())

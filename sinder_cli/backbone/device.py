@@ -1,4 +1,4 @@
-"""Where a backbone runs, how exactly, and with which attention kernel; all kernels compute softmax(QKᵀ/√d) V."""
+"""Device, float32 precision and attention kernel of a backbone; all kernels compute softmax(QKᵀ/√d) V."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 def resolve_device(name: str, ranks: Ranks = ALONE) -> str:
-    """`auto` is the first CUDA device, else the CPU; each of several processes has a CUDA device of its own.
+    """Return the device that a name stands for: `auto` is the first CUDA device if there is one, else the CPU.
 
-    A CUDA device becomes this process's current one. Raises `UnavailableError` for a device that is not there.
+    Each of several processes gets a CUDA device of its own. A CUDA device becomes this process's current device. Raises
+    `UnavailableError` for a device that does not exist.
     """
     import torch
 
@@ -31,21 +32,22 @@ def resolve_device(name: str, ranks: Ranks = ALONE) -> str:
     missing = kind == "cuda" and torch.cuda.device_count() <= int(number or 0)
     if missing or (kind == "mps" and not torch.backends.mps.is_available()):
         raise UnavailableError(f"cannot use device {name!r}", "PyTorch does not see it", "use --device cpu")
-    if kind == "cuda":  # what names no device, such as pinned memory, is this one's as well
+    if kind == "cuda":  # pinned memory and the like, which name no device, then belong to this one
         torch.cuda.set_device(int(number or 0))
     return name
 
 
 def exact_device(device: str) -> str:
-    """Where what needs float64 is computed: on the device itself, or on the CPU where it has none, as MPS."""
+    """Return the device for computations in float64: the device itself, or the CPU for MPS, which has no float64."""
     return "cpu" if device == "mps" else device
 
 
 @contextmanager
 def float32_products(tf32: bool) -> Iterator[None]:
-    """Products of float32 matrices, and convolutions, on CUDA devices: in TF32, or else in float32 indeed.
+    """Set the precision of float32 products and convolutions on CUDA devices: TF32 if `tf32`, else full float32.
 
-    PyTorch's own default is TF32 for convolutions alone.
+    Products are those of matrices. The previous settings are restored at the end. PyTorch's own default is TF32 for
+    convolutions only.
     """
     from torch.backends import cuda, cudnn
 
@@ -64,9 +66,9 @@ AttentionName = Literal["auto", "sdpa", "xformers", "eager"]
 
 
 def attention_kernel(name: AttentionName = "auto") -> AttentionKernel:
-    """A function of q, k, v, each `[batch, heads, tokens, head width]`, that returns the same shape.
+    """Return a function of q, k, v, each `[batch, heads, tokens, head width]`, that returns the same shape.
 
-    `auto` is PyTorch's fused kernel. Raises `UnavailableError` if xformers is asked for and cannot run here.
+    `auto` is PyTorch's fused kernel. Raises `UnavailableError` if xformers is requested and cannot run here.
     """
     if name == "xformers":
         return _xformers_kernel()

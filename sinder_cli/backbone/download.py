@@ -1,4 +1,4 @@
-"""Fetching an official checkpoint once, into the cache that torch.hub uses as well."""
+"""Download of an official checkpoint, once, into the cache that torch.hub uses too."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TIMEOUT_SECONDS = 60
 
 
 def hub_cache() -> Path:
-    """Torch hub's folder for checkpoints, found without importing torch."""
+    """Return torch hub's folder for checkpoints, found without importing torch."""
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     return Path(os.environ.get("TORCH_HOME", f"{cache}/torch")).expanduser() / "hub" / "checkpoints"
 
@@ -27,8 +27,8 @@ def hub_cache() -> Path:
 def download(url: str, emit: Emit) -> Path:
     """Return the cached file of `url`, downloading it if it is not there yet.
 
-    The SHA-256 of what came is recorded beside it in `NAME.sha256`. An interrupted or short download leaves nothing
-    under the final name. Raises `UnavailableError` that says what to fetch and where to put it.
+    The SHA-256 of the downloaded file is written beside it to `NAME.sha256`. An interrupted or short download leaves no
+    file under the final name. Raises `UnavailableError`, which says what to fetch and where to put it.
     """
     target = hub_cache() / url.rsplit("/", 1)[1]
     if target.is_file():
@@ -52,7 +52,7 @@ def download(url: str, emit: Emit) -> Path:
     except SinderError:
         raise
     except HTTPError as error:
-        error.close()  # it is the server's answer as well, with an open connection
+        error.close()  # the error holds the server's response, with an open connection
         raise _unreachable(url, target, str(error)) from error
     except (OSError, HTTPException) as error:
         raise _unreachable(url, target, _reason(error)) from error
@@ -64,7 +64,7 @@ def download(url: str, emit: Emit) -> Path:
 
 
 def _chunks(response: HTTPResponse, url: str, target: Path) -> Iterator[bytes]:
-    """The body in pieces; a broken connection is told apart from a failure to write what came."""
+    """Yield the body in pieces; raise a broken connection as `UnavailableError`, distinct from a failed write."""
     try:
         while chunk := response.read(CHUNK_BYTES):
             yield chunk

@@ -1,4 +1,4 @@
-"""A plugin's code is somebody else's: what goes wrong in it is told as that plugin's, and ends nothing else."""
+"""Isolation of plugins: an error in a plugin's code is reported as that plugin's failure and stops nothing else."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LIMIT_SECONDS = 10.0  # for importing a plugin, and again for its listing
 
 @dataclass(frozen=True)
 class PluginEntry:
-    """A plugin that is installed, loaded or not; `rivals` are other distributions that provide one of its name."""
+    """An installed plugin, loaded or not; `rivals` are other distributions that provide a plugin of the same name."""
 
     name: str
     distribution: str
@@ -45,29 +45,29 @@ class PluginEntry:
 
 
 class BrokenPluginError(Exception):
-    """What a plugin did instead of returning, in one line; its own exception, if there is one, is the cause."""
+    """A plugin did not return; the message says in one line what it did. Its own exception, if any, is the cause."""
 
 
 def contained(call: Callable[[], T], seconds: float = LIMIT_SECONDS) -> T:
-    """What `call` returns. Raises `BrokenPluginError` if it raises, exits or is not done in time.
+    """Return the result of `call`. Raises `BrokenPluginError` if it raises, exits or does not finish in time.
 
-    It runs in a thread of its own, which is left behind when its time is over: an alarm's exception could be caught by
-    the plugin. Signals of the user find this thread waiting. What is printed meanwhile goes to standard error, as
-    standard output carries results.
+    It runs in a thread of its own, which is abandoned after the time limit; an alarm would not do, since the plugin
+    could catch its exception. The calling thread waits and stays open to the user's signals. Whatever is printed
+    meanwhile goes to standard error, because standard output carries results.
     """
     outcome: Future[T] = Future()
 
     def run() -> None:
         try:
             outcome.set_result(call())
-        except BaseException as error:  # sys.exit as well; Ctrl-C is never heard here
+        except BaseException as error:  # sys.exit too; Ctrl-C never reaches this thread
             outcome.set_exception(error)
 
     with redirect_stdout(sys.stderr):
         Thread(target=run, daemon=True).start()
         wait([outcome], seconds)
     if not outcome.done():
-        raise BrokenPluginError(f"it hangs: it was not done after {seconds:g} s")
+        raise BrokenPluginError(f"it hangs: it did not finish within {seconds:g} s")
     error = outcome.exception()
     if error is not None:
         raise BrokenPluginError(_words(error)) from error
@@ -87,9 +87,10 @@ def _first_fault(error: ValidationError) -> str:
 
 @contextmanager
 def blamed(plugin: PluginEntry, model: str) -> Iterator[None]:
-    """Tell what goes wrong in a plugin's code for a model as the plugin's failure, and an exit as well.
+    """Report an exception or exit in a plugin's code for a model as the plugin's failure.
 
-    `OSError` and lack of memory are this machine's, and pass.
+    Raises `BadInputError` for an invalid layer map, else `UnavailableError`. `SinderError`, `OSError` and lack of
+    memory pass unchanged; the last two are this machine's failures.
     """
     try:
         yield
@@ -105,13 +106,13 @@ def blamed(plugin: PluginEntry, model: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Hooks:
-    """The hooks of one loaded plugin, and of what it describes the functions; what goes wrong is told as its failure.
+    """The hooks of one loaded plugin and the functions of its backbones; errors are reported as the plugin's failure.
 
-    Only `sinder_listing` is called as it is: whoever asks for it contains it.
+    Only `sinder_listing` is called directly: its callers use `contained`.
     """
 
     plugin: PluginEntry
-    caller: Any  # pluggy's, or whatever has the three hooks
+    caller: Any  # pluggy's, or any object with the three hooks
 
     def sinder_listing(self) -> Any:
         return self.caller.sinder_listing()
@@ -124,7 +125,7 @@ class Hooks:
         with blamed(self.plugin, request.model):
             backbone = self.caller.sinder_backbone(request=request, weights=weights)
             if not isinstance(backbone, Backbone):  # None where it lacks the hook
-                raise TypeError(f"its sinder_backbone gives {type(backbone).__name__}, no Backbone")
+                raise TypeError(f"its sinder_backbone returned {type(backbone).__name__}, no Backbone")
         return replace(
             backbone,
             build=self._blamed(backbone.build, request.model),

@@ -1,4 +1,4 @@
-"""From what the user asked for to a checked description, and from that to a module that holds its weights."""
+"""Opening a backbone: from the user's request to a checked description, and from that to a module with its weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def open_backbone(hooks: Hooks, request: ModelRequest) -> Backbone:
     """Open the weights, let the plugin describe them, and check its layer map against them.
 
-    Raises `BadInputError` for weights or maps that do not fit and what `describe` raises.
+    Raises `BadInputError` for weights or maps that do not fit, and the errors of `describe`.
     """
     backbone = describe(hooks, request)
     check_layer_map(backbone)
@@ -30,10 +30,10 @@ def open_backbone(hooks: Hooks, request: ModelRequest) -> Backbone:
 
 
 def describe(hooks: Hooks, request: ModelRequest) -> Backbone:
-    """Open the weights and let the plugin describe them; whether its map is right is not looked at.
+    """Open the weights and let the plugin describe them; the layer map is not checked.
 
-    Raises `BadInputError` for weights that are none and `UnavailableError` for a plugin that breaks or describes
-    nothing. `OSError` and `MemoryError` are this machine's, not the plugin's, and pass.
+    Raises `BadInputError` if there are no weights or the file is no checkpoint, and `UnavailableError` for a plugin
+    that breaks or describes nothing. `OSError` and `MemoryError` come from this machine, not from the plugin, and pass.
     """
     _require_revisions(hooks, request)
     found = request.weights or hooks.sinder_weights(request=request)
@@ -47,14 +47,14 @@ def describe(hooks: Hooks, request: ModelRequest) -> Backbone:
 
 
 def _require_branch(request: ModelRequest, weights: Weights) -> None:
-    """Refuse a branch that nobody has looked for, so that nobody believes to have got it. Raises `UsageError`."""
+    """Refuse a branch that the plugin did not select, rather than ignore the option. Raises `UsageError`."""
     if request.branch and not is_branch(request.branch, weights.prefix):
         what, why = f"cannot use branch {request.branch!r}", f"{weights.source.label} has one backbone and no branches"
         raise UsageError(what, why, "leave --branch out")
 
 
 def _matched(weights: Weights) -> str:
-    """One line: how many tensors were found, under what prefix, beside what, and what is left out."""
+    """Return one line with the number of matched tensors, their prefix, other backbones, and ignored tensors."""
     under = f" under {weights.prefix!r}" if weights.prefix else ""
     if weights.others:
         listed = ", ".join(repr(other) for other in weights.others)
@@ -66,7 +66,7 @@ def _matched(weights: Weights) -> str:
 
 
 def _require_revisions(hooks: Hooks, request: ModelRequest) -> None:
-    """Refuse a revision where the plugin has none, so that nobody believes to have got it. Raises `UsageError`."""
+    """Refuse a revision if the plugin has none, rather than ignore the option. Raises `UsageError`."""
     if request.revision is not None and not any(row.revisions for row in hooks.sinder_listing()):
         what, why = f"cannot use revision {request.revision!r}", f"{request.model} does not come from a hub"
         raise UsageError(what, why, "leave --revision out")
@@ -102,9 +102,9 @@ def _check_width(shape: tuple[int, ...], at: int, width: int, place: str) -> Non
 
 
 def _block_shapes(block: BlockMap) -> dict[str, tuple[str, ...]]:
-    """The shape of each role in symbols: N width, Q, K, A inner widths of queries, keys and values, H hidden width.
+    """Return the shape of each role in symbols: N width, Q, K, A inner widths of queries, keys, values, H hidden width.
 
-    Inner widths of sub-layers beside others may differ from theirs, and so have symbols of their own.
+    Sub-layers of `beside` may have other inner widths than the first ones, and so have symbols of their own.
     """
     shapes: dict[str, tuple[str, ...]] = {
         "attention.query": ("Q", "N"),
@@ -160,7 +160,7 @@ def _bad_map(place: str, why: str) -> BadInputError:
 
 
 def require_matching(expected: Mapping[str, tuple[int, ...]], weights: Weights, model: str) -> None:
-    """Refuse weights whose names or shapes are not exactly those expected: `BadInputError` counts and names them."""
+    """Raise `BadInputError` with the differences unless the weights have exactly the expected names and shapes."""
     missing = [name for name in expected if name not in weights]
     unexpected = [name for name in weights.names if name not in expected]
     misshaped = [
@@ -185,9 +185,9 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 def require_loadable(backbone: Backbone) -> nn.Module:
-    """Refuse weights that are not exactly those of the module, in names and shapes: `BadInputError` names them.
+    """Return the module, built on the meta device, where it takes no memory.
 
-    Returns the module as built on the meta device, where it takes no memory.
+    Raises `BadInputError`, which names the differences, unless the weights have exactly the module's names and shapes.
     """
     import torch
 
@@ -199,12 +199,12 @@ def require_loadable(backbone: Backbone) -> nn.Module:
 
 
 def load_module(backbone: Backbone, device: str = "cpu") -> nn.Module:
-    """Build the module, fill it strictly with the weights as float32, some tensors at a time, and freeze it.
+    """Build the module, fill it with exactly the weights as float32, some tensors at a time, and freeze it.
 
     Raises `BadInputError` for weights that are not exactly the module's.
     """
     module = require_loadable(backbone)
-    # buffers that no file fills must be computed, which the meta device does not do
+    # buffers that no file stores must be computed, which the meta device cannot do
     module = backbone.build().to(device) if _computes_buffers(module) else module.to_empty(device=device)
     targets = module.state_dict()
     for name, tensor in backbone.weights.stream(targets):
@@ -213,5 +213,5 @@ def load_module(backbone: Backbone, device: str = "cpu") -> nn.Module:
 
 
 def _computes_buffers(module: nn.Module) -> bool:
-    """Whether the module has buffers that its state dict leaves out (`persistent=False`)."""
+    """Return True if the module has buffers that its state dict leaves out (`persistent=False`)."""
     return not {name for name, _ in module.named_buffers()} <= module.state_dict().keys()

@@ -1,4 +1,4 @@
-"""Finding plugins: entry points are listed without being loaded, and only the one that is named is imported."""
+"""Search for plugins: entry points are listed without being loaded, and only the named one is imported."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from sinder_cli.backbone.isolation import BrokenPluginError, Hooks, PluginEntry,
 from sinder_cli.errors import ConflictError, SinderError, UnavailableError, UsageError
 
 OWN_DISTRIBUTION = "sinder-cli"  # its plugins are the built-in ones
-FOLDER = "/./FOLDER"  # in the listing of a plugin that takes folders
+FOLDER = "/./FOLDER"  # ends a listed name of a plugin that accepts folders
 CHECKPOINT_ENDINGS = (".pth", ".pt", ".safetensors", ".bin", ".ckpt", ".tar", ".npz", ".onnx")
-ALLOWED = "SINDER_PLUGINS"  # the environment variable that names the plugins that may load, with commas between
+ALLOWED = "SINDER_PLUGINS"  # environment variable: names of the plugins that may load, separated by commas
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class InstalledBackbone:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """The modules that the model requires and that are not installed; none of them is imported to find out."""
+        """The required modules that are not installed, found without importing any of them."""
         return tuple(name for name in self.listing.requires if not _is_there(name)) if self.listing else ()
 
 
 def _is_there(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except (Exception, SystemExit):  # the package around it is missing, has no spec, or breaks
+    except (Exception, SystemExit):  # the parent package is missing, has no spec, or fails
         return False
 
 
 def installed_plugins() -> dict[str, PluginEntry]:
-    """Every plugin by name, none of them imported. Where two have one name, the entry of the first names its rivals."""
+    """Return every plugin by name without importing any; of several with one name, the first has the rest as rivals."""
     found: dict[str, PluginEntry] = {}
     for entry in sorted(entry_points(group=contract.ENTRY_POINT_GROUP), key=lambda e: e.name):
         distribution = entry.dist.name if entry.dist else "unknown"
@@ -61,7 +61,7 @@ def installed_plugins() -> dict[str, PluginEntry]:
 
 
 def allowed_plugins(plugins: Mapping[str, PluginEntry]) -> dict[str, PluginEntry]:
-    """Those that `SINDER_PLUGINS` names, or all where it is not set. Raises `UsageError` for a name that is none."""
+    """Return the plugins named in `SINDER_PLUGINS`, or all if it is unset. Raises `UsageError` for an unknown name."""
     named = [name.strip() for name in os.environ.get(ALLOWED, "").split(",") if name.strip()]
     if unknown := [name for name in named if name not in plugins]:
         why = f"no plugin {unknown[0]!r} is installed"
@@ -70,10 +70,10 @@ def allowed_plugins(plugins: Mapping[str, PluginEntry]) -> dict[str, PluginEntry
 
 
 def owner_of(model: str, plugins: Mapping[str, PluginEntry]) -> PluginEntry | None:
-    """The plugin that a model name begins with: `dinov2_vitg14` → dinov2, `hf/…` → hf.
+    """Return the plugin whose name begins the model name: `dinov2_vitg14` → dinov2, `hf/…` → hf; None if there is none.
 
-    A built-in plugin has all names that begin with its own: nobody's `demo_vit` stands between a user and `demo`.
-    Among those of others the longest name owns the model.
+    A built-in plugin owns all names that begin with its own: another distribution's plugin `demo_vit` cannot take
+    models from `demo`. Among other plugins the longest name owns the model.
     """
     owners = [name for name in plugins if _begins_with(model, name)]
     built_in = [name for name in owners if _is_built_in(plugins[name])]
@@ -89,7 +89,7 @@ def _is_built_in(plugin: PluginEntry) -> bool:
 
 
 def require_unrivalled(plugin: PluginEntry) -> None:
-    """Raises `ConflictError` for a plugin whose name another distribution's has as well."""
+    """Raise `ConflictError` for a plugin if another distribution provides one of the same name."""
     if plugin.rivals:
         providers = " and ".join(sorted({plugin.distribution, *plugin.rivals}))
         why = f"provided by {providers}"
@@ -99,7 +99,7 @@ def require_unrivalled(plugin: PluginEntry) -> None:
 def load_plugin(plugin: PluginEntry) -> Hooks:
     """Import one plugin and return its hooks.
 
-    Raises `UnavailableError` naming the distribution, and `ConflictError` where it is one of two of its name.
+    Raises `UnavailableError`, which names the distribution, and `ConflictError` if another plugin has the same name.
     """
     require_unrivalled(plugin)
     where = f"cannot load {plugin}"
@@ -107,7 +107,7 @@ def load_plugin(plugin: PluginEntry) -> Hooks:
         module = contained(plugin.entry_point.load)
     except BrokenPluginError as broken:
         raise UnavailableError(where, str(broken), "install or repair that package") from broken.__cause__
-    api = getattr(module, "SINDER_API", 1)  # what says nothing was written for the first
+    api = getattr(module, "SINDER_API", 1)  # a plugin without it was written for the first version
     if api != contract.SINDER_API:
         why = f"it is written for SINDER_API {api}, this is {contract.SINDER_API}"
         raise UnavailableError(where, why, f"install a version of {plugin.distribution} for this sinder")
@@ -122,10 +122,10 @@ def load_plugin(plugin: PluginEntry) -> Hooks:
 
 
 def hooks_for(model: str) -> Hooks:
-    """The hooks of the plugin that a model name belongs to; of them only the listing has been called.
+    """Return the hooks of the plugin that owns a model name; only its listing has been called.
 
-    Raises `UsageError` with near names if no plugin offers the model, `UnavailableError` if its plugin breaks or may
-    not load, `ConflictError` if there are two of that plugin.
+    Raises `UsageError` with similar names if no plugin offers the model, `UnavailableError` if its plugin breaks or may
+    not load, `ConflictError` if two plugins have its name.
     """
     plugins = installed_plugins()
     allowed = allowed_plugins(plugins)
@@ -142,13 +142,13 @@ def hooks_for(model: str) -> Hooks:
 
 
 def _offers(model: str, listings: list[Listing]) -> bool:
-    """Whether a model is listed; a plugin that lists nothing, or a name with a `/`, may take names it does not list."""
+    """Return True if a model is listed, or if its plugin may take unlisted names: it lists none, or one with a `/`."""
     names = [listing.name for listing in listings]
     return not names or model in names or any("/" in name for name in names)
 
 
 def listings_of(plugin: PluginEntry, hooks: Hooks) -> list[Listing]:
-    """What a plugin lists. Raises `UnavailableError` for a listing that fails or lists something else."""
+    """Return the listing of a plugin. Raises `UnavailableError` if it fails or has invalid rows."""
     try:
         return contained(lambda: [_checked(row, plugin) for row in hooks.sinder_listing() or ()])
     except BrokenPluginError as broken:
@@ -156,7 +156,7 @@ def listings_of(plugin: PluginEntry, hooks: Hooks) -> list[Listing]:
 
 
 def _checked(row: Any, plugin: PluginEntry) -> Listing:
-    """A row of a listing, if it is one: its types are right and its name belongs to the plugin."""
+    """Return a row of a listing. Raises an error unless its types are right and its name belongs to the plugin."""
     if not isinstance(row, Listing):
         raise TypeError(f"{row!r} is no Listing")
     listing = TypeAdapter(Listing).validate_python(asdict(row))
@@ -166,12 +166,12 @@ def _checked(row: Any, plugin: PluginEntry) -> Listing:
 
 
 def unknown_model(model: str, listings: list[Listing]) -> UsageError:
-    """The error for a model that nobody offers, suggesting the nearest names of these listings."""
+    """Return the error for a model that no plugin offers; it suggests the most similar names of these listings."""
     return UsageError(f"unknown model {model!r}", "no installed plugin offers it", _hint(model, listings))
 
 
 def _hint(model: str, listings: list[Listing]) -> str:
-    """What may have been meant by a name that nobody offers."""
+    """Return advice for an unknown model name: what the user may have meant."""
     names = [listing.name for listing in listings]
     if Path(model).is_dir():
         taking = [name.removesuffix(FOLDER) for name in names if name.endswith(FOLDER)]
@@ -189,21 +189,21 @@ def _hint(model: str, listings: list[Listing]) -> str:
     near = difflib.get_close_matches(model.lower(), plain, n=3, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(near)}?"
-    others = f"; a name of another library takes its prefix, as in {taking[0]}" if taking and "/" not in model else ""
+    others = f"; a model of another library needs a prefix, as in {taking[0]}" if taking and "/" not in model else ""
     return f"`sinder backbones` lists the models{others}"
 
 
 def _near_listings(model: str, plugins: Mapping[str, PluginEntry]) -> list[Listing]:
-    """What the built-in plugins list, and those whose name is nearly what the model's begins with, if they load."""
+    """Return the listings of built-in plugins, and of those named like the start of the model's name, if they load."""
     near = difflib.get_close_matches(re.split("[_/]", model.lower())[0], list(plugins), cutoff=0.5)
     asked = [plugin for name, plugin in plugins.items() if name in near or _is_built_in(plugin)]
     return [row.listing for plugin in asked for row in _rows_of(plugin) if row.listing]
 
 
 def installed_backbones() -> Iterator[InstalledBackbone]:
-    """Every listed model of every plugin that may load; one that cannot be loaded gives a row with its problem.
+    """Yield every listed model of every plugin that may load; a plugin that fails to load gives a row with its problem.
 
-    Raises `ConflictError` for two plugins of one name before any is imported.
+    Raises `ConflictError` for two plugins of the same name before any is imported.
     """
     plugins = allowed_plugins(installed_plugins())
     for plugin in plugins.values():

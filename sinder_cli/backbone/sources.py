@@ -1,6 +1,6 @@
-"""Checkpoints, read lazily by tensor name: files of any format, and folders of several with an index.
+"""Checkpoints, read lazily by tensor name: files of any format, and folders of several files with an index.
 
-Nothing is kept mapped or in memory between two reads.
+Between two reads nothing stays mapped or in memory.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SAFETENSORS_DTYPES = {
 }  # fmt: skip
 
 LFS_MAGIC = b"version h"  # ttps://git-lfs…
-MOST_REPEATED = 1 << 28  # bytes of a tensor whose stored numbers are fewer, as `expand` makes one
-DISTRIBUTED_SUFFIX = ".distcp"  # of each part of such a checkpoint
+MOST_REPEATED = 1 << 28  # bytes allowed for a tensor that stores fewer numbers than its shape has, as after `expand`
+DISTRIBUTED_SUFFIX = ".distcp"  # of each part of a distributed checkpoint
 TORCH_MAGIC = (b"PK", b"\x80")  # a zip archive, or the pickle of torch before 1.6
 TORCH_SUFFIXES = frozenset({".pth", ".pt", ".bin", ".ckpt", ".tar"})
-SMALL = 64 << 20  # bytes: a file of fewer that asks for more memory than there is lies about its sizes
+SMALL = 64 << 20  # bytes: if a smaller file needs more memory than there is, its sizes are wrong
 ACCEPTED = "give --weights a file of safetensors, or of torch.save (.pth, .pt, .bin, .ckpt)"
 
 
@@ -48,12 +48,12 @@ class TensorInfo:
 
 
 def infos_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
-    """Shapes and dtypes of tensors at hand."""
+    """Return the shapes and dtypes of tensors in memory, by name."""
     return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 class TensorSource(Protocol):
-    """Named tensors that can be listed without being read."""
+    """Source of named tensors, which can be listed without being read."""
 
     @property
     def label(self) -> str: ...
@@ -62,13 +62,13 @@ class TensorSource(Protocol):
     def infos(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Whole tensors in their stored dtype; writing into them changes no file."""
+        """Read whole tensors in their stored dtype; writing into them changes no file."""
         ...
 
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """A `.safetensors` file. Every read maps it anew, so that pages no longer needed leave memory."""
+    """A `.safetensors` file. Every read maps it again, so that unneeded pages leave memory."""
 
     path: Path
     infos: Mapping[str, TensorInfo] = field(repr=False)
@@ -84,7 +84,7 @@ class SafetensorsFile:
 
 @dataclass(frozen=True)
 class TorchFile:
-    """A `.pth`/`.pt` file of tensors, nested dictionaries flattened to dotted names; never unpickled freely."""
+    """A `.pth`/`.pt` file of tensors, nested dictionaries flattened to dotted names; only tensors are unpickled."""
 
     path: Path
     infos: Mapping[str, TensorInfo] = field(repr=False)
@@ -114,10 +114,10 @@ class MemoryTensors:
 
 
 def open_checkpoint(path: Path) -> TensorSource:
-    """Open a weights file, or a folder that has one; what it holds decides, not its suffix.
+    """Open a weights file, or a folder that contains one; its content decides the format, not its suffix.
 
-    Only names, shapes and dtypes are read. Raises `NoInputError` where there is no file and `BadInputError` for one
-    that is no checkpoint; an `OSError`, such as that of a file one may not read, passes.
+    Only names, shapes and dtypes are read. Raises `NoInputError` if there is no file and `BadInputError` for a file
+    that is no checkpoint; an `OSError`, such as missing permission to read, passes.
     """
     if path.is_dir():
         return open_checkpoint(weights_in(path))
@@ -130,7 +130,7 @@ def open_checkpoint(path: Path) -> TensorSource:
     if start == LFS_MAGIC:
         raise BadInputError(f"cannot read weights {path}", "it is a pointer of git-lfs, not the file", "git lfs pull")
     if start.startswith(TORCH_MAGIC) and not start.endswith(b"{"):
-        _require_plain_archive(path)  # once: the file is listed anew at every read
+        _require_plain_archive(path)  # only here, since every later read opens the file again
         return TorchFile(path, infos_of(_load_torch(path)))
     if start[8:] == b"{" or path.suffix.lower() == ".safetensors":
         return open_safetensors(path)
@@ -138,12 +138,12 @@ def open_checkpoint(path: Path) -> TensorSource:
     if path.suffix.lower() == DISTRIBUTED_SUFFIX:
         why, remedy = _distributed(path.parent)
     elif path.suffix.lower() in TORCH_SUFFIXES:
-        why, remedy = "torch.save did not write this file", "is it whole? fetch it again"
+        why, remedy = "torch.save did not write this file", "is it complete? fetch it again"
     raise BadInputError(f"cannot read weights {path}", why, remedy)
 
 
 def _elsewhere(path: Path) -> str:
-    """What may have been meant by a file that is not there."""
+    """Return advice for a missing weights file: what the user may have meant."""
     text = str(path)
     if "://" in text or text.startswith(("http:/", "https:/")):
         return "fetch it first, and give --weights the file"
@@ -155,7 +155,7 @@ def _elsewhere(path: Path) -> str:
 
 
 def open_safetensors(path: Path) -> SafetensorsFile:
-    """Open one `.safetensors` file. Raises `BadInputError` where it is none."""
+    """Open one `.safetensors` file. Raises `BadInputError` if it is not one."""
     return SafetensorsFile(path, _safetensors_infos(path))
 
 
@@ -166,8 +166,8 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except SafetensorError as error:  # an OSError says nothing about what the file holds
-        raise BadInputError(f"cannot read weights {path}", str(error), "is it whole? fetch it again") from error
+    except SafetensorError as error:  # an OSError says nothing about the content of the file
+        raise BadInputError(f"cannot read weights {path}", str(error), "is it complete? fetch it again") from error
 
 
 def _safetensors_infos(path: Path) -> dict[str, TensorInfo]:
@@ -185,12 +185,12 @@ def _safetensors_infos(path: Path) -> dict[str, TensorInfo]:
 
 
 def _load_torch(path: Path) -> dict[str, Tensor]:
-    """Read the named tensors of a file of torch's, mapped and not copied. Raises `BadInputError` for other content."""
+    """Read the named tensors of a torch.save file, mapped and not copied. Raises `BadInputError` for other content."""
     import torch
 
     def load(mmap: bool) -> Any:
-        warnings.simplefilter("ignore")  # about what comes next as an error, or is no matter of ours
-        if path.suffix.lower() == ".safetensors":  # torch goes by the suffix of a path
+        warnings.simplefilter("ignore")  # its warnings are followed by an error, or do not concern us
+        if path.suffix.lower() == ".safetensors":  # torch chooses the format by the suffix of a path
             with path.open("rb") as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -208,7 +208,7 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
                 stored = load(mmap=False)  # files older than torch 1.6 are no zip archives and cannot be mapped
     except pickle.UnpicklingError as error:
         if "protocol" in str(error) or "Unsupported operand" in str(error):
-            why, remedy = "it was pickled in a way that cannot be read safely", "save it again with torch.save as it is"
+            why, remedy = "it was pickled in a way that cannot be read safely", "save it again with plain torch.save"
             raise BadInputError(f"cannot read weights {path}", why, remedy) from error
         remedy = "save the state dict alone: torch.save(model.state_dict(), …), better yet as .safetensors"
         raise BadInputError(
@@ -219,7 +219,7 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
             raise
         why = str(error).split("\n")[0].split(". ")[0] or type(error).__name__
         why = "it is damaged" if "enforce fail" in why else why
-        raise BadInputError(f"cannot read weights {path}", why, "is it whole? fetch it again") from error
+        raise BadInputError(f"cannot read weights {path}", why, "is it complete? fetch it again") from error
     flat: dict[str, Tensor] = {}
     for name, tensor in _flatten(stored):
         if name in flat:
@@ -232,9 +232,9 @@ def _load_torch(path: Path) -> dict[str, Tensor]:
 
 
 def _require_plain_archive(path: Path) -> None:
-    """Refuse archives that are not as torch.save writes a state dict; what is no whole archive is left to torch.
+    """Raise `BadInputError` for archives unlike those that torch.save writes; incomplete archives are left to torch.
 
-    It maps compressed members as if they were not: their bytes would be taken for numbers.
+    torch would map compressed members as if they were uncompressed, and take their bytes for numbers.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -253,7 +253,7 @@ def _require_plain_archive(path: Path) -> None:
 
 
 def _require_plain(path: Path, name: str, tensor: Tensor) -> None:
-    """Refuse tensors without numbers of their own: meta, sparse, quantized, or far larger than what is stored."""
+    """Raise `BadInputError` for tensors not stored plainly: meta, sparse, quantized, or far larger than stored."""
     import torch
 
     kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else ""
@@ -268,7 +268,7 @@ def _require_plain(path: Path, name: str, tensor: Tensor) -> None:
 
 
 def _is_of_the_machine(error: Exception) -> bool:
-    """Whether a failure is this machine's; EINVAL is how seeking before the start of a truncated archive ends."""
+    """Return True if this machine caused a failure, not the file; EINVAL is the file's: its archive is truncated."""
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL)
 
 
@@ -292,10 +292,10 @@ INDEX = f"model{INDEX_SUFFIX}"
 
 @dataclass(frozen=True)
 class Shards:
-    """Several safetensors files that hold one set of tensors, in the order of the index."""
+    """Several safetensors files that together hold one set of tensors, in the order of the index."""
 
     path: Path  # of the index
-    files: Mapping[str, SafetensorsFile] = field(repr=False)  # tensor name → the file it lies in
+    files: Mapping[str, SafetensorsFile] = field(repr=False)  # tensor name → the file that holds it
 
     @property
     def label(self) -> str:
@@ -315,7 +315,7 @@ class Shards:
 
 
 def weights_in(folder: Path) -> Path:
-    """The weights file or the index in a folder. Raises `NoInputError` where there is neither."""
+    """Return the weights file or the index in a folder. Raises `NoInputError` if there is neither."""
     found = next((folder / name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
     if found is None:
         why, remedy = _told(folder)
@@ -329,7 +329,7 @@ def _distributed(folder: Path) -> tuple[str, str]:
 
 
 def _told(folder: Path) -> tuple[str, str]:
-    """Why a folder has no weights that can be read, and what to do."""
+    """Return why a folder has no readable weights, and what to do."""
     if (folder / ".metadata").is_file() or any(folder.glob(f"*{DISTRIBUTED_SUFFIX}")):
         return _distributed(folder)
     if (folder / "adapter_config.json").is_file():
@@ -340,21 +340,21 @@ def _told(folder: Path) -> tuple[str, str]:
 def open_shards(index: Path) -> Shards:
     """Open the shards that an index names, reading names, shapes and dtypes only.
 
-    Raises `BadInputError` where index and shards differ in a single name, or for a shard outside the folder.
+    Raises `BadInputError` if index and shards differ in any name, or for a shard outside the folder.
     """
     located = shard_names(index)
     opened = {shard: open_safetensors(_inside(index, shard)) for shard in dict.fromkeys(located.values())}
     absent = [name for name, shard in located.items() if name not in opened[shard].infos]
     if absent:
-        raise _bad(index, f"{_counted(absent)} not in {located[absent[0]]}, against the index")
+        raise _bad(index, f"{_counted(absent)} not in {located[absent[0]]}, contrary to the index")
     for shard, file in opened.items():
         if unlisted := [name for name in file.infos if located.get(name) != shard]:
-            raise _bad(index, f"{_counted(unlisted)} in {shard}, against the index")
+            raise _bad(index, f"{_counted(unlisted)} in {shard}, contrary to the index")
     return Shards(index, {name: opened[shard] for name, shard in located.items()})
 
 
 def shard_names(index: Path) -> dict[str, str]:
-    """Which tensor lies in which shard, as an index says. Raises `BadInputError` for a file that is no index."""
+    """Return the shard of each tensor according to an index. Raises `BadInputError` for a file that is no index."""
     try:
         located = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -370,12 +370,12 @@ def shard_names(index: Path) -> dict[str, str]:
 
 
 def _inside(index: Path, shard: str) -> Path:
-    """The path of a shard, once it is sure to lie in the index's folder, or where the hub's cache keeps its files."""
+    """Return the path of a shard, checked to lie in the index's folder or in the hub cache's folder of files."""
     path = index.parent / shard
     try:
         resolved = path.resolve()
         there = resolved.is_file()
-    except (OSError, RuntimeError) as error:  # a name that is too long, a link to itself
+    except (OSError, RuntimeError) as error:  # too long a name, or a link to itself
         raise _bad(index, f"shard {shard[:60]!r} is no file ({type(error).__name__})") from error
     if not any(resolved.is_relative_to(root.resolve()) for root in _roots(index.parent.absolute())):
         raise _leaving(index, shard)
@@ -385,7 +385,7 @@ def _inside(index: Path, shard: str) -> Path:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """The folder, and in the hub's cache, where snapshots are links, the folder of blobs beside them."""
+    """Return the folder, and for a snapshot in the hub's cache, whose files are links, the folder of blobs too."""
     return [folder, *([folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else [])]
 
 

@@ -1,7 +1,7 @@
 """Writing safetensors one tensor at a time, in any order of names.
 
-The library's own writer wants all tensors in memory at once and sorts them; what we write keeps the order of what was
-read and holds one tensor. The library reads every such file back in the tests.
+The library's own writer needs all tensors in memory at once and sorts them; this one keeps the order in which tensors
+were read and has one of them in memory. In the tests, the library reads every such file back.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def write_safetensors(
     tensors: Iterable[Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the tensors that `infos` announces, whole or not at all; they are taken one at a time, in that order."""
+    """Write the tensors that `infos` lists, taken one at a time in that order; on failure `path` stays as it was."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         stream_safetensors(file, infos, tensors, metadata)
 
@@ -58,7 +58,7 @@ def stream_safetensors(
 
 
 def stored_as(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """`tensor` in the dtype of the file. Raises `BadInputError` where that loses a finite value to infinity."""
+    """Return `tensor` in the dtype of the file. Raises `BadInputError` if a value is not finite in that dtype."""
     import torch
 
     cast = tensor.to(dtype)
@@ -79,16 +79,16 @@ def _code(name: str, info: TensorInfo) -> str:
     return code
 
 
-METADATA = {"format": "pt"}  # without it transformers refuses a file
+METADATA = {"format": "pt"}  # transformers refuses a file without it
 
 
 def write_sharded(
     folder: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[Tensor], most: int, stem: str = "model"
 ) -> list[Path]:
-    """Write the tensors that `infos` announces, one at a time, to files of at most `most` bytes of tensors each.
+    """Write the tensors that `infos` lists, one at a time, to files of at most `most` bytes of tensors each.
 
-    One file is `model.safetensors`; several are `model-00001-of-00003.safetensors` and so on, with
-    `model.safetensors.index.json`. A tensor larger than `most` has a file of its own. Returns what was written.
+    A single file is `model.safetensors`; several are `model-00001-of-00003.safetensors` and so on, with
+    `model.safetensors.index.json`. A tensor larger than `most` has a file of its own. Returns the written files.
     """
     shards = list(_shards(infos, most))
     stream = iter(tensors)
@@ -110,7 +110,7 @@ def write_sharded(
 
 
 def _shards(infos: Mapping[str, TensorInfo], most: int) -> Iterator[list[str]]:
-    """The names of each file, in order, each as full as it gets."""
+    """Yield the names of the tensors of each file, in order; each file takes as many as fit."""
     names: list[str] = []
     size = 0
     for name, info in infos.items():

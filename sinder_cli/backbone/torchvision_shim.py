@@ -1,7 +1,7 @@
-"""Operators that libraries of models expect of torchvision, where a torchvision is installed that has none.
+"""Stand-in operators for an installed torchvision whose own operators cannot be loaded.
 
-timm and transformers import torchvision. One that was compiled for another torch, as the usual wheel is for a torch
-without CUDA, fails to be imported for want of the schemas of its operators, although nobody here calls them.
+timm and transformers import torchvision. A torchvision that was compiled for another torch, as the usual wheel is if
+torch has no CUDA, fails at import because the schemas of its operators are missing, although nothing here calls them.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
     from torch.library import Library
 
 
-# What torchvision describes the shapes of as it is imported; all else it leaves alone where it has no operators.
+# Operators whose output shapes torchvision registers at import, even if its compiled operators are missing.
 SCHEMAS = {
     "nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
 
 
-@cache  # a library's schemas live as long as it does
+@cache  # the schemas exist as long as the Library object
 def define_torchvision_operators() -> Library | None:
     """Let `import torchvision` succeed without its compiled operators; call it before anything imports torchvision.
 
-    Nothing is done where torchvision is missing, or works.
+    Returns None, and changes nothing, if torchvision is missing or works.
     """
     spec = find_spec("torchvision")
     if spec is None or spec.origin is None:
         return None
     import torch
 
-    for compiled in sorted(Path(spec.origin).parent.iterdir()):  # whatever the libraries with operators are called
+    for compiled in sorted(Path(spec.origin).parent.iterdir()):  # the names of the compiled libraries vary
         if compiled.suffix in (".so", ".pyd", ".dylib"):
             with suppress(OSError, ImportError):
                 torch.ops.load_library(str(compiled))

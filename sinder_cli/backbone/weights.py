@@ -1,4 +1,4 @@
-"""The tensors of one backbone among those of a source, by the names that its module has."""
+"""The tensors of one backbone inside a source, by the names that its module has."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Segments of names that come of wrapping a module in torch.compile or FSDP, or its blocks in recomputation.
+# Parts of names that arise when a module is wrapped in torch.compile or FSDP, or its blocks in recomputation.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 AVERAGED = ("teacher", "ema", "model_ema", "ema_model", "state_dict_ema", "target_encoder")  # in this order
 
-BATCH_BYTES = 128 << 20  # about one block of a ViT-g: a .pth file is listed anew at every read, so read several at once
+BATCH_BYTES = 128 << 20  # about one block of a ViT-g; each read of a .pth file lists it again, so few reads are better
 
 
 def told_by_names(weights: Weights) -> tuple[str, str] | None:
-    """What weights are that no backbone takes as they are, and what to do, where their names tell."""
+    """Return why weights of a known kind fit no backbone, and what to do; None if their names show no such kind."""
     names = weights.source.infos
     if any(".lora_" in name or name.startswith("base_model.") for name in names):
         return "it holds a LoRA of peft", "put it into its model with merge_and_unload(), and save that"
@@ -37,18 +37,18 @@ def told_by_names(weights: Weights) -> tuple[str, str] | None:
 
 
 def unusable(weights: Weights, why: str, remedy: str) -> BadInputError:
-    """The error for weights that do not hold the backbone; where their names tell what they are, it says so."""
+    """Return the error for weights without the backbone; it says what they are instead, if their names show it."""
     why, remedy = told_by_names(weights) or (why, remedy)
     return BadInputError(f"cannot use weights {weights.source.label}", why, remedy)
 
 
 def is_branch(name: str, prefix: str) -> bool:
-    """Whether a name is that of the branch under a prefix: all of it, or one of its parts."""
+    """Return True if a name denotes the branch with this prefix: the whole prefix, or one of its parts."""
     return name in (prefix.rstrip("."), *prefix.split("."))
 
 
 def unwrapped(name: str) -> str:
-    """A tensor's name without what wrappers around modules have put into it: `a._orig_mod.b` → `a.b`."""
+    """Return a tensor's name without the parts that wrappers of modules add: `a._orig_mod.b` → `a.b`."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
@@ -61,11 +61,11 @@ class Weights:
     prefix: str = ""
     ignored: tuple[str, ...] = ()
     branch: str | None = None  # which backbone of several the user wants
-    others: tuple[str, ...] = ()  # prefixes of backbones beside this one
+    others: tuple[str, ...] = ()  # prefixes of other backbones in the same source
 
     @classmethod
     def of(cls, source: TensorSource, branch: str | None = None) -> Weights:
-        """Every tensor of the source under its own name, less what wrappers around modules have put into it.
+        """Return every tensor of the source under its own name, without the parts that wrappers of modules add.
 
         `branch` names one of several backbones that the source may hold: a part of its prefix, such as `student`.
         """
@@ -85,11 +85,11 @@ class Weights:
         return name in self.stored_names
 
     def output_name(self, name: str) -> str:
-        """The name under which a canonical tensor is exported: as stored, without the wrapper it was found under."""
+        """Return the name under which a canonical tensor is exported: as stored, without wrapper parts and prefix."""
         return unwrapped(self.stored_names[name]).removeprefix(self.prefix)
 
     def output_infos(self) -> dict[str, TensorInfo]:
-        """Shape and dtype of every tensor by the name under which it is exported, in the order of the source."""
+        """Return shape and dtype of every tensor by the name under which it is exported, in the order of the source."""
         return {self.output_name(name): self.info(name) for name in self.names}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -117,15 +117,15 @@ class Weights:
             yield name, tensors.pop(name)
 
     def holds(self, anchor: str) -> bool:
-        """Whether there is a tensor of this name, with or without a prefix."""
+        """Return True if there is a tensor of this name, with or without a prefix."""
         return bool(self._prefixes(anchor))
 
     def located(self, anchor: str) -> Weights:
         """Find the backbone inside a nested checkpoint by a tensor that every such backbone has.
 
-        `teacher.backbone.patch_embed.proj.weight` puts the backbone under `teacher.backbone.`. Of several, that of
-        `branch` is taken, or else the teacher, or what else is an average over the steps of a training. Raises
-        `BadInputError` if it is not found or not unique.
+        For example, `teacher.backbone.patch_embed.proj.weight` shows a backbone with the prefix `teacher.backbone.`. Of
+        several, the one of `branch` is chosen, or else the teacher or another average over training steps. Raises
+        `BadInputError` if none is found or the choice is not unique.
         """
         prefixes = self._prefixes(anchor)
         if not prefixes:
@@ -143,7 +143,7 @@ class Weights:
         return [name.removesuffix(anchor) for name in self.names if name == anchor or name.endswith("." + anchor)]
 
     def _chosen(self, prefixes: list[str]) -> str:
-        """The prefix that is meant. Raises `BadInputError` with all of them where there is not one."""
+        """Return the prefix to use. Raises `BadInputError`, which lists the prefixes, if the choice is not unique."""
         names = (self.branch,) if self.branch else AVERAGED if len(prefixes) > 1 else ()
         among = ([prefix for prefix in prefixes if is_branch(name, prefix)] for name in names)
         chosen = next(filter(None, among), []) if names else prefixes
@@ -162,7 +162,7 @@ class Weights:
         )
 
     def renamed(self, rename: Callable[[str], str]) -> Weights:
-        """The same tensors under other canonical names; two that become one are refused."""
+        """Return the same tensors under other canonical names. Raises `BadInputError` if two get the same name."""
         names: dict[str, str] = {}
         for name, stored in self.stored_names.items():
             canonical = rename(name)
@@ -174,13 +174,13 @@ class Weights:
         return replace(self, stored_names=names)
 
     def without(self, unwanted: Callable[[str], bool]) -> Weights:
-        """The same but for tensors that are no part of the backbone, such as a head; they count as ignored."""
+        """Return the same weights without tensors outside the backbone, such as a head; these count as ignored."""
         kept = {name: stored for name, stored in self.stored_names.items() if not unwanted(name)}
         dropped = tuple(stored for name, stored in self.stored_names.items() if name not in kept)
         return replace(self, stored_names=kept, ignored=self.ignored + dropped)
 
     def fingerprint(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes of all tensors, sorted by canonical name, one at a time."""
+        """Compute the SHA-256 of name, dtype, shape and bytes of each tensor in turn, sorted by canonical name."""
         import torch
 
         digest = hashlib.sha256()
@@ -190,12 +190,12 @@ class Weights:
         return digest.hexdigest()
 
 
-BESIDE = "beside."  # how the roles of sub-layers beside the first ones begin
+BESIDE = "beside."  # prefix of the roles of sub-layers beside the first ones
 
 
 @dataclass(frozen=True)
 class BlockTensors:
-    """One block's map together with its tensors by role, such as `mlp.up` `[H, N]`."""
+    """The map of one block together with its tensors by role, such as `mlp.up` `[H, N]`."""
 
     map: BlockMap
     by_role: dict[str, Tensor]
@@ -208,7 +208,7 @@ class BlockTensors:
 
     @property
     def branches(self) -> Iterator[BlockTensors]:
-        """This block's sub-layers, and those beside them."""
+        """The sub-layers of this block, and those beside them."""
         yield self
         if self.map.beside:
             beside = {role.removeprefix(BESIDE): part for role, part in self.by_role.items() if role.startswith(BESIDE)}
@@ -216,7 +216,7 @@ class BlockTensors:
 
 
 def rows_of(tensor: Tensor, ref: WeightRef) -> Tensor:
-    """The part of a stored tensor that a reference means; a view."""
+    """Return the part of a stored tensor that a reference names, as a view."""
     return tensor if ref.rows is None else tensor[ref.rows[0] : ref.rows[1]]
 
 
@@ -226,9 +226,9 @@ _MIXING_ROLES = re.compile(r"(beside\.)*attention\.(query|key)")  # the lineariz
 def read_block(
     weights: Weights, block: BlockMap, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> BlockTensors:
-    """Read the mapped tensors of one block but its queries and keys, as float32 unless `dtype` says otherwise.
+    """Read the mapped tensors of one block, except queries and keys, as float32 unless `dtype` says otherwise.
 
-    They are copied here and now, so that reading ahead in a thread waits for the disk instead of the computation.
+    They are copied at once: a thread that reads ahead then waits for the disk, so that the computation need not.
     """
     import torch
 

@@ -27,9 +27,10 @@ from sinder_cli.cli.options import (
 from sinder_cli.cli.output import shared, show
 from sinder_cli.errors import DefectsFoundError, SinderError, UsageError
 from sinder_cli.report.progress import display
+from sinder_cli.requests import AnalyzeRequest, Process
 
 if TYPE_CHECKING:
-    from sinder_cli.analysis.survey import AnalysisResult
+    from sinder_cli.analysis.run import AnalysisResult
 
 
 @with_settings(AnalyzeSettings)
@@ -96,7 +97,8 @@ def command(
         other = model_request(compare, *second, emit, attention) if compare else None
         places = [*(data or []), *(more_data or [])]
         try:
-            result = api.analyze(request, places, settings, emit, sys.stdin, other, place, ranks, features)
+            asked = AnalyzeRequest(request, places, settings, other, features)
+            result = api.analyze(asked, place, process=Process(emit, sys.stdin, ranks=ranks))
         except SinderError as error:
             if error.found is None:
                 raise

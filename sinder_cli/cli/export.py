@@ -13,6 +13,7 @@ from sinder_cli.cli.options import AdapterFile, Branch, Data, Format, Heads, Rev
 from sinder_cli.cli.output import show
 from sinder_cli.exporting.settings import DtypeName, ExportSettings, TargetName, parse_size
 from sinder_cli.report.progress import display
+from sinder_cli.requests import ExportRequest, Process
 
 
 def command(
@@ -59,5 +60,6 @@ def command(
     settings = ExportSettings(to, dtype, image_size, dynamic_size, shard, verify, force)
     with display() as emit:
         request = model_request(source, weights, adapter, heads, emit, revision=revision, branch=branch)
-        result = api.export(request, out, settings, data or (), sys.stdin)
+        asked = ExportRequest(request, settings, data or ())
+        result = api.export(asked, out, process=Process(emit, sys.stdin))
     show(format, lambda: export_table(result), lambda: export_document(result))

@@ -17,7 +17,6 @@ from sinder_cli.cli.app import Invocation, command
 from sinder_cli.cli.output import tell
 from sinder_cli.distributed import launched
 from sinder_cli.errors import SinderError, StorageError, TryAgainError, UsageError
-from sinder_cli.events import silent
 from sinder_cli.faults import first_fault
 from sinder_cli.memory import is_out_of_memory
 from sinder_cli.signals import Ended, Stop
@@ -29,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `sinder` with these arguments and end the process with the documented exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     ranks = launched()
-    invocation = Invocation(stop=Stop(once=ranks.size > 1, say=_say_at_once if ranks.writes else silent))
+    invocation = Invocation(stop=Stop(once=ranks.size > 1, say=_say_at_once if ranks.writes else _say_nothing))
     for number in ENDED:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or in a script's background
             signal.signal(number, lambda received, _: invocation.stop.hear(received))
@@ -86,6 +85,10 @@ def _say_at_once(text: str) -> None:
     """A line on standard error from within a signal handler, past whatever is being printed there."""
     with suppress(OSError):
         os.write(2, f"sinder: {text}\n".encode())
+
+
+def _say_nothing(text: str) -> None:
+    """Print nothing: another process of the run prints it."""
 
 
 def _hear_no_more() -> None:

@@ -11,7 +11,7 @@ from sinder_cli.files import write_text
 from sinder_cli.report.manual import NAME, escape, head, schema_page
 
 EXIT_CODES = {
-    0: "done, reported skips included",
+    0: "success; skipped inputs, if any, were reported",
     1: "the answer is no: --fail-on-defects found some, or a repair did not improve the model",
     2: "usage",
     65: "bad input data: checkpoint, image, or a plugin's layer map",
@@ -27,7 +27,7 @@ EXIT_CODES = {
 
 
 def pages() -> dict[str, str]:
-    """File name → roff: for `sinder`, every subcommand and the format of an analysis."""
+    """Return the roff text of each page by file name: `sinder`, every subcommand and the format of an analysis."""
     tree = command()
     rendered = {"sinder.1": _main_page(tree)}
     for name, subcommand in sorted(tree.commands.items()):

@@ -1,4 +1,4 @@
-"""Command-line options that several subcommands share, and options made from a settings model."""
+"""Command-line options that several subcommands share, and options generated from a settings model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sinder_cli.events import Emit
 OutputFormat = Literal["table", "json"]
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model's name, as `sinder backbones` lists them, or a run directory.")
+    str, typer.Argument(metavar="MODEL", help="Name of a model, as `sinder backbones` lists them, or a run directory.")
 ]
 WeightsFile = Annotated[
     Path | None,
@@ -29,22 +29,22 @@ WeightsFile = Annotated[
 ]
 Revision = Annotated[
     str | None,
-    typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a model that comes from a hub."),
+    typer.Option("--revision", metavar="REV", help="Branch, tag or commit of a model from a hub."),
 ]
 Branch = Annotated[
     str | None,
-    typer.Option("--branch", metavar="NAME", help="Which of several backbones in the file, such as teacher, student."),
+    typer.Option("--branch", metavar="NAME", help="Backbone to use if the file holds several, such as teacher."),
 ]
 AdapterFile = Annotated[
     Path | None,
     typer.Option(
         "--adapter",
         metavar="FILE",
-        help="adapter.safetensors of a repair of these weights, or a delta, applied to them.",
+        help="adapter.safetensors of a repair of these weights, or a delta; it is applied to them.",
     ),
 ]
 Heads = Annotated[
-    int | None, typer.Option("--heads", min=1, help="Attention heads, where the checkpoint's width / 64 is wrong.")
+    int | None, typer.Option("--heads", min=1, help="Number of attention heads, if not the checkpoint's width / 64.")
 ]
 Attention = Annotated[AttentionName, typer.Option("--attention", help="Attention kernel.")]
 Data = Annotated[
@@ -74,12 +74,12 @@ def model_request(
     revision: str | None = None,
     branch: str | None = None,
 ) -> ModelRequest:
-    """What the user said about the model."""
+    """Return the request for a model with the user's options."""
     return ModelRequest(model, weights, heads, attention, emit, adapter, revision, branch=branch)
 
 
 def with_settings(kind: type[DetectionSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace a command's parameter `settings` by `--config` and one option for each field of the settings model."""
+    """Replace a command's parameter `settings` by `--config` and one option per field of the settings model."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
@@ -119,7 +119,7 @@ def _keyword(name: str, annotation: Any) -> inspect.Parameter:
 
 
 def _parsed_type(annotation: Any) -> Any:
-    """What the command line parses; the settings model checks ranges and choices, and reads lists and alternatives."""
+    """Return the type that the command line parses; the settings model checks the values and parses complex ones."""
     if typing.get_origin(annotation) is Literal:
         return type(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):

@@ -13,6 +13,7 @@ from sinder_cli import api
 from sinder_cli.cli.options import AdapterFile, Branch, Format, Heads, Model, Revision, WeightsFile, model_request
 from sinder_cli.cli.output import show
 from sinder_cli.report.progress import display
+from sinder_cli.requests import PredictRequest, Process
 
 if TYPE_CHECKING:
     from sinder_cli.defects.settings import Stage
@@ -51,6 +52,6 @@ def command(
     place = sys.stdout.buffer if out == "-" else Path(out) if out else None
     with display() as emit:
         request = model_request(model, weights, adapter, heads, emit, revision=revision, branch=branch)
-        prediction = api.predict(request, stages, emit, place)
+        prediction = api.predict_defects(PredictRequest(request, stages), place, process=Process(emit))
     if out != "-":
         show(format, lambda: prediction_table(prediction), lambda: prediction_document(prediction))

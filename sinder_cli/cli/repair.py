@@ -7,7 +7,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,6 +36,7 @@ from sinder_cli.escaping import printable
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.report.progress import display
+from sinder_cli.requests import Process, RepairRequest
 from sinder_cli.signals import Ended, Stop
 
 if TYPE_CHECKING:
@@ -84,18 +84,18 @@ def command(
         out, (request, settings) = Path(model), called
     run = RunFolder(out or Path("sinder-runs", model.replace("/", "-")))
     with shared() as ranks, display(ranks.writes) as shown, logged(settings, run.path, shown, ranks.writes) as emit:
-        asked = (replace(request, emit=emit), places, run.path, settings, emit, sys.stdin)
+        asked = RepairRequest(request, places, settings, resume, force)
+        process = Process(emit, sys.stdin, context.obj.stop if context.obj else Stop(), ranks)
         if dry_run:
-            _show_trial(api.try_repair(*asked, force) if ranks.writes else None, format)
+            _show_trial(api.try_repair(asked, run.path, process) if ranks.writes else None, format)
             return
         finished = ranks.from_rank0(lambda: resume and run.complete)
         result: FinishedRun | RepairResult | None
         with _told_how_to_resume(run, settings, ranks, emit):
-            stop = context.obj.stop if context.obj else Stop()
             if finished:
-                result = api.finished_repair(*asked) if ranks.writes else None
+                result = api.finished_repair(asked, run.path, process) if ranks.writes else None
             else:
-                result = api.repair(*asked, resume, force, stop, ranks)
+                result = api.repair(asked, run.path, process=process)
     if result is None:  # rank 0 has it
         return
     said = [f"{printable(str(run.path))}: finished already, nothing to resume"] if finished else []

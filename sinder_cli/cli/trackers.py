@@ -1,4 +1,4 @@
-"""Repair steps → experiment trackers, which are extras: TensorBoard, or Weights & Biases."""
+"""Logging of repair steps to experiment trackers, which are extras: TensorBoard, or Weights & Biases."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ STEP = (
     "block",
     "length",
     "gain",
-)  # what is logged of a step, as far as it has it
-GUARD = ("outlying", "defective_share", "cls", "good", "good_p01", "marked")  # and of a look at the guard
+)  # values logged for a step, if it has them
+GUARD = ("outlying", "defective_share", "cls", "good", "good_p01", "marked")  # and for an evaluation of the guard
 FLUSH_SECONDS = 10
 
 
 class Log(Protocol):
-    """Where the values of steps are written to."""
+    """Destination of the values of steps."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Add the values of one step."""
 
     def close(self) -> None:
-        """Write what is still held."""
+        """Write the values that are still buffered."""
 
 
 @contextmanager
 def logged(settings: RepairSettings, folder: Path, emit: Emit, writes: bool = True) -> Iterator[Emit]:
-    """A listener that hands all events on to `emit`, and writes repair steps to the logs that the settings name.
+    """Yield a listener that passes all events on to `emit`, and writes repair steps to the logs named in the settings.
 
-    A log is opened at the first step, when the run directory is there; that of a resumed run goes on where it was. One
-    that fails is told once and let go: no repair ends for it. Of several processes, only the one that `writes` opens
-    any. Raises `UnavailableError` where a log's library is missing.
+    A log is opened at the first step, when the run directory exists; the log of a resumed run is continued. If a log
+    fails, one warning names it and it gets no further steps; the repair continues. Of several processes, only the one
+    with `writes` opens logs. Raises `UnavailableError` if the library of a log is missing.
     """
     names = dict.fromkeys(settings.log) if writes else ()
     steps = _Steps({name: _opener(name, folder, settings) for name in names}, emit)
@@ -90,14 +90,14 @@ class _Steps:
     def _let_go_if_it_fails(self, name: LogName) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of the tracker's own code, or its server
+        except Exception as error:  # from the tracker's own code, or its server
             self.logs.pop(name, None)
             why = f"{type(error).__name__}: {error}"
             self.emit(Warned(f"logging to {name} has failed and stops ({why}); metrics.jsonl has every step"))
 
 
 def logged_values(event: StepRecord | Evaluation) -> dict[str, float]:
-    """What a log holds of a step, or of a look at the guard; a clean step has no loss and no block."""
+    """Return the values to log for a step or an evaluation of the guard; a clean step has no loss and no block."""
     from sinder_cli.repairing.loop import StepRecord
 
     group, names = ("repair", STEP) if isinstance(event, StepRecord) else ("guard", GUARD)
@@ -106,7 +106,7 @@ def logged_values(event: StepRecord | Evaluation) -> dict[str, float]:
 
 
 def _opener(name: LogName, folder: Path, settings: RepairSettings) -> Callable[[int], Log]:
-    """A function of the first step to come. Raises `UnavailableError` where the library is missing."""
+    """Return a function from the first step to an open log. Raises `UnavailableError` if the library is missing."""
     try:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -121,7 +121,7 @@ def _opener(name: LogName, folder: Path, settings: RepairSettings) -> Callable[[
 
 
 class _TensorBoard:
-    """Event files in a folder; those of a run that is begun anew are removed, and steps done again count once."""
+    """Event files in a folder; a run from step 1 removes old files, and repeated steps replace earlier ones."""
 
     def __init__(self, writer: Any, folder: Path, step: int) -> None:
         if step == 1:
@@ -138,7 +138,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A run of Weights & Biases, which keeps its files, and we its id, under `wandb/` in the run directory."""
+    """A run of Weights & Biases; its files, and its id from us, are in `wandb/` in the run directory."""
 
     def __init__(self, wandb: Any, folder: Path, step: int, settings: RepairSettings) -> None:
         identity = folder / "wandb" / "sinder-id"
@@ -152,7 +152,7 @@ class _Wandb:
             resume="allow",
             dir=str(folder),
             config=settings.model_dump(mode="json"),
-            settings=wandb.Settings(console="off"),  # standard output stays ours
+            settings=wandb.Settings(console="off"),  # wandb must not capture standard output
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:

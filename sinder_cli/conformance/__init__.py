@@ -1,1 +1,1 @@
-"""What a plugin must satisfy, checked: one small question at a time, each answered by a record."""
+"""Checks of what a plugin must satisfy: each is one small question, answered by a record."""

@@ -1,12 +1,12 @@
-"""Whether each block computes what its map says, and whether its linearization is autograd's mean Jacobian.
+"""Checks that each block computes what its map says, and that its linearization is autograd's mean Jacobian.
 
-One sub-layer is looked at a time: with the last weight and bias of the other at zero, a block is x + sub-layer(x).
-Tokens of an MLP are independent then; those of attention are made equal, and mixing equal values changes nothing:
+One sub-layer is checked at a time: with the last weight and bias of the other at zero, a block is x + sub-layer(x).
+The tokens of an MLP are independent then. Those of attention are made equal, as mixing equal values changes nothing:
 
     attention(x) = γ₁ ⊙ (W_o · norm(W_v LN(x) + b_v) + b_o)
     mlp(x)       = γ₂ ⊙ (W_down · norm(φ(W_up LN(x) + b_up)) + b_down)
 
-Gated, the hidden layer is φ(W_gate LN(x) + b_gate) ⊙ (W_up LN(x) + b_up); sub-layers beside each other add up.
+Gated, the hidden layer is φ(W_gate LN(x) + b_gate) ⊙ (W_up LN(x) + b_up); parallel sub-layers are added.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Part = Literal["attention", "mlp"]
 
 
 def sublayer(block: BlockTensors, part: Part, x: Tensor) -> Tensor:
-    """What a sub-layer, and those beside it, add to tokens x `[…, N]`, by the map."""
+    """Compute what a sub-layer, and those parallel to it, add to tokens x `[…, N]` by the map."""
     total = x.new_zeros(x.shape)
     for branch in block.branches:
         hidden = _values(branch, x) if part == "attention" else _hidden(branch, x)
@@ -75,20 +75,20 @@ def _normed(x: Tensor, norm: NormMap, block: BlockTensors, role: str) -> Tensor:
 
 
 PARTS: tuple[Part, ...] = ("attention", "mlp")
-EXACT = 5e-5  # relative error of one sub-layer in float32; gelu is 2e-4 from its tanh form
-ROUNDING = 2.0**-23  # of x, which the block adds to: all that is left of a sub-layer of a tiny scale
+EXACT = 5e-5  # relative error of one sub-layer in float32; gelu differs by 2e-4 from its tanh form
+ROUNDING = 2.0**-23  # relative to x, to which the block adds: it exceeds the output of a sub-layer of tiny scale
 PROBES = 4  # directions w of the rows wᵀA and wᵀC that are compared
-ROUNDS = (1, 4, 16)  # × FIRST samples: rare neurons need more than others before their mean is known
+ROUNDS = (1, 4, 16)  # × FIRST samples: the mean of rarely active neurons needs more samples
 FIRST_TOKENS = 1024  # samples of an MLP
 FIRST_IMAGES = 64  # samples of attention, each an image of equal tokens
 AT_ONCE = 32  # images
-NORM_BIAS = 4.0  # / N: what the scale of a norm in front costs, and its derivative x̂x̂ᵀ/N, both O(1/N)
-INNER_BIAS = 0.1  # the same for a norm inside, of features that are no Gaussians
+NORM_BIAS = 4.0  # / N: error by the scale of a norm in front, and by its derivative x̂x̂ᵀ/N, both O(1/N)
+INNER_BIAS = 0.1  # the same for a norm inside, whose features are not Gaussian
 ERRORS = 2.0  # standard errors of ‖mean − expected‖, which hardly varies with hundreds of features
 
 
 def blocks_follow_the_map(subject: Subject, emit: Emit) -> str:
-    """Each sub-layer of each block adds what the map's formula says: right tensors, rows, activation, scale, biases."""
+    """Check that each sub-layer adds what the map's formula says: right tensors, rows, activation, scale, biases."""
     worst = 0.0
     for index, block in _blocks(subject, emit, "blocks against their map"):
         tensors = read_block(subject.backbone.weights, block)
@@ -107,7 +107,7 @@ def blocks_follow_the_map(subject: Subject, emit: Emit) -> str:
 
 
 def linearization_agrees(subject: Subject, emit: Emit) -> str:
-    """wᵀA and wᵀC of each block, in closed form, are autograd's mean over Gaussian inputs, for random w."""
+    """Check that wᵀA and wᵀC of each block, in closed form, are autograd's mean over Gaussian inputs, for random w."""
     worst = 0.0
     for index, block in _blocks(subject, emit, "linearization against autograd"):
         tensors = _plain_norms(read_block(subject.backbone.weights, block))
@@ -119,19 +119,19 @@ def linearization_agrees(subject: Subject, emit: Emit) -> str:
             if not off.error <= off.allowed:
                 raise NonconformityError(f"block {index}, {part}: autograd's mean Jacobian is {found}")
             worst = max(worst, off.error)
-    return f"at most {worst:.1%} off, with {PROBES} directions a block"
+    return f"at most {worst:.1%} off, with {PROBES} directions per block"
 
 
 @dataclass(frozen=True)
 class _Difference:
-    """How far the worst probe is off, and may be, relative to the root mean square of single gradients."""
+    """The error of the worst probe, and the allowed one, relative to the root mean square of single gradients."""
 
     error: float
     allowed: float
 
 
 def _difference(subject: Subject, index: int, block: BlockMap, part: Part, closed: Tensor) -> _Difference:
-    """The difference after as many samples as it takes to be small enough, or after the last round."""
+    """Measure the difference, with more samples until it is small enough or the last round is over."""
     w = gaussian(PROBES, subject.backbone.width, seed=index)
     expected = w @ closed  # [K, N]
     total, squares, count = torch.zeros_like(expected).double(), torch.zeros(PROBES, dtype=torch.float64), 0
@@ -152,7 +152,7 @@ def _difference(subject: Subject, index: int, block: BlockMap, part: Part, close
 
 
 def _gradients(subject: Subject, index: int, part: Part, w: Tensor, rounds: int, seed: int) -> Iterator[Tensor]:
-    """∂(w · sub-layer)/∂x at each sample, for every probe: `[K, samples, N]` in float64, some at a time."""
+    """Yield ∂(w · sub-layer)/∂x at each sample, for every probe: `[K, samples, N]` in float64, in portions."""
     tokens = subject.backbone.prefix_tokens + prod(GRID)
     images = rounds * (FIRST_IMAGES if part == "attention" else -(-FIRST_TOKENS // tokens))
     for start in range(0, images, AT_ONCE):
@@ -169,7 +169,7 @@ def _gradients(subject: Subject, index: int, part: Part, w: Tensor, rounds: int,
 
 
 def _inputs(subject: Subject, part: Part, images: int, seed: int) -> tuple[Tensor, Any]:
-    """Gaussian tokens `[B, T, N]` of small images, equal inside an image for attention, and the blocks' context."""
+    """Draw Gaussian tokens `[B, T, N]` of small images, equal inside an image for attention; return the context too."""
     tokens, context = subject.embedded(subject.images(images))
     B, T, N = tokens.shape
     if part == "mlp":
@@ -179,7 +179,7 @@ def _inputs(subject: Subject, part: Part, images: int, seed: int) -> tuple[Tenso
 
 @contextmanager
 def _alone(subject: Subject, block: BlockMap, part: Part, plain_norms: bool = False) -> Iterator[None]:
-    """The module with one sub-layer of a block silenced, and with norms in front that only normalize if so wished."""
+    """Silence the other sub-layer of a block inside the context; with `plain_norms`, norms in front only normalize."""
     values: list[tuple[WeightRef, float]] = []
     for branch in block.branches:
         other = (branch.mlp.down, branch.mlp.down_bias)
@@ -194,7 +194,7 @@ def _alone(subject: Subject, block: BlockMap, part: Part, plain_norms: bool = Fa
 
 
 def _plain_norms(block: BlockTensors) -> BlockTensors:
-    """The tensors of a block with norms in front that only normalize."""
+    """Return the tensors of a block with norms in front that only normalize."""
     plain = {
         role: torch.ones_like(tensor) if role.endswith(".weight") else torch.zeros_like(tensor)
         for role, tensor in block.by_role.items()
@@ -204,7 +204,7 @@ def _plain_norms(block: BlockTensors) -> BlockTensors:
 
 
 def _bias(block: BlockMap, part: Part, width: int) -> float:
-    """What the closed form leaves out, relative to a single gradient."""
+    """Return the error by what the closed form leaves out, relative to a single gradient."""
     inner = any(getattr(branch, part).inner_norm is not None for branch in block.branches)
     return NORM_BIAS / width + (INNER_BIAS if inner else 0.0)
 

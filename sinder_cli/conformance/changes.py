@@ -1,4 +1,4 @@
-"""Whether map, weights and module fit, a repair changes what is named and nothing else, and an export reads back."""
+"""Checks that map and weights fit, that a repair changes only what the map names, and that exports are read back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def map_fits_weights(backbone: Backbone) -> str:
-    """Every tensor of the map exists, floats, and has the shape of its role; trained weights are matrices thereby."""
+    """Check that every tensor of the map exists, with a float dtype and the shape of its role: a matrix if trained."""
     check_layer_map(backbone)
     layers = backbone.layers
     named = {ref.name for part in (layers, *layers.blocks) for _, ref in references(part)}
@@ -33,9 +33,9 @@ def map_fits_weights(backbone: Backbone) -> str:
 
 
 def roles_are_apart(backbone: Backbone) -> str:
-    """No two roles share a row of a tensor: a repair would write it twice.
+    """Check that no two roles share a row of a tensor: a repair would write it twice.
 
-    The sub-layers of a parallel block may share their norm and their LayerScale, which nobody writes.
+    The sub-layers of a parallel block may share their norm and their LayerScale, which a repair never writes.
     """
     claims: dict[str, list[tuple[int, int, str]]] = {}
     for index, block in enumerate(backbone.layers.blocks):
@@ -51,7 +51,7 @@ def roles_are_apart(backbone: Backbone) -> str:
 
 
 def _claims(block: BlockMap) -> list[tuple[str, WeightRef]]:
-    """The references of a block by role; of norms and scales that a parallel block names more than once, the first."""
+    """Return the references of a block by role; norms and scales that a parallel block names twice appear once."""
     found: list[tuple[str, WeightRef]] = []
     for role, ref in references(block):
         untrained = ".norm." in role or role.endswith(".scale")
@@ -60,15 +60,15 @@ def _claims(block: BlockMap) -> list[tuple[str, WeightRef]]:
     return found
 
 
-WINDOW = 2  # blocks, the last ones: as many as can be decomposed in no time
-MARKING = RepairSettings.model_validate(  # noise trips it, in blocks whose direction counts as determined
+WINDOW = 2  # last blocks: so few are decomposed quickly
+MARKING = RepairSettings.model_validate(  # marks tokens of noise, in blocks whose direction counts as determined
     {"recipe": "paper", "min_gap": 1.1, "mask_threshold": 0.5, "min_tokens": 1, "window": WINDOW}
 )
 STEP = 0.1  # learning rate relative to σ₁ over the largest gradient: far above rounding
 
 
 def repair_keeps_to_the_map(subject: Subject) -> str:
-    """One step on noise changes every trained weight of its window, and no bit elsewhere."""
+    """Check that one step on noise changes every trained weight of its window, and no bit elsewhere."""
     backbone, module = subject.backbone, subject.module
     gaps = [1.0] * (backbone.depth - 1) + [float("inf")]  # only the last block's direction counts as determined
     directions = Directions(gaussian(backbone.depth, backbone.width), gaps)
@@ -86,7 +86,7 @@ def repair_keeps_to_the_map(subject: Subject) -> str:
 
 
 def _require_changed(subject: Subject, refs: list[WeightRef]) -> int:
-    """The module differs from its weights in these rows, each of them, and is equal to the bit elsewhere."""
+    """Check that the module differs from its weights in each of these references, and in no bit elsewhere."""
     state = subject.module.state_dict()
     for name, stored in subject.backbone.weights.stream(state):
         now, before = state[name].clone(), stored.to(state[name].dtype)
@@ -102,7 +102,7 @@ def _require_changed(subject: Subject, refs: list[WeightRef]) -> int:
 
 
 def export_reads_back(subject: Subject) -> str:
-    """The native format holds the same names, dtypes and bits, and its plugin finds the same map in it."""
+    """Check that the native format keeps names, dtypes and bits, and that its plugin finds the same map in it."""
     weights = subject.backbone.weights
     with tempfile.TemporaryDirectory(prefix="sinder-check-") as folder:
         path = Path(folder) / "exported.safetensors"
@@ -125,7 +125,7 @@ def _require_identical(again: Weights, weights: Weights) -> None:
 
 
 def _comparable(layers: LayerMap) -> Any:
-    """A map as data; an activation that is a function, made anew at each description, is only known to be one."""
+    """Return a map as data; functions, which are created anew by each description, are compared only as functions."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Whether embed → blocks → norm is the own forward, tokens lie where they should, and blocks do what is relied on."""
+"""Checks that embed → blocks → norm is the library's forward, tokens are in order, and blocks behave as required."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAME = 1e-4  # relative error of two ways to compute one thing in float32, over 
 
 
 def forward_agrees(subject: Subject, forward: Callable[[object, Tensor], Tensor]) -> str:
-    """Blocks one by one, then the final norm, give what the library's own forward gives, at two sizes."""
+    """Check that blocks one by one, then the final norm, give what the library's own forward gives, at two sizes."""
     backbone = subject.backbone
     native = backbone.image_size // backbone.patch_size
     errors = []
@@ -33,7 +33,7 @@ def forward_agrees(subject: Subject, forward: Callable[[object, Tensor], Tensor]
 
 
 def images_are_apart(subject: Subject) -> str:
-    """A batch of two is two batches of one, and a second pass gives the same bits as the first."""
+    """Check that a batch of two equals two batches of one, and that a second pass gives the same bits as the first."""
     both = subject.images(2)
     together = _normalized(subject, both)
     alone = torch.cat([_normalized(subject, image[None]) for image in both])
@@ -44,7 +44,7 @@ def images_are_apart(subject: Subject) -> str:
 
 
 def blocks_keep_their_input(subject: Subject) -> str:
-    """No block writes into the tokens that it is given: a repair needs them again."""
+    """Check that no block writes into its input tokens: a repair needs them again."""
     tokens, context = subject.embedded(subject.images(1))
     for index in range(subject.backbone.depth):
         before = tokens.clone()
@@ -53,13 +53,13 @@ def blocks_keep_their_input(subject: Subject) -> str:
         if not torch.equal(tokens, before):
             raise NonconformityError(f"block {index} changes the tokens that it is given")
         if after.shape != tokens.shape:
-            raise NonconformityError(f"block {index} makes {list(after.shape)} of {list(tokens.shape)}")
+            raise NonconformityError(f"block {index} returns {list(after.shape)} for {list(tokens.shape)}")
         tokens = after
     return f"{subject.backbone.depth} blocks"
 
 
 def gradients_arrive(subject: Subject) -> str:
-    """A loss after each block has a gradient at its input and at every trained weight, and none of them vanishes."""
+    """Check that a loss after each block has a gradient at its input, and one other than 0 at every trained weight."""
     backbone, module = subject.backbone, subject.module
     tokens, context = subject.embedded(subject.images(1))
     weights = 0
@@ -104,7 +104,7 @@ NEAR = 1  # patches: how far the stem may mix, as overlapping convolutions do
 
 
 def tokens_are_counted(subject: Subject) -> str:
-    """There are prefix + h · w tokens; the prefix is the same for every image, and cls is a part of it."""
+    """Check that there are prefix + h · w tokens, and that the prefix, with cls in it, is the same for every image."""
     backbone = subject.backbone
     images = subject.images(2)
     tokens, _ = subject.embedded(images)
@@ -122,7 +122,7 @@ def tokens_are_counted(subject: Subject) -> str:
 
 
 def patches_lie_row_by_row(subject: Subject) -> str:
-    """Other pixels in one patch change the token prefix + row · w + column most, and none that is not beside it."""
+    """Check that other pixels in one patch move token prefix + row · w + column most, and others only beside it."""
     backbone, P = subject.backbone, subject.backbone.patch_size
     image, other = subject.images(1), subject.images(1, seed=1)
     before, _ = subject.embedded(image)

@@ -17,9 +17,9 @@ Question = Callable[[Subject], str]
 
 
 def conformance(backbone: Backbone, describe: Callable[[Path], Backbone], emit: Emit = silent) -> Conformance:
-    """Ask everything; `describe` is how the plugin describes a file of weights under the same name.
+    """Run all checks; `describe` is how the plugin describes a file of weights under the same name.
 
-    A check that raises has failed, whatever it raises; a lack of memory alone passes.
+    A check that raises an exception has failed; only exceptions for lack of memory are raised again.
     """
     checks = tuple(_checks(backbone, describe, emit))
     return Conformance(backbone.name, backbone.weights.source.label, checks)
@@ -45,11 +45,11 @@ def _checks(backbone: Backbone, describe: Callable[[Path], Backbone], emit: Emit
 
 
 def _not_run(name: str) -> Check:
-    return Check(name, "not run", "it takes a module with its weights")
+    return Check(name, "not run", "it needs a module with its weights")
 
 
 def _questions(backbone: Backbone, emit: Emit) -> list[tuple[str, Question | None]]:
-    """What takes a module, by name; None where the plugin gives no answer. The repair comes late: it changes it."""
+    """Return the checks that need a module, by name; None without `forward`. The repair, which changes it, is late."""
     forward = backbone.forward
     return [
         ("map: roles", lambda subject: changes.roles_are_apart(subject.backbone)),

@@ -1,4 +1,4 @@
-"""What is looked at, and what is said of it: a backbone with its module, checks and their outcomes."""
+"""The subject of the checks, a backbone with its module, and the checks with their outcomes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Outcome = Literal["passed", "failed", "not given", "not run"]
 
 
 class NonconformityError(Exception):
-    """What a check found to be wrong, in one line."""
+    """A fault found by a check, in one line."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One question to a plugin: passed or failed, not given what it would take, or not run after a failure before it.
+    """One check of a plugin: passed, failed, not given (by the plugin), or not run after an earlier failure.
 
-    `detail` is what was measured, or what is wrong.
+    `detail` is the measurement, or the fault.
     """
 
     name: str
@@ -49,37 +49,37 @@ class Conformance:
         return tuple(check for check in self.checks if check.outcome == "failed")
 
 
-GRID = (5, 7)  # patches of a small image: the fewest that the engine takes, and no square, so that h and w show
+GRID = (5, 7)  # patches of a small image: the fewest that the engine accepts; not square, so that h and w differ
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A backbone, its module filled and frozen, and how its plugin describes a file of weights anew."""
+    """A backbone, its module with frozen weights, and the function of its plugin that describes a file of weights."""
 
     backbone: Backbone
     module: nn.Module
     describe: Callable[[Path], Backbone]
 
     def images(self, count: int, height: int = GRID[0], width: int = GRID[1], seed: int = SEED) -> Tensor:
-        """Noise, as normalized images of so many patches: `[count, 3, height · P, width · P]`."""
+        """Draw noise as normalized images of `height` × `width` patches: `[count, 3, height · P, width · P]`."""
         P = self.backbone.patch_size
         return gaussian(count, 3, height * P, width * P, seed=seed)
 
     @torch.no_grad()
     def embedded(self, images: Tensor) -> tuple[Tensor, Any]:
-        """The tokens of images, and the context of their blocks."""
+        """Return the tokens of images, and the context of their blocks."""
         return self.backbone.embed(self.module, images)
 
 
 def gaussian(*shape: int, seed: int = SEED) -> Tensor:
-    """Independent standard normal numbers, the same at every call."""
+    """Draw independent standard normal numbers, the same at every call."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @contextmanager
 def altered(module: nn.Module, values: Iterable[tuple[WeightRef, float]]) -> Iterator[None]:
-    """The module with one number in place of each of these tensors, or rows of them; as it was afterwards."""
+    """Fill each of these tensors, or rows of them, with one number inside the context; restore them afterwards."""
     state = module.state_dict()
     places = [(rows_of(state[ref.name], ref), value) for ref, value in values]
     kept = [place.clone() for place, _ in places]
@@ -93,7 +93,7 @@ def altered(module: nn.Module, values: Iterable[tuple[WeightRef, float]]) -> Ite
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖ over all elements; infinite where anything is not finite."""
+    """Return ‖found − expected‖ / ‖expected‖ over all elements; infinite if anything is not finite."""
     difference = (found.double() - expected.double()).norm()
     error = float(difference / expected.double().norm().clamp_min(1e-30))
     return error if error == error else float("inf")

@@ -1,1 +1,1 @@
-"""Where defects come from (the weights) and where they show (the tokens)."""
+"""The prediction of defects from the weights, and their detection in the tokens."""

@@ -1,6 +1,6 @@
-"""Which patch tokens are defective: by the predicted direction ν (equation 5), by norm, or by both.
+"""Detection of defective patch tokens: by the predicted direction ν (equation 5), by norm, or by both.
 
-All of it looks at the residual stream before the final norm. Shapes: B images, h × w patches, N width.
+All functions work on the residual stream before the final norm. Shapes: B images, h × w patches, N width.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-RISE = 1.5  # × its own ratio at the embedding: a patch of much contrast has a large norm from the start, and no defect
-CERTAIN = 2.0  # × the norm factor: from there on the norm alone is evidence enough in one block
+RISE = 1.5  # × its own ratio at the embedding: a patch of high contrast has a large norm from the start, and no defect
+CERTAIN = 2.0  # × the norm factor: above it, the norm in one block is enough evidence
 
 
 @dataclass(frozen=True)
 class DetectionRule:
-    """When a token is marked and when a block is called defective.
+    """The rule by which tokens are marked and blocks are called defective.
 
-    Equation (5), its threshold and `min_tokens` are of SINDER, section 4; the gates on gap and norm are ours.
+    Equation (5), its threshold and `min_tokens` are from SINDER, section 4; the conditions on gap and norm are ours.
     """
 
     threshold: float = 4.0  # marked: logit < mean − 4·std
@@ -36,7 +36,7 @@ class DetectionRule:
 
     @classmethod
     def of(cls, settings: DetectionSettings) -> DetectionRule:
-        """The rule that the settings describe."""
+        """Return the rule that the settings describe."""
         return cls(
             settings.mask_threshold,
             settings.min_tokens,
@@ -47,24 +47,24 @@ class DetectionRule:
         )
 
     def trusts(self, gap: float) -> bool:
-        """Whether a direction is determined well enough to call a block defective."""
+        """Return True if a direction is determined well enough to call a block defective."""
         return gap >= self.min_gap
 
 
 def alignments(patches: Tensor, directions: Tensor) -> Tensor:
-    """`|cos(x, ν)|` in float32: patches `[…, N]`, directions ν `[S, N]` → `[…, S]`."""
+    """Compute `|cos(x, ν)|` in float32: patches `[…, N]`, directions ν `[S, N]` → `[…, S]`."""
     nu = directions.float() / directions.float().norm(dim=-1, keepdim=True)
     tokens = patches.float()
     return ((tokens @ nu.T) / tokens.norm(dim=-1, keepdim=True).clamp_min(1e-12)).abs()
 
 
 def alignment_logits(patches: Tensor, direction: Tensor) -> Tensor:
-    """`−|cos(x, ν)|` in float32: patches `[B, h, w, N]`, ν `[N]` → `[B, h, w]`."""
+    """Compute `−|cos(x, ν)|` in float32: patches `[B, h, w, N]`, ν `[N]` → `[B, h, w]`."""
     return -alignments(patches, direction[None])[..., 0]
 
 
 def defect_mask(logits: Tensor, rule: DetectionRule) -> Tensor:
-    """Interior tokens with `logit < mean − threshold·std` of their own image: `[B, h, w]` → bool `[B, h, w]`."""
+    """Mark interior tokens with `logit < mean − threshold·std` of their own image: `[B, h, w]` → bool `[B, h, w]`."""
     mean = logits.mean(dim=(1, 2), keepdim=True)
     std = logits.std(dim=(1, 2), keepdim=True)
     mask = logits < mean - rule.threshold * std
@@ -72,30 +72,30 @@ def defect_mask(logits: Tensor, rule: DetectionRule) -> Tensor:
 
 
 def interior(mask: Tensor, margin: int) -> Tensor:
-    """True away from the border: bool `[h, w]` for any mask `[…, h, w]`."""
+    """Return a mask that is True away from the border: bool `[h, w]` for any mask `[…, h, w]`."""
     inside = torch.zeros(mask.shape[-2:], dtype=torch.bool, device=mask.device)
     inside[margin : mask.shape[-2] - margin, margin : mask.shape[-1] - margin] = True
     return inside
 
 
 def norm_ratios(norms: Tensor) -> Tensor:
-    """Norms of patch tokens over the median of their own image, `[B, h, w]`; one that is not finite hides none."""
+    """Divide the norms of patch tokens, `[B, h, w]`, by the median of their own image, which ignores NaN."""
     return norms / norms.flatten(1).nanmedian(dim=1).values[:, None, None]
 
 
 def outlying(ratios: Tensor, start: Tensor, factor: float) -> Tensor:
-    """Tokens whose norm has come to stand out in some block: bool, of the shape of `ratios` `[…, B, h, w]`.
+    """Mark tokens whose norm stands out, and has risen since the embedding: bool, as `ratios` `[…, B, h, w]`.
 
-    `start` `[B, h, w]` are their ratios at the embedding: what stands out there already is a matter of the image.
+    `start` `[B, h, w]` are the ratios at the embedding: a token that stands out there already does so by its image.
     """
     return (ratios > factor) & (ratios > RISE * start)
 
 
 def defective_now(ratios: Tensor, start: Tensor, predicted: Tensor, rule: DetectionRule) -> Tensor:
-    """The tokens that are marked by what one block shows of them: `[B, h, w]` each → bool `[B, h, w]`.
+    """Mark the defective tokens by the evidence of one block: `[B, h, w]` each → bool `[B, h, w]`.
 
-    `predicted` are those that equation (5) marks with a direction that is determined. By `auto` a token is marked if it
-    is outlying, and either predicted too or so far out that there is no doubt.
+    `predicted` are those that equation (5) marks with a direction that is determined. With `auto`, a token is marked if
+    it is outlying, and either predicted too or so far out that there is no doubt.
     """
     if rule.norm_factor == 0:
         return predicted
@@ -103,7 +103,7 @@ def defective_now(ratios: Tensor, start: Tensor, predicted: Tensor, rule: Detect
 
 
 def certain(out: Tensor, ratios: Tensor, predicted: Tensor, rule: DetectionRule) -> Tensor:
-    """Those of the outlying tokens that are marked by what one block shows of them, bool of the shape of `out`."""
+    """Return those of the outlying tokens that the evidence of one block marks, bool of the shape of `out`."""
     if rule.mark == "norm":
         return out
     if rule.mark == "weights":
@@ -112,7 +112,7 @@ def certain(out: Tensor, ratios: Tensor, predicted: Tensor, rule: DetectionRule)
 
 
 def defective_somewhere(ratios: Tensor, start: Tensor, predicted: Tensor, rule: DetectionRule) -> Tensor:
-    """The same for all blocks, `[blocks, B, h, w]`: what stays outlying in the next block is certain as well."""
+    """Mark as `defective_now` in all blocks, `[blocks, B, h, w]`; with `auto`, also tokens outlying twice in a row."""
     now = torch.stack([defective_now(each, start, seen, rule) for each, seen in zip(ratios, predicted, strict=True)])
     if rule.mark != "auto" or rule.norm_factor == 0:
         return now
@@ -131,7 +131,7 @@ GAUSSIANS = {
 
 
 def learning_targets(patches: Tensor, logits: Tensor, mask: Tensor, kernel: int, temperature: float) -> Tensor:
-    """The weighted neighbourhood average of each masked token, `[M, N]`, in row-major order of the mask.
+    """Return the weighted neighbourhood average of each masked token, `[M, N]`, in row-major order of the mask.
 
     patches `[h, w, N]`, logits `[h, w]`, mask bool `[h, w]`, True in the interior only. Weights over the
     kernel × kernel neighbourhood, the token itself included, are `exp(logit/τ) · gaussian`, renormalized.
@@ -143,17 +143,18 @@ def learning_targets(patches: Tensor, logits: Tensor, mask: Tensor, kernel: int,
     c = columns[:, None, None] + offsets[None, :]  # [M, 1, k]
     gaussian = torch.tensor(GAUSSIANS[kernel], dtype=torch.float32, device=patches.device)
     near = logits[r, c]  # [M, k, k]
-    near = near - near.amax(dim=(1, 2), keepdim=True)  # the same weights, and no 0/0 at a small τ
+    near = near - near.amax(dim=(1, 2), keepdim=True)  # does not change the weights, and avoids 0/0 at a small τ
     weights = torch.exp(near / temperature) * gaussian
     weights = weights / weights.sum(dim=(1, 2), keepdim=True)
     return torch.einsum("mij,mijn->mn", weights, patches[r, c].float())
 
 
 def neighbour_averages(patches: Tensor, marked: Tensor) -> Tensor:
-    """The average of each token's unmarked neighbours: `[h, w, N]`, marked bool `[h, w]` → `[h, w, N]` float32.
+    """Return the average of each token's unmarked neighbours: `[h, w, N]`, marked bool `[h, w]` → `[h, w, N]` float32.
 
-    The eight neighbours weigh as in the binomial 3 × 3. A marked token without an unmarked neighbour takes from marked
-    ones that have been averaged already: they are filled inwards. Where every token is marked, each is its own average.
+    The eight neighbours have the weights of the binomial 3 × 3 kernel. A marked token without an unmarked neighbour
+    uses marked ones that have been averaged already, so that marked regions are filled inwards. If every token is
+    marked, each is its own average.
     """
     tokens = patches.float()
     filled, known = tokens, ~marked
@@ -164,13 +165,13 @@ def neighbour_averages(patches: Tensor, marked: Tensor) -> Tensor:
         reached = ~known & (weights > 0)
         filled = torch.where(reached[..., None], sums / weights.clamp_min(1)[..., None], filled)
         known = known | reached
-    sums, weights = _binomial_sums(tokens, ~marked)  # an unmarked token takes from unmarked ones alone
+    sums, weights = _binomial_sums(tokens, ~marked)  # an unmarked token uses only unmarked neighbours
     whole = ~marked & (weights > 0)
     return torch.where(whole[..., None], sums / weights.clamp_min(1)[..., None], filled)
 
 
 def _binomial_sums(tokens: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """The weighted sum over the known neighbours of each token `[h, w, N]`, and of their weights `[h, w]`."""
+    """Return the weighted sum over the known neighbours of each token `[h, w, N]`, and that of the weights `[h, w]`."""
     h, w, _ = tokens.shape
     sums, weights = torch.zeros_like(tokens), torch.zeros(h, w, device=tokens.device)
     padded = torch.nn.functional.pad(tokens * known[..., None], (0, 0, 1, 1, 1, 1))
@@ -185,15 +186,15 @@ def _binomial_sums(tokens: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def neighbour_distances(patches: Tensor, marked: Tensor) -> Tensor:
-    """How far each token is from its unmarked neighbours' average: `[h, w, N]`, bool `[h, w]` → `[h, w]`."""
+    """Return the distance of each token to its unmarked neighbours' average: `[h, w, N]`, bool `[h, w]` → `[h, w]`."""
     return (patches.float() - neighbour_averages(patches, marked)).norm(dim=-1)
 
 
-SETTLED_QUANTILE = 0.9  # of the distances of unmarked tokens: a marked one that is as near as most of them has settled
+SETTLED_QUANTILE = 0.9  # of the distances of unmarked tokens: a marked token no further away than this has settled
 
 
 def unsettled(patches: Tensor, marked: Tensor) -> Tensor:
-    """Which marked tokens are further from their neighbours than nine in ten unmarked ones: bool `[h, w]`."""
+    """Return the marked tokens that are further from their neighbours than 90 % of unmarked ones: bool `[h, w]`."""
     if bool(marked.all()):
         return marked
     distances = neighbour_distances(patches, marked)
@@ -202,16 +203,16 @@ def unsettled(patches: Tensor, marked: Tensor) -> Tensor:
     return marked & (distances > usual.kthvalue(kth).values)
 
 
-LEANING = 3.0  # × the median distance from the median: two standard deviations, where leanings are as a Gaussian's
+LEANING = 3.0  # × the median distance from the median: two standard deviations of a Gaussian
 
 
 def leaning(patches: Tensor, marked: Tensor) -> Tensor:
-    """Which unmarked tokens the defect moves too, if less: bool `[h, w]`.
+    """Return the unmarked tokens that the defect moves too, though less: bool `[h, w]`.
 
-    A trigger that is not steep is tripped a little by many tokens, whole surfaces at times; and GELU and SiLU dip below
-    zero before they rise. Along the direction in which marked tokens are off their neighbours' average, these lie
-    further from the median of unmarked ones than `LEANING` times the median distance from it, on either side. patches
-    `[h, w, N]`, marked bool `[h, w]`.
+    A trigger that is not steep is activated a little by many tokens, sometimes by whole surfaces; and GELU and SiLU
+    fall below zero before they rise. Tokens are projected on the mean difference between marked tokens and their
+    neighbours' average. Those returned are further from the median of unmarked tokens than `LEANING` times the median
+    distance from it, on either side. patches `[h, w, N]`, marked bool `[h, w]`.
     """
     if bool(marked.all()) or not bool(marked.any()):
         return torch.zeros_like(marked)

@@ -30,11 +30,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 # and unlike it stays accurate to 1e-4 for kinked or very steep ones (ReLU; a trigger neuron's SiLU).
 QUADRATURE_REACH = 8.0  # standard deviations; the density beyond is 5e-15
 QUADRATURE_NODES = 401
-MIN_SCALE = 1e-6  # under this s_k a unit counts as linear around its bias: no 0/0 for one padded with zeros
+MIN_SCALE = 1e-6  # below this s_k a unit counts as linear around its bias: no 0/0 for a unit padded with zeros
 
 
 def plain_gains(phi: Callable[[Tensor], Tensor], W1: Tensor, b1: Tensor | None) -> Tensor:
-    """d_k = E[φ'(h_k)], h_k ~ N(b_k, s_k²), s_k = ‖w_k‖; equal to E[z φ(b_k + s_k z)]/s_k. `[H, N]` → `[H]`."""
+    """Compute d_k = E[φ'(h_k)], h_k ~ N(b_k, s_k²), s_k = ‖w_k‖; equal to E[z φ(b_k + s_k z)]/s_k. `[H, N]` → `[H]`."""
     s = W1.norm(dim=1).double().clamp_min(MIN_SCALE)
     _, z_phi, _ = _gaussian_moments(phi, _bias(b1, W1), s)
     return (z_phi / s).to(W1.dtype)
@@ -43,7 +43,7 @@ def plain_gains(phi: Callable[[Tensor], Tensor], W1: Tensor, b1: Tensor | None) 
 def gated_gains(
     phi: Callable[[Tensor], Tensor], W1: Tensor, b1: Tensor | None, W2: Tensor, b2: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The factors (α, β), each `[H]`, of row k of the mean Jacobian α_k w₁ + β_k w₂ of φ(a) ⊙ c.
+    """Compute the factors (α, β), each `[H]`, of row k of the mean Jacobian α_k w₁ + β_k w₂ of φ(a) ⊙ c.
 
     α = E[φ'(a)·(b₂ + ρ(a − b₁))] = b₂ E[zφ]/s + ρ E[(z² − 1)φ] by parts, ρ = ⟨w₁, w₂⟩/‖w₁‖²; β = E[φ(a)].
     """
@@ -57,9 +57,9 @@ def gated_gains(
 def hidden_moments(
     phi: Callable[[Tensor], Tensor], W1: Tensor, b1: Tensor | None, W2: Tensor | None = None, b2: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """E[h_k] and E[h_k²] of the hidden units, each `[H]`, in float64; gated where there is a W₂.
+    """Compute E[h_k] and E[h_k²] of the hidden units, each `[H]`, in float64; gated if there is a W₂.
 
-    Given a = b₁ + s z, c is b₂ + t z plus an independent rest of variance ‖w₂‖² − t², t = ⟨w₁, w₂⟩/s.
+    Given a = b₁ + s z, c is b₂ + t z plus an independent remainder of variance ‖w₂‖² − t², t = ⟨w₁, w₂⟩/s.
     """
     s = W1.norm(dim=1).double().clamp_min(MIN_SCALE)
     b = _bias(b1, W1)
@@ -73,13 +73,13 @@ def hidden_moments(
 
 
 def linear_moments(W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
-    """E[y_k] and E[y_k²] of y = Wx + b, each `[H]`, in float64."""
+    """Compute E[y_k] and E[y_k²] of y = Wx + b, each `[H]`, in float64."""
     mean = _bias(b, W)
     return mean, mean**2 + W.double().norm(dim=1) ** 2
 
 
 def _gaussian_moments(phi: Callable[[Tensor], Tensor], b: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """E[φ], E[zφ] and E[z²φ] of φ(b + s z) over z ~ N(0, 1), each `[H]`, in float64."""
+    """Compute E[φ], E[zφ] and E[z²φ] of φ(b + s z) over z ~ N(0, 1), each `[H]`, in float64."""
     z = torch.linspace(-QUADRATURE_REACH, QUADRATURE_REACH, QUADRATURE_NODES, dtype=torch.float64, device=b.device)
     density = torch.exp(-0.5 * z**2)
     p = density / density.sum()

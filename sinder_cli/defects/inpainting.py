@@ -1,7 +1,7 @@
-"""The inpainted original: the forward pass with each outlying token replaced, where it appears, by its neighbours.
+"""The inpainted original: a forward pass that replaces outlying tokens, where they appear, by neighbours' averages.
 
-No weight changes. What its other tokens and cls say is what the network would say without outliers: the yardstick of a
-repair that needs no clean twin, and the baseline that a trained repair must beat.
+No weight is changed. Its other tokens and cls show what the network would output without outliers. It is the yardstick
+of a repair, which needs no clean copy of the model, and the baseline that a trained repair must beat.
 
 From Python, with a `Backbone` and the module that it builds:
 
@@ -29,7 +29,7 @@ Seen = Callable[[int, "Tensor"], None]  # a block's number, and the tokens that 
 
 @dataclass(frozen=True)
 class _Context:
-    """What a pass carries along: the backbone's own context, the patch grid, and the norms at the embedding."""
+    """The context of a pass: the backbone's own context, the patch grid, and the norms at the embedding."""
 
     own: Any
     grid: tuple[int, int]
@@ -37,17 +37,17 @@ class _Context:
 
 
 def outlying_factor(norm_factor: float) -> float:
-    """The factor that tells outlying tokens: the given one; for 0, where a repair goes by angles alone, the default."""
+    """Return the norm factor of outlying tokens: the given one, or the default for 0 (a repair by angles alone)."""
     return norm_factor or NORM_FACTOR
 
 
 def inpainted(backbone: Backbone, norm_factor: float = NORM_FACTOR, seen: Seen | None = None) -> Backbone:
-    """Return the backbone whose blocks hand on no outlying patch token; it runs the module of the original.
+    """Return a backbone whose blocks pass on no outlying patch token; it runs the module of the original.
 
     After each block, tokens that are `outlying` (above `norm_factor` median norms of their image, and risen since the
-    embedding) are replaced by the average of their unmarked neighbours, filled inwards; where every token is marked,
-    all stay. cls and registers are never replaced. A pass without outlying tokens is the original's, bit for bit.
-    `norm_factor` 0, which asks repairs for the paper's rule, means the default one here.
+    embedding) are replaced by the average of their unmarked neighbours, filled inwards; in an image with every token
+    marked, all stay. cls and registers are never replaced. A pass without outlying tokens is the original's, bit for
+    bit. `norm_factor` 0, which means the paper's rule in a repair, means the default here.
     """
     factor = outlying_factor(norm_factor)
 
@@ -71,7 +71,7 @@ def _patch_norms(backbone: Backbone, tokens: Tensor, grid: tuple[int, int]) -> T
 
 
 def _replaced(backbone: Backbone, tokens: Tensor, marked: Tensor) -> Tensor:
-    """The tokens `[B, T, N]` with averages in the place of the marked ones, bool `[B, h, w]`."""
+    """Return the tokens `[B, T, N]` with averages in place of the marked ones, bool `[B, h, w]`."""
     found = marked.flatten(1).any(dim=1).nonzero()[:, 0].tolist()
     if not found:
         return tokens
@@ -81,7 +81,7 @@ def _replaced(backbone: Backbone, tokens: Tensor, marked: Tensor) -> Tensor:
         if bool(out.all()):
             continue
         patches = tokens[image, backbone.prefix_tokens :].unflatten(0, marked.shape[1:])
-        whole = patches.masked_fill(out, 0)  # an infinite one would make 0 · ∞ of a sum over its neighbours
+        whole = patches.masked_fill(out, 0)  # an infinite token would turn a sum over its neighbours into 0 · ∞
         averages = neighbour_averages(whole, marked[image]).to(tokens.dtype)
         tokens[image, backbone.prefix_tokens :] = torch.where(out, averages, patches).flatten(0, 1)
     return tokens

@@ -4,8 +4,8 @@
     C = diag(γ₂) J diag(g₂) P              MLP, J = E[∂f/∂x] for x ~ N(0, I), the best linear map of f
     E = (I + C)(I + A)                     a block; I + A + C when both sub-layers run in parallel
 
-P = I − 11ᵀ/N for LayerNorm, P = I for RMSNorm. Shapes: N width, A inner width of attention, H hidden width. Sub-layers
-beside each other add their A, and their C.
+P = I − 11ᵀ/N for LayerNorm, P = I for RMSNorm. Shapes: N width, A inner width of attention, H hidden width. The A of
+parallel branches are added, and so are their C.
 
 A norm inside a sub-layer, between value and output or between hidden and down, is linear up to its scale: y ↦
 g ⊙ P y / s(y) + b. It is folded in as the matrix diag(g) P / s with one s, the root of the mean of s(y)² over
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 def attention_part(block: BlockTensors) -> Tensor:
-    """A of one block, `[N, N]`: the sum over its branches."""
+    """Compute A of one block, `[N, N]`: the sum over its branches."""
     return _total(_attention_part(branch) for branch in block.branches)
 
 
 def mlp_part(block: BlockTensors) -> Tensor:
-    """C of one block, `[N, N]`: the sum over its branches."""
+    """Compute C of one block, `[N, N]`: the sum over its branches."""
     return _total(_mlp_part(branch) for branch in block.branches)
 
 
@@ -53,10 +53,11 @@ def _mlp_part(block: BlockTensors) -> Tensor:
 
 
 def normalized(M: Tensor, moments: tuple[Tensor, Tensor], norm: NormMap, g: Tensor | None) -> Tensor:
-    """diag(g) P M / s: a norm over F features folded into their linear part M `[F, N]`, for E[y] and E[y²] `[F]`.
+    """Compute diag(g) P M / s: a norm over F features folded into their linear part M `[F, N]`.
 
-    s² is the mean of the variance over features, or of their mean square for RMSNorm. Exact, but for features that are
-    not linear, where the mean over features m varies by more than its linear part: Var m ≈ ‖Mᵀ1/F‖².
+    `moments` are E[y] and E[y²], `[F]` each. s² is the mean of the variance over features, or of their mean square for
+    RMSNorm. Exact for linear features. For others the mean over features m varies by more than its linear part, which
+    gives only Var m ≈ ‖Mᵀ1/F‖².
     """
     mean, square = moments
     variance = square.mean()
@@ -76,7 +77,7 @@ def _total(parts: Iterator[Tensor]) -> Tensor:
 
 
 def block_part(attention: Tensor, mlp: Tensor, parallel: bool) -> Tensor:
-    """E of one block from its A and C, all `[N, N]`."""
+    """Compute E of one block from its A and C, all `[N, N]`."""
     if parallel:
         return plus_identity(attention + mlp)
     # (I + C)(I + A) = I + A + C + CA; one product
@@ -84,14 +85,14 @@ def block_part(attention: Tensor, mlp: Tensor, parallel: bool) -> Tensor:
 
 
 def plus_identity(matrix: Tensor) -> Tensor:
-    """I + M, a new matrix."""
+    """Return I + M as a new matrix."""
     total = matrix.clone()
     total.diagonal().add_(1.0)
     return total
 
 
 def mean_hidden_jacobian(block: BlockTensors) -> Tensor:
-    """E[∂hidden/∂x] for x ~ N(0, I), `[H, N]`; the hidden layer is φ(W₁x+b₁), or φ(W₁x+b₁) ⊙ (W₂x+b₂) when gated."""
+    """Compute E[∂hidden/∂x] for x ~ N(0, I), `[H, N]`; hidden is φ(W₁x+b₁), or φ(W₁x+b₁) ⊙ (W₂x+b₂) when gated."""
     phi, W1, b1 = _activation(block), *_gate(block)
     if isinstance(block.map.mlp, GatedMlpMap):
         W2 = block["mlp.up"]
@@ -106,13 +107,13 @@ def _activation(block: BlockTensors) -> Callable[[Tensor], Tensor]:
 
 
 def _gate(block: BlockTensors) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias of the layer that φ follows."""
+    """Return the weight and bias of the layer that φ is applied to."""
     role = "mlp.gate" if isinstance(block.map.mlp, GatedMlpMap) else "mlp.up"
     return block[role], block.get(f"{role}_bias")
 
 
 def _around(inner: Tensor, block: BlockTensors, part: str, norm: NormMap) -> Tensor:
-    """diag(γ) · inner · diag(g) · P, in place."""
+    """Compute diag(γ) · inner · diag(g) · P, in place."""
     g, gamma = block.get(f"{part}.norm.weight"), block.get(f"{part}.scale")
     if g is not None:
         inner *= g[None, :]

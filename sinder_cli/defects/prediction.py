@@ -41,7 +41,7 @@ class BlockSpectrum:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the weights of a backbone say about its defects."""
+    """The defects of a backbone as predicted from its weights."""
 
     model: str
     width: int
@@ -49,15 +49,15 @@ class Prediction:
     position: PositionCheck | None
 
     def directions(self, stage: Stage = "cumulative") -> Tensor:
-        """The directions ν of a stage, `[blocks, N]` float32 rows of unit norm, on the CPU."""
+        """Return the directions ν of a stage, `[blocks, N]` float32 rows of unit norm, on the CPU."""
         return torch.stack([spectrum.pair.direction.float().cpu() for spectrum in self.stages[stage]])
 
     def gaps(self, stage: Stage = "cumulative") -> list[float]:
-        """σ₁/σ₂ of a stage, block by block."""
+        """Return σ₁/σ₂ of a stage, block by block."""
         return [spectrum.pair.gap for spectrum in self.stages[stage]]
 
     def settled_from(self, stage: Stage = "cumulative") -> int | None:
-        """The first block from which on the direction is determined and turns by at most 5° a block; None if never."""
+        """Return the first block from which the direction is determined and turns by at most 5° per block, or None."""
         settled: int | None = None
         for spectrum in reversed(self.stages[stage]):
             if spectrum.pair.gap < MIN_GAP:
@@ -71,9 +71,9 @@ class Prediction:
 def predict(
     backbone: Backbone, stages: Sequence[Stage] = STAGES, emit: Emit = silent, device: str = "cpu"
 ) -> Prediction:
-    """Linearize every block and find the leading left singular vector of the stages asked for (SINDER, section 3).
+    """Linearize every block and find the leading left singular vector of the requested stages (SINDER, section 3).
 
-    The stages of a block are searched side by side: a matrix–vector product keeps but one core busy.
+    The stages of a block are searched in parallel: a matrix–vector product keeps only one core busy.
     Raises `BadInputError` naming the first block whose linear part has a NaN or an infinity.
     """
     spectra: dict[Stage, list[BlockSpectrum]] = {stage: [] for stage in STAGES if stage in stages}
@@ -100,7 +100,7 @@ class ScaledMatrix:
 def stage_matrices(
     backbone: Backbone, stages: Sequence[Stage], emit: Emit, device: str = "cpu"
 ) -> Iterator[tuple[int, dict[Stage, ScaledMatrix]]]:
-    """The matrices of the stages asked for, block by block; nothing is computed that no stage needs."""
+    """Yield the matrices of the requested stages, block by block; compute nothing that no stage needs."""
     G: Tensor | None = None
     log_scale = 0.0
     maps = backbone.layers.blocks
@@ -117,7 +117,7 @@ def stage_matrices(
             if "cumulative" in stages:
                 G = E if G is None else E @ G
                 scale = float(G.norm()) / math.sqrt(backbone.width)
-                if 0 < scale < math.inf:  # else the block is refused by name
+                if 0 < scale < math.inf:  # else `predict` raises an error that names the block
                     G = G / scale
                     log_scale += math.log(scale)
                 found["cumulative"] = ScaledMatrix(G, log_scale)
@@ -127,7 +127,7 @@ def stage_matrices(
 def _spectrum(block: int, part: ScaledMatrix, previous: BlockSpectrum | None) -> BlockSpectrum:
     pair = leading_left(part.matrix, previous.pair.direction if previous else None)
     turned = angle_between(pair.direction, previous.pair.direction) if previous else None
-    scale = math.exp(min(part.log_scale, 600.0))  # so that a product of very many large gains stays a number
+    scale = math.exp(min(part.log_scale, 600.0))  # so that a product of very many large gains stays finite
     return BlockSpectrum(block, pair, pair.sigma * scale, turned)
 
 
@@ -141,7 +141,7 @@ def _require_finite(matrix: Tensor, backbone: Backbone, block: int, stage: Stage
 
 
 OUTLIER_DEVIATIONS = 6.0  # robust standard deviations (1.4826 × median absolute deviation) above the median norm
-OUTLIER_FACTOR = 1.5  # and at least so many times the median norm
+OUTLIER_FACTOR = 1.5  # and at least this many times the median norm
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class PositionCheck:
 
 
 def check_positions(backbone: Backbone) -> PositionCheck | None:
-    """Look for patches with an outlying position embedding; None for a backbone that learns no such table."""
+    """Find patches with an outlying position embedding; return None for a backbone without a learned table."""
     position = backbone.layers.position
     if position is None:
         return None
@@ -183,7 +183,7 @@ def check_positions(backbone: Backbone) -> PositionCheck | None:
 
 
 def write_directions(out: Path | IO[bytes], prediction: Prediction) -> None:
-    """Write one `[blocks, N]` float32 tensor a stage as safetensors, to a file or an open one."""
+    """Write one `[blocks, N]` float32 tensor per stage as safetensors, to a path or an open file."""
     from sinder_cli.backbone.sources import infos_of
     from sinder_cli.backbone.storing import stream_safetensors, write_safetensors
 

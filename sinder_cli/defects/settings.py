@@ -1,4 +1,4 @@
-"""The settings of everything that runs images, and the limits that several stages share; free of torch."""
+"""Settings of everything that runs images, and limits that several stages share; without an import of torch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from sinder_cli.errors import NoInputError, UsageError, excerpt
 from sinder_cli.faults import first_fault, quoted
 
-MIN_GAP = 1.1  # σ₁/σ₂ under which a direction counts as not determined (ours; see DetectionRule)
+MIN_GAP = 1.1  # σ₁/σ₂ below which a direction counts as not determined (ours; see DetectionRule)
 
 NORM_FACTOR = 3.0  # × the median patch norm of the image: the rule of thumb for "high-norm"
 
 Mark = Literal["auto", "weights", "norm"]
 Stage = Literal["attention", "mlp", "block", "cumulative"]
 STAGES: tuple[Stage, ...] = ("attention", "mlp", "block", "cumulative")
-SLACK = 0.005  # of a cosine: what a state may lie further from the inpainted original than the original itself
+SLACK = 0.005  # of a cosine: how much further a state may be from the inpainted original than the original is
 
 
-MOST = 10**9  # of anything that is counted: what PyTorch and the operating system take
+MOST = 10**9  # upper limit of every count, which PyTorch and the operating system accept
 
 
 class DetectionSettings(BaseModel):
-    """How images are run and when a token counts as defective (SINDER, sections 4 and 5; the norms are ours)."""
+    """Settings of passes over images, and when a token counts as defective (SINDER, sections 4, 5; the norms: ours)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -37,7 +37,7 @@ class DetectionSettings(BaseModel):
     norm_factor: float = Field(
         NORM_FACTOR,
         ge=0,
-        description="A token is outlying above so many median norms; 0: the paper's rule, angle alone.",
+        description="Multiple of the median norm above which a token is outlying; 0: the paper's rule, by angle alone.",
     )
     mask_threshold: float = Field(
         4.0, gt=0, description="Standard deviations of equation (5) beyond which a token is marked."
@@ -50,7 +50,7 @@ class DetectionSettings(BaseModel):
     image_size: int | None = Field(
         None, ge=1, le=MOST, description="Side of the images in pixels; default: the model's."
     )
-    batch_size: int = Field(1, ge=1, le=MOST, description="Images at a time; of a repair, in all processes together.")
+    batch_size: int = Field(1, ge=1, le=MOST, description="Images per batch; in a repair, of all processes together.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Precision of the forward passes; deltas and weights stay float32."
     )
@@ -61,7 +61,7 @@ class DetectionSettings(BaseModel):
         None,
         ge=0,
         le=64,
-        description="Processes that decode images; 0: none; default: one a core but one, at most 4.",
+        description="Processes that decode images; 0: none; default: one per spare core, at most 4.",
     )
 
     @field_validator("device")
@@ -76,9 +76,9 @@ Settings = TypeVar("Settings", bound=DetectionSettings)
 
 
 def read_settings(kind: type[Settings], given: dict[str, object], file: Path | None = None) -> Settings:
-    """Settings from a TOML file and, over them, those given on the command line.
+    """Read settings from a TOML file; those given on the command line take precedence.
 
-    Raises `NoInputError` for a missing file and `UsageError` that names the setting and what is wrong with it.
+    Raises `NoInputError` for a missing file, and a `UsageError` that names the setting and what is wrong with it.
     """
     stored = _read_toml(file) if file else {}
     try:
@@ -99,5 +99,5 @@ def _read_toml(file: Path) -> dict[str, object]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise NoInputError(f"cannot read settings {file}", error.strerror or str(error), "check --config") from error
-    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, numbers of too many digits, too deep
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, numbers with too many digits, nested too deeply
         raise UsageError(f"cannot read settings {file}", excerpt(str(error)), "it must be TOML") from error

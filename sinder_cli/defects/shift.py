@@ -1,7 +1,8 @@
 """Shift retrieval: is a token's nearest neighbour in a shifted view of its image the same place?
 
-It needs no labels and tells whether a token says where it is. It is shown and decides nothing: tokens that a repair
-brings back are found again, but a ruined model, whose tokens say little else than where they are, does even better.
+It needs no labels and measures whether a token contains its position. It is only reported and decides nothing: tokens
+that a repair restores are found again, but a ruined model, whose tokens contain little but their position, scores even
+better.
 Shapes: h × w patches, N width; the shifted view lacks the first `CELLS` rows and columns.
 """
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CELLS = 2  # patches by which the view is shifted, down and to the right
-AT_A_TIME = 1024  # tokens that are held against all others
-NEAR = 1  # patches: what lies so near counts as found
+AT_A_TIME = 1024  # tokens that are compared with all others
+NEAR = 1  # patches: a token found within this distance counts as found
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,19 @@ class Retrieval:
 
     @classmethod
     def of(cls, found: Tensor, marked: Tensor) -> Retrieval:
-        """From what is found and what is marked, bool of one shape."""
+        """Compute the shares from the found and the marked tokens, bool of one shape."""
         return cls(*(found[group].float().mean().item() if bool(group.any()) else None for group in (marked, ~marked)))
 
 
 def shifted(images: Tensor, patch_size: int) -> Tensor:
-    """The views of images `[B, 3, H, W]`, cut at whole patches: nothing wraps around."""
+    """Return the views of images `[B, 3, H, W]`, cut at whole patches: nothing wraps around."""
     return images[..., CELLS * patch_size :, CELLS * patch_size :]
 
 
 def found_again(whole: Tensor, view: Tensor) -> Tensor:
-    """Which tokens of a view `[h − CELLS, w − CELLS, N]` are found in the image `[h, w, N]`; bool, as the view.
+    """Return which tokens of a view `[h − CELLS, w − CELLS, N]` are found in the image `[h, w, N]`; bool, as the view.
 
-    The nearest token is that of the highest cosine, once the mean token of either side is taken off.
+    The nearest token is the one with the highest cosine, after the mean token of each side is subtracted.
     """
     h, w, _ = whole.shape
     places, tokens = (normalize(each.flatten(0, 1) - each.mean(dim=(0, 1)), dim=-1) for each in (whole, view))

@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-KRYLOV_SIZE = 40  # vectors kept between restarts are KEPT of these
+KRYLOV_SIZE = 40  # vectors, of which KEPT are kept between restarts
 KEPT = 8
 MAX_RESTARTS = 12
 SAFE_EXPONENT = 20  # squares of entries within 2^±20 neither overflow nor vanish in float32
@@ -39,13 +39,14 @@ class LeadingPair:
 
 
 def leading_left(matrix: Tensor, start: Tensor | None = None) -> LeadingPair:
-    """The leading left singular vector of `matrix` `[N, M]` and its two largest singular values.
+    """Return the leading left singular vector of `matrix` `[N, M]` and its two largest singular values.
 
-    `start` `[N]` warms the search. σ₂ comes from a second search in the complement of ν, so that a doubled σ₁, which
-    no single Krylov space can see, is reported as a gap of 1. The result depends on the input alone.
+    `start` `[N]` is a first guess that shortens the search. σ₂ comes from a second search in the complement of ν, so
+    that a doubled σ₁, which no single Krylov space can see, is reported as a gap of 1. The result depends only on the
+    input.
     """
     exponent = math.frexp(torch.linalg.vector_norm(matrix, math.inf).item())[1]
-    scale = 2.0**exponent if abs(exponent) > SAFE_EXPONENT else 1.0  # a power of 2 costs no bits
+    scale = 2.0**exponent if abs(exponent) > SAFE_EXPONENT else 1.0  # scaling by a power of 2 is exact
     if scale != 1.0:
         matrix = matrix / scale
     seed = _seeded(matrix)
@@ -58,12 +59,12 @@ def leading_left(matrix: Tensor, start: Tensor | None = None) -> LeadingPair:
 
 
 def fixed_sign(direction: Tensor) -> Tensor:
-    """±ν with its entry of largest magnitude positive."""
+    """Return ±ν with its entry of largest magnitude positive."""
     return direction * torch.sign(direction[direction.abs().argmax()])
 
 
 def angle_between(a: Tensor, b: Tensor) -> float:
-    """The angle in degrees, 0 to 90, between the lines through `a` and `b`, accurate down to 1e-6 degrees."""
+    """Return the angle in degrees, 0 to 90, between the lines through `a` and `b`, accurate down to 1e-6 degrees."""
     a, b = a.double() / a.double().norm(), b.double() / b.double().norm()
     b = b * torch.sign(a @ b)
     return math.degrees(2 * math.atan2((a - b).norm().item(), (a + b).norm().item()))
@@ -78,13 +79,13 @@ def _seeded(matrix: Tensor, seed: int = 0) -> Tensor:
 def _lanczos(
     matrix: Tensor, start: Tensor, deflated: Tensor | None, largest: float = 0.0
 ) -> tuple[Tensor, Tensor, float]:
-    """The two leading left singular vectors of `matrix`, or of (I − uuᵀ) `matrix` where `deflated` is u, and σ₁.
+    """Return the two leading left singular vectors of `matrix`, or of (I − uuᵀ) `matrix` where `deflated` is u, and σ₁.
 
-    `largest` is the σ of the deflated u: rounding leaves residuals of its size, under which there is nothing to find.
+    `largest` is the σ of the deflated u: rounding leaves residuals relative to it, and smaller ones have no meaning.
 
     Rows of Q `[m, N]` are an orthonormal basis, rows of P `[m, M]` its images Mᵀq; (PPᵀ) is M Mᵀ seen from the basis.
     """
-    whole = matrix.shape[0] - (deflated is not None)  # a basis of so many vectors leaves nothing out
+    whole = matrix.shape[0] - (deflated is not None)  # a basis of so many vectors spans everything
     size = min(KRYLOV_SIZE, whole)
     floor = 8 * torch.finfo(matrix.dtype).eps
     Q, P = matrix.new_zeros(size, matrix.shape[0]), matrix.new_zeros(size, matrix.shape[1])
@@ -103,7 +104,7 @@ def _lanczos(
                     residual -= (deflated @ residual) * deflated
                 error = residual.norm().item()
                 below = sigma2 - theta[1].item() if filled > 1 else sigma2
-                # the complement is searched for its value alone, which converges twice as fast as the vector
+                # only the value is searched in the complement, and it converges twice as fast as the vector
                 enough = error <= 1e-3 * sigma2 if deflated is not None else error <= ANGLE_TOLERANCE * below
                 if enough or error <= floor * max(sigma2, largest**2) or filled == whole:
                     return u, V[min(1, filled - 1)] @ Q[:filled], math.sqrt(max(sigma2, 0.0))
@@ -114,14 +115,14 @@ def _lanczos(
 
 
 def _ritz(P: Tensor) -> tuple[Tensor, Tensor]:
-    """Ritz values, largest first, and the rows of coefficients of their vectors."""
+    """Return Ritz values, largest first, and the coefficients of their vectors, one row each."""
     wide = P.double()
     theta, V = torch.linalg.eigh(wide @ wide.T)
     return theta.flip(0), V.T.flip(0).to(P.dtype)
 
 
 def _orthonormal(q: Tensor, Q: Tensor, deflated: Tensor | None) -> Tensor:
-    """`q` made orthogonal to the basis and to u, twice for float32's sake; a fresh direction if nothing is left."""
+    """Return `q` made orthogonal to basis and u, twice because of float32; a new direction if nothing is left."""
     norm = q.norm()
     for seed in range(2, 5):
         for _ in range(2):

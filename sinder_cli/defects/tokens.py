@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def residual_stream(backbone: Backbone, module: nn.Module, images: Tensor) -> Iterator[Tensor]:
-    """The tokens after each block in turn, `[B, prefix + h·w, N]`, for normalized images `[B, 3, H, W]`."""
+    """Yield the tokens after each block in turn, `[B, prefix + h·w, N]`, for normalized images `[B, 3, H, W]`."""
     tokens, context = backbone.embed(module, images)
     for index in range(backbone.depth):
         tokens = backbone.run_block(module, index, tokens, context)
@@ -25,7 +25,7 @@ def residual_stream(backbone: Backbone, module: nn.Module, images: Tensor) -> It
 
 
 def in_precision(backbone: Backbone, dtype: str, tf32: bool = False) -> Backbone:
-    """The backbone with its forward passes, and nothing else, under autocast and with products in TF32 or not."""
+    """Return the backbone with only its forward passes under autocast to `dtype`, and with TF32 products or not."""
 
     @contextmanager
     def precision(device: torch.device) -> Iterator[None]:
@@ -46,13 +46,13 @@ def in_precision(backbone: Backbone, dtype: str, tf32: bool = False) -> Backbone
 
 @torch.no_grad()
 def last_tokens(backbone: Backbone, module: nn.Module, images: Tensor) -> Tensor:
-    """The tokens after the last block, before the final norm, in float32."""
+    """Return the tokens after the last block, before the final norm, in float32."""
     for tokens in residual_stream(backbone, module, images):
         last = tokens
     return last.float()
 
 
 def patch_grid(backbone: Backbone, tokens: Tensor, images: Tensor) -> Tensor:
-    """The patch tokens as a grid `[B, h, w, N]`, registers and cls left out."""
+    """Return the patch tokens as a grid `[B, h, w, N]`, without cls and registers."""
     h, w = images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size
     return tokens[:, backbone.prefix_tokens :].unflatten(1, (h, w))

@@ -1,1 +1,1 @@
-"""Writing a backbone where people load models: one module per target format, and the check of what was written."""
+"""Export of a backbone to formats that other libraries load: one module per target, and the check of the result."""

@@ -1,4 +1,4 @@
-"""The deltas of the singular values alone, about 1 MB for a ViT-g; `--adapter` applies them."""
+"""Target `adapter`: only the deltas of the singular values, about 1 MB for a ViT-g; `--adapter` applies them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sinder_cli.exporting.delta import require_repaired
 from sinder_cli.exporting.targets import Check, Plan, Target
 from sinder_cli.repairing.weight_changes import Adapter, read_adapter
 
-TOLERANCE = 1e-5  # of float32: singular vectors of another machine differ in their last bits
+TOLERANCE = 1e-5  # for float32: singular vectors from another machine differ in their last bits
 
 
 def _require(plan: Plan) -> None:
     change = require_repaired(plan).change
     if not isinstance(change, Adapter):
-        why = f"{change.path} holds whole tensors, and no singular values"
+        why = f"{change.path} holds whole tensors, not singular values"
         raise UsageError("cannot export an adapter", why, "use --to delta")
 
 
@@ -39,14 +39,14 @@ def _verify(plan: Plan, path: Path) -> Check:
         difference = max(difference, ((again.float() - tensor.float()).abs().max() / largest).item())
         tolerance = max(tolerance, torch.finfo(tensor.dtype).eps)
     if not difference <= tolerance:
-        why = f"applied again, it is off by {difference:.1e}, and the tolerance is {tolerance:.1e}"
-        raise BadInputError(f"export of {plan.backbone.name} failed", why, "is the adapter that of this run?")
+        why = f"applied again, it differs by {difference:.1e}, and the tolerance is {tolerance:.1e}"
+        raise BadInputError(f"export of {plan.backbone.name} failed", why, "check that the adapter belongs to this run")
     return Check(f"applied again to {base.weights.source.label}", difference=difference, tolerance=tolerance)
 
 
 TARGET = Target(
     kind="file",
-    summary="the deltas alone, to be given as --adapter",
+    summary="only the deltas, to be passed as --adapter",
     write=_write,
     verify=_verify,
     require=_require,

@@ -1,4 +1,4 @@
-"""A backbone as other libraries describe one: plain sizes and switches, read off its layer map."""
+"""Description of a backbone in the terms of other libraries: sizes and switches, read from its layer map."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sinder_cli.errors import BadInputError
 class Architecture:
     """A pre-norm ViT whose blocks are all alike, with learned positions and plain attention.
 
-    `position_prefix` counts the first rows of the position embedding that are no patches; `biases` are the roles of a
-    block, such as `attention.value_bias`, that have one.
+    `position_prefix` is the number of rows at the start of the position embedding that belong to no patch; `biases` are
+    the biases that a block has, by role, such as `attention.value_bias`.
     """
 
     width: int
@@ -42,7 +42,7 @@ class Architecture:
 
 
 def architecture_of(backbone: Backbone, target: str) -> Architecture:
-    """What the layer map says. Raises `BadInputError` with the reason why `target` cannot hold the backbone."""
+    """Return what the layer map describes. Raises `BadInputError` with the reason why `target` cannot hold it."""
 
     def refuse(why: str) -> NoReturn:
         raise BadInputError(f"cannot export {backbone.name} to {target}", why, "use --to native")
@@ -65,9 +65,9 @@ def architecture_of(backbone: Backbone, target: str) -> Architecture:
     patches = math.prod(shape[:-1]) - layers.position.prefix
     registers = backbone.prefix_tokens - 1
     if layers.position.prefix not in (0, 1, 1 + registers):
-        refuse(f"{layers.position.prefix} rows of its position embedding are no patches")
+        refuse(f"{layers.position.prefix} rows of its position embedding belong to no patch")
     if math.isqrt(patches) ** 2 != patches:
-        refuse(f"its {patches} positions make no square")
+        refuse(f"its {patches} positions do not form a square")
     if bool(registers) != (stem.registers is not None):
         refuse(f"{registers} of its tokens are neither cls nor registers nor patches")
     hidden = _rows(backbone, block, "mlp.up")
@@ -93,11 +93,11 @@ def architecture_of(backbone: Backbone, target: str) -> Architecture:
 
 
 def _unlike(layers: LayerMap) -> Iterator[str]:
-    """What no other library's ViT has, in words."""
+    """Yield in words what no other library's ViT has."""
     first = _shape(layers.blocks[0])
     for index, block in enumerate(layers.blocks):
         if _shape(block) != first:
-            yield f"block {index} is not built as block 0 is"
+            yield f"block {index} differs from block 0 in its structure"
         if block.parallel or block.beside:
             yield f"block {index} has sub-layers that run in parallel"
         if block.attention.inner_norm or block.mlp.inner_norm:
@@ -107,19 +107,19 @@ def _unlike(layers: LayerMap) -> Iterator[str]:
         if block.attention.query is None or block.attention.key is None:
             yield f"the plugin does not name queries and keys of block {index}"
         if (block.attention.scale is None) != (block.mlp.scale is None):
-            yield f"block {index} has one LayerScale"
+            yield f"block {index} has only one LayerScale"
         for norm in (block.attention.norm, block.mlp.norm):
             if norm.kind != "layernorm" or norm.weight is None or norm.bias is None:
-                yield f"block {index} has a norm that is no LayerNorm with weight and bias"
+                yield f"block {index} has a norm that is not a LayerNorm with weight and bias"
     norms = [norm for block in layers.blocks for norm in (block.attention.norm, block.mlp.norm)]
     if len({norm.eps for norm in (*norms, layers.norm or NormMap())}) > 1:
         yield "its norms differ in their eps"
     if layers.norm and (layers.norm.kind != "layernorm" or layers.norm.weight is None or layers.norm.bias is None):
-        yield "its final norm is no LayerNorm with weight and bias"
+        yield "its final norm is not a LayerNorm with weight and bias"
 
 
 def _shape(block: BlockMap) -> tuple[object, ...]:
-    """What two blocks that are alike have in common."""
+    """Return the properties that are equal for two blocks of the same structure."""
     return (
         tuple(role for role, _ in references(block)),
         block.mlp.kind,
@@ -135,6 +135,6 @@ def _rows(backbone: Backbone, block: BlockMap, role: str) -> int:
 
 
 def stem_of(backbone: Backbone) -> StemMap:
-    """The stem of a backbone that has an `Architecture`."""
+    """Return the stem of a backbone that has an `Architecture`."""
     assert backbone.layers.stem is not None
     return backbone.layers.stem

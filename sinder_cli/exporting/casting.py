@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CastTensors:
-    """A source whose floating-point tensors come in `dtype`; integers stay."""
+    """A source whose floating-point tensors are cast to `dtype`; integers stay as they are."""
 
     source: TensorSource
     dtype: torch.dtype
@@ -37,15 +37,15 @@ class CastTensors:
         }
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Whole tensors, cast. Raises `BadInputError` naming the first that `dtype` cannot hold."""
+        """Read whole tensors, cast. Raises `BadInputError` naming the first one that `dtype` cannot hold."""
         found = self.source.read(names)
-        for name in found:  # one at a time: no two copies of all
+        for name in found:  # one at a time, so that there are never two copies of all
             found[name] = stored_as(found[name], name, self.infos[name].dtype)
         return found
 
 
 def cast(backbone: Backbone, name: DtypeName) -> Backbone:
-    """The backbone with weights in the dtype of that name."""
+    """Return the backbone with its weights in the dtype of that name."""
     import torch
 
     weights = backbone.weights

@@ -1,4 +1,4 @@
-"""The tensors of one library's model made of another's, as they are read: one at a time, nothing kept."""
+"""Tensors of one library's model, made from those of another when they are read: one at a time, none kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def stacked(*parts: Tensor) -> Tensor:
-    """Parts below each other, as a fused projection holds them."""
+    """Stack parts below each other, as a fused projection holds them."""
     import torch
 
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -26,7 +26,7 @@ def stacked(*parts: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one tensor is made: `make` of some parts of the original, in `shape`; filled with one value where of none."""
+    """Recipe of one tensor: `make` applied to parts of the original, in `shape`; without parts, filled with `fill`."""
 
     shape: tuple[int, ...]
     parts: tuple[WeightRef, ...] = ()
@@ -35,13 +35,13 @@ class Recipe:
 
 
 def part(weights: Weights, *parts: WeightRef) -> Recipe:
-    """The recipe of parts below each other, in the shape that this gives them."""
+    """Return the recipe that stacks parts below each other, in the resulting shape."""
     shapes = [_shape(weights, ref) for ref in parts]
     return Recipe((sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0], parts)
 
 
 def reshaped(weights: Weights, ref: WeightRef, *shape: int) -> Recipe:
-    """The recipe of one tensor in another shape. Raises `ValueError` for another number of values."""
+    """Return the recipe of one tensor in another shape. Raises `ValueError` if the number of values differs."""
     if prod(_shape(weights, ref)) != prod(shape):
         raise ValueError(f"{ref} has shape {_shape(weights, ref)}, which does not make {shape}")
     return Recipe(shape, (ref,))
@@ -54,7 +54,7 @@ def _shape(weights: Weights, ref: WeightRef) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ConvertedTensors:
-    """A source of tensors that recipes make of a backbone's weights; what is made of nothing has `dtype`."""
+    """A source of tensors that recipes make from a backbone's weights; those made without parts have `dtype`."""
 
     weights: Weights
     recipes: Mapping[str, Recipe]
@@ -69,7 +69,7 @@ class ConvertedTensors:
         return {name: TensorInfo(recipe.shape, self._dtype(recipe)) for name, recipe in self.recipes.items()}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Whole tensors, made anew; each tensor of the original is read once for all the names."""
+        """Return whole tensors, newly made; each tensor of the original is read once for all the names."""
         import torch
 
         recipes = {name: self.recipes[name] for name in names}

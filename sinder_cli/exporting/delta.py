@@ -1,4 +1,4 @@
-"""The changed tensors alone, as a safetensors patch that knows the weights it belongs to; `--adapter` applies it."""
+"""Target `delta`: a safetensors patch of the changed tensors, which names its base; `--adapter` applies it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sinder_cli.repairing.weight_changes import read_change, write_patch
 
 
 def require_repaired(plan: Plan) -> Repaired:
-    """The change that the backbone came by. Raises `UsageError` for a model as it was published."""
+    """Return the change that led to the backbone. Raises `UsageError` for a model that was not repaired."""
     if plan.repaired is None:
-        what = f"cannot export what was changed in {plan.backbone.name}"
-        raise UsageError(what, "nothing was: it is no repaired model", "name a run, or give --adapter")
+        what = f"cannot export the changes of {plan.backbone.name}"
+        raise UsageError(what, "it is not a repaired model", "name a run, or give --adapter")
     return plan.repaired
 
 
@@ -33,13 +33,13 @@ def _verify(plan: Plan, path: Path) -> Check:
     base, why = repaired.open_base()
     if base is None:
         return Check(f"not applied again: {why}", verified=False)
-    read_change(path).applied(base, silent)  # which compares the fingerprint of all tensors with the written one
+    read_change(path).applied(base, silent)  # this compares the fingerprint of all tensors with the one in the file
     return Check(f"applied again to {base.weights.source.label}", difference=0.0, tolerance=0.0)
 
 
 TARGET = Target(
     kind="file",
-    summary="the changed tensors alone, to be given as --adapter",
+    summary="only the changed tensors, to be passed as --adapter",
     write=_write,
     verify=_verify,
     require=_require,

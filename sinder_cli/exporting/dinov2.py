@@ -1,4 +1,7 @@
-"""The official DINOv2 layout, from any backbone that it holds: `dinov2_custom` and the authors' own code load it."""
+"""Target `dinov2`: the official DINOv2 layout, for any backbone that fits into it.
+
+`dinov2_custom` and the authors' own code load it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from sinder_cli.exporting.layouts import Layout, recipes
 from sinder_cli.exporting.native import read_back, write_weights
 from sinder_cli.exporting.targets import Check, Plan, Target
 
-NORM_EPS = 1e-6  # DINOv2's, in its code and not in its files
+NORM_EPS = 1e-6  # of DINOv2: it is in its code, not in its files
 
 LAYOUT = Layout(
     cls="cls_token",
@@ -39,7 +42,7 @@ GATED = replace(LAYOUT, gate="mlp.w12", up="mlp.w12", down="mlp.w3")
 
 
 def converted(backbone: Backbone) -> Weights:
-    """The backbone under DINOv2's names. Raises `BadInputError` with the reason where its code cannot run it."""
+    """Return the weights under DINOv2's names. Raises `BadInputError` with the reason if its code cannot run them."""
     architecture = architecture_of(backbone, "dinov2")
     expected = "silu" if architecture.gated else "gelu"
     reasons = {

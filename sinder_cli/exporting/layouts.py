@@ -1,7 +1,7 @@
-"""How libraries name the tensors of a ViT, as data, and the recipes that make them of any backbone's.
+"""How libraries name the tensors of a ViT, as data, and the recipes that make these tensors from any backbone.
 
-q, k, v      fused where a layout gives all three one name, in this order
-gate, up     fused where both have one name, the gate first
+q, k, v      fused in this order, if a layout gives all three one name
+gate, up     fused with the gate first, if both have one name
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of one library's tensors; those of a block come behind `block`, and `.weight` or `.bias` behind layers.
+    """Names of one library's tensors: `block` precedes those in a block, `.weight` or `.bias` follows those of layers.
 
-    `position_prefix` counts the first rows of its position embedding that are no patches. What a layout requires and
-    a backbone lacks is filled in so that nothing changes: a mask with zeros, biases with zeros, LayerScale with ones.
-    A mask token, which is of pre-training, is dropped where the layout has no name for it.
+    `position_prefix` is the number of rows at the start of its position embedding that belong to no patch. If a layout
+    requires a tensor that a backbone lacks, it is filled in so that nothing changes: masks and biases with zeros,
+    LayerScale with ones. A mask token, which only pre-training uses, is dropped if the layout has no name for it.
     """
 
     cls: str
@@ -54,7 +54,7 @@ class Layout:
 
 
 def recipes(layout: Layout, backbone: Backbone, architecture: Architecture) -> dict[str, Recipe]:
-    """The tensors of the layout by name, in the order of a forward pass."""
+    """Return the recipes of the layout's tensors by name, in the order of a forward pass."""
     made = dict(_stem(layout, backbone, architecture))
     for index, block in enumerate(backbone.layers.blocks):
         made |= dict(_block(layout, backbone, architecture, block, layout.block.format(index)))
@@ -84,7 +84,7 @@ def _stem(layout: Layout, backbone: Backbone, architecture: Architecture) -> Ite
 
 
 def _with_position(before: int, wanted: int, first: int, count: int) -> Make:
-    """Prefix tokens that take up the rows of the position embedding which the other library has no place for."""
+    """Return a function that adds to prefix tokens the position rows that the other library has no place for."""
 
     def make(tokens: Tensor, position: Tensor) -> Tensor:
         tokens = tokens.reshape(count, -1)
@@ -97,7 +97,7 @@ def _with_position(before: int, wanted: int, first: int, count: int) -> Make:
 
 
 def _positions(before: int, wanted: int, width: int) -> Make:
-    """The position embedding with as many rows before the patches as wanted: those that were there, or zeros."""
+    """Return a function that puts `wanted` rows before those of the patches: the ones that were there, or zeros."""
 
     def make(position: Tensor) -> Tensor:
         import torch
@@ -135,7 +135,7 @@ def _block(
 def _linear(
     name: str, backbone: Backbone, roles: dict[str, WeightRef], layer: str, parts: list[str], required: frozenset[str]
 ) -> Iterator[tuple[str, Recipe]]:
-    """A linear layer: weight and bias of its parts below each other; a bias that only some parts have is filled up."""
+    """Yield weight and bias of a linear layer, its parts stacked; a bias that some parts lack is filled with zeros."""
     weight = part(backbone.weights, *(roles[f"{layer}.{role}"] for role in parts))
     yield f"{name}.weight", weight
     biases = [roles.get(f"{layer}.{role}_bias") for role in parts]
@@ -151,7 +151,7 @@ def _linear(
 
 
 def _filled_up(sizes: list[int], present: list[bool]) -> Make:
-    """Biases below each other, zeros for those that are absent."""
+    """Return a function that stacks biases, with zeros for those that are absent."""
 
     def make(*given: Tensor) -> Tensor:
         import torch

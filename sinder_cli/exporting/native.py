@@ -1,4 +1,4 @@
-"""The backbone's own format: `.safetensors` or `.pth`, official keys, order and dtype."""
+"""Target `native`: the backbone's own format, `.safetensors` or `.pth`, with official keys, order and dtype."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _write(plan: Plan, path: Path) -> None:
 
 
 def write_weights(path: Path, weights: Weights) -> None:
-    """All tensors under the names of their export, one at a time, in the format that the suffix tells."""
+    """Write all tensors under their export names, one at a time, in the format that the suffix indicates."""
     from sinder_cli.exporting.torchfile import write_torch_file
 
     write = write_safetensors if path.suffix == ".safetensors" else write_torch_file
@@ -32,22 +32,25 @@ def _verify(plan: Plan, path: Path) -> Check:
 
 
 def read_back(path: Path, weights: Weights) -> Check:
-    """Names, order, shapes, dtypes and bits of a file against the weights. Raises `BadInputError` for a difference."""
+    """Compare names, order, shapes, dtypes and bits of a file with the weights.
+
+    Raises `BadInputError` for a difference.
+    """
     import torch
 
     what = f"export of {weights.source.label} failed"
     written = Weights.of(open_checkpoint(path))
     if list(written.output_infos().items()) != list(weights.output_infos().items()):
-        raise BadInputError(what, "names, shapes or dtypes read back differ", "report it")
+        raise BadInputError(what, "names, shapes or dtypes differ when they are read back", "report it")
     pairs = zip(weights.stream(weights.names), written.stream(written.names), strict=True)
     for (_, original), (output, copy) in pairs:
         if not torch.equal(_bits(original), _bits(copy)):
-            raise BadInputError(what, f"{output} reads back differently", "check the disk")
+            raise BadInputError(what, f"{output} differs when it is read back", "check the disk")
     return Check("read back bit for bit", difference=0.0, tolerance=0.0, versions={"torch": torch.__version__})
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The raw bytes of a tensor, so that NaN equals itself."""
+    """Return the raw bytes of a tensor, so that NaN equals itself."""
     import torch
 
     return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""One ONNX file: images of one size, any number of them → cls, registers and patch tokens after the final norm."""
+"""Target `onnx`: one file, images of one size, any number → cls, registers and patch tokens after the final norm."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from sinder_cli.backbone.contract import Backbone
 
-TOLERANCE = 1e-4  # relative, in float32: other kernels add up in another order
-MOST_BYTES = 2**31 - (1 << 24)  # of weights: one file is one message of protobuf, and that is under 2 GiB
+TOLERANCE = 1e-4  # relative, in float32: other kernels sum in another order
+MOST_BYTES = 2**31 - (1 << 24)  # of weights: one file is one protobuf message, which must be under 2 GiB
 LIBRARIES = ("onnx", "onnxscript")
 RUNTIME = ("onnxruntime",)
 CHECK = "load_onnx.py"
@@ -33,11 +33,11 @@ def _require(plan: Plan) -> None:
     backbone, size = plan.backbone, plan.settings.image_size
     what = f"cannot export {backbone.name} to onnx"
     if size is not None and size % backbone.patch_size:
-        why = f"{size} pixels are not made of patches of {backbone.patch_size}"
+        why = f"{size} pixels are not a multiple of the patch size {backbone.patch_size}"
         raise UsageError(what, why, f"use --image-size {max(plan.image_size, backbone.patch_size)}")
     dynamic = plan.settings.dynamic_size
     if dynamic and not plan.settings.verify:
-        why = "a graph of dynamic size is kept only where it has been seen to be right"
+        why = "a graph of dynamic size is kept only if it was verified"
         raise UsageError(what, why, "leave --no-verify or --dynamic-size out")
     needed = (*LIBRARIES, *RUNTIME) if dynamic else LIBRARIES
     if missing := [name for name in needed if find_spec(name) is None]:
@@ -65,7 +65,7 @@ def _write(plan: Plan, path: Path) -> None:
                 torch.export.export(graph, (example,), dynamic_shapes=(sizes,)),
                 (),
                 dynamo=True,
-                dynamic_shapes=(sizes,),  # once more, for their names
+                dynamic_shapes=(sizes,),  # given again, for their names
                 input_names=["images"],
                 output_names=list(_names(plan.backbone)),
                 external_data=False,
@@ -77,7 +77,7 @@ def _write(plan: Plan, path: Path) -> None:
             if is_out_of_memory(error):
                 raise
             why = "PyTorch's exporter" + (
-                " needs one size" if plan.settings.dynamic_size else f" says: {excerpt(str(error))}"
+                " needs a fixed size" if plan.settings.dynamic_size else f" says: {excerpt(str(error))}"
             )
             raise _refused(plan, why) from error
         assert program is not None
@@ -86,7 +86,7 @@ def _write(plan: Plan, path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep to itself what the exporter says about itself."""
+    """Suppress the log messages and warnings of the exporter."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -104,7 +104,7 @@ def _refused(plan: Plan, why: str) -> BadInputError:
 
 
 def _graph(backbone: Backbone) -> nn.Module:
-    """A module whose `forward(images)` gives the outputs in their order; position embeddings become constants."""
+    """Return a module whose `forward(images)` gives the outputs in order; position embeddings become constants."""
     from torch import nn
 
     class Graph(nn.Module):
@@ -119,7 +119,7 @@ def _graph(backbone: Backbone) -> nn.Module:
 
 
 def _names(backbone: Backbone) -> list[str]:
-    """Those of `by_kind`, in its order."""
+    """Return the names of the outputs, those of `by_kind` in its order."""
     first = ["cls"] if backbone.has_cls else []
     return [*first, *(["registers"] if backbone.prefix_tokens > len(first) else []), "patch_tokens"]
 
@@ -137,14 +137,14 @@ def _verify(plan: Plan, path: Path) -> Check:
     batches += [images[:, :, : 4 * patch, : 5 * patch], images[:, :, : 3 * patch, : 2 * patch]]
     try:
         return verify_features(plan, path, CHECK, RUNTIME, _ours, batches, TOLERANCE)
-    except BadInputError as error:  # most exporters take a position embedding of one size for all
+    except BadInputError as error:  # most exporters fix the position embedding at one size
         detail = "at one of them it cannot be run" if NOT_LOADED in error.why else error.why
         raise _refused(plan, f"the graph is not right at three sizes that were tried: {detail}") from error
 
 
 TARGET = Target(
     kind="file",
-    summary="one file for onnxruntime and its like, of one image size and any batch size",
+    summary="one file for onnxruntime and similar runtimes, of one image size and any batch size",
     write=_write,
     verify=_verify,
     require=_require,

@@ -1,17 +1,15 @@
-"""One export from the checked description to the files under their final name."""
+"""One export: the draft, its check, and the record of what was written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sinder_cli.backbone.opening import require_loadable
 from sinder_cli.events import Noted, Warned
 from sinder_cli.exporting.targets import Check, Plan, Target
 from sinder_cli.files import json_text, public_model, sha256_of
-from sinder_cli.folders import FORMAT, MANIFEST, placed
+from sinder_cli.folders import FORMAT, MANIFEST
 
 if TYPE_CHECKING:
     from sinder_cli.exporting.settings import TargetName
@@ -28,7 +26,7 @@ class Written:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What `export` wrote, and how it was checked."""
+    """Record of an export: the files, and how they were checked."""
 
     path: Path
     target: TargetName
@@ -38,34 +36,31 @@ class ExportResult:
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Size of all files together."""
         return sum(file.bytes for file in self.files)
 
 
-Card = Callable[[Plan, Target, Check, str], Mapping[str, bytes]]  # of a folder of that name: README.md and pictures
+def write_draft(plan: Plan, target: Target, draft: Path) -> Check:
+    """Write what a target writes to a path that is not the final one, and check it.
 
-
-def write_export(plan: Plan, target: Target, out: Path, card: Card) -> ExportResult:
-    """Write, check, and only then give the final name. A folder gets its card and a list of what is in it.
-
-    Raises `BadInputError` for a check that fails, which leaves nothing, or what was there before.
+    Raises `BadInputError` for a check that fails.
     """
-    target.require(plan)
-    require_loadable(plan.backbone)
-    settings = plan.settings
-    with placed(out) as draft:
-        plan.emit(Noted(f"writing {out}"))
-        target.write(plan, draft)
-        check = target.verify(plan, draft) if settings.verify else Check("not checked: --no-verify", verified=False)
-        plan.emit(Noted(check.told) if check.verified or not settings.verify else Warned(check.told))
-        if target.kind == "folder":
-            for name, content in card(plan, target, check, out.resolve().name).items():
-                (draft / name).parent.mkdir(exist_ok=True)
-                (draft / name).write_bytes(content)
-        files = _files(draft)
-        if target.kind == "folder":
-            (draft / MANIFEST).write_text(json_text(_manifest(plan, check, files)), encoding="utf-8")
-    return ExportResult(out, settings.to, plan.backbone.name, files, check)
+    target.write(plan, draft)
+    if not plan.settings.verify:
+        check = Check("not checked: --no-verify", verified=False)
+        plan.emit(Noted(check.told))
+        return check
+    check = target.verify(plan, draft)
+    plan.emit(Noted(check.told) if check.verified else Warned(check.told))
+    return check
+
+
+def finished_export(plan: Plan, target: Target, check: Check, draft: Path, out: Path) -> ExportResult:
+    """Return the record of a draft that is complete; a folder gets a list of its files."""
+    files = _files(draft)
+    if target.kind == "folder":
+        (draft / MANIFEST).write_text(json_text(_manifest(plan, check, files)), encoding="utf-8")
+    return ExportResult(out, plan.settings.to, plan.backbone.name, files, check)
 
 
 def _files(draft: Path) -> tuple[Written, ...]:
@@ -76,7 +71,7 @@ def _files(draft: Path) -> tuple[Written, ...]:
 
 
 def _manifest(plan: Plan, check: Check, files: tuple[Written, ...]) -> dict[str, object]:
-    """What tells that a folder is ours, and what of it."""
+    """Return the list of files by which a folder is known as an export of sinder."""
     return {
         "format": FORMAT,
         "target": plan.settings.to,

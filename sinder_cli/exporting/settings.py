@@ -1,4 +1,4 @@
-"""What the user asks of an export."""
+"""Settings of an export."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from sinder_cli.errors import UsageError
 TargetName = Literal["native", "transformers", "timm", "dinov2", "torchhub", "onnx", "adapter", "delta"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
 
-SHARD_BYTES = 5 * 10**9  # the largest file that a hub likes
+SHARD_BYTES = 5 * 10**9  # the largest file that suits a hub
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """`to` names the target; None stands for what suits it: the stored dtypes, the model's own image size."""
+    """Settings of an export; `to` names the target.
+
+    None stands for the default: the stored dtypes, the model's own image size, shards of `SHARD_BYTES`.
+    """
 
     to: TargetName
     dtype: DtypeName | None = None
@@ -29,7 +32,7 @@ class ExportSettings:
 
     @property
     def given(self) -> dict[str, bool]:
-        """Which options, beyond those that every target has, were given."""
+        """Options that only some targets have: True for each one that was given."""
         return {
             "--dtype": self.dtype is not None,
             "--image-size": self.image_size is not None,
@@ -39,9 +42,9 @@ class ExportSettings:
 
 
 def parse_size(text: str) -> int:
-    """`500MB`, `2 GiB` or a number of bytes → bytes. Raises `UsageError`."""
+    """Return the bytes of `500MB`, `2 GiB` or a plain number. Raises `UsageError` for any other text."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", text.upper())
     size = round(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size < 1:
-        raise UsageError(f"bad size {text!r}", "it is no number of bytes", "use for example 5GB or 500MiB")
+        raise UsageError(f"bad size {text!r}", "it is not a number of bytes", "use for example 5GB or 500MiB")
     return size

@@ -1,9 +1,8 @@
-"""What a target format is, and how the one that was named is found.
+"""Definition of a target format, and the lookup of one by name.
 
-To add one: write `sinder_cli/exporting/NAME.py` with a `TARGET`, and put NAME into `TargetName`. `write` is given a
-path that is not the final one; whatever it raises, or `verify` does, leaves nothing behind. A target that another
-library loads has a script in `checks/`, which that library alone can run, and compares features by
-`verifying.verify_features`.
+To add one: write `sinder_cli/exporting/NAME.py` with a `TARGET`, and put NAME into `TargetName`. `write` gets a path
+that is not the final one; if it or `verify` raises, nothing is left behind. A target that another library loads has a
+script in `checks/`, which needs that library alone, and compares features with `verifying.verify_features`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 class Repaired:
     """The change that led to a backbone, the run that made it if one was named, and the weights before it.
 
-    `open_base` gives None, and why, where these cannot be had.
+    `open_base` returns None and the reason if these weights cannot be opened.
     """
 
     change: Change
@@ -39,9 +38,9 @@ class Repaired:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be written, the same for every target: the backbone in the dtype asked for, and where it comes from.
+    """Everything that a target needs to write: the backbone in the requested dtype, and its origin.
 
-    `repaired` is None for a model as it was published. `images` are those that the user named for the check.
+    `repaired` is None for a model that was not repaired. `images` are those that the user named for the check.
     """
 
     backbone: Backbone
@@ -52,16 +51,16 @@ class Plan:
 
     @property
     def image_size(self) -> int:
-        """Pixels along the side of a square input: the size asked for, or the model's own, in whole patches."""
+        """Pixels along the side of a square input: the requested size, or the model's own, in whole patches."""
         size = self.settings.image_size or self.backbone.image_size
         return size - size % self.backbone.patch_size
 
 
 @dataclass(frozen=True)
 class Check:
-    """How the written files were loaded again, and what came of it; not `verified` where nobody could.
+    """Result of loading the written files again; `verified` is False if this was not possible.
 
-    `difference` and `tolerance` are relative; 0 is bit for bit.
+    `difference` and `tolerance` are relative; 0 means bit-identical.
     """
 
     sentence: str
@@ -72,7 +71,7 @@ class Check:
 
     @property
     def told(self) -> str:
-        """On one line, with what was measured."""
+        """The result on one line, with what was measured."""
         if self.difference is None or self.tolerance is None:
             return self.sentence
         if self.difference == 0:
@@ -81,7 +80,7 @@ class Check:
 
 
 def nothing_to_refuse(plan: Plan) -> None:
-    """For a target that holds any backbone."""
+    """Refuse nothing: for a target that can hold any backbone."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,9 @@ class Target:
     """One format.
 
     `require` refuses, before anything is written, what the format cannot hold: it raises `UsageError` or
-    `BadInputError` with the reason. `verify` loads what was written and raises `BadInputError` where it differs.
-    `options` are those of the command that the target heeds. `of_changes`: not the weights are written, but what a
-    repair changed in them.
+    `BadInputError` with the reason. `verify` loads what was written and raises `BadInputError` if it differs.
+    `options` are the options of the command that have an effect on the target. `of_changes` is True if a target holds
+    only what a repair changed, not the weights.
     """
 
     kind: Literal["file", "folder"]
@@ -106,20 +105,20 @@ class Target:
 
 
 def target_of(name: TargetName) -> Target:
-    """The target of that name; only its module is imported."""
+    """Return the target of that name; only its module is imported."""
     target: Target = import_module(f"{__package__}.{name}").TARGET
     return target
 
 
 def require_suffix(target: Target, out: Path) -> None:
-    """Refuse a file's name that says another format. Raises `UsageError`."""
+    """Raise `UsageError` for a file name with the suffix of another format."""
     if target.suffixes and out.suffix not in target.suffixes:
         remedy = f"use {' or '.join(target.suffixes)}"
         raise UsageError(f"cannot export to {out}", f"unknown suffix {out.suffix!r}", remedy)
 
 
 def require_options(name: str, target: Target, settings: ExportSettings) -> None:
-    """Refuse an option that the target would not heed. Raises `UsageError`."""
+    """Raise `UsageError` for an option that has no effect on the target."""
     for option, given in settings.given.items():
         if given and option not in target.options:
             raise UsageError(f"cannot use {option} with --to {name}", "it has no effect there", "leave it out")

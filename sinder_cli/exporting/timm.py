@@ -1,7 +1,7 @@
-"""A folder as timm's hub loading expects one: weights under timm's names, and a `config.json` that says how to build.
+"""Target `timm`: a folder that timm loads as one from a hub, with timm's names and a `config.json` to build from.
 
-What timm itself has made keeps its names. Anything else becomes a timm `VisionTransformer`: one of its registered
-DINOv2 models, whose sizes the configuration replaces.
+A model made by timm keeps its names. Any other becomes a timm `VisionTransformer`: one of timm's registered DINOv2
+models, with the sizes given by the configuration.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-EPS = 1e-6  # of timm's ViT; a smaller one of another library shows in the check, and hardly ever matters
+EPS = 1e-6  # of timm's ViT; a smaller one in another library makes a small difference, which the check measures
 PLAIN, GATED = "vit_base_patch14_dinov2", "vit_giant_patch14_dinov2"  # GELU, and SiLU gates
 KNOWN = {384: "vit_small_patch14_dinov2", 768: PLAIN, 1024: "vit_large_patch14_dinov2", 1536: GATED}
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "silu": "silu", "relu": "relu"}
@@ -58,14 +58,14 @@ LAYOUT = Layout(
 
 @dataclass(frozen=True)
 class Converted:
-    """A backbone as a model of timm's."""
+    """A backbone as a timm model."""
 
     config: Mapping[str, Any]
     weights: Weights
 
 
 def converted(backbone: Backbone) -> Converted:
-    """A `VisionTransformer` of timm. Raises `BadInputError` with the reason where none holds the backbone."""
+    """Return a `VisionTransformer` of timm. Raises `BadInputError` with the reason if none holds the backbone."""
     refuse = partial(_refuse, backbone)
     architecture = architecture_of(backbone, "timm")
     if architecture.has_stem_norm:
@@ -74,7 +74,7 @@ def converted(backbone: Backbone) -> Converted:
         refuse(f"no such model has the activation {architecture.activation}")
     if architecture.eps > EPS:
         refuse(f"its norms have eps {architecture.eps}, and timm's {EPS}")
-    # with registers, the position of cls goes into cls itself: timm's models of that kind have none for either
+    # with registers, cls absorbs its own position: timm's models of that kind have none for cls and registers
     apart = architecture.registers > 0
     layout = replace(LAYOUT, position_prefix=0 if apart else 1)
     dtype = backbone.weights.info(backbone.weights.names[0]).dtype
@@ -84,7 +84,7 @@ def converted(backbone: Backbone) -> Converted:
 
 
 def _arguments(architecture: Architecture, apart: bool) -> dict[str, Any]:
-    """What the model's function is called with."""
+    """Return the arguments of the function that builds the model."""
     hidden = architecture.hidden * (2 if architecture.gated else 1)  # timm counts both branches
     return {
         "act_layer": ACTIVATIONS[architecture.activation],
@@ -102,7 +102,7 @@ def _arguments(architecture: Architecture, apart: bool) -> dict[str, Any]:
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """A number that, times the width and cut to a whole, gives the hidden width."""
+    """Return a number that gives the hidden width when it is multiplied by the width and cut to an integer."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
@@ -141,7 +141,7 @@ def _refuse(backbone: Backbone, why: str) -> NoReturn:
 
 
 def own(backbone: Backbone) -> Converted | None:
-    """What timm has made itself, as it is; None for any other backbone."""
+    """Return a model made by timm as it is; None for any other backbone."""
     text = backbone.sidecars.get(CONFIG)
     config = json.loads(text) if text else {}
     return Converted(config, backbone.weights) if "architecture" in config else None
@@ -152,9 +152,7 @@ def _require(plan: Plan) -> None:
         converted(plan.backbone)
         eps = architecture_of(plan.backbone, "timm").eps
         if eps != EPS:
-            plan.emit(
-                Warned(f"timm adds {EPS} to variances and this model {eps}: features differ in their last digits")
-            )
+            plan.emit(Warned(f"timm's norms have eps {EPS}, this model's {eps}: features differ in their last digits"))
 
 
 def _write(plan: Plan, path: Path) -> None:
@@ -162,7 +160,7 @@ def _write(plan: Plan, path: Path) -> None:
     path.mkdir(exist_ok=True)
     write_json(path / CONFIG, made.config)
     tensors = (tensor for _, tensor in made.weights.stream(made.weights.names))
-    write_safetensors(path / WEIGHTS, made.weights.output_infos(), tensors, METADATA)  # timm looks for one file
+    write_safetensors(path / WEIGHTS, made.weights.output_infos(), tensors, METADATA)  # timm expects a single file
 
 
 def _verify(plan: Plan, path: Path) -> Check:
@@ -179,7 +177,7 @@ def _usage(_: Plan, folder: str) -> str:
 
 TARGET = Target(
     kind="folder",
-    summary="a folder for `timm.create_model('local-dir:…')`, as a hub takes it",
+    summary="a folder for `timm.create_model('local-dir:…')`, ready for a hub",
     write=_write,
     verify=_verify,
     require=_require,

@@ -1,8 +1,8 @@
-"""Writing what `torch.save` writes of a state dict, one tensor at a time.
+"""Writer of the file that `torch.save` makes from a state dict, one tensor at a time.
 
-`torch.save` wants all tensors in memory at once. The format is a zip archive of stored members: `data.pkl`, a pickle
-that describes an ordered dictionary of tensors and refers to their storages by number, and `data/0`, `data/1`, … with
-the bytes. It holds tensors only, so that `torch.load(…, weights_only=True)` reads it, mapped to memory if asked to.
+`torch.save` needs all tensors in memory at once. The format is a zip archive of uncompressed members: `data.pkl`, a
+pickle that describes an ordered dictionary of tensors and refers to their storages by number, and `data/0`, `data/1`,
+… with the bytes. It holds tensors only, so that `torch.load(…, weights_only=True)` reads it, memory-mapped if asked.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch import Tensor
 
 from sinder_cli.backbone.sources import TensorInfo
 
-ALIGNMENT = 64  # bytes; torch's own, for the sake of files that are mapped
-_ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the same tensors make the same file
+ALIGNMENT = 64  # bytes; as torch does, for files that are memory-mapped
+_ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # fixed, so that the same tensors make the same file
 _HEADER = 30  # bytes of a member's header before its name
 _ZIP64 = 20  # bytes that zipfile adds to the header of a large member
 _PADDING = 0x4246  # an extra field of this number is padding to PyTorch
 
 
 def write_torch_file(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[Tensor]) -> None:
-    """Write the tensors that `infos` announces; they are taken one at a time, in that order."""
+    """Write the tensors that `infos` describes; they are taken one at a time, in that order."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         _add(archive, "data.pkl", _description(infos))
         _add(archive, "byteorder", sys.byteorder.encode())
@@ -43,7 +43,7 @@ def write_torch_file(path: Path, infos: Mapping[str, TensorInfo], tensors: Itera
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
-    """A member whose content begins at a multiple of `ALIGNMENT`."""
+    """Add a member whose content begins at a multiple of `ALIGNMENT`."""
     member = zipfile.ZipInfo(f"archive/{name}", _ZIP_TIME)
     size = len(content)
     large = size * 1.05 > zipfile.ZIP64_LIMIT  # zipfile's own rule
@@ -64,7 +64,7 @@ class _Storage:
 
 
 class _Described:
-    """A tensor in the words that `torch.load` knows."""
+    """A tensor that is pickled in the form that `torch.load` reads."""
 
     def __init__(self, number: int, info: TensorInfo) -> None:
         self.number, self.info = number, info

@@ -1,4 +1,4 @@
-"""A folder that `torch.hub.load(DIR, NAME, source="local")` opens, with no dependency but torch."""
+"""Target `torchhub`: a folder for `torch.hub.load(DIR, NAME, source="local")` that needs nothing but torch."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ dependencies = ["torch"]
 
 
 def {name}(pretrained=True):
-    """{model}: images `[B, 3, H, W]` → tokens after the final norm, `[B, {prefix} + patches, {width}]`.
+    """Return {model}: images `[B, 3, H, W]` → tokens after the final norm, `[B, {prefix} + patches, {width}]`.
 
-    Images are RGB in [0, 1], less {mean}, divided by {std}; H and W are
+    Images are RGB in [0, 1], minus {mean}, divided by {std}; H and W are
     multiples of {patch}. {tokens}, then come the patches row by row.
-    Without `pretrained` the weights are whatever the module begins with.
+    Without `pretrained`, the weights are the initial ones of the module.
     """
     module = build()
     if pretrained:
@@ -46,7 +46,7 @@ def {name}(pretrained=True):
 
 
 def hub_name(model: str) -> str:
-    """A model's name as a function's: hf/owner/name-of → hf_owner_name_of."""
+    """Return a model's name as the name of a function: hf/owner/name-of → hf_owner_name_of."""
     return re.sub(r"\W|^(?=\d)", "_", model)
 
 
@@ -54,7 +54,7 @@ def _require(plan: Plan) -> None:
     source = plan.backbone.hub_source
     what = f"cannot export {plan.backbone.name} to torchhub"
     if source is None:
-        why = "its plugin has no source of the module that needs torch alone"
+        why = "its plugin provides no source of the module that needs only torch"
         raise BadInputError(what, why, "use another format")
     files = source()
     if "model.py" not in files:
@@ -64,7 +64,7 @@ def _require(plan: Plan) -> None:
 
 
 def foreign_imports(files: Mapping[str, str]) -> list[str]:
-    """The packages that Python files import beyond torch, the standard library and one another."""
+    """Return the packages that Python files import, except torch, the standard library and one another."""
     found: set[str] = set()
     for text in files.values():
         for node in ast.walk(ast.parse(text)):
@@ -81,7 +81,7 @@ def _write(plan: Plan, path: Path) -> None:
     backbone = plan.backbone
     assert backbone.hub_source is not None
     files = backbone.hub_source()
-    # torch.hub keeps packages by name: another model's of the same name would be taken for this one's
+    # torch.hub keeps packages by name: one of the same name from another model would be used instead
     package = f"sinder_hub_{hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:8]}"
     (path / package).mkdir(parents=True)
     for name, text in {"__init__.py": "", **files}.items():
@@ -128,7 +128,7 @@ def _usage(plan: Plan, folder: str) -> str:
 
 TARGET = Target(
     kind="folder",
-    summary="a folder for `torch.hub.load(…, source='local')`, with no dependency but torch",
+    summary="a folder for `torch.hub.load(…, source='local')`, which needs only torch",
     write=_write,
     verify=_verify,
     require=_require,

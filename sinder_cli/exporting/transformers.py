@@ -1,7 +1,7 @@
-"""A folder that transformers' `from_pretrained` opens: configuration, weights, preprocessor, card.
+"""Target `transformers`: a folder for `from_pretrained`, with configuration, weights, preprocessor and card.
 
-What transformers itself has made keeps its names and its configuration. Anything else becomes one of three families,
-whichever holds it: ViT, Dinov2 (LayerScale, gated MLPs), Dinov2WithRegisters. Names are those of files on disk.
+A model made by transformers keeps its names and its configuration. Any other becomes one of three families, the one
+that holds it: ViT, Dinov2 (LayerScale, gated MLPs), Dinov2WithRegisters. Names are those in files on disk.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Converted:
 
 
 def _config(architecture: Architecture, dtype: str) -> dict[str, Any]:
-    """What all three families call the same."""
+    """Return the settings that have the same name in all three families."""
     return {
         "attention_probs_dropout_prob": 0.0,
         "dtype": dtype,
@@ -97,7 +97,7 @@ def _config(architecture: Architecture, dtype: str) -> dict[str, Any]:
 
 
 def converted(backbone: Backbone) -> Converted:
-    """The family that holds a backbone. Raises `BadInputError` with the reason where none does."""
+    """Return the backbone in the family that holds it. Raises `BadInputError` with the reason if none does."""
     refuse = partial(_refuse, backbone)
     architecture = architecture_of(backbone, "transformers")
     if architecture.has_stem_norm:
@@ -118,13 +118,13 @@ def converted(backbone: Backbone) -> Converted:
 def _dinov2(backbone: Backbone, architecture: Architecture, config: dict[str, Any]) -> tuple[Layout, dict[str, Any]]:
     ratio = _mlp_ratio(architecture)
     if ratio is None:
-        _refuse(backbone, f"an MLP {architecture.hidden} wide is no whole multiple of {architecture.width}")
+        _refuse(backbone, f"its MLP width {architecture.hidden} is no whole multiple of {architecture.width}")
     if architecture.gated and architecture.activation != "silu":
         _refuse(backbone, f"gates of Dinov2 are SiLU, not {architecture.activation}")
     config |= {
         "apply_layernorm": True,
         "drop_path_rate": 0.0,
-        "hidden_act": "gelu" if architecture.gated else config["hidden_act"],  # which the gated MLP does not look at
+        "hidden_act": "gelu" if architecture.gated else config["hidden_act"],  # the gated MLP ignores it
         "layerscale_value": 1.0,
         "mlp_ratio": ratio,
         "reshape_hidden_states": True,
@@ -140,7 +140,7 @@ def _dinov2(backbone: Backbone, architecture: Architecture, config: dict[str, An
 
 
 def _mlp_ratio(architecture: Architecture) -> int | None:
-    """The whole number of which transformers makes the width of the MLP, if there is one."""
+    """Return the integer from which transformers computes the width of the MLP; None if there is none."""
 
     def hidden(ratio: int) -> int:
         wide = architecture.width * ratio
@@ -154,15 +154,15 @@ def _refuse(backbone: Backbone, why: str) -> NoReturn:
 
 
 def own(backbone: Backbone) -> Converted | None:
-    """What transformers has made itself, as it is; None for any other backbone."""
+    """Return a model made by transformers as it is; None for any other backbone."""
     text = backbone.sidecars.get(CONFIG)
     whole = json.loads(text) if text else {}
-    config = whole.get("vision_config", whole)  # of a vision tower that was stored with its text
+    config = whole.get("vision_config", whole)  # for a vision tower that was stored with its text model
     return Converted(config, backbone.weights) if "model_type" in config else None
 
 
 def preprocessor(backbone: Backbone) -> dict[str, Any]:
-    """What an image goes through: the shorter side resized, the centre cut out, normalized."""
+    """Return the preprocessing of an image: the shorter side resized, the centre cropped, values normalized."""
     size = backbone.image_size
     return {
         "crop_size": {"height": size, "width": size},
@@ -204,7 +204,7 @@ def _verify(plan: Plan, path: Path) -> Check:
 
 
 def hidden_states(backbone: Backbone, module: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Every state of the residual stream, from before the first block on, and the tokens after the final norm."""
+    """Return the residual stream before the first block and after each one, and the tokens after the final norm."""
     tokens, context = backbone.embed(module, images)
     states = {"hidden_states.0": tokens}
     for index in range(backbone.depth):
@@ -223,7 +223,7 @@ def _usage(_: Plan, folder: str) -> str:
 
 TARGET = Target(
     kind="folder",
-    summary="a folder for transformers' `from_pretrained`, as a hub takes it",
+    summary="a folder for transformers' `from_pretrained`, ready for a hub",
     write=_write,
     verify=_verify,
     require=_require,

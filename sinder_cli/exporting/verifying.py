@@ -1,13 +1,13 @@
-"""Whether a library that is not ours computes the same features from what was written.
+"""Check that another library computes the same features from what was written.
 
-Our features are computed here. The script of a target, in `checks/`, is then run by another process: it loads what was
-written with nothing but the target's library, and runs the same pixels. It is called as
+Our features are computed here. Then another process runs the script of the target, in `checks/`: it loads what was
+written with the target's library alone, and computes features of the same pixels. It is called as
 
     python SCRIPT WRITTEN PIXELS FEATURES
 
-PIXELS is a safetensors file of normalized images `[B, 3, H, W]` by batch, `0`, `1`, …; into FEATURES it writes tensors
-`[B, …, N]` for each of them, named `0.cls` and so on, under the names that `ours` gives. On standard output it prints
-one JSON document, the versions of its libraries.
+PIXELS is a safetensors file of normalized images `[B, 3, H, W]`, one tensor per batch, named `0`, `1`, …; the script
+writes tensors `[B, …, N]` for each batch into FEATURES, named `0.cls` and so on, with the names that `ours` gives. On
+standard output it prints one JSON document with the versions of its libraries.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def verify_features(
 ) -> Check:
     """Compare our features with those of a target's library, token by token.
 
-    `ours(backbone, module, images)` gives named features `[B, …, N]`; the weights are in float32, whatever is stored.
-    `batches` are images `[B, 3, H, W]`, by default two squares of the size that the backbone is made for. The measure
-    is the largest ‖theirs − ours‖ / ‖ours‖ of all tokens. Raises `BadInputError` above the tolerance, or where the
-    library fails; a library that is not installed makes a check that is not verified.
+    `ours(backbone, module, images)` returns named features `[B, …, N]`; the weights are in float32, whatever is stored.
+    `batches` are images `[B, 3, H, W]`, by default two squares of the plan's image size. The measure is the largest
+    ‖theirs − ours‖ / ‖ours‖ over all tokens. Raises `BadInputError` above the tolerance, or if the library fails; if it
+    is not installed, the returned check is not verified.
     """
     if missing := [name for name in libraries if find_spec(name) is None]:
         return Check(f"not checked: {' and '.join(missing)} not installed", verified=False)
@@ -91,13 +91,13 @@ def verify_features(
 
 
 def relative_difference(theirs: Tensor, ours: Tensor) -> float:
-    """The largest ‖theirs − ours‖ / ‖ours‖ over tokens `[…, N]`; infinite or NaN where a feature is."""
+    """Return the largest ‖theirs − ours‖ / ‖ours‖ over tokens `[…, N]`; infinite or NaN if a feature is."""
     norms = ours.norm(dim=-1).clamp(min=1e-30)
     return ((theirs - ours).norm(dim=-1) / norms).max().item()
 
 
 def normalized_tokens(backbone: Backbone, module: nn.Module, images: Tensor) -> Tensor:
-    """Images `[B, 3, H, W]` → tokens after the final norm, `[B, prefix + patches, N]`."""
+    """Return the tokens after the final norm, `[B, prefix + patches, N]`, of images `[B, 3, H, W]`."""
     tokens, context = backbone.embed(module, images)
     for index in range(backbone.depth):
         tokens = backbone.run_block(module, index, tokens, context)
@@ -105,7 +105,7 @@ def normalized_tokens(backbone: Backbone, module: nn.Module, images: Tensor) -> 
 
 
 def by_kind(backbone: Backbone, tokens: Tensor) -> dict[str, Tensor]:
-    """Tokens `[B, T, N]` by kind, as far as there are any: `cls` `[B, N]`, `registers`, `patch_tokens` `[B, …, N]`."""
+    """Split tokens `[B, T, N]` into those that exist: `cls` `[B, N]`, `registers`, `patch_tokens` `[B, …, N]`."""
     first, prefix = int(backbone.has_cls), backbone.prefix_tokens
     parts = {"cls": tokens[:, 0]} if first else {}
     if prefix > first:
@@ -114,7 +114,10 @@ def by_kind(backbone: Backbone, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def square_images(plan: Plan) -> Tensor:
-    """The first images that can be decoded, `[B, 3, S, S]`, normalized. Raises `BadInputError` where none can."""
+    """Return the first images that can be decoded, at most two, `[B, 3, S, S]`, normalized.
+
+    Raises `BadInputError` if none can be decoded.
+    """
     import torch
 
     backbone, images = plan.backbone, plan.images or own_images(plan.backbone)
@@ -131,14 +134,14 @@ def square_images(plan: Plan) -> Tensor:
 
 
 def own_images(backbone: Backbone) -> ImageSource:
-    """For when the user named none: those that the backbone brings, or drawn ones."""
+    """Return images for when the user named none: those that the backbone provides, or drawn ones."""
     if backbone.sample_images:
         return DrawnImages(tuple(backbone.sample_images(IMAGES, 0)), backbone.name)
     return DrawnPictures(IMAGES, DRAWN_SIDE, 0)
 
 
 def _our_features(plan: Plan, batches: Sequence[Tensor], ours: Ours) -> dict[str, Tensor]:
-    """Features by batch and name; the module is gone when this returns."""
+    """Return features by batch and name; the module is freed when this returns."""
     import torch
 
     module = load_module(plan.backbone)
@@ -151,7 +154,7 @@ def _our_features(plan: Plan, batches: Sequence[Tensor], ours: Ours) -> dict[str
 
 
 def _died(returncode: int, libraries: Sequence[str], model: str, last: str) -> SinderError:
-    """A check that a signal has ended: somebody else's, or that of a library which crashes."""
+    """Return the error for a check that a signal ended: one sent from outside, or a crash in a library."""
     what, why = f"cannot check the export of {model}", f"the process that loads it is gone, {death_words(returncode)}"
     if was_sent(returncode):
         return TryAgainError(what, why, "run again, or give --no-verify")

@@ -1,1 +1,1 @@
-"""Where images come from and how they become normalized tensors."""
+"""Image sources, and the way from an image to a normalized tensor."""

@@ -1,6 +1,6 @@
-"""One image file → 8-bit RGB, or the reason why not: formats, colours, rotation. What comes in is not trusted.
+"""One image file → 8-bit RGB, or the reason for a failure: formats, colours, rotation. Files are not trusted.
 
-Odd or huge metadata never costs pixels.
+Odd or huge metadata never makes an image unreadable.
 """
 
 from __future__ import annotations
@@ -27,43 +27,43 @@ if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngStream
 
 
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "PPM")  # what Pillow may try; MPO opens as JPEG
-BRANDS = {  # in the first box of such a file
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "PPM")  # formats that Pillow may try; MPO opens as JPEG
+BRANDS = {  # brand codes in the first box of such a file
     "AVIF": {b"avif", b"avis"},
     "HEIF": {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"},
 }
-FIRST_BOX = 64  # bytes of it that are looked at
+FIRST_BOX = 64  # bytes read from the start of a file
 REMEDIES = {
     "HEIF": "HEIC is read by an extra: pip install 'sinder-cli[heic]'",
     "AVIF": "AVIF is read by newer versions of Pillow: pip install --upgrade pillow",
 }
-LATER_PAGES = "later pages"  # in the `info` of an image that is the first of several in its file
-MAX_PIXELS = 178_956_970  # Pillow's own limit, by header, which a program may have lifted; no resizing beyond it
-PLAIN_PIXELS = 2**24  # 4096 × 4096, which may come from however few bytes
-PIXELS_PER_BYTE = 2000  # of the file, beyond that; flat colour makes 1032 at most as PNG, 350 as JPEG, photographs 100
+LATER_PAGES = "later pages"  # key in the `info` of an image that is the first of several in its file
+MAX_PIXELS = 178_956_970  # Pillow's own limit for sizes in headers, which a program may have lifted; also for resizing
+PLAIN_PIXELS = 2**24  # 4096 × 4096, allowed for a file of any size
+PIXELS_PER_BYTE = 2000  # limit above that; flat colour reaches 1032 as PNG and 350 as JPEG, photographs 100
 
 
 class UnreadableImageError(Exception):
-    """One image cannot be decoded; the message says why. Callers skip it, name it and count it."""
+    """An image cannot be decoded; the message says why. Callers skip it, report its name and count it."""
 
 
 def decode(path: Path) -> Image:
-    """One regular file of the formats above as an RGB image, EXIF rotation applied.
+    """Return a regular file of the formats above as an RGB image, with its EXIF rotation applied.
 
-    Of an animation, or of several pages, it is the first, with `LATER_PAGES` in its `info`, which has nothing else.
+    Of an animation or several pages, the first is returned, with `LATER_PAGES` as the only entry of its `info`.
 
-    - 16-bit greyscale is scaled (65535 is white), and so is float (1 is white, or the largest value above that);
+    - 16-bit greyscale is scaled (65535 is white), and so is float (white is the largest value, or 1 if that is more);
       of 16-bit colour the upper 8 bits are kept.
-    - A palette is looked up; transparency, of whatever kind, is laid over white.
-    - CMYK, YCbCr and L*a*b* are converted; an Adobe JPEG's inverted inks are put right. ICC profiles are not applied.
+    - A palette is looked up; transparency of any kind is laid over white.
+    - CMYK, YCbCr and L*a*b* are converted; an Adobe JPEG's inverted inks are corrected. ICC profiles are not applied.
     - Metadata that is odd or too large is left out.
 
-    Raises `UnreadableImageError` for everything that goes wrong with the file, `TryAgainError` where too many are open,
-    and what means that memory has run out: neither says anything about the image. Pillow's warnings about odd metadata
-    are left to the filters of the program.
+    Raises `UnreadableImageError` for any problem with the file, `TryAgainError` if too many files are open, and passes
+    errors that mean lack of memory: the last two say nothing about the image. Pillow's warnings about odd metadata are
+    left to the filters of the program.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device would block, and is never opened
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device could block, so it is never opened
             raise UnreadableImageError("not a regular file")
         formats = _formats(path)
         try:
@@ -87,7 +87,7 @@ def decode(path: Path) -> Image:
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """Why a file could not be decoded; of a text that is not called an image, what was probably meant."""
+    """Return why a file could not be decoded; for a text without an image suffix, what was probably intended."""
     from PIL import Image as pillow
     from PIL import UnidentifiedImageError
 
@@ -100,10 +100,10 @@ def _reason(error: Exception, path: Path) -> str:
 
 
 def _formats(path: Path) -> list[str]:
-    """What Pillow may try on a file: one that it was built without would be a KeyError.
+    """Return the formats that Pillow may try on a file, without those missing from its build (they raise KeyError).
 
-    The library for HEIC is loaded for such a file alone. Raises `UnreadableImageError` where it is missing, or Pillow
-    is too old for AVIF.
+    The library for HEIC is loaded only for a HEIC file. Raises `UnreadableImageError` if it is missing, or if Pillow is
+    too old for AVIF.
     """
     from PIL import Image as pillow
 
@@ -121,7 +121,7 @@ def _formats(path: Path) -> list[str]:
 
 
 def _needed(start: bytes) -> str | None:
-    """The format of a file, by its first bytes, where it is one that Pillow may lack."""
+    """Return the format of a file by its first bytes, if it is one that Pillow may lack; else None."""
     if start[4:8] != b"ftyp":
         return None
     end = min(int.from_bytes(start[:4], "big"), len(start))
@@ -141,17 +141,17 @@ def _decoded(source: Path | IO[bytes], formats: list[str], bytes_of_file: int) -
 
 
 def _has_more(file: Image) -> bool:
-    """Whether pages or frames come after the first; a photograph's previews, in MPO, are none."""
+    """Return True if pages or frames follow the first; the previews of a photograph, in MPO, do not count."""
     try:
         return file.format != "MPO" and bool(getattr(file, "is_animated", False))
-    except Exception as error:  # GIF looks for the second frame now, which may be broken
+    except Exception as error:  # GIF reads its second frame only here, and it may be broken
         if is_out_of_memory(error):
             raise
         return False
 
 
 def _require_plausible(width: int, height: int, bytes_of_file: int) -> None:
-    """Refuse by its header what would fill the memory: decoders make up for missing data at full size."""
+    """Raise `UnreadableImageError` for a header that would fill the memory: decoders pad missing data to full size."""
     pixels = width * height
     if pixels > MAX_PIXELS:
         raise UnreadableImageError(f"{width}×{height} pixels are too many")
@@ -163,15 +163,15 @@ WHITE_16_BIT = 65535.0
 
 
 def to_rgb(image: Image) -> Image:
-    """The image in mode RGB: deep greyscale scaled to 8 bits, transparency laid over white, the rest by Pillow.
+    """Return the image in mode RGB: deep greyscale scaled to 8 bits, transparency laid over white, the rest by Pillow.
 
-    Raises whatever Pillow does for a mode that it cannot convert.
+    Raises Pillow's error for a mode that it cannot convert.
     """
     if image.mode.startswith("I"):
         return _from_integers(image)
     if image.mode == "F":
         return _from_floats(image)
-    if image.mode == "La":  # premultiplied; Pillow knows no shorter way
+    if image.mode == "La":  # premultiplied; Pillow has no shorter way
         return _over_white(image.convert("LA"))
     if image.mode in {"RGBA", "LA", "PA", "RGBa"} or "transparency" in image.info:
         return _over_white(image)
@@ -186,7 +186,7 @@ def _over_white(image: Image) -> Image:
 
 
 def _from_integers(image: Image) -> Image:
-    """0 … 65535 → 0 … 255, also in 32 bits: Pillow opens 16-bit PGM, and 16-bit TIFF with a sign, as 32-bit."""
+    """Scale 0 … 65535 to 0 … 255, in 32 bits too: Pillow opens 16-bit PGM and signed 16-bit TIFF as 32-bit."""
     import numpy as np
 
     values = np.asarray(image, dtype=np.float64)
@@ -197,7 +197,7 @@ def _from_integers(image: Image) -> Image:
 
 
 def _from_floats(image: Image) -> Image:
-    """0 … 1 → 0 … 255, or 0 … the largest value if that is more than 1; NaN is black."""
+    """Scale 0 … 1 to 0 … 255, or 0 … the largest value if that is more than 1; NaN becomes black."""
     import numpy as np
 
     with np.errstate(invalid="ignore"):  # a signalling NaN
@@ -214,16 +214,16 @@ def _from_greys(values: Values) -> Image:
 
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MOST_BYTES = 2**30  # of a PNG that is copied without what is bad in it; 13 000 × 13 000 in 16-bit colour have as many
+MOST_BYTES = 2**30  # of a PNG to be copied without its bad chunks; 13 000 × 13 000 in 16-bit colour have as many
 ORIENTATION = 0x0112  # EXIF
 START_OF_SCAN, EXIF_SEGMENT = 0xDA, 0xE1
-NEEDLESS = {*range(0xE0, 0xEE), 0xEF, 0xFE}  # JFIF, EXIF, ICC, Photoshop, …, comments; 0xEE is Adobe's, of the colours
+NEEDLESS = {*range(0xE0, 0xEE), 0xEF, 0xFE}  # JFIF, EXIF, ICC, Photoshop, …, comments; not 0xEE: Adobe's, for colours
 TIFF_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 TIFF_METADATA = {270, 305, 306, 315, 700, 33432, 33723, 34377, 34665, 34675, 34853, 37724}  # texts, XMP, EXIF, ICC, GPS
 
 
 def upright(image: Image) -> Image:
-    """Return the image turned as its EXIF asks; as it is stored where that cannot be read."""
+    """Return the image rotated and mirrored as its EXIF says; unchanged if the EXIF cannot be read."""
     from PIL.Image import Transpose
 
     turned = {
@@ -248,7 +248,7 @@ def _orientation(image: Image) -> int:
 
 
 def without_metadata(path: Path) -> io.BytesIO | None:
-    """Return an image without the metadata that Pillow stumbles over; None where there is none to leave out."""
+    """Return an image file without the metadata that Pillow fails on; None if there is nothing to remove."""
     if path.stat().st_size > MOST_BYTES:
         return None
     with path.open("rb") as file:
@@ -263,7 +263,7 @@ def without_metadata(path: Path) -> io.BytesIO | None:
 
 
 def _plain_jpeg(content: bytes) -> io.BytesIO | None:
-    """A JPEG without segments that no pixel needs, but for an EXIF that can be read, which may turn the image."""
+    """Return a JPEG without segments that no pixel needs, except a readable EXIF, which may rotate the image."""
     kept, at = [content[:2]], 2
     while at + 4 <= len(content) and content[at] == 0xFF:
         marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4], "big")
@@ -290,7 +290,7 @@ def _is_exif(data: bytes) -> bool:
 
 
 def _plain_tiff(content: bytes, order: str) -> io.BytesIO | None:
-    """A TIFF whose first page has a new directory, behind all else, without the tags that no pixel needs."""
+    """Return a TIFF whose first page has a new directory, at the end of the file, without tags that no pixel needs."""
     try:
         (start,) = struct.unpack_from(f"{order}I", content, 4)
         (count,) = struct.unpack_from(f"{order}H", content, start)
@@ -305,10 +305,10 @@ def _plain_tiff(content: bytes, order: str) -> io.BytesIO | None:
 
 
 def without_bad_chunks(path: Path) -> io.BytesIO | None:
-    """Return a PNG without the chunks that Pillow refuses and that no pixel needs; None where there are none.
+    """Return a PNG without the chunks that Pillow refuses and that no pixel needs; None if it has no such chunks.
 
-    Those are large ones (Pillow's limits: 1 MiB a chunk and 64 MiB of text in all), odd and damaged ones. Of an
-    animation the first frame is left. None as well for what is no PNG, ends early, or has over 1 GiB.
+    These are odd, damaged and large chunks (Pillow's limits: 1 MiB per chunk and 64 MiB of text in all). Of an
+    animation only the first frame is kept. Returns None too for a file that is no PNG, ends early, or has over 1 GiB.
     """
     from PIL.PngImagePlugin import PngStream
 
@@ -326,18 +326,18 @@ def without_bad_chunks(path: Path) -> io.BytesIO | None:
 
 
 def _chunks(file: io.BufferedReader) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """The kind, data and checksum of each chunk, as far as they are whole."""
+    """Yield the kind, data and checksum of each chunk, up to the first incomplete one."""
     size = os.fstat(file.fileno()).st_size
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
-        if length + 4 > size - file.tell():  # reading makes room for as many bytes as it is asked for
+        if length + 4 > size - file.tell():  # a read reserves memory for all the bytes requested
             return
         data, checksum = file.read(length), file.read(4)
         yield kind, data, checksum
 
 
 def _is_good(judge: PngStream, kind: bytes, data: bytes, checksum: bytes) -> bool:
-    """Whether Pillow reads a chunk of metadata; `judge` adds up the memory that texts take."""
+    """Return True if Pillow can read a chunk of metadata; `judge` adds up the memory that texts take."""
     read = getattr(judge, f"chunk_{kind.decode('latin-1')}", None)
     if read is None or kind in (b"acTL", b"fcTL", b"fdAT") or struct.pack(">I", zlib.crc32(kind + data)) != checksum:
         return False

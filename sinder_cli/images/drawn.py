@@ -1,6 +1,6 @@
-"""Pictures drawn from a seed, for a repair that is given few images or none, and for the check of an export.
+"""Pictures drawn from a seed, for a repair with few images or none, and for the check of an export.
 
-They have the statistics of photographs that matter here: the spectrum of fields of noise, the edges of dead leaves.
+They share two statistics with photographs: the spectrum, by 1/f noise, and the edges, by dead leaves.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     Floats = np.ndarray[Any, np.dtype[np.float64]]
     Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
-DRAWING_VERSION = 1  # to be raised with any change of the pixels: it is part of the seed and of the fingerprint
+DRAWING_VERSION = 1  # raise it with any change of the pixels: it is part of the seed and of the fingerprint
 
 FALLOFF = (1.0, 1.5)  # α of a spectrum of amplitude f^−α; photographs have about 1 (Field 1987), blurred ones more
-CONTRAST = (35.0, 65.0)  # standard deviation of what all channels share, of 255
+CONTRAST = (35.0, 65.0)  # standard deviation of the field that all channels share, of 255
 MEAN = (100.0, 155.0)  # of a picture, of 255
-CAST = 20.0  # the most that the mean of a channel differs from that of the picture, of 255
-BRIGHTNESS, CHROMA = (0.8, 1.0), 0.35  # weights of what channels share, and at most of each other field, in a channel
+CAST = 20.0  # largest difference between the mean of a channel and that of the picture, of 255
+BRIGHTNESS, CHROMA = (0.8, 1.0), 0.35  # in a channel: weight of the shared field, and limit for each other field
 
-SMALLEST_RADIUS = 1 / 100  # of the side of a picture, but 1 pixel or more
-LARGEST_RADIUS = 1 / 3  # of the side, but 2 pixels or more
+SMALLEST_RADIUS = 1 / 100  # of the side of a picture; at least 1 pixel
+LARGEST_RADIUS = 1 / 3  # of the side; at least 2 pixels
 LEAVES_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
 class DrawnPictures:
-    """`count` RGB pictures of `size` × `size` pixels (2 or more), in turn 1/f noise and dead leaves.
+    """`count` RGB pictures of `size` × `size` pixels (2 or more), alternately 1/f noise and dead leaves.
 
     Each is drawn when it is loaded. Picture i depends on `seed` (0 or more), i and `size` alone.
     """
@@ -90,7 +90,7 @@ def _noise(random: np.random.Generator, size: int) -> Floats:
     """
     import numpy as np
 
-    f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])  # cycles a pixel
+    f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])  # cycles per pixel
     f[0, 0] = np.inf  # mean 0
     white = np.fft.rfft2(random.standard_normal((3, size, size)))
     fields = np.fft.irfft2(white * f ** -random.uniform(*FALLOFF), s=(size, size))
@@ -102,17 +102,17 @@ def _dead_leaves(random: np.random.Generator, size: int) -> Floats:
 
     The density of the radius is proportional to r^−3 between the smallest and the largest, so that the picture looks
     alike at each scale. Source: Lee, Mumford and Huang 2001, "Occlusion models for natural images: a statistical study
-    of the scale-invariant dead leaves model". Discs are drawn from the front to the back until no pixel is empty: what
-    is behind them would not be seen.
+    of the scale-invariant dead leaves model". Discs are drawn from the front to the back until no pixel is empty: discs
+    behind them would not be visible.
     """
     import numpy as np
 
     a, b = max(1.0, SMALLEST_RADIUS * size), max(2.0, LARGEST_RADIUS * size)
     colours: list[Floats] = []
-    front = np.full((size, size), -1)  # the number of the disc that is seen at each pixel; −1: none yet
+    front = np.full((size, size), -1)  # the number of the visible disc at each pixel; −1: none yet
     while (front < 0).any():
         r = (a**-2 + random.random(LEAVES_AT_ONCE) * (b**-2 - a**-2)) ** -0.5  # the inverse of its distribution
-        y, x = random.uniform(-b, size + b, (2, LEAVES_AT_ONCE))  # those outside may reach in
+        y, x = random.uniform(-b, size + b, (2, LEAVES_AT_ONCE))  # discs with a centre outside may reach in
         _paint_behind(front, y, x, r, len(colours) * LEAVES_AT_ONCE)
         colours.append(random.uniform(-(3**0.5), 3**0.5, (LEAVES_AT_ONCE, 3)))
     return np.concatenate(colours)[front]
@@ -121,7 +121,8 @@ def _dead_leaves(random: np.random.Generator, size: int) -> Floats:
 def _paint_behind(front: Numbers, y: Floats, x: Floats, r: Floats, first: int) -> None:
     """Paint discs with centres (y, x) and radii r, the foremost first, on the pixels of `front` that are empty (−1).
 
-    A disc covers the pixels whose centre, at whole numbers, is at most r away. They get its number, from `first` on.
+    A disc covers the pixels whose centre, at whole numbers, is at most r away. Discs are numbered from `first` on, and
+    pixels get the number of their disc.
     """
     import numpy as np
 
@@ -130,7 +131,7 @@ def _paint_behind(front: Numbers, y: Floats, x: Floats, r: Floats, first: int) -
     bottom, right = (np.minimum(np.floor(centre + r) + 1, size).astype(int) for centre in (y, x))
     before = np.zeros((size + 1, size + 1), int)  # the empty pixels above and left of each corner: a summed-area table
     before[1:, 1:] = (front < 0).cumsum(0).cumsum(1)
-    some = np.flatnonzero((top < bottom) & (left < right))  # discs whose box holds a pixel, and then one that is empty
+    some = np.flatnonzero((top < bottom) & (left < right))  # discs whose box holds a pixel, and below an empty pixel
     t, b, w, e = top[some], bottom[some], left[some], right[some]
     some = some[before[b, e] - before[t, e] - before[b, w] + before[t, w] > 0]
     at = np.arange(size)

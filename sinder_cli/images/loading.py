@@ -1,4 +1,4 @@
-"""Images in a given order, decoded ahead of the computation, and what becomes of those that cannot be read."""
+"""Loading images in a given order, decoded ahead of the computation, and reporting those that cannot be read."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from sinder_cli.images.preprocessing import Pixels
 
 
-Change = Literal["first page", "scaled down"]  # what was done to an image beyond what is done to all
-READ_AHEAD = 4  # images decoded ahead of the computation, by each process where there are several
+Change = Literal["first page", "scaled down"]  # done to some images beyond the usual preprocessing
+READ_AHEAD = 4  # images decoded ahead of the computation, by each process if there are several
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LoadedImage:
 
 @dataclass(frozen=True)
 class FittedImage:
-    """What one process hands to another: a quarter of the bytes of a normalized image."""
+    """One image as sent between processes, in uint8: a quarter of the bytes of the normalized image."""
 
     index: int
     pixels: Pixels | None
@@ -52,10 +52,10 @@ class FittedImage:
 def load_in_order(
     source: ImageSource, preprocess: Preprocessing, indices: Iterable[int], workers: int = 0
 ) -> Iterator[LoadedImage]:
-    """Decode ahead of the consumer and give the images back in the order of `indices`, which may be endless.
+    """Yield the images in the order of `indices`, which may be endless, decoded ahead of the consumer.
 
-    Decoding happens in `workers` processes; without any, or with images that are in memory, in a thread. The pixels
-    are the same either way. Raises `TryAgainError` when a process dies.
+    Decoding happens in `workers` processes; if `workers` is 0 or the images are in memory, in a thread. The pixels are
+    the same in both cases. Raises `TryAgainError` when a process dies.
     """
     fit = partial(_fit, source, preprocess)
     if workers > 0 and not source.in_memory:
@@ -87,7 +87,7 @@ def _loaded(source: ImageSource, preprocess: Preprocessing, fitted: FittedImage)
 
 @dataclass
 class Changes:
-    """The names of the images that were changed, by what was done, each once however often it is loaded."""
+    """The names of the changed images, by kind of change; an image loaded several times is listed once."""
 
     names: dict[Change, dict[str, None]] = field(default_factory=dict)
 
@@ -96,20 +96,20 @@ class Changes:
             self.names.setdefault(change, {})[image.name] = None
 
     def merge(self, other: Changes) -> None:
-        """Take in what another process has loaded."""
+        """Add the changes of another process."""
         for change, names in other.names.items():
             self.names.setdefault(change, {}).update(names)
 
     def tell(self, emit: Emit, max_tokens: int | None = None) -> None:
-        """Note in one line for each kind of change how many images it was made to."""
+        """Emit one note per kind of change, with the number of its images."""
         if names := self.names.get("first page"):
-            emit(Noted(f"of {_counted(names)} with several pages or frames, only the first is used"))
+            emit(Noted(f"only the first page or frame is used of {_counted(names)}"))
         if names := self.names.get("scaled down"):
             emit(Noted(f"{_counted(names)} scaled down to at most {max_tokens:,} patch tokens (--max-tokens)"))
 
 
 def _counted(names: Mapping[str, None]) -> str:
-    """1 image (a.tif); 3 images (a.tif, …)."""
+    """Return the number of images with the first name: `1 image (a.tif)`, `3 images (a.tif, …)`."""
     first = PurePath(next(iter(names))).name
     return f"1 image ({first})" if len(names) == 1 else f"{len(names):,} images ({first}, …)"
 
@@ -117,9 +117,9 @@ def _counted(names: Mapping[str, None]) -> str:
 def readable(
     loaded: Iterable[LoadedImage], unreadable: dict[str, str], emit: Emit, changes: Changes | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and pixels of the images that could be decoded, with what was done to them added to `changes`.
+    """Yield name and pixels of each image that could be decoded, and add its changes to `changes`.
 
-    Each other one is told once and added to `unreadable`.
+    Every other image is named in a warning once and added to `unreadable`.
     """
     for image in loaded:
         if image.pixels is not None:
@@ -131,27 +131,27 @@ def readable(
 
 
 def skip(name: str, problem: str, unreadable: dict[str, str], emit: Emit) -> None:
-    """Name an image that could not be decoded, unless it was named before, and add it to `unreadable`."""
+    """Name an undecodable image in a warning and add it to `unreadable`, unless it is in there already."""
     if name not in unreadable:
         emit(Warned(f"skipped {name}: {problem}"))
         unreadable[name] = problem
 
 
 def skip_all(others: Iterable[Mapping[str, str]], unreadable: dict[str, str], emit: Emit) -> None:
-    """The same for all that other processes could not decode."""
+    """Apply `skip` to all images that other processes could not decode."""
     for other in others:
         for name, problem in other.items():
             skip(name, problem, unreadable, emit)
 
 
 def require_some(read: int, skipped: int) -> None:
-    """Refuse to go on when not one image could be decoded. Raises `BadInputError`."""
+    """Raise `BadInputError` if images were skipped and none could be decoded."""
     if read == 0 and skipped > 0:
         raise BadInputError("no image could be decoded", f"all {skipped} failed", "check --data")
 
 
 def sampled(count: int, limit: int | None, seed: int) -> list[int]:
-    """`limit` of `count` images, each at most once, by the seed alone and in the order of the source; else all."""
+    """Draw `limit` of `count` images, each at most once, by the seed alone, in source order; all if there are fewer."""
     if limit is None or limit >= count:
         return list(range(count))
     import numpy as np
@@ -161,15 +161,15 @@ def sampled(count: int, limit: int | None, seed: int) -> list[int]:
 
 
 def spread(indices: Sequence[int], most: int) -> list[int]:
-    """At most so many of the indices, evenly spread."""
+    """Return at most `most` of the indices, evenly spread."""
     count = min(most, len(indices))
     return [indices[at * len(indices) // count] for at in range(count)]
 
 
 def shuffled(count: int, seed: int, start: int = 0) -> Iterator[int]:
-    """Endless passes over `count` images, each in an order of its own that depends on the seed and the pass alone.
+    """Yield endless passes over `count` images, each in an order of its own that depends only on the seed and the pass.
 
-    `start` images are left out at the beginning, without going through them.
+    The first `start` images are left out, without generating them.
     """
     import numpy as np
 
@@ -181,6 +181,6 @@ def shuffled(count: int, seed: int, start: int = 0) -> Iterator[int]:
 
 
 def cycled(count: int, start: int = 0) -> Iterator[int]:
-    """Endless passes over `count` images in their order, without the first `start` images."""
+    """Yield endless passes over `count` images in their order, without the first `start` images."""
     for at in counting(start):
         yield at % count

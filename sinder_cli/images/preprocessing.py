@@ -1,4 +1,4 @@
-"""An RGB image → uint8 pixels of the size asked for → the normalized tensor that a backbone reads."""
+"""An RGB image → uint8 pixels of the requested size → the normalized tensor that a backbone reads."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 Resize = Literal["short", "square", "none"]
-MIN_PATCHES = 5  # a side: no defect is looked for at the border, and a target needs a neighbourhood
+MIN_PATCHES = 5  # per side: defects at the border are ignored, and a target needs a neighbourhood
 
 
 def centre_crop(image: Image, size: int) -> Image:
-    """The shorter side resized to `size` (bicubic, antialiased), then the centre `size` × `size`.
+    """Resize the shorter side to `size` (bicubic, antialiased), and return the centre `size` × `size`.
 
     Raises `UnreadableImageError` for an image so narrow that resizing it would fill the memory.
     """
@@ -28,12 +28,12 @@ def centre_crop(image: Image, size: int) -> Image:
 
 
 def whole_patches(image: Image, patch: int) -> Image:
-    """The centre of the image, less than one patch narrower and lower, in multiples of `patch`."""
+    """Return the largest centre of the image whose width and height are multiples of `patch`."""
     return _centre(image, image.width - image.width % patch, image.height - image.height % patch)
 
 
 def _short_side(width: int, height: int, size: int) -> tuple[int, int]:
-    """The width and the height where the shorter side is `size` and the shape is kept."""
+    """Return the width and height at which the shorter side is `size` and the aspect ratio is kept."""
     scale = size / min(width, height)
     return max(size, round(width * scale)), max(size, round(height * scale))
 
@@ -58,13 +58,13 @@ def _centre(image: Image, width: int, height: int) -> Image:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an RGB image becomes the input of a backbone; no way of resizing distorts it.
+    """Conversion of an RGB image to the input of a backbone; no way of resizing distorts the image.
 
-    `square`: the centre `size` × `size` of the image with its shorter side resized to `size`.
-    `short`: the same without the crop to a square; the longer side keeps its proportion, in multiples of `patch`.
-    `none`: as it is, in multiples of `patch`.
+    `square`: the shorter side is resized to `size`, and the centre `size` × `size` is cropped.
+    `short`: the shorter side is resized to `size`; then both sides are cropped to multiples of `patch`.
+    `none`: no resizing; both sides are cropped to multiples of `patch`.
 
-    `short` and `none` scale an image of more than `max_tokens` patches down to that many, its shape kept.
+    `short` and `none` scale an image of more than `max_tokens` patches down to at most that many, with the same shape.
     """
 
     size: int
@@ -75,13 +75,13 @@ class Preprocessing:
     max_tokens: int | None = None
 
     def __call__(self, image: Image) -> Tensor:
-        """`[3, H, W]` float32. Raises `UnreadableImageError` as `fit` does."""
+        """Return the image as `[3, H, W]` float32. Raises `UnreadableImageError` as `fit` does."""
         return self.normalize(self.fit(image))
 
     def fit(self, image: Image) -> Pixels:
         """Resize and crop an RGB image to `[H, W, 3]` uint8.
 
-        Raises `UnreadableImageError` for one too narrow to be resized, or, not resized, under 5 × 5 patches.
+        Raises `UnreadableImageError` for an image too narrow to be resized, or, if not resized, under 5 × 5 patches.
         """
         import numpy as np
 
@@ -98,9 +98,9 @@ class Preprocessing:
         return np.asarray(whole_patches(image, self.patch))
 
     def bounded_size(self, width: int, height: int) -> tuple[int, int] | None:
-        """The width and height in pixels that make at most `max_tokens` patches; None for an image that does already.
+        """Return the width and height in pixels that give at most `max_tokens` patches; None if no scaling is needed.
 
-        With w·h pixels to start from (for `short`, those it would be resized to), both sides shrink by
+        For an image of w·h pixels (for `short`, after its resizing), both sides are multiplied by
         √(max_tokens · patch² / (w·h)).
         """
         if self.max_tokens is None or self.resize == "square":
@@ -121,7 +121,7 @@ class Preprocessing:
         return size
 
     def normalize(self, pixels: Pixels) -> Tensor:
-        """`[H, W, 3]` uint8 → `[3, H, W]` float32, contiguous: (pixels / 255 − mean) / std."""
+        """Convert `[H, W, 3]` uint8 to `[3, H, W]` float32, contiguous: (pixels / 255 − mean) / std."""
         import numpy as np
         import torch
 

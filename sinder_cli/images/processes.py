@@ -1,8 +1,8 @@
 """Work in other processes, ahead of its consumer and in order.
 
-A pipe to each process, and nothing shared, so that a death on either side ends the read on the other at once. With
-torch's DataLoader it does not: all workers write into one pipe, where half a message blocks its reader for good, and
-the error is raised by a signal handler wherever the main thread happens to be.
+Each process has a pipe of its own and nothing is shared, so that if one side dies, the read on the other side ends at
+once. With torch's DataLoader it does not: all workers write into one pipe, where half a message blocks the reader
+forever, and the error is raised by a signal handler at any point of the main thread.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ from sinder_cli.prefetch import loaded_ahead
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Serve = Callable[[Connection, Sequence[Connection]], None]  # what a process does with its end of a pipe, and with ours
+Serve = Callable[[Connection, Sequence[Connection]], None]  # run by a process with its end of a pipe, and our ends
 
-MAX_DEFAULT = 4  # decoding is seldom the bottleneck beyond it
-MOST_SECONDS_TO_END = 5.0  # not even a kill ends a process that waits for a file server
-END = "end"  # instead of an item: no more will come
+MAX_DEFAULT = 4  # with more processes, decoding is seldom the bottleneck
+MOST_SECONDS_TO_END = 5.0  # even a killed process stays if it waits for a file server
+END = "end"  # sent instead of an item: there are no more
 
 
 def default_workers(sharing: int = 1) -> int:
-    """One process fewer than there are cores for each of those that share them, between 1 and 4."""
+    """Return one less than the number of cores per process that shares the machine, between 1 and 4."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MAX_DEFAULT, max(1, cores // sharing - 1))
 
 
 def worker_count(chosen: int | None, sharing: int = 1) -> int:
-    """As many as were chosen, or the default where so many processes share the machine."""
+    """Return the chosen number of workers, or the default if `sharing` processes share the machine."""
     return default_workers(sharing) if chosen is None else chosen
 
 
 def in_processes(work: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
-    """`work(item)` for each item in turn; each process is at most `ahead` + 1 items before what is asked for.
+    """Yield `work(item)` for each item in turn; each process is at most `ahead` + 1 items ahead of the consumer.
 
-    Items may be endless; `work`, the items and the results are pickled. What `work` raises is raised here. Raises
+    Items may be endless; `work`, the items and the results are pickled. An exception of `work` is raised here. Raises
     `TryAgainError` when a process dies or cannot be started. Closing the generator ends the processes.
     """
     with _started(partial(_serve, work, ahead), workers) as pipes:
-        owing: deque[Connection] = deque()  # the pipes in the order in which their answers are due
+        owing: deque[Connection] = deque()  # the pipes, in the order in which their answers are expected
         for item, pipe in zip(items, cycle(pipes), strict=False):
             _send(pipe, item)
             owing.append(pipe)
-            if len(owing) > workers * (ahead + 1):  # each process has what `loaded_ahead` wants before it answers
+            if len(owing) > workers * (ahead + 1):  # `loaded_ahead` needs so many items before it answers
                 yield _receive(owing.popleft())
         for pipe in pipes:
             _send(pipe, END)
@@ -87,7 +87,7 @@ def _died() -> TryAgainError:
 
 @contextmanager
 def _started(serve: Serve, workers: int) -> Iterator[list[Connection]]:
-    """Pipes to so many new processes, which are ended at the end."""
+    """Start `workers` processes and yield the pipes to them; end the processes at the end."""
     pipes: list[Connection] = []
     processes: list[BaseProcess] = []
 
@@ -97,7 +97,7 @@ def _started(serve: Serve, workers: int) -> Iterator[list[Connection]]:
         for process in processes:
             process.kill()
 
-    atexit.register(end)  # or multiprocessing, whose turn is later, would wait for the end of those it terminates
+    atexit.register(end)  # before the exit handler of multiprocessing, which would wait for the processes it terminates
     try:
         for _ in range(workers):
             pipe, process = _start(serve, pipes)
@@ -118,7 +118,7 @@ def _start(serve: Serve, earlier: Sequence[Connection]) -> tuple[Connection, Bas
         ours, theirs = context.Pipe()
         process = context.Process(target=serve, args=(theirs, (ours, *earlier)), daemon=True, name="sinder-images")
         with theirs, _signals_held(), warnings.catch_warnings():
-            # Python warns of a fork beside threads: their locks may be held, and these children take none of them
+            # Python warns of a fork while threads run, whose locks may be held; these children use none of them
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
     except OSError as error:
@@ -128,7 +128,7 @@ def _start(serve: Serve, earlier: Sequence[Connection]) -> tuple[Connection, Bas
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """A child that starts meanwhile receives neither signal before it has said what it does with them."""
+    """Block SIGINT and SIGTERM, so that a child started meanwhile receives neither before it has set its handlers."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -140,11 +140,11 @@ def _signals_held() -> Iterator[None]:
 
 
 def _serve(work: Callable[[Item], Result], ahead: int, pipe: Connection, other_ends: Sequence[Connection]) -> None:
-    """The life of one process: answer each item that comes in, until no more do or the other side is gone."""
-    for end in other_ends:  # of all pipes so far: the parent holds them too, and its death would never show
+    """Answer each item that arrives, until the last one or until the other side is gone: the work of one process."""
+    for end in other_ends:  # the parent's ends of all pipes so far: while they are open here, its death goes unnoticed
         end.close()
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, torchrun and systemd signal the whole group; the parent
-        signal.signal(number, signal.SIG_IGN)  # tells it, and may need this process for the step that it is in
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, torchrun and systemd signal the whole group;
+        signal.signal(number, signal.SIG_IGN)  # the parent handles it, and may need this process to finish its step
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Where images come from: the files, folders and lists that a user names, found once and in order."""
+"""Image sources: the files, folders and lists that a user names, searched once and in order."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-CHANGED = "the file has changed since the run began"  # so begins what is told of one that has, or has vanished
+CHANGED = "the file has changed since the run began"  # start of the message for a file that changed or vanished
 FileState = tuple[int, int]  # bytes, and nanoseconds of the last change
 
 
 class ImageSource(Protocol):
-    """Images by index, each with a name."""
+    """A sequence of images, each with a name."""
 
     @property
     def in_memory(self) -> bool:
-        """Whether the images are decoded already, so that other processes could only copy them."""
+        """True if the images are decoded already, so that other processes could only copy them."""
         ...
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """How the image is called in messages."""
+        """Return the name of the image in messages."""
         ...
 
     def load(self, index: int) -> Image:
-        """Decode to RGB. Raises `UnreadableImageError`."""
+        """Decode the image to RGB. Raises `UnreadableImageError`."""
         ...
 
     def fingerprint(self) -> str:
-        """SHA-256 that changes when the list of images does."""
+        """Compute a SHA-256 that changes when the list of images does."""
         ...
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files on disk, as they are when the list is made: one that changes later is refused."""
+    """Image files on disk, in their state when the list is made: a file that changes later is refused."""
 
     in_memory: ClassVar[bool] = False
 
@@ -170,7 +170,7 @@ class JoinedImages:
 
 
 def _state(path: Path) -> FileState:
-    """Size and time; −1 for a file that cannot be looked at, which is told when it is decoded."""
+    """Return size and time of the last change; −1 for a missing or unreadable file, which decoding then reports."""
     try:
         found = path.stat()
     except (OSError, ValueError):  # ValueError: a NUL in the name
@@ -179,12 +179,12 @@ def _state(path: Path) -> FileState:
 
 
 def whole_of(source: ImageSource) -> ImageSource:
-    """The source that some images were chosen from, or the source itself."""
+    """Return the source from which `SomeImages` were chosen; any other source itself."""
     return source.source if isinstance(source, SomeImages) else source
 
 
 def files_of(source: ImageSource) -> ImageFiles | None:
-    """The image files of a source, if it has any: those of its first part, where others are drawn."""
+    """Return the image files of a source, or None if it has none; for joined sources, those of the first part."""
     if isinstance(source, JoinedImages):
         return files_of(source.parts[0])
     return source if isinstance(source, ImageFiles) else None
@@ -193,20 +193,21 @@ def files_of(source: ImageSource) -> ImageFiles | None:
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".avif", ".ppm", ".pgm"}
 )
-HEIC = frozenset({".heic", ".heif"})  # read where the extra is installed
-LISTS = frozenset({".txt", ".lst", ".list"})  # of a file that is named: it holds paths
-MOST_KINDS = 8  # of files passed over, that are told apart
+HEIC = frozenset({".heic", ".heif"})  # read if the extra is installed
+LISTS = frozenset({".txt", ".lst", ".list"})  # suffixes of a named file that holds paths
+MOST_KINDS = 8  # of files passed over that the note lists separately
 
 
 def find_images(places: Sequence[str], stdin: IO[str] | IO[bytes] | None = None, emit: Emit = silent) -> ImageFiles:
-    """Image files in folders (searched in sorted order), named one by one, or listed: on standard input for `-`, or in
-    a file that ends in .txt, .lst or .list, one path a line or ended by NUL, relative ones from the working directory.
+    """Return the image files in `places`: folders, single images, and lists of paths.
 
-    A file that is named, or listed, counts whatever its suffix; in folders, regular files with an image's suffix count.
-    Hidden folders, and `@eaDir`, are searched only if they are named. Links to folders are followed, and each folder is
-    searched once, however many links lead to it. What is passed over is noted by kind, in one line; a folder within one
-    that was named is passed over with a warning if it cannot be read.
-    Raises `NoInputError` for a place that does not exist or cannot be read, and where nothing was found.
+    Folders are searched in sorted order. A list is standard input for `-`, or a file that ends in .txt, .lst or .list;
+    it has one path per line, or paths ended by NUL; relative paths start from the working directory.
+    A named or listed file counts with any suffix; in folders, only regular files with the suffix of an image count.
+    Hidden folders and `@eaDir` are searched only if they are named. Links to folders are followed, and each folder is
+    searched once, however many links lead to it. Files passed over are counted by kind in one note; an unreadable
+    folder inside a named one is passed over with a warning.
+    Raises `NoInputError` for a place that does not exist or cannot be read, and if nothing was found.
     """
     found: list[Path] = []
     search = _Search(emit)
@@ -234,9 +235,9 @@ def _suffixes() -> frozenset[str]:
 
 def _is_folder(place: str) -> bool:
     try:
-        folder = stat.S_ISDIR(os.stat(place).st_mode)  # noqa: PTH116  (a Path would hide why it cannot be read)
+        folder = stat.S_ISDIR(os.stat(place).st_mode)  # noqa: PTH116  (a Path would hide the reason of a failure)
         if folder:
-            os.scandir(place).close()  # a folder that is named must be readable; one within it may not be
+            os.scandir(place).close()  # a named folder must be readable; a folder inside it need not be
     except FileNotFoundError as error:
         raise _cannot_read(place, "there is no such file or folder") from error
     except OSError as error:
@@ -245,9 +246,9 @@ def _is_folder(place: str) -> bool:
 
 
 def _content(place: str) -> bytes:
-    """The bytes of a list. Raises `NoInputError` for one that cannot be read, or is a pipe or a device."""
+    """Read the bytes of a list. Raises `NoInputError` if it cannot be read, or is a pipe or a device."""
     if not Path(place).is_file():
-        raise _cannot_read(place, "a list is a regular file; one that is piped comes by --data -")
+        raise _cannot_read(place, "a list must be a regular file; pass a list from a pipe with --data -")
     try:
         return Path(place).read_bytes()
     except OSError as error:
@@ -258,7 +259,7 @@ def _listed(content: bytes, place: str) -> list[Path]:
     try:
         return listed_paths(content)
     except UnicodeError as error:
-        raise _cannot_read(place, f"the list is not what its byte order mark says: {error}") from error
+        raise _cannot_read(place, f"the list is not in the encoding of its byte order mark: {error}") from error
 
 
 def _cannot_read(place: str, why: str) -> NoInputError:
@@ -267,7 +268,7 @@ def _cannot_read(place: str, why: str) -> NoInputError:
 
 @dataclass
 class _PassedOver:
-    """What a search left out: by kind, how often, and the name of the first."""
+    """Files that a search passed over: number by kind, and the name of the first of each kind."""
 
     counts: dict[str, int] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
@@ -278,7 +279,7 @@ class _PassedOver:
 
     @property
     def words(self) -> str:
-        """3 text files, 1 dangling link (a.jpg), 2 .heic (…); the most frequent first."""
+        """Summary such as `3 text files, 1 dangling link (a.jpg), 2 .heic (…)`; the most frequent kind comes first."""
         kinds = sorted(self.counts, key=lambda kind: (-self.counts[kind], kind))
         words = [self._words_of(kind) for kind in kinds[:MOST_KINDS]]
         others = sum(self.counts[kind] for kind in kinds[MOST_KINDS:])
@@ -294,21 +295,21 @@ class _PassedOver:
 
 @dataclass
 class _Search:
-    """A search through folders, each once."""
+    """A search through folders, which visits each folder once."""
 
     emit: Emit
     searched: set[str] = field(default_factory=set)  # real paths of folders
     passed_over: _PassedOver = field(default_factory=_PassedOver)
 
     def images_in(self, folder: Path) -> Iterator[Path]:
-        """The images below a folder; links are followed last: a file goes by its own path where it has one."""
+        """Yield the images below a folder; links are followed last, so that a file is found by its own path first."""
         suffixes = _suffixes()
         waiting = deque([folder])
         while waiting:
             for root, folders, names in os.walk(waiting.popleft(), onerror=self._unreadable):
                 real = os.path.realpath(root)
                 if real in self.searched:
-                    folders.clear()  # tells os.walk not to go further down
+                    folders.clear()  # makes os.walk skip the folders below
                     continue
                 self.searched.add(real)
                 folders[:] = self._open_ones(sorted(folders))
@@ -320,7 +321,7 @@ class _Search:
                         yield path
 
     def _open_ones(self, folders: Sequence[str]) -> list[str]:
-        """The folders that are not hidden, as `.ipynb_checkpoints`, and not a Synology's `@eaDir`."""
+        """Return the folders that are neither hidden, such as `.ipynb_checkpoints`, nor a Synology's `@eaDir`."""
         hidden = [name for name in folders if name.startswith(".") or name == "@eaDir"]
         for name in hidden:
             self.passed_over.add("hidden folder", name)
@@ -331,7 +332,7 @@ class _Search:
 
 
 def _other_kind(path: Path, suffixes: frozenset[str]) -> str | None:
-    """What a file in a folder is instead of an image; None for one that is to be read."""
+    """Return the kind of a file that is passed over in a folder; None for an image."""
     suffix = path.suffix.lower()
     if path.name.startswith("._"):
         return "macOS companion file"
@@ -343,7 +344,7 @@ def _other_kind(path: Path, suffixes: frozenset[str]) -> str | None:
         return "dangling link" if path.is_symlink() else "unreadable file"
 
 
-BOMS = {  # the longest first: that of UTF-16 begins that of UTF-32
+BOMS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF8: "utf-8-sig",
@@ -353,17 +354,17 @@ BOMS = {  # the longest first: that of UTF-16 begins that of UTF-32
 
 
 def read_bytes(stream: IO[str] | IO[bytes]) -> bytes:
-    """Return all that is left of a stream, as the bytes that it was made from."""
+    """Read the rest of a stream as its original bytes."""
     content = getattr(stream, "buffer", stream).read()
     return content if isinstance(content, bytes) else os.fsencode(content)
 
 
 def listed_paths(content: bytes) -> list[Path]:
-    r"""Return the paths of a list: one a line, or each ended by a NUL, as `find -print0` does.
+    r"""Return the paths of a list: one per line, or each ended by a NUL, as `find -print0` writes them.
 
-    A line ends with `\n` or `\r\n` and nothing else: names may hold U+2028. Empty ones count for nothing. A byte order
-    mark says which Unicode it is, and is no part of the first name; without one, names are bytes, or UTF-16 where every
-    other byte of whole lines is NUL. Raises `UnicodeError` for what is no Unicode of the kind that its mark says.
+    A line ends only with `\n` or `\r\n`: names may contain U+2028. Empty lines are ignored. A byte order mark gives the
+    Unicode encoding and is no part of the first name; without one, names are bytes, or UTF-16 if every other byte of
+    the list is NUL and a newline ends it. Raises `UnicodeError` for a list that is not in the encoding of its mark.
     """
     text = _decoded(content)
     names = text.split("\0") if "\0" in text else [line.removesuffix("\r") for line in text.split("\n")]

@@ -1,1 +1,1 @@
-"""How defects are removed: the gradient of a neighbourhood loss, projected onto singular values."""
+"""The removal of defects: the gradient of a neighbourhood loss, projected onto singular values."""

@@ -1,4 +1,4 @@
-"""The images of each step: which they are depends on the seed and the number of the step alone."""
+"""The images of each step; they depend only on the seed and the number of the step."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def step_batches(
     emit: Emit,
     ranks: Ranks = ALONE,
 ) -> Iterator[Batch]:
-    """Endless batches, that of step `steps_done` + 1 first.
+    """Yield batches without end, beginning with the batch of step `steps_done` + 1.
 
-    Step s takes the images `(s − 1)·B … s·B − 1` of endless passes, of which a rank has every `ranks.size`-th; passes
-    over all images are shuffled, those over defective ones keep their order. Those that cannot be decoded are named
-    once, added to `unreadable`, and missing from their batch (b < B, even 0).
+    Step s takes the images `(s − 1)·B … s·B − 1` of endlessly repeated passes; a rank gets every `ranks.size`-th of
+    them. Passes over all images are shuffled, passes over defective images keep their order. Images that cannot be
+    decoded are named in a warning once, added to `unreadable`, and missing from their batch (b < B, even 0).
     """
     B = settings.batch_size
     done = steps_done * B
@@ -65,9 +65,9 @@ def step_batches(
 
 
 def forget_mended(source: ImageSource, preprocess: Preprocessing, unreadable: dict[str, str]) -> None:
-    """Drop from `unreadable` what can be decoded by now: the disk may have been away when an earlier process tried.
+    """Drop from `unreadable` what can be decoded now: the disk may have been missing when an earlier process tried.
 
-    So is what has another name by now: it is told when a step comes to it.
+    Names that no image has any more are dropped too: a renamed image is named in a warning when a step cannot read it.
     """
     names = set(map(source.name, range(len(source))))
     for name in unreadable.keys() - names:
@@ -79,9 +79,9 @@ def forget_mended(source: ImageSource, preprocess: Preprocessing, unreadable: di
 
 
 def require_readable(source: ImageSource, unreadable: dict[str, str], strict: bool) -> None:
-    """Raises `BadInputError` where too many images cannot be decoded: more than 1 %, or any if strict.
+    """Raise `BadInputError` if too many images cannot be decoded: more than 1 %, or any if `strict`.
 
-    One that has been as it is since the run began is forgiven whatever its share, one that was lost meanwhile is not.
+    A single one is accepted whatever its share, unless an image has become unreadable since the run began.
     """
     require_some(len(source) - len(unreadable), len(unreadable))
     lost = [name for name, problem in unreadable.items() if problem.startswith(CHANGED)]

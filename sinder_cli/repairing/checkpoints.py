@@ -1,11 +1,13 @@
-"""Checkpoints: all that a run goes on from, bit for bit; safetensors and JSON only, whole or not at all.
+"""Checkpoints: all that is needed to resume a run with bit-identical results, in safetensors and JSON files only.
+
+A checkpoint is written completely or not at all.
 
 checkpoints/bases/HASH.safetensors     U, S, Vt of one target, written once: they never change
 checkpoints/step-000200/state.safetensors   ε and momentum of every touched target, what greedy steps have observed,
                                             the ε of the guard's best state, recent images, random state
                         state.json          counters, names of unreadable images, the hash of each target's basis
-                        manifest.json       SHA-256 of the two, written last
-checkpoints/torn-step-000300           one that was not whole, until the next is written
+                        manifest.json       SHA-256 of both files, written last
+checkpoints/torn-step-000300           a damaged checkpoint, kept until the next one is written
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ from sinder_cli.repairing.loop import ANEW, Best, DivergedError, Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
-KEPT = 2  # the newest; one may be torn
-COUNTED = (  # of the progress
+KEPT = 2  # the newest; one of them may be damaged
+COUNTED = (  # numbers of `Progress`
     *("steps", "images", "seconds", "nonfinite", "nonfinite_in_a_row", "proven", "last_move", "last_look"),
     *("clean_looks", "spoilt_looks", "idle_looks", "stopped"),
 )
 JUDGED = ("step", "outlying", "cls", "good", "marked")  # numbers of the guard's best state
-# what reading a checkpoint raises that is not what was written, whatever has become of it
+# raised when a checkpoint is read that differs from what was written, in whatever way
 TORN = (BadInputError, NoInputError, FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError)
 OBSERVED = ("shares", "squares", "responses")  # tensors of what greedy steps have observed at a block
 STATE, COUNTERS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
@@ -51,13 +53,13 @@ class Checkpoints:
     """The checkpoints of one run directory."""
 
     folder: Path
-    hashes: dict[str, str] = field(default_factory=dict)  # of the bases that are known to be on disk, by target
+    hashes: dict[str, str] = field(default_factory=dict)  # of the bases known to be on disk, by target
 
     def write(self, deltas: Deltas, progress: Progress) -> None:
-        """Write the state between two steps, and remove all but the newest two checkpoints, and the newest proven one.
+        """Write the state between two steps; remove all checkpoints but the two newest and the newest proven one.
 
-        Raises `DivergedError` for a delta that is not finite, and what the file system refuses; what was there before
-        stays as it was.
+        Raises `DivergedError` for a delta that is not finite, and a `SinderError` if the file system refuses; the
+        earlier checkpoints then stay as they were.
         """
         if not self._step_folder(progress.steps).exists():
             self._write(deltas, progress)
@@ -66,12 +68,12 @@ class Checkpoints:
         for old in found[KEPT:]:
             if old not in proven[:1]:
                 _remove(old)
-        for torn in self.folder.glob("torn-step-*"):  # there is a whole one in their place by now
+        for torn in self.folder.glob("torn-step-*"):  # a complete checkpoint has replaced them
             _remove(torn)
         self._remove_orphans()
 
     def forget_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps, the newest first: what has led to them has led too far."""
+        """Remove the checkpoints of later steps, the newest first: they belong to a repair that has diverged."""
         for folder in self._step_folders():
             if _step_of(folder) > step:
                 _remove(folder)
@@ -90,17 +92,17 @@ class Checkpoints:
             write_json(temporary / MANIFEST, files)
 
     def restore(self, deltas: Deltas, progress: Progress, emit: Emit) -> bool:
-        """Put the newest checkpoint that is whole into deltas and progress; whether there was one.
+        """Load the newest intact checkpoint into `deltas` and `progress`; return True if there is one.
 
-        One that is torn is told and put aside, and the one before it taken. Raises `BadInputError` where all are torn,
-        and `StorageError` where the disk fails, which is no word on what it holds: nothing is put aside then.
+        A damaged checkpoint is named in a warning and renamed, and the one before it is used. Raises `BadInputError`
+        if all are damaged. Raises `StorageError` if the disk fails; nothing is renamed then, since files may be intact.
         """
         torn = []
         for folder in self._step_folders():
             try:
                 state = self._read(folder, deltas, emit)
             except TORN as error:
-                emit(Warned(f"{folder} is torn ({error}): using the checkpoint before it"))
+                emit(Warned(f"{folder} is damaged ({error}): using the checkpoint before it"))
                 torn.append(folder)
                 continue
             self._apply(state, deltas, progress)
@@ -108,7 +110,7 @@ class Checkpoints:
                 _replace(folder, folder.with_name(f"torn-{folder.name}"))
             return True
         if torn:
-            why = f"no checkpoint is whole, not even {torn[-1].name}"
+            why = f"no checkpoint is intact, not even {torn[-1].name}"
             raise BadInputError(f"cannot resume {self.folder.parent}", why, "start anew with --force")
         return False
 
@@ -119,7 +121,7 @@ class Checkpoints:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def _remove_orphans(self) -> None:
-        """Remove the bases that no checkpoint names; none while one cannot be asked."""
+        """Remove the bases that no checkpoint names; remove none if a checkpoint cannot be read."""
         try:
             counters = [json.loads((folder / COUNTERS).read_text(encoding="utf-8")) for folder in self._step_folders()]
             named = {f"{digest}.safetensors" for each in counters for digest in each["bases"].values()}
@@ -137,7 +139,7 @@ class Checkpoints:
         return self.folder / f"step-{step:06d}"
 
     def _step_folders(self) -> list[Path]:
-        """The newest first."""
+        """Return the folders of all checkpoints, the newest first."""
         found = [path for path in self.folder.glob("step-*") if path.name[5:].isdigit()]
         return sorted(found, key=_step_of, reverse=True)
 
@@ -146,14 +148,17 @@ class Checkpoints:
             return
         tensors = _on_cpu(target.basis)
         digest = _digest(tensors)
-        write_safetensors(self._basis_file(digest), infos_of(tensors), tensors.values())  # over one that may be torn
+        write_safetensors(self._basis_file(digest), infos_of(tensors), tensors.values())  # replaces a damaged one
         self.hashes[target.name] = digest
 
     def _basis_file(self, digest: str) -> Path:
         return self.bases / f"{digest}.safetensors"
 
     def _read(self, folder: Path, deltas: Deltas, emit: Emit) -> _Stored:
-        """A whole checkpoint. Raises for one whose files are not those of its manifest, whatever the reason."""
+        """Read a checkpoint.
+
+        Raises one of `TORN` if its files are not those of its manifest, and `StorageError` if the disk fails.
+        """
         with _told_from_torn(folder):
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             for name in (STATE, COUNTERS):
@@ -168,7 +173,10 @@ class Checkpoints:
         return _Stored(folder, counters, tensors, targets)
 
     def _read_basis(self, name: str, digest: str, deltas: Deltas, emit: Emit) -> SingularBasis:
-        """The basis of a target; one that is torn is found again from the weight, which must give the same bits."""
+        """Read the basis of a target; if its file is damaged, decompose the weight again.
+
+        Raises `ValueError` if the weight then gives other bits, as it may on another machine.
+        """
         path = self._basis_file(digest)
         try:
             with _told_from_torn(path):
@@ -176,10 +184,10 @@ class Checkpoints:
         except TORN:
             tensors = {}
         if _digest(tensors) != digest:
-            emit(Warned(f"{path} is torn: decomposing {name} again"))
+            emit(Warned(f"{path} is damaged: decomposing {name} again"))
             tensors = _on_cpu(deltas.decomposed(name))
             if _digest(tensors) != digest:
-                raise ValueError(f"the basis of {name} is torn, and its weight has another on this machine")
+                raise ValueError(f"the basis of {name} is damaged, and its weight gives another one on this machine")
             write_safetensors(path, infos_of(tensors), tensors.values())
         return SingularBasis(**tensors)
 
@@ -213,7 +221,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class _Stored:
-    """One checkpoint as it was read."""
+    """One checkpoint as read from disk."""
 
     folder: Path
     counters: dict[str, Any]
@@ -226,12 +234,12 @@ def _step_of(folder: Path) -> int:
 
 
 def _remove(folder: Path) -> None:
-    """Under another name first, so that what a kill leaves of it is no checkpoint."""
+    """Remove a folder; rename it first, so that what is left after a kill does not look like a checkpoint."""
     shutil.rmtree(_replace(folder, folder.with_name(f".{folder.name}.old.part")))
 
 
 def _replace(folder: Path, other: Path) -> Path:
-    """Give a folder another name, in the place of what has it."""
+    """Rename a folder to `other`, which is removed first if it exists; return the new path."""
     if other.exists():
         shutil.rmtree(other)
     return folder.rename(other)
@@ -239,7 +247,7 @@ def _replace(folder: Path, other: Path) -> Path:
 
 @contextmanager
 def _told_from_torn(path: Path) -> Iterator[None]:
-    """Raises `StorageError` for a disk that fails, unlike one of `TORN`: what it holds may be whole all the same."""
+    """Raise `StorageError`, and none of `TORN`, if the disk fails while a file is read: the file may be intact."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
@@ -290,12 +298,12 @@ def _on_cpu(basis: SingularBasis) -> dict[str, Tensor]:
 
 def _tensors_of(path: Path) -> dict[str, Tensor]:
     source = open_checkpoint(path)
-    # cloned, since the bits of a product may depend on how its factors lie in memory
+    # cloned, since the bits of a product may depend on the memory layout of its factors
     return {name: tensor.clone() for name, tensor in source.read(source.infos).items()}
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names, shapes and bytes."""
+    """Compute the SHA-256 of names, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {list(tensor.shape)}\n".encode())

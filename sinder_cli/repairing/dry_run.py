@@ -1,4 +1,4 @@
-"""What a repair would train, and what a step of it costs: found out by taking two steps that change nothing."""
+"""The dry run of a repair: what it would train, and the cost of a step, measured by steps that change nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 FLOAT_BYTES = 4
-MARKING = 0.5  # standard deviations beyond which some token of any image is marked
+MARKING = 0.5  # standard deviations; a threshold so low that some token of every image is marked
 
 
 @dataclass(frozen=True)
@@ -43,27 +43,27 @@ class TrialStep:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a repair would do. Bytes are of the device where it is a CUDA device, else resident in this process."""
+    """The plan and cost of a repair. Bytes are memory of the CUDA device, or else resident memory of this process."""
 
     model: str
     device: str
     training_images: int
     evaluation_images: int
-    blocks: tuple[int, ...]  # that a step may change
-    weights: int  # in these blocks, that are trained
-    values: int  # singular values of them
+    blocks: tuple[int, ...]  # blocks that a step may change
+    weights: int  # trained weights in these blocks
+    values: int  # singular values of these weights
     max_steps: int
     first: TrialStep  # on the first batch, as it is
-    longest: TrialStep  # on the same batch, marked in the last block that can be defective
+    longest: TrialStep  # on the same batch, with tokens marked in the last block that can be defective
     step_bytes: int  # at the peak of the longest step, with the bases of its window
     all_bytes: int  # once all these blocks have been touched
     recipe: str = "sinder"
 
 
 def trial(start: Start, emit: Emit) -> Trial:
-    """Prepare a repair and measure its first step, and the longest that there can be. No delta is changed.
+    """Prepare a repair and measure its first step and the longest possible step. No delta is changed.
 
-    Bases are blanks of their size, since decomposing a weight takes longer than a step.
+    Bases are placeholders of the right size, since decomposing a weight takes longer than a step.
     """
     with told_when_it_runs_out(*size_of_step(start.preprocess, start.settings)):
         return _tried(prepared(start, emit, ALONE, decompose=_nothing_decomposed), emit)
@@ -71,7 +71,7 @@ def trial(start: Start, emit: Emit) -> Trial:
 
 def _tried(repair: Prepared, emit: Emit) -> Trial:
     start = repair.start
-    repair.deltas.emit = silent  # it would speak of decomposing
+    repair.deltas.emit = silent  # it would report decompositions, which are skipped here
     directions, settings = repair.directions, start.settings
     by_norm = settings.norm_factor > 0 and settings.mark != "weights"
     judged = [block for block, gap in enumerate(directions.gaps) if by_norm or gap >= settings.min_gap]
@@ -112,12 +112,12 @@ def _nothing_decomposed(weight: Tensor) -> SingularBasis:
 
 
 def _reachable(judged: Sequence[int], window: int) -> tuple[int, ...]:
-    """The blocks of all windows that may end at one of the judged blocks."""
+    """Return the blocks of all windows that may end at one of the judged blocks."""
     return tuple(sorted({block for last in judged for block in range(max(0, last - window + 1), last + 1)}))
 
 
 def _first_images(repair: Prepared, emit: Emit) -> Tensor:
-    """The first batch `[B, 3, H, W]` of which an image can be decoded, on the device."""
+    """Return the first batch `[B, 3, H, W]` with at least one image that can be decoded, on the device."""
     start = repair.start
     batches = step_batches(start.source, start.preprocess, start.settings, 0, {}, emit)
     return next(batch.pixels for batch in batches if len(batch.pixels)).to(start.device)
@@ -126,7 +126,7 @@ def _first_images(repair: Prepared, emit: Emit) -> Tensor:
 def _marked_late(
     directions: Directions, judged: Sequence[int], settings: RepairSettings
 ) -> tuple[Directions, RepairSettings]:
-    """A rule under which the last block that can be defective is, and none before."""
+    """Return directions and settings that make the last of the judged blocks defective, and none before it."""
     last = max(judged, default=-1)
     gaps = [math.inf if block == last else -math.inf for block in range(len(directions.gaps))]
     update = {"mask_threshold": MARKING, "min_tokens": 1, "norm_factor": 0.0, "mark": "weights"}
@@ -136,7 +136,7 @@ def _marked_late(
 
 def _step(repair: Prepared, images: Tensor, directions: Directions, settings: RepairSettings) -> TrialStep:
     backbone, module = repair.start.backbone, repair.module
-    later = dict.fromkeys(range(backbone.depth), 1)  # so that it costs what most steps cost
+    later = dict.fromkeys(range(backbone.depth), 1)  # taken before, as in most steps, which draw fewer probes
     probes = Probes(range(len(images)), later) if settings.step == "greedy" else None
     seconds, gradient = _timed(
         repair.start.device,
@@ -154,7 +154,7 @@ def _timed(device: str, step: Callable[[], StepGradient]) -> tuple[float, StepGr
 
 
 def _waits_elsewhere(repair: Prepared) -> bool:
-    """Whether bases wait in another memory than the one that is counted."""
+    """Return True if bases are kept in another memory than the one that is measured."""
     return repair.start.settings.offload and repair.start.device.startswith("cuda")
 
 
@@ -164,6 +164,6 @@ def _shapes(repair: Prepared, refs: Sequence[WeightRef]) -> list[tuple[int, int]
 
 
 def _held_floats(shape: tuple[int, int]) -> int:
-    """How many numbers wait for a weight's steps: W₀, U and Vt."""
+    """Return how many numbers are kept for a weight between steps: those of W₀, U and Vt."""
     rank = min(shape)
     return shape[0] * shape[1] + rank * (shape[0] + shape[1])

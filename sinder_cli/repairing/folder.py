@@ -1,4 +1,4 @@
-"""The run directory: what a repair leaves behind, by name."""
+"""The run directory: the files that a repair writes, by name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A repair that has ended, by its records alone."""
+    """A finished repair, as described by its records."""
 
     folder: Path
     summary: dict[str, Any]
@@ -44,7 +44,7 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The names inside a run directory."""
+    """The paths of the files in a run directory."""
 
     path: Path
 
@@ -104,36 +104,36 @@ class RunFolder:
 
     @property
     def written(self) -> tuple[Path, ...]:
-        """What each run writes besides checkpoints and the list of image files; what tells of a run comes last."""
+        """Files of each run, besides checkpoints and image list; `config.json`, which marks a run, comes last."""
         return (self.summary, self.report, self.card, self.model, self.adapter, self.metrics, self.config)
 
     @property
     def lines(self) -> tuple[Path, Path]:
-        """What grows by a line a step, or a look: each line says its step."""
+        """Files that grow by one line per step, or per look at the guard; each line contains its step."""
         return (self.metrics, self.evaluations)
 
     @property
     def is_run(self) -> bool:
-        """Whether a run has begun here. Raises `BadInputError` for a `config.json` that cannot be read."""
+        """True if a run has begun here. Raises `BadInputError` for a `config.json` that cannot be read."""
         return self.config.is_file() and is_of_a_run(self.read_config())
 
     @property
     def finished(self) -> bool:
-        """Whether a run has ended here."""
+        """True if a run has ended here."""
         return self.summary.is_file()
 
     @property
     def complete(self) -> bool:
-        """Whether a run has ended here and nothing that it writes is missing."""
+        """True if a run has ended here and none of its files is missing."""
         return all(path.is_file() for path in self.written)
 
     @property
     def resumable(self) -> bool:
-        """Whether there is a checkpoint to go on from."""
+        """True if there is a checkpoint to resume from."""
         return any((self.path / "checkpoints").glob("step-*"))
 
     def read_summary(self) -> dict[str, Any]:
-        """`summary.json` of a finished run. Raises `BadInputError` where it cannot be read."""
+        """Read `summary.json` of a finished run. Raises `BadInputError` if it cannot be read."""
         try:
             summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -141,11 +141,11 @@ class RunFolder:
         return summary
 
     def read_finished(self) -> FinishedRun:
-        """What a finished run says of itself. Raises `BadInputError` where it cannot be read."""
+        """Read the records of a finished run. Raises `BadInputError` if they cannot be read."""
         return FinishedRun(self.path, self.read_summary(), self.read_config())
 
     def record(self, line: StepRecord | Evaluation) -> None:
-        """Append one line to the metrics, or the evaluations. Raises `StorageError` where the disk is full."""
+        """Append one line to the metrics, or the evaluations. Raises `StorageError` if the disk is full."""
         from sinder_cli.repairing.guard import Evaluation
 
         path = self.evaluations if isinstance(line, Evaluation) else self.metrics
@@ -156,7 +156,7 @@ class RunFolder:
             raise output_error(path, error) from error
 
     def forget_after(self, step: int, look: int | None = None) -> None:
-        """Drop the lines that come after a step, and those of the guard after its latest look (default: the step).
+        """Drop the lines of the metrics after `step`, and those of the evaluations after `look` (default: `step`).
 
         A resumed run writes them again.
         """
@@ -167,14 +167,14 @@ class RunFolder:
                 write_text(path, "".join(kept))
 
     def flush_lines(self) -> None:
-        """Have the lines so far on the disk, before a checkpoint that comes after them is."""
+        """Flush the lines written so far to the disk, before a later checkpoint is written."""
         for path in self.lines:
             if path.is_file():
                 flush(path)
 
     @contextmanager
     def held(self, emit: Emit = silent) -> Iterator[None]:
-        """Create the folder and keep other processes out of it; what was made and stays empty is removed again.
+        """Create the folder and keep other processes out of it; created folders that stay empty are removed again.
 
         Raises `TryAgainError` while another process holds it.
         """
@@ -183,10 +183,10 @@ class RunFolder:
             yield
 
     def require_free(self, resume: bool, force: bool) -> bool:
-        """Whether there is an unfinished run to go on with; nothing is touched yet.
+        """Return True if there is a run to resume; nothing is changed yet.
 
-        Raises `CannotCreateError` for a folder that holds anything but a run, or a run without leave to touch it, and
-        `BadInputError` for a run whose `config.json` cannot be read.
+        Raises `CannotCreateError` for a folder that holds something other than a run, or a run if neither `resume` nor
+        `force` is set, and `BadInputError` for a run whose `config.json` cannot be read.
         """
         if not any(self.path.iterdir()):
             return False
@@ -194,15 +194,15 @@ class RunFolder:
         if not self.is_run:
             raise CannotCreateError(what, "it is not empty, and holds no run", "choose another --out, or remove it")
         if not resume and not force:
-            remedy = "--force starts anew" if self.complete else "--resume goes on with it, --force starts anew"
+            remedy = "--force starts anew" if self.complete else "--resume continues it, --force starts anew"
             raise CannotCreateError(what, f"it holds a {self._state}", remedy)
         return resume
 
     def begin(self, config: dict[str, Any], images: Sequence[ListedImage] = ()) -> None:
-        """Remove what is here of an earlier run, and of nothing else, and write the configuration of a new one."""
+        """Remove the files of an earlier run, and no others, and write the configuration of a new run."""
         try:
             if self.checkpoints.folder.exists():
-                shutil.rmtree(self.checkpoints.folder)  # first: what is half removed must not look like the new run
+                shutil.rmtree(self.checkpoints.folder)  # first: half-removed ones must not look like the new run's
             if self.pictures.exists():
                 shutil.rmtree(self.pictures)
             for path in (self.evaluations, self.images, self.outliers, *self.written[:-1]):
@@ -211,10 +211,10 @@ class RunFolder:
             raise output_error(self.path, error) from error
         write_json(self.config, config)
         if images:
-            write_list(self.images, images)  # last: without a configuration, it is nobody's
+            write_list(self.images, images)  # last: a list without a configuration belongs to no run
 
     def write_sidecars(self, sidecars: Mapping[str, str]) -> None:
-        """Keep the text files that describing the backbone again takes, and none of an earlier run."""
+        """Write the text files that are needed to describe the backbone again; remove those of an earlier run."""
         try:
             if self.sidecars.exists():
                 shutil.rmtree(self.sidecars)
@@ -226,8 +226,8 @@ class RunFolder:
             write_text(self.sidecars / Path(name).name, text)
 
     def read_sidecars(self) -> dict[str, str]:
-        """The text files by name. Raises `BadInputError` for one that is no text."""
-        paths = sorted(path for path in self.sidecars.glob("[!.]*") if path.is_file())  # those that are whole
+        """Read these text files, by name. Raises `BadInputError` for one that is not UTF-8 text."""
+        paths = sorted(path for path in self.sidecars.glob("[!.]*") if path.is_file())  # no temporary files
         try:
             return {path.name: path.read_text(encoding="utf-8") for path in paths}
         except UnicodeDecodeError as error:
@@ -240,10 +240,10 @@ class RunFolder:
         self.checkpoints.sweep()
 
     def require_same(self, config: dict[str, Any], source: ImageSource | None = None, emit: Emit = silent) -> None:
-        """Refuse to go on under other settings, images, weights or on another kind of device, naming the first.
+        """Raise `ConflictError` if settings, images, weights or kind of device differ, naming the first difference.
 
-        Other versions, or another number of threads, are told: they may change the last bits. Raises `ConflictError`,
-        and `BadInputError` for a `config.json` that cannot be read.
+        Other versions, or another number of threads, only cause a warning: they may change the last bits. Raises
+        `ConflictError` for a `config.json` of another version of sinder too, and `BadInputError` for an unreadable one.
         """
         stored = self.read_config()
         what, remedy = f"cannot resume {self.path}", self._remedy()
@@ -261,15 +261,15 @@ class RunFolder:
 
     @property
     def branch(self) -> str | None:
-        """Which of several backbones in the file was repaired, where the user said so."""
+        """The backbone that was repaired, of several in the file; None if the user did not name one."""
         call = self.read_config().get("call")
         named = call.get("branch") if isinstance(call, dict) else None
         return named if isinstance(named, str) else None
 
     def repaired_model(self) -> tuple[str, int | None]:
-        """The name of the model that was repaired here, and the heads that its user gave.
+        """Return the name of the model that was repaired here, and the number of heads that the user gave.
 
-        Raises `BadInputError` for an unreadable `config.json` and `NoInputError` for a run that did not finish.
+        Raises `BadInputError` for an unreadable `config.json`, and `NoInputError` if there is no finished run.
         """
         if not self.config.is_file():
             raise NoInputError(f"cannot use {self.path}", "it is no run directory of `sinder repair`", "check the path")
@@ -277,36 +277,36 @@ class RunFolder:
         model, heads = str(config["model"]), config.get("heads")
         if not self.model.is_file():
             why = "there is no model.safetensors: its run did not finish"
-            raise NoInputError(f"cannot use {self.path}", why, f"`{self.resuming}` goes on with it")
+            raise NoInputError(f"cannot use {self.path}", why, f"`{self.resuming}` continues it")
         return model, heads
 
     def repaired_weights(self) -> tuple[str, str]:
-        """Where the weights that were repaired here came from, and their fingerprint. Raises `BadInputError`."""
+        """Return source and fingerprint of the weights that were repaired. Raises `BadInputError` as `read_config`."""
         weights = self.read_config()["weights"]
         return str(weights["source"]), str(weights["fingerprint"])
 
     @property
     def _state(self) -> str:
-        """What kind of run has begun here, in words."""
+        """Kind of the run that has begun here, in words."""
         if self.complete:
             return "finished run"
         return "finished run without all its files" if self.finished else "run that did not finish"
 
     @property
     def resuming(self) -> str:
-        """The command line that goes on with the run, as a shell takes it."""
+        """The command line that resumes the run, quoted for a shell."""
         return shlex.join(["sinder", "repair", self.argument, "--resume"])
 
     @property
     def argument(self) -> str:
-        """The folder as an argument that is no option."""
+        """The folder as a command-line argument that is not mistaken for an option."""
         return f"./{self.path}" if str(self.path).startswith("-") else str(self.path)
 
     def _remedy(self) -> str:
-        return f"give what it was, as `{self.resuming}` does, or start anew with --force"
+        return f"give what the run began with, as `{self.resuming}` does, or start anew with --force"
 
     def read_config(self) -> dict[str, Any]:
-        """`config.json`. Raises `BadInputError` where it is torn, or no run's and no model's."""
+        """Read `config.json`. Raises `BadInputError` if it is damaged, or belongs to neither a run nor a model."""
         try:
             config: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
             str(config["model"])
@@ -317,7 +317,7 @@ class RunFolder:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of the metrics; infinity for one that is torn."""
+    """Return the step of a line of the metrics; infinity for a damaged line."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -1,15 +1,15 @@
 """The forward pass that the images of a batch share, up to the first defective block of each.
 
-Every block that may lie in a window is recorded for a backward pass of its own, between a detached input and its
-output: the loss of a defect goes back through what has run already, and graphs that no window reaches any more are
-dropped on the way. Shapes: B images still in the pass, T tokens, N width, h × w patches.
+Every block that may lie in a window is recorded separately for the backward pass, from a detached input to its output.
+So the loss of a defect is propagated back through blocks that have run already, and graphs that no window reaches any
+more are dropped on the way. Shapes: B images still in the pass, T tokens, N width, h × w patches.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 # Going back through a recorded block costs 1.75 of its forward passes (measured: float32, width 384, 1370 tokens) for
-# all images that went through it; recording it anew costs 2.75, but for the defective images alone.
+# all images that went through it; recording it again costs 2.75, but only for the defective images.
 RECORDED_SHARE = 1.75 / 2.75
 
 
@@ -50,16 +50,16 @@ class Passed:
     leaving: Tensor | None  # [B, T, N]
 
     def of(self, chosen: Tensor) -> Passed:
-        """The same for some of the images, bool `[B]`, without the graph."""
+        """Return the same block for some of the images, bool `[B]`, without the graph."""
         return Passed(self.block, self.entering.detach()[chosen], None)
 
 
 @dataclass(frozen=True)
 class BlockDefects:
-    """The images of a batch that are defective at `block`, perhaps among others that shared their window."""
+    """The images of a batch that are defective at `block`, possibly together with others that share their window."""
 
     block: int
-    images: Tensor  # [B]: which of the batch these are
+    images: Tensor  # [B]: their places in the batch
     window: list[Passed]  # ends with `block`
     tokens: Tensor  # [B, T, N] after `block`
     logits: Tensor  # [B, h, w]
@@ -68,7 +68,7 @@ class BlockDefects:
     context: Any
 
     def alone(self) -> BlockDefects:
-        """The same without the others, and without graphs."""
+        """Return the same without the other images, and without graphs."""
         chosen = self.defective
         return replace(
             self,
@@ -81,25 +81,25 @@ class BlockDefects:
         )
 
     def forget(self) -> None:
-        """Let go of the graphs: their blocks have to be recorded anew."""
+        """Drop the graphs: their blocks have to be recorded again."""
         self.window[:] = [replace(passed, leaving=None) for passed in self.window]
 
 
 @dataclass(frozen=True)
 class Interest:
-    """What is to be done with an image that is defective at a block."""
+    """The decisions about an image that is defective at a block."""
 
-    gradient: bool  # whether one is to be taken there
-    onward: bool  # whether it goes on to later blocks, which may have a defect of their own
+    gradient: bool  # compute its gradient there
+    onward: bool  # let it go on to later blocks, which may have a defect of their own
 
 
 FIRST_ALONE = Interest(gradient=True, onward=False)
 
 
 def recorded(backbone: Backbone, module: nn.Module, block: int, tokens: Tensor, context: Any) -> tuple[Tensor, Tensor]:
-    """Run one block on `[B, T, N]` for a backward pass of its own: what entered it, as a leaf, and what left it.
+    """Run one block on `[B, T, N]` for a separate backward pass; return its input, as a leaf, and its output.
 
-    The graph leads to that leaf, and to those parameters of the block that require gradients.
+    The graph leads to that leaf, and to the parameters of the block that require gradients.
     """
     entering = tokens.detach().requires_grad_()
     with torch.enable_grad():
@@ -117,64 +117,103 @@ def first_defects(
     known: Tensor | None = None,
     interest: Callable[[BlockDefects], Sequence[Interest]] = lambda found: [FIRST_ALONE] * len(found.images),
 ) -> Iterator[BlockDefects]:
-    """Run a batch `[B, 3, H, W]` block by block; an image leaves it at its first defective block of `interest`.
+    """Run a batch `[B, 3, H, W]` block by block and yield its defects; by default an image leaves at its first.
 
-    `interest` gives one answer for each image of what is found; those of images without a defect do not count.
+    `interest` gives one answer for each image of a block with defects; answers for images without one are ignored. The
+    block is yielded if a gradient of some image is wanted; images that are not to go on then leave the batch.
 
     `known`, bool `[B, blocks, h, w]`, are tokens that the original marks: they stay defective until they have settled
-    among their neighbours. An image whose tokens are not finite leaves the batch too, with nothing masked: its loss is
-    NaN, and it is not clean. The pass goes on when the next defects are asked for; whoever is done with a block of a
-    window takes it out.
+    among their neighbours. An image with tokens that are not finite is treated as defective, with no token masked: its
+    loss is NaN, and it does not count as clean. The pass continues when the next defects are requested; the caller
+    removes a block from the window when it is done with it.
     """
     last = backbone.depth - 1
     by_norm = rule.norm_factor > 0 and rule.mark != "weights"
     judged = {block for block in range(last) if by_norm or rule.trusts(directions.gaps[block])} | {last}
-    earliest = min(judged) - window + 1  # of all windows
-    tokens, context = backbone.embed(module, images)
-    start = norm_ratios(patch_grid(backbone, tokens, images).float().norm(dim=-1))
-    behind: deque[Passed] = deque()
-    places = torch.arange(len(images), device=tokens.device)
+    earliest = min(judged) - window + 1  # first block of any window
+    batch = _Batch.entering(backbone, module, directions, rule, images, known)
     for block in range(backbone.depth):
-        if len(behind) == window:
-            behind.popleft()
-        if block < earliest:
-            tokens = backbone.run_block(module, block, tokens, context)
-        else:
-            entering, leaving = recorded(backbone, module, block, tokens, context)
-            behind.append(Passed(block, entering, leaving))
-            tokens = leaving.detach()
-            del leaving  # so that its graph ends with `behind`
-        if block not in judged:  # what is not finite stays so: the last block tells
+        batch.run(block, window if block >= earliest else 0)
+        found = batch.defects(block) if block in judged else None  # NaN or infinity stays so: the last block shows it
+        if found is None:
             continue
-        patches = patch_grid(backbone, tokens, images)
-        logits = alignment_logits(patches, directions.nu[block])
-        predicted = defect_mask(logits, rule) & rule.trusts(directions.gaps[block])
-        masks = defective_now(norm_ratios(patches.float().norm(dim=-1)), start, predicted, rule)
-        if known is not None:
-            masks |= _still_defective(patches, masks, known[:, block])
-        broken = ~logits.isfinite().flatten(1).all(dim=1)
-        defective = (masks.flatten(1).sum(dim=1) >= rule.min_tokens) | broken  # [B]
-        if not defective.any():
-            continue
-        found = BlockDefects(block, places, list(behind), tokens, logits, masks, defective, context)
         wanted = interest(found)
-        asked = torch.tensor([each.gradient for each in wanted], device=defective.device) & defective
+        asked = torch.tensor([each.gradient for each in wanted], device=found.defective.device) & found.defective
         if not asked.any():
             continue
+        batch.keep(torch.tensor([each.onward for each in wanted], device=asked.device) | ~found.defective)
         found = replace(found, defective=asked)
-        stay = torch.tensor([each.onward for each in wanted], device=defective.device) | ~defective
-        behind = deque(passed.of(stay) for passed in behind)  # its graphs are spent on what is found
-        tokens, start, places = tokens[stay], start[stay], places[stay]
-        known = None if known is None else known[stay]
-        if asked.float().mean() < RECORDED_SHARE:
-            found = found.alone()
-        yield found
-        if not len(tokens):
+        yield found.alone() if asked.float().mean() < RECORDED_SHARE else found
+        if not len(batch.tokens):
             return
 
 
+@dataclass
+class _Batch:
+    """The images of a batch on their way through the blocks; those that have left it are gone from all tensors."""
+
+    backbone: Backbone
+    module: nn.Module
+    directions: Directions
+    rule: DetectionRule
+    images: Tensor  # [B, 3, H, W]: for the patch grid
+    context: Any
+    tokens: Tensor  # [b, T, N]
+    start: Tensor  # [b, h, w]: norm ratios at the embedding
+    places: Tensor  # [b]: in the batch
+    known: Tensor | None  # bool [b, blocks, h, w]
+    behind: deque[Passed] = field(default_factory=deque)  # the latest recorded blocks
+
+    @classmethod
+    def entering(
+        cls,
+        backbone: Backbone,
+        module: nn.Module,
+        directions: Directions,
+        rule: DetectionRule,
+        images: Tensor,
+        known: Tensor | None,
+    ) -> _Batch:
+        """Embed images `[B, 3, H, W]`."""
+        tokens, context = backbone.embed(module, images)
+        start = norm_ratios(patch_grid(backbone, tokens, images).float().norm(dim=-1))
+        places = torch.arange(len(images), device=tokens.device)
+        return cls(backbone, module, directions, rule, images, context, tokens, start, places, known)
+
+    def run(self, block: int, window: int) -> None:
+        """Run one block, and record it among the last `window`; 0 records nothing."""
+        if not window:
+            self.tokens = self.backbone.run_block(self.module, block, self.tokens, self.context)
+            return
+        if len(self.behind) == window:
+            self.behind.popleft()
+        entering, leaving = recorded(self.backbone, self.module, block, self.tokens, self.context)
+        self.behind.append(Passed(block, entering, leaving))
+        self.tokens = leaving.detach()
+
+    def defects(self, block: int) -> BlockDefects | None:
+        """Return the images that are defective after a block; None if there are none."""
+        patches = patch_grid(self.backbone, self.tokens, self.images)
+        logits = alignment_logits(patches, self.directions.nu[block])
+        predicted = defect_mask(logits, self.rule) & self.rule.trusts(self.directions.gaps[block])
+        masks = defective_now(norm_ratios(patches.float().norm(dim=-1)), self.start, predicted, self.rule)
+        if self.known is not None:
+            masks |= _still_defective(patches, masks, self.known[:, block])
+        broken = ~logits.isfinite().flatten(1).all(dim=1)
+        defective = (masks.flatten(1).sum(dim=1) >= self.rule.min_tokens) | broken  # [b]
+        if not defective.any():
+            return None
+        return BlockDefects(block, self.places, list(self.behind), self.tokens, logits, masks, defective, self.context)
+
+    def keep(self, stay: Tensor) -> None:
+        """Let the other images leave, bool `[b]`; recorded graphs are forgotten, since the defects use them up."""
+        self.behind = deque(passed.of(stay) for passed in self.behind)
+        self.tokens, self.start, self.places = self.tokens[stay], self.start[stay], self.places[stay]
+        self.known = None if self.known is None else self.known[stay]
+
+
 def _still_defective(patches: Tensor, masks: Tensor, known: Tensor) -> Tensor:
-    """The known tokens that have not settled: patches `[B, h, w, N]`, masks and known bool `[B, h, w]` → the same."""
+    """Return the known tokens that have not settled: patches `[B, h, w, N]`, masks and known `[B, h, w]` → same."""
     found = torch.zeros_like(known)
     for image in known.flatten(1).any(dim=1).nonzero()[:, 0].tolist():
         found[image] = unsettled(patches[image], masks[image] | known[image]) & known[image]

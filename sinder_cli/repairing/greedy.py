@@ -1,13 +1,13 @@
-"""The greedy step: shrink the one singular value that moves defective tokens most for what it moves the others.
+"""The greedy step: shrink the singular value that moves defective tokens most, compared with ordinary tokens.
 
-A singular defect is written by few singular values, which ordinary tokens hardly use. What is left of a singular value,
-σ + ε, answers for the share `s = (∂L/∂ε) · (σ + ε)/L` of the loss: 1 where it writes all that makes the tokens stand
-out, since its part of the loss falls in proportion to it, however much of it is gone already. A slope of more than the
-whole loss comes from the steepness of what triggers the defect, holds for no larger step, and differs from token to
-token: it counts as 1/s. That share is averaged over the latest steps and lowered by its standard error, so that what
-helps one image by chance counts for little. What a unit of δ = ε/σ moves ordinary tokens is measured by random probes
-(`step.Probes`). The gain of a singular value is the share over what the loss of all that is left would move them; it
-only ever shrinks, to 0 at most.
+A singular defect is caused by few singular values, which ordinary tokens hardly use. The remainder of a singular value,
+σ + ε, is responsible for the share `s = (∂L/∂ε) · (σ + ε)/L` of the loss. This share is 1 if the singular value alone
+makes the tokens stand out, since its part of the loss is proportional to the remainder, however much has been removed
+already. A share above 1 comes from the steepness of the defect's trigger, does not hold for larger steps, and differs
+from token to token: it counts as 1/s. The share is averaged over the latest steps and lowered by its standard error, so
+that a chance effect on one image counts little. How far a unit of δ = ε/σ moves ordinary tokens is measured by random
+probes (`step.Probes`). The gain of a singular value is its share, times the mean excess of the loss, over the distance
+by which ordinary tokens would move if the whole remainder were removed. Singular values only shrink, at most to 0.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ from sinder_cli.repairing.step import BlockGradient
 if TYPE_CHECKING:
     from torch import Tensor
 
-KEPT = 0.9  # of the weight of the steps before, at each step
-TO_GATHER = 8  # steps at a block before a move there, or one pass where there are fewer images
-SURE = 4  # the same where the largest gain is clear: `LEAD` times the next, or of what answers for `ALL`
-LEAD = 3.0  # more than chance in the probes makes of two singular values that are alike
-ALL = 0.95  # of the loss, in all images alike: what a singular value answers for that writes the defect alone
-FLOOR = 0.1  # of the mean response: a singular value that seems to move nothing is not known that well
-NEARLY_SETTLED = 0.5  # of the mean ordinary norm: an excess that tokens of three median norms are far above
+KEPT = 0.9  # of the weight of the earlier steps, at each step
+TO_GATHER = 8  # steps observed at a block before a move there, or one pass if there are fewer images
+SURE = 4  # the same if the choice is clear: a gain `LEAD` times the next, a share `ALL`, or a value shrunk before
+LEAD = 3.0  # more than chance in the probes makes of two equal singular values
+ALL = 0.95  # of the loss, the same in all images: the share of a singular value that causes the defect alone
+FLOOR = 0.1  # of the mean response, added to each: a response that seems to be 0 is not that certain
+NEARLY_SETTLED = 0.5  # of the mean ordinary norm: a small excess; that of tokens of three median norms is far larger
 GONE = 0.999  # of a singular value: shrunk to 0, up to rounding
-LEAST_EXCESS = 0.05  # of the loss, so that a share of nothing is not a number
+LEAST_EXCESS = 0.05  # smallest excess per image that shares are divided by, so that none is divided by 0
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What steps at one block have shown of the singular values of its window, in one row: `[R]` each."""
+    """The observations of steps at one block, for the singular values of its window in one row: `[R]` each."""
 
     shares: Tensor  # weighted sum of the shares of the loss
-    squares: Tensor  # and of their squares
+    squares: Tensor  # weighted sum of their squares
     weight: float
-    responses: Tensor  # sum over the probes, for δ
+    responses: Tensor  # sum of the squared responses over the probes, with respect to δ
     probes: int
 
     def is_enough(self, images: int, least: int = SURE) -> bool:
-        """Whether so many steps have been observed, or one of each image where there are fewer images to visit."""
+        """Return True if `least` steps have been observed, or one per image if there are fewer images to visit."""
         return self.weight >= _weight_after(min(least, images)) - 1e-6
 
     def anew(self) -> Observed:
-        """The same with the shares forgotten: once what wrote the defect is gone, they have to be seen again."""
+        """Return the same without the shares: once a cause of the defect is gone, they have to be observed again."""
         nothing = torch.zeros_like(self.shares)
         return replace(self, shares=nothing, squares=nothing, weight=0.0)
 
 
 @dataclass(frozen=True)
 class Shrinkage:
-    """One move: a run of near-equal singular values of one target, shrunk by a share of themselves."""
+    """One move: shrink a range of near-equal singular values of one target by a fraction of their size."""
 
     target: Target
     start: int
@@ -68,7 +68,7 @@ class Shrinkage:
     share: float
 
     def delta(self) -> Tensor:
-        """The new ε `[r]` of the target: no singular value falls under 0."""
+        """Return the new ε `[r]` of the target; no singular value becomes negative."""
         delta = self.target.delta.clone()
         sigma = scale_of(self.target)[self.start : self.stop]
         delta[self.start : self.stop] = (delta[self.start : self.stop] - self.share * sigma).maximum(-sigma)
@@ -76,7 +76,7 @@ class Shrinkage:
 
     @property
     def is_the_last(self) -> bool:
-        """Whether nothing of these singular values is left then."""
+        """True if nothing of these singular values is left after the move."""
         sigma = scale_of(self.target)[self.start : self.stop]
         return bool((self.delta()[self.start : self.stop] <= -GONE * sigma).all())
 
@@ -90,10 +90,10 @@ class Observations:
     def step(
         self, part: BlockGradient, targets: Sequence[Target], images: int, settings: RepairSettings
     ) -> tuple[Observed, Shrinkage | None, float]:
-        """What is observed with one more step, the move, if there is one, and the gain; nothing is changed yet.
+        """Return the observations with one more step, the move, if there is one, and the gain; change nothing yet.
 
         No move is made at a gain below `min_gain`, nor before enough steps have been observed. `targets` are those of
-        the window that ends at the part's block; `images` is how many there are to visit.
+        the window that ends at the part's block; `images` is the number of images to visit.
         """
         seen = self._with(part, targets)
         at, gain, lead = _best(seen, targets, part.excess / len(part.losses))
@@ -113,12 +113,12 @@ class Observations:
     def interest(
         self, block: int, excess: float, targets: Sequence[Target] | None, settings: RepairSettings
     ) -> Interest:
-        """What to do with an image that is defective at a block, given the excess of its loss there.
+        """Decide what to do with an image that is defective at a block, given the excess of its loss there.
 
-        Where what was observed promises no gain, the image goes on to later blocks; a gradient is still taken there, to
-        learn more, unless its tokens are nearly as near to their neighbours as ordinary ones. `targets` are those of
-        the window, None while some are not decomposed yet. What is not finite goes no further: the gradient tells, and
-        the step is skipped.
+        If the observations promise no gain, the image goes on to later blocks; its gradient is still computed at this
+        block, to learn more, unless its tokens are almost as close to their neighbours as ordinary ones. `targets` are
+        those of the window, None while some are not decomposed yet. An image whose excess is not finite does not go on:
+        its gradient is not finite either, and the step is skipped.
         """
         seen = self.by_block.get(block)
         if not math.isfinite(excess) or seen is None or targets is None or seen.weight < _weight_after(2):
@@ -147,8 +147,8 @@ class Observations:
 
 
 def scale_of(target: Target) -> Tensor:
-    """σ of each singular value, `[r]`, as the target's ε has it; 0 where it vanishes, so that it never moves."""
-    sigma = target.basis.S.to(target.delta, copy=True)  # S is float64 on the CPU, as ε of such weights is
+    """Return σ of each singular value, `[r]`, in ε's dtype and device; 0 for vanishing ones, which then never move."""
+    sigma = target.basis.S.to(target.delta, copy=True)  # a copy, even if S has the dtype and device of ε already
     sigma[target.basis.rank :] = 0
     for start, stop in target.basis.groups:
         sigma[start:stop] = sigma[start:stop].mean()
@@ -158,7 +158,7 @@ def scale_of(target: Target) -> Tensor:
 def polyak_deltas(
     targets: Sequence[Target], gradients: Mapping[str, Tensor], loss: float, trust: float
 ) -> dict[str, Tensor]:
-    """ε of each target after `δ ← δ − min(L/‖g‖, trust) · g/‖g‖`, g = ∂L/∂δ over all of them together."""
+    """Return ε of each target after `δ ← δ − min(L/‖g‖, trust) · g/‖g‖`, g = ∂L/∂δ over all of them together."""
     scales = {target.name: scale_of(target) for target in targets}
     length = torch.cat([gradients[name] * sigma for name, sigma in scales.items()]).norm().item()
     step = min(loss / length, trust) / length if length > 0 else 0.0
@@ -168,7 +168,7 @@ def polyak_deltas(
 
 
 def _left(targets: Sequence[Target]) -> Tensor:
-    """What is left of each singular value, (σ + ε)/σ in one row, `[R]`; 1 where it vanishes."""
+    """Return the remainder of each singular value, (σ + ε)/σ, in one row, `[R]`; 1 for vanishing ones."""
     sigma = torch.cat([scale_of(target) for target in targets])
     epsilon = torch.cat([target.delta for target in targets])
     return torch.where(sigma > 0, 1 + epsilon / sigma, 1.0).clamp_min(0)
@@ -179,18 +179,18 @@ def _weight_after(steps: int) -> float:
 
 
 def _flat(parts: Mapping[str, Tensor], targets: Sequence[Target]) -> Tensor:
-    """What is by ε in each target, `[…, r]`, by δ in one row `[…, R]`."""
+    """Convert derivatives by ε of each target, `[…, r]`, to derivatives by δ in one row, `[…, R]`."""
     return torch.cat([parts[target.name] * scale_of(target) for target in targets], dim=-1)
 
 
 def _responses(seen: Observed) -> Tensor:
-    """The mean square movement of ordinary tokens for a unit of each δ, `[R]`, over their mean norm."""
+    """Return the mean square movement of ordinary tokens per unit of each δ, `[R]`, relative to their mean norm."""
     measured = seen.responses / max(seen.probes, 1)
     return (measured + FLOOR * measured.mean()).clamp_min(1e-12)
 
 
 def _shares(seen: Observed) -> Tensor:
-    """The share of the loss that each singular value answers for, less its standard error, `[R]`."""
+    """Return the share of the loss of each singular value, less its standard error, `[R]`."""
     mean = seen.shares / max(seen.weight, 1e-12)
     if seen.weight <= 1.5:
         return mean
@@ -199,7 +199,7 @@ def _shares(seen: Observed) -> Tensor:
 
 
 def _best(seen: Observed, targets: Sequence[Target], excess: float) -> tuple[int, float, float]:
-    """The place in the row of the singular value of the largest gain, that gain for a mean excess, and its lead."""
+    """Return the place in the row of the largest gain, that gain for a mean excess, and its ratio to the next one."""
     left = _left(targets)
     gains = _shares(seen).clamp_min(0) * max(excess, 0.0) / (_responses(seen).sqrt() * left)
     gains[left <= 1 - GONE] = 0  # shrunk to 0 already
@@ -209,7 +209,7 @@ def _best(seen: Observed, targets: Sequence[Target], excess: float) -> tuple[int
 
 
 def _place(targets: Sequence[Target], at: int) -> tuple[Target, int]:
-    """The target, and the index in it, of a place in the row."""
+    """Return the target of a place in the row, and the index within that target. Raises `IndexError` beyond the row."""
     for target in targets:
         if at < len(target.delta):
             return target, at

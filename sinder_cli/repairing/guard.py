@@ -1,8 +1,8 @@
-"""The guard: images that a repair never trains on, and what it is judged by on them while it runs.
+"""The guard: images that a repair never trains on, and by which it is judged while it runs.
 
-The yardstick is the inpainted original (`defects.inpainting`): its cls and its never-marked tokens say what the network
-would say without outliers. Nearness to the original is no yardstick, since outliers spoil cls and good tokens by
-attention; the number of outliers alone is none either, since a ruined model has none.
+The yardstick is the inpainted original (`defects.inpainting`): its cls and its never-marked tokens show what the
+network would output without outliers. Similarity to the original is no yardstick, since outliers spoil cls and good
+tokens through attention. The number of outliers alone is none either, since a ruined model has none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sinder_cli.defects.settings import SLACK
 from sinder_cli.defects.shift import CELLS, Retrieval, found_again, shifted
 from sinder_cli.defects.tokens import last_tokens, patch_grid
 from sinder_cli.errors import BadInputError
-from sinder_cli.events import Emit, silent, tracked
+from sinder_cli.events import Emit, Record, silent, tracked
 from sinder_cli.images.loading import shuffled
 from sinder_cli.repairing.forward import Directions
 from sinder_cli.repairing.scan import Seen, see
@@ -32,27 +32,27 @@ if TYPE_CHECKING:
 
     from sinder_cli.repairing.loop import Best
 
-WORST = 0.5  # the cosine under which the worst hundredth of good tokens is spoilt, whatever the median is
-LEAST_GUARD = 4  # images, where as many can be spared or drawn
+WORST = 0.5  # cosine below which the worst 1 % of good tokens counts as spoilt, whatever the median is
+LEAST_GUARD = 4  # images, if as many can be spared or drawn
 SAMPLES = 6  # images whose patch tokens are kept for pictures
-SHIFTED = 2  # of these, with a marked token, are looked at in a shifted view too
-LEAST_GRID = 5  # patches on a side that every backbone takes
-NEARER = 0.75  # of the original's distance to the inpainted original: what lies nearer need not reach the floor
+SHIFTED = 2  # of these, with a marked token, are examined in a shifted view too
+LEAST_GRID = 5  # patches on a side: the smallest grid that every backbone accepts
+NEARER = 0.75  # of the original's distance to the inpainted original: a nearer state need not reach the floor
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Cosines to a yardstick on the guard, last block, before the final norm; None where there is nothing."""
+    """Cosines of the guard to a yardstick, last block, before the final norm; None without such tokens."""
 
     cls: float | None  # mean
     good: float  # patches that the original never marks: median
-    good_mean: float  # mean
-    good_p01: float  # and 1st percentile
+    good_mean: float  # their mean
+    good_p01: float  # their 1st percentile
     marked: float | None  # patches that the original marks at some block: mean
 
     @classmethod
     def of(cls, patches: Tensor, heads: Tensor | None, ever: Tensor) -> Fidelity:
-        """From cosines of patches `[K, h, w]` and of cls `[K]`; `ever`, bool `[K, h, w]`: what the original marks."""
+        """Summarize cosines of patches `[K, h, w]` and cls `[K]`; the original marks `ever`, bool `[K, h, w]`."""
         good = patches[~ever] if not bool(ever.all()) else patches.flatten()
         marked = patches[ever]
         return cls(
@@ -64,17 +64,17 @@ class Fidelity:
         )
 
     def as_dict(self) -> dict[str, float | None]:
-        """By name, as `summary.json` has it."""
+        """Return the numbers by name, as in `summary.json`."""
         return asdict(self)
 
     def holds(self, original: Fidelity, floor: float) -> bool:
-        """Whether a state of this fidelity spoils neither cls nor good tokens, given the original's own.
+        """Return True if a state of this fidelity spoils neither cls nor good tokens, compared with the original.
 
-        Neither may lie further from the yardstick than the original does, by more than `SLACK`; and each reaches the
-        floor, or is nearer by a quarter of the way: where outliers are many, the yardstick itself is off by more than
-        the floor allows. Of good tokens both median and mean are asked, so that no part of them is given up. The worst
-        hundredth of good tokens may not fall under both the original's and `WORST`: no
-        more is asked of it, since the yardstick leaves in what a soft trigger does to tokens that it never marks.
+        Neither may be further from the yardstick than the original is, by more than `SLACK`. Each must also reach the
+        floor, or be a quarter nearer to the yardstick than the original: if there are many outliers, the yardstick
+        itself is off by more than the floor allows. Both median and mean of good tokens are checked, so that no part of
+        them is given up. The 1st percentile of good tokens may not fall below both the original's and `WORST`. Nothing
+        more is required of it, since the yardstick keeps what a soft trigger does to tokens that it never marks.
         """
         if self.good_p01 < min(original.good_p01, WORST) - SLACK:
             return False
@@ -85,12 +85,12 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model on the guard's images: K of them, h × w patches, N width."""
+    """Measurements of a model on the guard: K images, h × w patches, N width."""
 
     norms: Tensor  # [blocks, K, h, w]
     ratios: Tensor  # [blocks, K, h, w]: over the median norm of the image
     outlying: Tensor  # bool [blocks, K, h, w]
-    standing: Tensor  # bool [K, h, w]: outlying by norm at some block, whatever the rule in force marks
+    standing: Tensor  # bool [K, h, w]: outlying by norm at some block, whatever the current rule marks
     cls: Tensor | None  # [K, N]: last block
     samples: Tensor  # [≤ SAMPLES, h, w, N]: last block's patch tokens of the first images
     to_inpainted: Tensor  # [K, h, w]: cosine of the last block's patches to the inpainted original's
@@ -101,28 +101,28 @@ class Snapshot:
 
     @property
     def left(self) -> int:
-        """Tokens that are outlying at some block."""
+        """Number of tokens that are outlying at some block."""
         return int(self.outlying.any(dim=0).sum())
 
     @property
     def finite(self) -> bool:
-        """Whether all tokens of the last block are."""
+        """True if all tokens of the last block are finite."""
         return bool(self.norms[-1].isfinite().all())
 
     def require_finite(self, what: str, remedy: str, error: type[BadInputError] = BadInputError) -> None:
-        """Raises an `error` where a token is NaN or infinite: nothing of such a model is worth keeping."""
+        """Raise `error` if a token is NaN or infinite: such a model is not worth keeping."""
         broken = int((~self.norms[-1].flatten(1).isfinite().all(dim=1)).sum())
         if broken:
             raise error(what, f"its tokens are not finite on {broken} of {self.norms.shape[1]} images", remedy)
 
     def fidelity(self, to: str = "inpainted") -> Fidelity:
-        """Cosines to the `inpainted` or the plain `original`."""
+        """Return the cosines to the `inpainted` or the plain `original`."""
         if to == "inpainted":
             return Fidelity.of(self.to_inpainted, self.cls_to_inpainted, self.ever)
         return Fidelity.of(self.to_original, self.cls_to_original, self.ever)
 
     def defects(self) -> dict[str, Any]:
-        """What `summary.json` says: tokens outlying at some block, and block by block."""
+        """Return the part of `summary.json` about outlying tokens: those at any block, and those of each block."""
         by_block = [
             {
                 "block": block,
@@ -149,7 +149,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Record):
     """One line of `evaluations.jsonl`: the guard's images after a step."""
 
     step: int
@@ -159,14 +159,14 @@ class Evaluation:
     good: float
     good_p01: float
     marked: float | None
-    holds: bool  # whether neither cls nor good tokens are further from it than they may be
-    spoilt: bool  # whether they are so without the outliers that are left, too
-    best: bool  # whether this is the best state so far
+    holds: bool  # True if neither cls nor good tokens are further from it than allowed
+    spoilt: bool  # True if they are too far from it even with the remaining outliers inpainted
+    best: bool  # True if this is the best state so far
 
 
 @dataclass
 class Guard:
-    """The guard's images, and what the original and the inpainted original make of them."""
+    """The guard's images, with the tokens of the original and of the inpainted original on them."""
 
     backbone: Backbone
     module: nn.Module
@@ -199,12 +199,12 @@ class Guard:
         self.found_before = self.found_again(self.before)
 
     def look(self) -> Snapshot:
-        """The guard's images as the module shows them now."""
+        """Run the module as it is now on the guard's images, and return the snapshot."""
         self.latest = self._snapshot([self._see(pixels) for pixels in self._batches()])
         return self.latest
 
     def _snapshot(self, seen: Sequence[Seen]) -> Snapshot:
-        """What batches of the guard's images show, held against the references."""
+        """Combine the batches of the guard's images into a snapshot, compared with the references."""
         last = [each.last.cpu() for each in seen]
         pixels = next(iter(self.images.values()))
         grids = [patch_grid(self.backbone, tokens, pixels[None]) for tokens in last]
@@ -226,9 +226,10 @@ class Guard:
 
     @torch.no_grad()
     def found_again(self, now: Snapshot) -> Retrieval | None:
-        """Shift retrieval of a few images with a marked token, as the module is now.
+        """Compute the shift retrieval of a few images with a marked token, for the module as it is now.
 
-        None where no image has one, or where the model takes no image of another size: it decides nothing.
+        Returns None if no image has one, if the grid is too small, or if the model accepts no image of another size.
+        The result is only reported and decides nothing.
         """
         height, width = now.ever.shape[1:]
         if min(height, width) < LEAST_GRID + CELLS:
@@ -247,17 +248,17 @@ class Guard:
         return Retrieval.of(torch.stack(found), torch.stack(marked)) if shown else None
 
     def _cosines(self, last: Sequence[Tensor], which: int) -> tuple[Tensor, Tensor | None]:
-        """Of batches of last tokens `[B, T, N]` to a reference of theirs: of patches `[K, h, w]`, of cls `[K]`."""
+        """Compute the cosines of batches of last tokens `[B, T, N]` to a reference: patches `[K, h, w]`, cls `[K]`."""
         pairs = [_cosines(tokens, known[which]) for tokens, known in zip(last, self._references, strict=True)]
         each = torch.cat(pairs)  # [K, T]
         patches = each[:, self.backbone.prefix_tokens :].unflatten(1, self._marked[0].shape[1:])
         return patches, each[:, 0] if self.backbone.has_cls else None
 
     def _spoilt(self, now: Snapshot, floor: float) -> bool:
-        """Whether the weights have lost what good tokens say, whatever outliers they leave.
+        """Return True if the weights have spoilt cls or good tokens, apart from the effect of remaining outliers.
 
-        Where some are left, they may disturb good tokens more than those of the original do, as where the repair of
-        one defect brings out another; so the state is judged with its own outliers inpainted.
+        Remaining outliers may disturb good tokens more than those of the original do, for example if the repair of one
+        defect brings out another. So the state is judged with its own outliers inpainted.
         """
         if now.fidelity().holds(self.before.fidelity(), floor) or not now.finite:
             return not now.finite
@@ -269,7 +270,7 @@ class Guard:
         return not found.holds(self.before.fidelity(), floor)
 
     def evaluation(self, step: int, now: Snapshot, floor: float, best: Best | None) -> Evaluation:
-        """One look as a line, against the best state so far; without one, against the original."""
+        """Return the line of one look, compared with the best state so far, or with the original if there is none."""
         fidelity, was = now.fidelity(), self.before.fidelity()
         holds = now.finite and fidelity.holds(was, floor)
         look = Evaluation(
@@ -297,18 +298,22 @@ class Guard:
 
 
 def _cosines(tokens: Tensor, reference: Tensor) -> Tensor:
-    """Cosines of tokens `[…, N]`; 0 where one is not finite."""
+    """Compute the cosines of tokens `[…, N]` to a reference; 0 for those that are not finite."""
     return cosine_similarity(tokens.double(), reference.double(), dim=-1).nan_to_num(0.0).float()
 
 
 def guard_size(count: int, asked: int | None) -> int:
-    """How many of so many images the guard takes: a tenth, at least 4 and at most 64; never more than half."""
+    """Return how many of `count` images the guard takes: `asked`, or a tenth, at least 4, at most 64; at most half."""
     wanted = asked if asked is not None else min(max(LEAST_GUARD, round(0.1 * count)), 64)
     return min(wanted, count // 2)
 
 
 def guard_sizes(given: int, drawn: int, asked: int | None) -> tuple[int, int]:
-    """How many of the user's images the guard takes, and how many drawn ones: these alone, or to make up for few."""
+    """Return how many of the user's images the guard takes, and how many drawn ones.
+
+    Drawn images are used alone if none of the user's can be spared; unless `asked` is set, they also make up for fewer
+    than `LEAST_GUARD` images of the user.
+    """
     own = guard_size(given, asked)
     if own == 0:
         return 0, guard_size(drawn, asked)
@@ -317,12 +322,12 @@ def guard_sizes(given: int, drawn: int, asked: int | None) -> tuple[int, int]:
 
 
 def guarded(kinds: Sequence[tuple[int, ...]], size: int, seed: int = 0) -> list[int]:
-    """Which images the guard takes, by index, in their order: every kind, and half of them with a defect if there are.
+    """Return the sorted indices of the guard's images: every kind, and at least half with a defect if possible.
 
-    Within a kind they are drawn by the seed: images that follow one another may show the same thing.
+    Within a kind they are drawn by the seed: consecutive images may show the same thing.
 
-    `kinds` are those of the images, empty without a defect. At least half of the images of a kind are left to train on,
-    so that one of which there is a single image is not on the guard.
+    `kinds` are the kinds of all images, empty for one without a defect. At least half of the images of a kind are left
+    for training, so that a kind with a single image is not on the guard.
     """
     by_kind: dict[tuple[int, ...], list[int]] = {}
     for index in islice(shuffled(len(kinds), seed), len(kinds)):

@@ -15,7 +15,7 @@ import torch
 from sinder_cli.backbone.contract import Backbone
 from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import BadInputError
-from sinder_cli.events import Emit, Warned, silent
+from sinder_cli.events import Emit, Record, Warned, silent
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import ImageSource, whole_of
 from sinder_cli.memory import told_when_it_runs_out
@@ -36,17 +36,17 @@ Known = Callable[[str], "Tensor"]  # the name of an image → the tokens that th
 
 NOTHING = StepGradient()
 CLEAN_LOOKS, SPOILT_LOOKS, IDLE_LOOKS = 3, 2, 10  # at the guard, in a row, that end a repair
-EQUAL_FIDELITY = 0.001  # of a cosine: as good
+EQUAL_FIDELITY = 0.001  # difference of cosines up to which two states count as equally good
 MAX_NONFINITE = 10  # steps in a row with a NaN or infinity before the run ends
 ANEW = "start anew with a lower --trust, or --lr, and --force"
 
 
 class DivergedError(BadInputError):
-    """The repair has come to numbers that are not finite; what led there is not worth keeping."""
+    """The repair has produced numbers that are not finite; the steps that led to them are not worth keeping."""
 
 
 @dataclass(frozen=True)
-class StepRecord:
+class StepRecord(Record):
     """One line of `metrics.jsonl`."""
 
     step: int
@@ -54,21 +54,21 @@ class StepRecord:
     defective: int  # images of this step that had a defect
     block: int | None  # the first defective block of the step
     masked_tokens: int
-    loss: float | None  # mean over the defective images and blocks that were looked at
-    moved: str | None  # the target that a greedy step has shrunk a singular value of
-    length: float | None  # ‖Δδ‖: by how much of themselves singular values were changed
-    gain: float | None  # the largest at the step's first defective block, of a greedy step
-    clean_fraction: float  # share of recent images without a defect that a step can help
-    seconds: float  # since the run began, pauses between two processes left out
-    skipped: bool = False  # for a NaN or infinity
+    loss: float | None  # mean over the defective images and their blocks
+    moved: str | None  # the target in which a greedy step has shrunk a singular value
+    length: float | None  # ‖Δδ‖: relative change of the singular values
+    gain: float | None  # of a greedy step: the largest at its first defective block
+    clean_fraction: float  # share of recent images without a defect that a step can reduce
+    seconds: float  # since the run began, without the pauses between two processes
+    skipped: bool = False  # because of a NaN or infinity
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best state that the guard has seen: its step, what it was judged by, and every ε but zeros, by target.
+    """The best state that the guard has seen: its step, the numbers that it was judged by, and its ε, by target.
 
-    The cosines are the highest of all states with as few outlying tokens: a later one is held against these, so that
-    no number of states, each nearly as good as the one before, leads downhill.
+    Only ε that are not zero are kept. Each cosine is the highest of all best states with as few outlying tokens. Later
+    states are compared with these, so that a series of states, each slightly worse than the last, cannot lead downhill.
     """
 
     step: int
@@ -80,7 +80,7 @@ class Best:
 
     @classmethod
     def of(cls, look: Evaluation, deltas: dict[str, Tensor], before: Best | None) -> Best:
-        """The state of a look that is the best now, and was another before."""
+        """Return the new best state, that of `look`, given the best state before it."""
         if before is None or before.outlying != look.outlying:
             return cls(look.step, look.outlying, look.cls, look.good, look.marked, deltas)
         highest = [
@@ -90,13 +90,13 @@ class Best:
         return cls(look.step, look.outlying, highest[0], max(look.good, before.good), highest[1], deltas)
 
     def is_beaten_by(self, look: Evaluation) -> bool:
-        """Whether a later state has fewer outlying tokens; or as few, and no lower fidelity."""
+        """Return True if a later state has fewer outlying tokens, or as few and no lower fidelity."""
         if look.outlying != self.outlying:
             return look.outlying < self.outlying
         return all(now >= was - EQUAL_FIDELITY for now, was in self._pairs(look))
 
     def is_bettered_by(self, look: Evaluation) -> bool:
-        """Whether a later state has fewer outlying tokens, or more than just noticeably higher fidelity."""
+        """Return True if a later state has fewer outlying tokens, or a noticeably higher cosine."""
         fewer = look.outlying < self.outlying
         return fewer or any(now > was + EQUAL_FIDELITY for now, was in self._pairs(look))
 
@@ -107,7 +107,7 @@ class Best:
 
 @dataclass
 class Progress:
-    """What the loop has seen: it decides when to stop, and with the deltas it is all that a run goes on from."""
+    """The state of the loop: it decides when to stop, and together with the deltas it is all that resuming needs."""
 
     window: int
     recent: deque[bool] = field(init=False)
@@ -116,7 +116,7 @@ class Progress:
     seconds: float = 0.0
     nonfinite: int = 0
     nonfinite_in_a_row: int = 0
-    proven: int = 0  # the last step of whose deltas it is known that they give finite losses and gradients
+    proven: int = 0  # the last step whose deltas are known to give finite losses and gradients
     unreadable: dict[str, str] = field(default_factory=dict)
     observed: Observations = field(default_factory=Observations)
     best: Best | None = None  # the best state that the guard has seen
@@ -125,22 +125,25 @@ class Progress:
     clean_looks: int = 0  # in a row, without an outlying token
     spoilt_looks: int = 0  # in a row, in which good tokens were spoilt
     idle_looks: int = 0  # in a row, without a new best state
-    stopped: str = ""  # by the guard: why
+    stopped: str = ""  # why the guard has ended the repair; empty if it has not
 
     def __post_init__(self) -> None:
         self.recent = deque(maxlen=self.window)
 
     @property
     def clean_fraction(self) -> float:
-        """Clean images among the last `window`; images not seen yet count as defective."""
+        """Share of clean images among the last `window`; images not seen yet count as defective."""
         return sum(self.recent) / self.window
 
     def finished(self, settings: RepairSettings) -> bool:
-        """Whether no step is left to do."""
+        """Return True if no step is left to do."""
         return bool(self.stopped) or self.steps >= settings.max_steps or self.clean_fraction >= settings.stop_density
 
     def judge(self, look: Evaluation, values: dict[str, Tensor], stops: bool = True) -> None:
-        """Take in a look at the guard: keep the state (`values`: its ε) if it is the best; it may stop the repair."""
+        """Record a look at the guard; keep the state (`values`: its ε) if it is the best.
+
+        If `stops`, the repair ends after enough looks in a row that are spoilt, clean, or without a new best state.
+        """
         self.last_look = look.step
         self.clean_looks = self.clean_looks + 1 if look.outlying == 0 else 0
         self.spoilt_looks = self.spoilt_looks + 1 if look.spoilt else 0
@@ -158,9 +161,9 @@ class Progress:
             self.stopped = "no_improvement"
 
     def count(self, images: int, defective: int, finite: bool) -> None:
-        """One more step, on so many images, of which so many have a defect that a step can help."""
+        """Count one more step on `images` images, `defective` of which have a defect that a step can reduce."""
         if finite:
-            self.proven = self.steps  # it is the deltas of the step before that this one has tried
+            self.proven = self.steps  # this step has tried the deltas of the step before
         self.steps += 1
         self.images += images
         self.recent.extend([False] * defective + [True] * (images - defective))
@@ -170,13 +173,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class Move:
-    """What a step makes of the deltas."""
+    """The result of a step: new deltas and new observations."""
 
     deltas: dict[str, Tensor]  # the new ε of the targets that change
     observed: dict[int, Observed]
     moved: str | None = None
     gain: float | None = None
-    helpless: int = 0  # images with a defect that no step can help
+    helpless: int = 0  # images with a defect that no step can reduce
 
 
 def repair_steps(
@@ -191,12 +194,12 @@ def repair_steps(
     ranks: Ranks = ALONE,
     known: Known | None = None,
 ) -> Generator[StepRecord, None, None]:
-    """Repair `deltas.module` in place, yielding a record a step; goes on from `progress` until it is finished.
+    """Repair `deltas.module` in place and yield a record per step, from `progress` on until it is finished.
 
     `known` gives the tokens that the original marks in an image, by its name. Between two records, and after a
-    `SinderError`, deltas and progress are those of a whole step.
+    `SinderError`, deltas and progress are those of a complete step.
     Raises `BadInputError` when too many images cannot be decoded, `DivergedError` after ten steps in a row without a
-    finite gradient, and `TryAgainError` when memory runs out or a process that decodes dies.
+    finite gradient, and `TryAgainError` when memory runs out or a decoding process dies.
     """
     began = time.monotonic() - progress.seconds
     batches = step_batches(source, preprocess, settings, progress.steps, progress.unreadable, emit, ranks)
@@ -256,7 +259,7 @@ def _local(
     progress: Progress,
     known: Known | None,
 ) -> StepGradient:
-    """The gradient of this rank's part of a batch."""
+    """Compute the gradient of this rank's part of a batch."""
     device = directions.nu.device
     probes = None
     if settings.step == "greedy":
@@ -276,7 +279,7 @@ def _local(
 
 
 def _move(gradient: StepGradient, deltas: Deltas, progress: Progress, images: int, settings: RepairSettings) -> Move:
-    """What the gradient of a step makes of the deltas; of sgd, which has a velocity, see `Deltas.descend`."""
+    """Compute the move of a step from its gradient; for sgd, which has a velocity, see `Deltas.descend`."""
     if settings.step == "sgd" or not gradient.parts:
         return Move({}, {})
     if settings.step == "polyak":
@@ -301,7 +304,7 @@ def _move(gradient: StepGradient, deltas: Deltas, progress: Progress, images: in
 
 
 def _length(deltas: Deltas, move: Move) -> float:
-    """‖Δδ‖ of a move."""
+    """Compute ‖Δδ‖ of a move."""
     squares = 0.0
     for target in deltas.touched:
         if target.name in move.deltas:
@@ -311,13 +314,16 @@ def _length(deltas: Deltas, move: Move) -> float:
 
 
 def density_window(images: int, settings: RepairSettings) -> int:
-    """Over how many images the share of clean ones is taken: `stop_images`, or one pass over fewer; of all, two."""
+    """Return the number of images for the share of clean ones: at most `stop_images`, and at most one pass.
+
+    If all images are visited, at most two passes. `images` is the number of images in a pass.
+    """
     passes = 2 if settings.visit == "all" else 1
     return max(1, min(settings.stop_images, passes * images))
 
 
 def size_of_step(preprocess: Preprocessing, settings: RepairSettings) -> tuple[str, str]:
-    """What a step's memory grows with, and what to do where it is too much."""
+    """Return two parts of a message: what the memory of a step depends on, and what to do if it is too much."""
     size = preprocess.size
     why = f"at {size} × {size} pixels, batch size {settings.batch_size} and a window of {settings.window} blocks"
     return why, "--resume when more is free, or start anew with a lower --image-size, --batch-size or --window"

@@ -1,4 +1,4 @@
-"""What a repair amounts to: the repaired weights, the adapter, and the records of the run."""
+"""The results of a repair: the repaired weights, the adapter, and the records of the run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RepairResult:
-    """What `repair` left in its run directory, and the tokens before and after for pictures."""
+    """The records that `repair` wrote to its run directory, and the tokens before and after for pictures."""
 
     folder: Path
     model: str
@@ -53,7 +53,7 @@ def run_config(
     device: str,
     given: int,
 ) -> dict[str, Any]:
-    """`config.json`: how it was called, resolved settings, versions, fingerprints of weights and list of images."""
+    """Return `config.json`: the call, resolved settings, versions, and fingerprints of weights and list of images."""
     import torch
 
     return {
@@ -65,7 +65,7 @@ def run_config(
         "weights": {"source": backbone.weights.source.label, "fingerprint": backbone.weights.fingerprint()},
         "images": {"count": len(source), "given": given, "fingerprint": source.fingerprint()},
         "settings": settings.model_dump(),
-        "device": device.partition(":")[0],  # which of several does not matter
+        "device": device.partition(":")[0],  # which of several devices does not matter
         "threads": torch.get_num_threads(),
         "versions": {"sinder": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
@@ -76,7 +76,7 @@ VerdictWord = Literal["healthy", "repaired", "improved", "not improved"]
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """Defective tokens on images that were trained on, of kinds of which the guard has no image."""
+    """Defective tokens on training images whose kind of defect no image of the guard has."""
 
     images: int
     before: int
@@ -86,12 +86,13 @@ class Elsewhere:
 def verdict_of(
     scan: Scan, before: Snapshot, after: Snapshot, changed: bool, floor: float, elsewhere: Elsewhere | None = None
 ) -> VerdictWord:
-    """What came of a repair, by the outlying tokens of the guard's images at any block.
+    """Return the verdict on a repair, judged by the outlying tokens of the guard's images at any block.
 
-    A state in which cls or good tokens are spoilt (`Fidelity.holds`), or that leaves more of a kind that the guard does
-    not show, is no improvement, whatever has become of those. It is no more than one where anything is left: of such a
-    kind, or of tokens that stand out by norm though the rule in force marks none of them; or where marked tokens have
-    come no nearer to the yardstick. A model of which that rule marks nothing is healthy only if no norm stands out.
+    It is "not improved" if nothing was changed, if there are no fewer outlying tokens, if cls or good tokens are spoilt
+    (`Fidelity.holds`), or if there are more defective tokens of a kind that the guard does not show. Otherwise it is
+    only "improved" if anything is left: outlying tokens, tokens that stand out by norm although the current rule does
+    not mark them, or tokens of a kind that the guard does not show; or if marked tokens are further from the yardstick
+    than before. A model in which that rule marks nothing is "healthy" only if no norm stands out.
     """
     if scan.healthy:
         return "not improved" if scan.standing else "healthy"
@@ -106,7 +107,7 @@ def verdict_of(
 
 
 def stop_reason(scan: Scan, after: Snapshot, progress: Progress, settings: RepairSettings) -> str:
-    """Why no further step was taken, as `summary.json` has it."""
+    """Return why no further step was taken, as in `summary.json`."""
     if scan.healthy:
         return "nothing_marked" if scan.standing else "healthy"
     if progress.stopped:
@@ -130,7 +131,7 @@ def run_summary(
     settings: RepairSettings,
     config: dict[str, Any],
 ) -> dict[str, Any]:
-    """`summary.json`, but for the seconds that the run took."""
+    """Return `summary.json`, except for the seconds that the run took."""
     changed = deltas.changed
     to_original = after.fidelity("original")
     return {
@@ -168,13 +169,13 @@ def run_summary(
         "trained_values": sum(int(target.delta.count_nonzero()) for target in changed),
         "clean_fraction": 1.0 if scan.healthy else progress.clean_fraction,
         "stopped_by": stop_reason(scan, after, progress, settings),
-        "data": config["images"] | {"places": config["call"]["data"]},  # none: drawn
+        "data": config["images"] | {"places": config["call"]["data"]},  # no places: the images were drawn
         "settings": {name: value for name, value in config["settings"].items() if name not in WITHOUT_EFFECT},
     }
 
 
 def repaired_tensors(weights: Weights, targets: list[Target]) -> Iterator[Tensor]:
-    """The tensors of the repaired backbone in their stored dtype; rows that no target covers keep their bits.
+    """Yield the tensors of the repaired backbone in their stored dtype; rows that no target covers keep their bits.
 
     Raises `BadInputError` naming the tensor if a value does not fit its dtype.
     """
@@ -187,5 +188,5 @@ def repaired_tensors(weights: Weights, targets: list[Target]) -> Iterator[Tensor
 
 
 def write_model(path: Path, weights: Weights, deltas: Deltas) -> None:
-    """The repaired backbone in the key order, names and dtypes of the input, one tensor at a time."""
+    """Write the repaired backbone with the key order, names and dtypes of the input, one tensor at a time."""
     write_safetensors(path, weights.output_infos(), repaired_tensors(weights, deltas.changed))

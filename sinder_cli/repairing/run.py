@@ -1,4 +1,4 @@
-"""A repair from what it starts from to its run directory: looked at, stepped, judged, and written, in that order."""
+"""A complete repair: scan the original, take steps, judge the result, and write the run directory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from sinder_cli.repairing.loop import (
 )
 from sinder_cli.repairing.results import Elsewhere, RepairResult, run_summary, write_model
 from sinder_cli.repairing.run_identity import listed_images
-from sinder_cli.repairing.scan import ImageOutliers, Scan, rarest_first, scan, see
+from sinder_cli.repairing.scan import ImageOutliers, Scan, rarest_first, scan, see, to_train_on
 from sinder_cli.repairing.session import checkpointed, restored, saved_if_it_fails
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.repairing.weight_changes import write_adapter
@@ -49,12 +49,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-MOST_ELSEWHERE = 64  # images with kinds of defects that the guard does not show, looked at in the end
+MOST_ELSEWHERE = 64  # images with kinds of defects that the guard does not show, examined at the end
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a repair starts from, and the `config.json` that says so."""
+    """The inputs of a repair, and the `config.json` that describes them."""
 
     backbone: Backbone
     preprocess: Preprocessing
@@ -62,12 +62,12 @@ class Start:
     settings: RepairSettings
     device: str
     config: dict[str, Any]
-    given: int  # images of the source that the user named, which come first; the others are drawn
+    given: int  # number of the user's images, which come first in the source; the others are drawn
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A backbone ready to be looked at and stepped: directions from the weights, the module, no deltas yet."""
+    """A backbone ready for its scan and for steps: directions from the weights, the module, no deltas yet."""
 
     start: Start
     directions: Directions
@@ -83,16 +83,19 @@ class Repair:
 
     prepared: Prepared
     scan: Scan
-    training: ImageSource  # what steps are taken on; without an image where there is nothing to repair
-    guard: Guard | None  # on rank 0
-    also_trained: int  # images of the guard that are trained on, since no other shows such a defect
-    drawn: int  # images of the guard that the program drew
-    unjudged: tuple[ImageOutliers, ...]  # with a defect of a kind of which the guard has no image
+    training: ImageSource  # the images for the steps; empty if there is nothing to repair
+    guard: Guard | None  # on rank 0; None on the others
+    also_trained: int  # number of guard images that are trained on, since no other image has such a defect
+    drawn: int  # number of guard images that the program drew
+    unjudged: tuple[ImageOutliers, ...]  # their kind of defect is on no image of the guard
     progress: Progress
 
     @property
     def known(self) -> Known | None:
-        """The tokens that the original marks in an image, by its name; None for a rule that knows no norms."""
+        """Function from an image's name to the tokens that the original marks in it.
+
+        None without a norm factor, or if all images are visited.
+        """
         settings, depth = self.prepared.start.settings, self.prepared.start.backbone.depth
         if settings.norm_factor == 0 or settings.visit == "all":
             return None
@@ -103,7 +106,7 @@ class Repair:
 def run_repair(
     start: Start, folder: RunFolder, emit: Emit, resume: bool, stop: Stop, ranks: Ranks
 ) -> RepairResult | None:
-    """Repair into a folder that this process, or rank 0, holds; rank 0 has the result."""
+    """Repair into a folder that this process, or rank 0, holds; return the result on rank 0, None on others."""
     began = time.monotonic()
     if resume and ranks.writes:
         folder.require_same(start.config, start.source, emit)
@@ -120,21 +123,21 @@ def run_repair(
 def prepared(
     start: Start, emit: Emit, ranks: Ranks, decompose: Callable[[Tensor], SingularBasis] = singular_basis
 ) -> Prepared:
-    """Everything that needs no image: directions from the weights, the module, no deltas yet."""
+    """Prepare everything that needs no image: directions from the weights, the module, no deltas yet."""
     settings, backbone = start.settings, start.backbone
     device = exact_device(start.device)
     prediction = ranks.from_rank0(lambda: predict(backbone, ("cumulative",), emit, device))
     directions = Directions(prediction.directions().to(start.device), prediction.gaps())
     by_weights = settings.mark == "weights" or settings.norm_factor == 0
     if by_weights and not any(gap >= settings.min_gap for gap in directions.gaps):
-        emit(Warned(f"no direction is determined (σ₁/σ₂ < {settings.min_gap} in every block): none can be defective"))
+        emit(Warned(f"no direction is determined (σ₁/σ₂ < {settings.min_gap} in every block): no token can be marked"))
     module = load_module(backbone, start.device)
     deltas = Deltas(backbone, module, emit, settings.offload, decompose=decompose)
     return Prepared(start, directions, module, deltas, emit, ranks)
 
 
 def ready(prepared: Prepared, folder: RunFolder, resume: bool) -> Repair:
-    """Look at the original, or read what an earlier process saw, and choose images to train on and to be judged on."""
+    """Scan the original, or read an earlier scan, and choose the images to train on and to be judged by."""
     start, ranks = prepared.start, prepared.ranks
     settings, source = start.settings, start.source
     unreadable: dict[str, str] = {}
@@ -148,9 +151,9 @@ def ready(prepared: Prepared, folder: RunFolder, resume: bool) -> Repair:
     else:
         found = _scanned(prepared, chosen, unreadable)
     found.require_finite()
-    if crowded := [image.name for image in found.images if image.crowded]:
-        which = crowded[0] if len(crowded) == 1 else f"{len(crowded)} images, such as {crowded[0]}"
-        prepared.emit(Noted(f"most tokens of {which} are outlying: no yardstick to judge a repair by"))
+    if flooded := [image.name for image in found.images if image.flooded]:
+        which = flooded[0] if len(flooded) == 1 else f"{len(flooded)} images, such as {flooded[0]}"
+        prepared.emit(Noted(f"most patch tokens, or cls, of {which} are outlying: unsuitable for judging the repair"))
     images = list(found.images)
     indices = [image.place for image in images]
     guard_indices, also = _guard_indices(start, found, images, indices)
@@ -160,13 +163,13 @@ def ready(prepared: Prepared, folder: RunFolder, resume: bool) -> Repair:
     elif settings.visit == "all":
         training = [index for index in range(len(source)) if index not in held]
     else:
-        pairs = [(image, at) for image, at in zip(images, indices, strict=True) if image.blocks and at not in held]
-        training = rarest_first([image for image, _ in pairs], [at for _, at in pairs])
+        chosen_images = to_train_on([image for image in images if image.place not in held])
+        training = rarest_first(chosen_images, [image.place for image in chosen_images])
     progress = Progress(density_window(len(training), settings), unreadable=unreadable)
     guard = _guard(prepared, guard_indices, progress) if ranks.writes else None
     if also:
         prepared.emit(
-            Noted("the one image with a defect of its kind is trained on and judged on: more images would tell more")
+            Noted("the only image with its kind of defect is used for training and for judging: more images would help")
         )
     judged = {image.kind for image in images if image.place in set(guard_indices)}
     others = [image for image in images if image.blocks and image.kind not in judged]
@@ -191,7 +194,7 @@ def _scanned(prepared: Prepared, chosen: Sequence[int], unreadable: dict[str, st
     )
     given = {start.source.name(index) for index in chosen if index < start.given}
     read = sum(image.name in given for image in found.images)
-    require_some(read, len(given) - read)  # drawn pictures do not stand in for a user's, none of which can be read
+    require_some(read, len(given) - read)  # drawn images do not replace the user's if none of these can be read
     require_readable(start.source, unreadable, start.settings.strict)
     return found
 
@@ -199,15 +202,15 @@ def _scanned(prepared: Prepared, chosen: Sequence[int], unreadable: dict[str, st
 def _guard_indices(
     start: Start, found: Scan, images: Sequence[ImageOutliers], indices: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """The images of the guard, by index in the source; and those of them that are trained on too, for want of others.
+    """Choose the images of the guard, by index in the source; and those of them to train on too, as no others exist.
 
     They are images that the user gave, if there are two or more of them, and drawn ones up to four. If none of them has
-    a defect, one that has comes to them, though a step could be taken on it. None of them is crowded, if there are
-    others: where most tokens are outlying, the inpainted original is no yardstick.
+    a defect, a defective image is added, which is then lost for training unless it is the only one of its kind. Flooded
+    images are left out if there are others: for them, the inpainted original is no yardstick.
     """
     settings = start.settings
     pairs = list(zip(images, indices, strict=True))
-    fit = [(image, at) for image, at in pairs if not image.crowded] or pairs
+    fit = [(image, at) for image, at in pairs if not image.flooded] or pairs
     given = [(image.kind, at) for image, at in fit if at < start.given]
     drawn = [(image.kind, at) for image, at in fit if at >= start.given]
     chosen = [
@@ -227,7 +230,7 @@ def _guard_indices(
 
 
 def _guard(prepared: Prepared, indices: Sequence[int], progress: Progress) -> Guard:
-    """The guard, and what the original makes of its images. Raises `BadInputError` where one is not finite."""
+    """Build the guard and run the original on its images. Raises `BadInputError` if a token is not finite."""
     start = prepared.start
     settings = start.settings
     loaded = load_in_order(start.source, start.preprocess, indices)
@@ -249,16 +252,16 @@ def _guard(prepared: Prepared, indices: Sequence[int], progress: Progress) -> Gu
 
 
 def _go_on_or_begin(repair: Repair, folder: RunFolder, resume: bool) -> None:
-    """Restore the newest checkpoint of the run in the folder, or put a new run there."""
+    """Restore the newest checkpoint of the run in the folder, or begin a new run there."""
     start, progress, emit, ranks = repair.prepared.start, repair.progress, repair.prepared.emit, repair.prepared.ranks
     goes_on = resume and restored(folder.checkpoints, repair.prepared.deltas, progress, emit, ranks)
     if goes_on:
         forget_mended(start.source, start.preprocess, progress.unreadable)
-        emit(Noted(f"going on after step {progress.steps}"))
+        emit(Noted(f"resuming after step {progress.steps}"))
     if ranks.writes:
         if not goes_on:
             files = files_of(start.source)
-            config = folder.read_config() if resume else start.config  # as it was begun, without a checkpoint yet
+            config = folder.read_config() if resume else start.config  # of a run without a checkpoint yet
             folder.begin(config, listed_images(files, emit) if files else ())
             repair.scan.write(folder.outliers)
         folder.write_sidecars(start.backbone.sidecars)
@@ -266,7 +269,11 @@ def _go_on_or_begin(repair: Repair, folder: RunFolder, resume: bool) -> None:
 
 
 def _repaired(repair: Repair, folder: RunFolder, stop: Stop) -> Snapshot | None:
-    """Take the steps, put the best state back, and look at it, on rank 0; of a repair that diverges, it stays too."""
+    """Take the steps, put the best state back, and return its snapshot, on rank 0.
+
+    Raises `DivergedError` if the steps or the final state diverge; in the first case only the checkpoints up to the
+    last proven step stay.
+    """
     deltas, progress = repair.prepared.deltas, repair.progress
     try:
         if len(repair.training):
@@ -285,7 +292,7 @@ def _repaired(repair: Repair, folder: RunFolder, stop: Stop) -> Snapshot | None:
 
 
 def _seen_already(repair: Repair) -> Snapshot | None:
-    """What the guard has seen of the state that is kept, if it has: it needs no second look."""
+    """Return the guard's snapshot of the state that is kept; None if the guard has not looked at it."""
     deltas, progress, guard = repair.prepared.deltas, repair.progress, repair.guard
     assert guard is not None  # rank 0 has it
     if not deltas.changed:
@@ -295,7 +302,7 @@ def _seen_already(repair: Repair) -> Snapshot | None:
 
 
 def _take_steps(repair: Repair, folder: RunFolder, stop: Stop) -> None:
-    """Step until the images are clean, the guard says stop, or the steps are used up, recording each."""
+    """Take steps until the images are clean, the guard ends the run, or the steps are used up; record each."""
     ready, progress = repair.prepared, repair.progress
     start, emit, ranks = ready.start, ready.emit, ready.ranks
     settings, checkpoints = start.settings, folder.checkpoints
@@ -306,7 +313,7 @@ def _take_steps(repair: Repair, folder: RunFolder, stop: Stop) -> None:
             checkpoints.write(ready.deltas, progress)
 
     def look() -> None:
-        """Have the guard judge a state that it has not seen, and keep the best."""
+        """Let the guard judge the state, unless it has seen it already, and keep the best state."""
         if progress.last_look >= progress.last_move:
             return
         evaluation = ranks.from_rank0(lambda: _evaluation(repair))
@@ -323,7 +330,7 @@ def _take_steps(repair: Repair, folder: RunFolder, stop: Stop) -> None:
             look()
 
     if settings.eval_every and progress.steps and progress.steps % settings.eval_every == 0:
-        look()  # what an earlier process has not come to
+        look()  # an earlier process may have ended before this look
     steps = repair_steps(
         start.backbone,
         ready.directions,
@@ -346,14 +353,14 @@ def _take_steps(repair: Repair, folder: RunFolder, stop: Stop) -> None:
 
 
 def _evaluation(repair: Repair) -> Evaluation:
-    """The guard's word on the state after the latest step."""
+    """Return the guard's evaluation of the state after the latest step."""
     assert repair.guard is not None  # rank 0 has it
     settings, progress = repair.prepared.start.settings, repair.progress
     return repair.guard.evaluation(progress.steps, repair.guard.look(), settings.min_fidelity, progress.best)
 
 
 def _left_elsewhere(repair: Repair) -> Elsewhere | None:
-    """What is left on images with a defect of a kind that the guard does not show; they were trained on."""
+    """Count what is left on training images whose kind of defect the guard does not show; None without such images."""
     if not repair.unjudged:
         return None
     start, ready = repair.prepared.start, repair.prepared
@@ -372,9 +379,9 @@ def _left_elsewhere(repair: Repair) -> Elsewhere | None:
 def _written(
     repair: Repair, folder: RunFolder, guard: Guard, after: Snapshot, seconds: Callable[[], float]
 ) -> RepairResult:
-    """Write the repaired weights, the adapter, and last the summary, which says that the run has ended."""
+    """Write the repaired weights, the adapter, and last the summary, which marks the run as finished."""
     start, deltas = repair.prepared.start, repair.prepared.deltas
-    backbone, settings, config = start.backbone, start.settings, folder.read_config()  # as the run was begun
+    backbone, settings, config = start.backbone, start.settings, folder.read_config()  # from the beginning of the run
     if not folder.metrics.is_file():  # of a run without a step
         write_text(folder.metrics, "")
     repair.prepared.emit(Noted(f"writing {folder.model}"))

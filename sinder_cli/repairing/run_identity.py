@@ -1,4 +1,4 @@
-"""Whether a run that goes on is the same one: how it was called, its settings, and its images, file by file."""
+"""The identity of a run, checked when it is resumed: its call, its settings, and its images, file by file."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def differences(stored: dict[str, Any], given: dict[str, Any], images: bool = True) -> Iterator[tuple[str, Any, Any]]:
-    """What of two `config.json` of one shape would change the result: name, stored value, given value.
+    """Yield differences of two `config.json` that would change the result: name, stored value, given value.
 
-    `images`: by their count and fingerprint, where there is no list of them.
+    Both must have the same keys. `images`: compare the images by count and fingerprint, if there is no list of them.
     """
     for name in ("model", "heads", "revision", "attention"):
         if stored[name] != given[name]:
@@ -46,35 +46,35 @@ def differences(stored: dict[str, Any], given: dict[str, Any], images: bool = Tr
 
 
 def is_of_a_run(config: dict[str, Any]) -> bool:
-    """Whether a `config.json` is ours: the folders of Hugging Face models have one too."""
+    """Return True if a `config.json` is that of a run: the folders of Hugging Face models have such a file too."""
     return {"model", "weights", "images", "settings", "versions"} <= config.keys()
 
 
 def names_in(document: Any) -> Any:
-    """The names in a JSON document, without the values."""
+    """Return the names in a JSON document, without the values."""
     return {name: names_in(part) for name, part in document.items()} if isinstance(document, dict) else None
 
 
-READERS = 8  # threads: it is the disk that they wait for
+READERS = 8  # threads, which mostly wait for the disk
 DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
 class ListedImage:
-    """One image when the run began: where it was, its size, the time of its last change, and a hash of its bytes."""
+    """One image as it was when the run began: its path, its size, the time of its last change, a hash of its bytes."""
 
     path: str  # absolute
-    bytes: int  # −1 where it could not be looked at
+    bytes: int  # −1 if the file could not be examined
     changed_ns: int
-    digest: str  # empty where it could not be read
+    digest: str  # empty if it could not be read
 
     def is_at(self, path: Path, state: FileState) -> bool:
-        """Whether it has the same place, size and time, which is enough."""
+        """Return True if path, size and time are the same, which is enough to take the image for unchanged."""
         return (self.path, self.bytes, self.changed_ns) == (str(path.absolute()), *state)
 
 
 def listed_images(files: ImageFiles, emit: Emit) -> list[ListedImage]:
-    """The list of a run that begins. Every file is read once."""
+    """Return the list of images for a new run. Every file is read once."""
     digests = tracked(_digests(files.paths), emit, "listing images", len(files), "images")
     return [
         ListedImage(str(path.absolute()), *state, digest)
@@ -83,12 +83,12 @@ def listed_images(files: ImageFiles, emit: Emit) -> list[ListedImage]:
 
 
 def write_list(path: Path, images: Sequence[ListedImage]) -> None:
-    """One image a line."""
+    """Write the list of images, one per line."""
     write_text(path, "".join(json.dumps(astuple(image)) + "\n" for image in images))
 
 
 def read_list(path: Path) -> list[ListedImage]:
-    """Raises `BadInputError` for a list that is torn."""
+    """Read the list of images. Raises `BadInputError` if it is damaged."""
     try:
         return [ListedImage(*json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (ValueError, TypeError) as error:
@@ -96,9 +96,9 @@ def read_list(path: Path) -> list[ListedImage]:
 
 
 def first_difference(images: Sequence[ListedImage], files: ImageFiles, emit: Emit) -> str | None:
-    """What first tells some files from those of a list, in words; None where all their bytes are the same.
+    """Return the first difference between some files and a list, in words; None if all bytes are the same.
 
-    Only files at another place or of another time than listed are read.
+    Only files whose path, size or time is not as listed are read.
     """
     pairs = list(zip(images, files.paths, files.states, strict=False))
     doubted = [(image, path, state) for image, path, state in pairs if not image.is_at(path, state)]
@@ -107,7 +107,7 @@ def first_difference(images: Sequence[ListedImage], files: ImageFiles, emit: Emi
     for (image, path, state), digest in compared:
         if state[0] != image.bytes or digest != image.digest:
             return _difference(image, path, state[0])
-    counts = f"there were {len(images)} images and are {len(files)}"
+    counts = f"there were {len(images)} images and now there are {len(files)}"
     if len(files) > len(images):
         return f"{counts}, {printable(str(files.paths[len(images)]))} is new"
     if len(files) < len(images):
@@ -119,7 +119,7 @@ def _difference(image: ListedImage, path: Path, size: int) -> str:
     place = str(path.absolute())
     now = printable(place)
     if place != image.path:
-        return f"image {printable(image.path)} is now {now}, which is another"
+        return f"image {printable(image.path)} is now {now}, a different image"
     if size != image.bytes:
         return f"image {now} had {image.bytes} bytes and has {size}"
     return f"image {now} has other contents of the same size"
@@ -131,7 +131,7 @@ def _digests(paths: Sequence[Path]) -> Iterator[str]:
 
 
 def _digest(path: Path) -> str:
-    """A hash of a regular file's bytes; empty where it cannot be read, which is told when it is decoded."""
+    """Return a hash of a regular file's bytes; empty if unreadable, which is reported when it is decoded."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     try:
         if not path.is_file():
@@ -145,7 +145,7 @@ def _digest(path: Path) -> str:
 
 
 def call_of(request: ModelRequest, places: Sequence[str], is_run: bool) -> dict[str, Any]:
-    """The part of `config.json` that says how the run was called, from whatever folder; `is_run`: its model is one."""
+    """Return the part of `config.json` about the call, with absolute paths; `is_run`: the model is a run directory."""
     return {
         "model": str(Path(request.model).absolute()) if is_run else request.model,
         "weights": _absolute(request.weights),
@@ -156,9 +156,9 @@ def call_of(request: ModelRequest, places: Sequence[str], is_run: bool) -> dict[
 
 
 def as_called(folder: RunFolder, given: ModelRequest, settings: RepairSettings) -> tuple[ModelRequest, RepairSettings]:
-    """Model and settings of a run, and over them what is given now.
+    """Return model and settings of a run, overridden by those that are given now.
 
-    Raises `ConflictError` for the run of another version, and `BadInputError` for a `config.json` that is torn.
+    Raises `ConflictError` for a run of another version, and `BadInputError` for a damaged `config.json`.
     """
     stored = _stored(folder)
     request = replace(
@@ -175,7 +175,7 @@ def as_called(folder: RunFolder, given: ModelRequest, settings: RepairSettings) 
 
 
 class _Call(BaseModel):
-    """How a run was called, as `call_of` has it."""
+    """The call of a run, as returned by `call_of`."""
 
     model_config = ConfigDict(strict=True)
 
@@ -187,7 +187,7 @@ class _Call(BaseModel):
 
 
 class _Stored(BaseModel):
-    """What of a `config.json` it takes to go on with a run."""
+    """The parts of a `config.json` that are needed to resume a run."""
 
     call: _Call
     heads: Annotated[int | None, Field(ge=1)]
@@ -197,7 +197,7 @@ class _Stored(BaseModel):
 
 
 def _stored(folder: RunFolder) -> _Stored:
-    """Read it. Raises `ConflictError` where a part is missing or of another kind, and names it."""
+    """Read these parts. Raises `ConflictError`, naming the part, if one is missing or of another type."""
     config = folder.read_config()
     try:
         return _Stored.model_validate(config)
@@ -210,9 +210,9 @@ def _stored(folder: RunFolder) -> _Stored:
 
 
 def images_of(folder: RunFolder) -> ImageFiles | None:
-    """The images that a run has listed, wherever they were named; None for one whose backbone draws them.
+    """Return the images that a run has listed, at the paths of that time; None if its backbone draws the images.
 
-    One that was killed before it had listed them has their places.
+    For a run that was killed before it listed them, they are collected again from the places of its call.
     """
     if not folder.images.is_file():
         places = _stored(folder).call.data if "call" in folder.read_config() else []
@@ -221,7 +221,7 @@ def images_of(folder: RunFolder) -> ImageFiles | None:
 
 
 def other_options(folder: RunFolder, settings: RepairSettings) -> list[str]:
-    """The options that a run goes on with now and did not begin with; all of them are without effect on its result."""
+    """Return the options that differ from the beginning of the run, all without effect on its result, as words."""
     stored = folder.read_config()["settings"]
     now = settings.model_dump(mode="json")
     words: list[str] = []

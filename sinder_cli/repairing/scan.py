@@ -1,4 +1,4 @@
-"""What the original does before a repair: which images have defective tokens, where, and whether weights predict them.
+"""The scan before a repair: which images of the original have defective tokens, where, and if weights predict them.
 
 One pass over the images, made once for a run and kept in its directory as `outliers.json`.
 """
@@ -40,25 +40,25 @@ from sinder_cli.repairing.settings import RepairSettings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-CROWDED = 2.0  # × the usual median norm at a block: medians of a healthy DINOv2's images stay under 1.3 × of it
-PREDICTED_DEGREES = 30.0  # an observed direction this near to a determined predicted one is the predicted one
+FLOODED = 2.0  # × the usual norm at a block: in a healthy DINOv2, the median patch and cls stay below 1.4 ×
+PREDICTED_DEGREES = 30.0  # an observed direction within this angle of a determined predicted one counts as that one
 
 
 @dataclass(frozen=True)
 class ImageOutliers:
-    """The defective tokens of one image in the original: row-major indices of patches, by block that has some."""
+    """The defective tokens of one image in the original: row-major indices of patches, for each block that has some."""
 
     name: str
-    place: int  # in the source, whatever the images are called when a run goes on from elsewhere
+    place: int  # in the source; it stays the same if images have other names when a run is resumed
     grid: tuple[int, int]
     finite: bool
     blocks: dict[int, tuple[int, ...]]
-    standing: int = 0  # tokens that stand out by norm at some block, whatever marks them (`standing_out`)
-    crowded: bool = False  # most of its tokens are outlying at some block, so that the median of their norms is too
+    standing: int = 0  # tokens that stand out by norm at some block, marked or not (`standing_out`)
+    flooded: bool = False  # at some block, most of its patch tokens are outlying, or cls is
 
     @property
     def kind(self) -> tuple[int, ...]:
-        """The blocks at which a token is marked first: more than one where an image has several defects."""
+        """The blocks at which a token is marked first: more than one if an image has several defects."""
         found: list[int] = []
         seen: set[int] = set()
         for block, places in sorted(self.blocks.items()):
@@ -68,7 +68,7 @@ class ImageOutliers:
         return tuple(found)
 
     def first_marks(self, depth: int) -> Tensor:
-        """Where each of them is marked first, bool `[blocks, h, w]`."""
+        """Return where each defective token is marked first, bool `[blocks, h, w]`."""
         masks = torch.zeros(depth, self.grid[0] * self.grid[1], dtype=torch.bool)
         seen: set[int] = set()
         for block, places in sorted(self.blocks.items()):
@@ -87,27 +87,27 @@ class BlockOutliers:
     marked_by_weights: int  # of these tokens, by equation (5) with a direction that is determined
     max_ratio: float  # the largest norm over the median of its image, of all patch tokens
     gap: float  # σ₁/σ₂ of the predicted direction
-    angle_deg: float | None  # from the direction that the tokens share to the predicted one; None without tokens
-    predicted: bool  # whether that angle is at most 30° and the direction determined
+    angle_deg: float | None  # between the direction that the tokens share and the predicted one; None without tokens
+    predicted: bool  # True if that angle is at most 30° and the direction is determined
 
 
 @dataclass(frozen=True)
 class Scan:
-    """The original over the images that were looked at."""
+    """The defective tokens of the original on the scanned images."""
 
     images: tuple[ImageOutliers, ...]
     blocks: tuple[BlockOutliers, ...]
-    tokens: int  # patch tokens that were looked at, in each block
-    unreadable: dict[int, str] = field(default_factory=dict)  # why, by the place in the source
+    tokens: int  # scanned patch tokens, in each block
+    unreadable: dict[int, str] = field(default_factory=dict)  # the reason, by the place in the source
 
     @property
     def healthy(self) -> bool:
-        """Whether no image has a defective token in any block."""
+        """True if no image has a defective token in any block."""
         return not any(image.blocks for image in self.images)
 
     @property
     def standing(self) -> int:
-        """Tokens that stand out by norm at some block, whatever the rule in force marks."""
+        """Number of tokens that stand out by norm at some block, whatever the current rule marks."""
         return sum(image.standing for image in self.images)
 
     @property
@@ -116,13 +116,13 @@ class Scan:
         return {image.name: image for image in self.images}
 
     def named_as_in(self, source: ImageSource) -> Scan:
-        """The same with the images called what they are called now. Raises `BadInputError` for other images."""
+        """Return the same scan with the images' current names. Raises `BadInputError` if the source has too few."""
         if any(image.place >= len(source) for image in self.images):
-            raise BadInputError("cannot go on", "the list of images is shorter than it was", "start anew with --force")
+            raise BadInputError("cannot resume", "the list of images is shorter than it was", "start anew with --force")
         return replace(self, images=tuple(replace(image, name=source.name(image.place)) for image in self.images))
 
     def require_finite(self) -> None:
-        """Raises `BadInputError` for a model whose tokens are not finite on an image: nothing can be said of it."""
+        """Raise `BadInputError` if tokens of an image are not finite: nothing can be said about such a model."""
         broken = [image.name for image in self.images if not image.finite]
         if broken:
             why = f"its tokens are not finite on {len(broken)} of {len(self.images)} images, such as {broken[0]}"
@@ -134,7 +134,7 @@ class Scan:
 
     @classmethod
     def read(cls, path: Path) -> Scan:
-        """Read `outliers.json`. Raises `BadInputError` for one that is torn."""
+        """Read `outliers.json`. Raises `BadInputError` if it is damaged."""
         try:
             stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             images = tuple(
@@ -145,7 +145,7 @@ class Scan:
                     each["finite"],
                     {int(block): tuple(places) for block, places in each["blocks"].items()},
                     each["standing"],
-                    each.get("crowded", False),
+                    each.get("flooded", False),
                 )
                 for each in stored["images"]
             )
@@ -157,7 +157,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class Seen:
-    """One batch block by block: what a scan and a look at the guard are made of."""
+    """Measurements of one batch, block by block; scans and looks at the guard are made of them."""
 
     ratios: Tensor  # [blocks, B, h, w]: norm over the median norm of the image
     norms: Tensor  # [blocks, B, h, w]
@@ -165,6 +165,7 @@ class Seen:
     defective: Tensor  # bool [blocks, B, h, w]
     standing: Tensor  # bool [B, h, w]: outlying at some block by the rule `standing_out`
     last: Tensor  # [B, T, N]: the last block's tokens, float32
+    levels: Tensor  # [levels, B]: after each block, the median norm of the patches, and the norm of cls if there is one
 
 
 @torch.no_grad()
@@ -176,17 +177,20 @@ def see(
     rule: DetectionRule,
     shared: Shared | None = None,
 ) -> Seen:
-    """Run a batch `[B, 3, H, W]` and mark its tokens in every block; `shared` takes in the direction that they share.
+    """Run a batch `[B, 3, H, W]` and mark its tokens in every block.
 
-    Tokens that are far out but not certainly so until the next block is known are not in `shared`.
+    All tokens above the norm factor, marked or not, are added to `shared`, which gives the direction that they share.
     """
     tokens, context = backbone.embed(module, images)
     start = norm_ratios(patch_grid(backbone, tokens, images).float().norm(dim=-1))
-    norms, predicted = [], []
+    norms, predicted, levels = [], [], []
     for block in range(backbone.depth):
         tokens = backbone.run_block(module, block, tokens, context)
         patches = patch_grid(backbone, tokens, images).float()
         norms.append(patches.norm(dim=-1))
+        levels.append(norms[-1].flatten(1).median(dim=1).values)
+        if backbone.has_cls:
+            levels.append(tokens[:, 0].float().norm(dim=-1))
         marked = defect_mask(alignment_logits(patches, directions.nu[block]), rule)
         predicted.append(marked & rule.trusts(directions.gaps[block]))
         if shared is not None:
@@ -195,22 +199,22 @@ def see(
     marks = torch.stack(predicted)
     defective = defective_somewhere(ratios, start, marks, rule)
     standing = defective_somewhere(ratios, start, marks, standing_out(rule)).any(dim=0)
-    return Seen(ratios, torch.stack(norms), marks, defective, standing, tokens.float())
+    return Seen(ratios, torch.stack(norms), marks, defective, standing, tokens.float(), torch.stack(levels))
 
 
 def standing_out(rule: DetectionRule) -> DetectionRule:
-    """The rule of a verdict: whatever marks tokens for training, those that surely stand out by norm are not gone."""
+    """Return the rule for verdicts: tokens that surely stand out by norm count, whatever marks tokens for training."""
     return replace(rule, mark="norm" if rule.mark == "norm" else "auto", norm_factor=rule.norm_factor or NORM_FACTOR)
 
 
 @dataclass
 class Shared:
-    """The second moments of far-out tokens' unit vectors, by block: the leading direction is what they share."""
+    """The second moments of far-out tokens' unit vectors, by block: the leading direction is the shared one."""
 
     moments: dict[int, Tensor] = field(default_factory=dict)  # [N, N]
 
     def add(self, block: int, patches: Tensor, ratios: Tensor, rule: DetectionRule) -> None:
-        """Take in the tokens of a batch `[B, h, w, N]` that are above the norm factor."""
+        """Add the tokens of a batch `[B, h, w, N]` that are above the norm factor."""
         far = patches[ratios > (rule.norm_factor or DetectionRule().norm_factor)]  # [M, N]
         if len(far):
             units = torch.nn.functional.normalize(far, dim=-1)
@@ -218,12 +222,12 @@ class Shared:
             self.moments[block] = self.moments[block] + moment if block in self.moments else moment
 
     def merge(self, other: Shared) -> None:
-        """Take in the tokens of other images."""
+        """Add the tokens of other images."""
         for block, moment in other.moments.items():
             self.moments[block] = self.moments[block] + moment if block in self.moments else moment
 
     def angle(self, block: int, nu: Tensor) -> float | None:
-        """Degrees from the shared direction of a block to the predicted one."""
+        """Return the angle in degrees between a block's shared direction and the predicted one; None without tokens."""
         if block not in self.moments:
             return None
         return angle_between(leading_left(self.moments[block]).direction, nu.cpu())
@@ -241,16 +245,16 @@ def scan(
     emit: Emit,
     ranks: Ranks,
 ) -> Scan:
-    """Look at the chosen images of a source; each rank at its share, and all have the result.
+    """Scan the chosen images of a source; each rank scans its share, and all get the whole result.
 
-    Those that cannot be decoded are named and added to `unreadable`.
+    Images that cannot be decoded are named in a warning and added to `unreadable`.
     """
     running, rule = in_precision(backbone, settings.dtype, settings.tf32), DetectionRule.of(settings)
     mine = SomeImages(source, ranks.share(chosen))
     loaded = load_in_order(mine, preprocess, range(len(mine)), worker_count(settings.workers, ranks.local_size))
     shared = Shared()
     found: list[ImageOutliers] = []
-    medians: dict[int, Tensor] = {}  # of the norms of an image, `[blocks]`, by its place
+    levels: dict[int, Tensor] = {}  # of each image, by its place: its usual norms, as in `flooded_images`
     by_weights: Counter[int] = Counter()
     largest = [0.0] * backbone.depth
     B = max(1, settings.batch_size // ranks.size)
@@ -266,11 +270,10 @@ def scan(
         for block, ratio in enumerate(seen.ratios.nan_to_num(0.0).flatten(1).max(dim=1).values.tolist()):
             largest[block] = max(largest[block], ratio)
         finite = seen.last.flatten(1).isfinite().all(dim=1).tolist()
-        middle = seen.norms.flatten(2).median(dim=2).values.cpu()
         for image, (name, _) in enumerate(batch):
             standing = int(seen.standing[image].sum())
             found.append(_outliers(name, place_of[name], seen.defective[:, image], finite[image], standing))
-            medians[place_of[name]] = middle[:, image]
+            levels[place_of[name]] = seen.levels[:, image].cpu()
         batch.clear()
 
     changes = Changes()
@@ -282,9 +285,9 @@ def scan(
     if batch:
         take()
     sharing = shared if ranks.size > 1 else None
-    parts = ranks.all_gather((found, sharing, dict(by_weights), largest, dict(unreadable), changes, medians))
+    parts = ranks.all_gather((found, sharing, dict(by_weights), largest, dict(unreadable), changes, levels))
     for rank, (_, other, counts, most, broken, changed, norms) in enumerate(parts):
-        medians.update(norms)
+        levels.update(norms)
         if rank == ranks.rank:
             continue
         if other is not None:
@@ -294,9 +297,9 @@ def scan(
         unreadable.update(broken)
         changes.merge(changed)
     changes.tell(emit)
-    crowded = crowded_images(medians)
+    flooded = flooded_images(levels)
     images = tuple(
-        replace(image, crowded=image.place in crowded)
+        replace(image, flooded=image.place in flooded)
         for image in sorted((each for part in parts for each in part[0]), key=lambda image: image.place)
     )
     blocks = tuple(
@@ -309,21 +312,23 @@ def scan(
 
 
 def _outliers(name: str, place: int, masks: Tensor, finite: bool, standing: int) -> ImageOutliers:
-    """One image, from its masks bool `[blocks, h, w]`."""
+    """Return the outliers of one image, from its masks, bool `[blocks, h, w]`."""
     found = {block: tuple(mask.flatten().nonzero()[:, 0].tolist()) for block, mask in enumerate(masks.cpu())}
     blocks = {block: places for block, places in found.items() if places}
     return ImageOutliers(name, place, (masks.shape[1], masks.shape[2]), finite, blocks, standing)
 
 
-def crowded_images(medians: Mapping[int, Tensor]) -> set[int]:
-    """Find the images of which most tokens are outlying, given the median norms of each, `[blocks]`, by its place.
+def flooded_images(levels: Mapping[int, Tensor]) -> set[int]:
+    """Find the images, by place, in which most patch tokens are outlying, or cls is.
 
-    There the median is that of outlying tokens, and 3 × of it marks hardly one; it is far above those of other images.
+    `levels` has of each image the median norm of its patches, and the norm of its cls, after each block: `[levels]`. If
+    most tokens are outlying, so is the median, and hardly any token exceeds 3 × the median; but it is far above the
+    medians of other images.
     """
-    if not medians:
+    if not levels:
         return set()
-    usual = torch.stack(list(medians.values())).median(dim=0).values  # [blocks]
-    return {place for place, norms in medians.items() if bool((norms > CROWDED * usual).any())}
+    usual = torch.stack(list(levels.values())).median(dim=0).values
+    return {place for place, norms in levels.items() if bool((norms > FLOODED * usual).any())}
 
 
 def _block(
@@ -350,8 +355,17 @@ def _block(
     )
 
 
+def to_train_on(images: Sequence[ImageOutliers]) -> list[ImageOutliers]:
+    """Return the images with a defect, without flooded ones if another image has the same kind of defect.
+
+    The neighbours of a token in a flooded image are outlying themselves: no target to learn.
+    """
+    kinds = {image.kind for image in images if image.blocks and not image.flooded}
+    return [image for image in images if image.blocks and not (image.flooded and image.kind in kinds)]
+
+
 def rarest_first(images: Sequence[ImageOutliers], indices: Sequence[int]) -> list[int]:
-    """The indices of the images, one of each kind in turn, the rarest kind first."""
+    """Return the indices of the images, one of each kind in turn, beginning with the rarest kind."""
     kinds: dict[tuple[int, ...], list[int]] = {}
     for image, index in zip(images, indices, strict=True):
         kinds.setdefault(image.kind, []).append(index)

@@ -1,4 +1,4 @@
-"""Steps that are not lost: checkpoints when they are due, when the run is asked to stop, and when it ends."""
+"""Checkpoints, so that no steps are lost: when one is due, when the run is asked to stop, and when it ends."""
 
 from __future__ import annotations
 
@@ -25,30 +25,13 @@ def checkpointed(
     emit: Emit,
     ranks: Ranks = ALONE,
 ) -> Generator[StepRecord, None, None]:
-    """Pass the steps on and `save` what `progress` stands for; the first signal waits for its step and for that.
+    """Yield the steps and call `save` when a checkpoint is due; a first signal waits for its step and its checkpoint.
 
-    A signal to one rank stops all of them after the same step. Raises `Ended` then, and whatever ends the steps, with
-    what they reached saved as well, unless they have diverged.
+    A signal to one rank stops all of them after the same step. Raises `Ended` then. A `SinderError` of the steps is
+    raised again; what they had reached is saved before, unless they have diverged.
     """
-    due = Due(settings, progress)
-    asked = 0
     with stop.deferred():
-        with closing(steps):
-            while True:
-                try:
-                    asked = max(ranks.all_gather(stop.asked or 0))
-                    record = None if asked else next(steps, None)
-                except SinderError as error:  # between two steps: what was reached is whole
-                    if stop.asked is not None:  # a signal to the whole group ends the processes that decode, too
-                        break
-                    if progress.steps and not isinstance(error, DivergedError):
-                        save()
-                    raise
-                if record is None:
-                    break
-                yield record
-                if due.now(progress):
-                    save()
+        asked = yield from _until_asked(steps, save, progress, settings, stop, ranks)
         if progress.steps:
             save()
     if asked := asked or stop.asked or 0:
@@ -57,21 +40,49 @@ def checkpointed(
         raise Ended(asked)
 
 
+def _until_asked(
+    steps: Generator[StepRecord, None, None],
+    save: Callable[[], None],
+    progress: Progress,
+    settings: RepairSettings,
+    stop: Stop,
+    ranks: Ranks,
+) -> Generator[StepRecord, None, int]:
+    """Yield the steps until they end or a rank gets a signal, which is returned, else 0; save when it is due."""
+    due = Due(settings, progress)
+    with closing(steps):
+        while True:
+            try:
+                asked = max(ranks.all_gather(stop.asked or 0))
+                record = None if asked else next(steps, None)
+            except SinderError as error:  # between two steps: the state is complete
+                if stop.asked is not None:  # a signal to the process group ends the decoding processes, too
+                    return stop.asked
+                if progress.steps and not isinstance(error, DivergedError):
+                    save()
+                raise
+            if record is None:
+                return asked
+            yield record
+            if due.now(progress):
+                save()
+
+
 @contextmanager
 def saved_if_it_fails(save: Callable[[], None]) -> Iterator[None]:
-    """What is done between two steps, such as telling of them: where that fails, the steps are not lost."""
+    """Call `save` if work between two steps, such as reporting them, fails, so that the steps are not lost."""
     try:
         yield
     except Exception:
-        with suppress(SinderError):  # what went wrong first is told
+        with suppress(SinderError):  # the first error is the one to report
             save()
         raise
 
 
 def restored(checkpoints: Checkpoints, deltas: Deltas, progress: Progress, emit: Emit, ranks: Ranks = ALONE) -> bool:
-    """Go on from the newest whole checkpoint, if there is one; rank 0 finds it, and the others read the same.
+    """Restore the newest intact checkpoint; return True if there is one. Rank 0 finds it, the others read the same.
 
-    Raises `ConflictError` where the others see none, or another.
+    Raises `ConflictError` if the other ranks find none, or another one.
     """
     found = ranks.from_rank0(lambda: checkpoints.restore(deltas, progress, emit))
     if found and not ranks.writes:
@@ -84,14 +95,14 @@ def restored(checkpoints: Checkpoints, deltas: Deltas, progress: Progress, emit:
 
 
 class Due:
-    """Whether the next checkpoint is due, by steps or by minutes since the last."""
+    """The schedule of checkpoints, by steps or by minutes since the last one."""
 
     def __init__(self, settings: RepairSettings, progress: Progress) -> None:
         self.number, self.unit = settings.checkpoint_unit
         self._begin(progress)
 
     def now(self, progress: Progress) -> bool:
-        """Whether it is due; if so, the count starts anew."""
+        """Return True if a checkpoint is due; if so, restart the count."""
         passed = progress.steps - self.step if self.unit == "steps" else (time.monotonic() - self.time) / 60
         if passed < self.number:
             return False

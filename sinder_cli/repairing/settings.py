@@ -32,60 +32,59 @@ RECIPES: dict[Recipe, dict[str, object]] = {
 }
 
 
-# 2000 × the paper's. On demo_vit, four steps of sgd at 1 and at 5 remove outlying tokens; two at 100 leave cls a
-# cosine of 0.11 to the inpainted original, and good tokens one of 0.04.
+# 2000 × the paper's. On demo_vit, four steps of sgd at 1 and at 5 remove outlying tokens; two at 100 reduce the
+# cosine to the inpainted original to 0.11 for cls, and to 0.04 for good tokens.
 MOST_LR = 10.0
 
 LogName = Literal["tensorboard", "wandb"]
 
-# on the result: a resumed run may change them; of the device, the kind that it was resolved to is compared
+# settings without effect on the result: a resumed run may change them; only the resolved kind of device is compared
 WITHOUT_EFFECT = frozenset({"workers", "checkpoint_every", "strict", "offload", "device", "log"})
 
 
 class RepairSettings(DetectionSettings):
-    """Defaults are those of the recipe `sinder`; another recipe changes the defaults of what is not given."""
+    """Settings of a repair; the defaults are those of the recipe `sinder`, and another recipe has other defaults."""
 
     recipe: Recipe = Field("sinder", description="A named set of all values below: sinder, polyak, or paper.")
     min_tokens: int = Field(1, ge=1, le=MOST, description="Defective tokens that make a block of an image defective.")
     step: Literal["greedy", "polyak", "sgd"] = Field(
         "greedy",
-        description="greedy: the one singular value that moves defective tokens most for what it moves the others; "
-        "polyak: all of the window, by Polyak's length; sgd: all, by lr and momentum.",
+        description="greedy: shrink the singular value that moves defective tokens most, compared with ordinary ones; "
+        "polyak: change all of the window, with Polyak's step length; sgd: change all, with lr and momentum.",
     )
     trust: float = Field(0.5, gt=0, le=1, description="Largest relative change of the singular values in a step.")
     max_drift: float = Field(
-        0.05, gt=0, description="Largest movement of ordinary tokens in a greedy step, over their mean norm."
+        0.05, gt=0, description="Largest movement of ordinary tokens in a greedy step, relative to their mean norm."
     )
     min_gain: float = Field(
         3.0,
         ge=0,
-        description="Movement of defective tokens over that of ordinary ones that makes a greedy step worth it.",
+        description="Smallest ratio of the movement of defective tokens to that of ordinary ones for a greedy step.",
     )
     lr: float = Field(
-        0.005, gt=0, le=MOST_LR, description="Learning rate of the singular values' deltas, of sgd; at most 10."
+        0.005, gt=0, le=MOST_LR, description="Learning rate of sgd for the deltas of the singular values; at most 10."
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd.")
     target: Literal["unmarked", "weighted"] = Field(
-        "unmarked", description="What defective tokens are drawn to: their unmarked neighbours, or the paper's average."
+        "unmarked",
+        description="Where to move defective tokens: to the average of unmarked neighbours, or the paper's average.",
     )
     temperature: float = Field(0.1, gt=0, description="τ of the weights of the paper's average.")
     window: int = Field(
         10, ge=1, le=MOST, description="Blocks, ending at the first defective one, that a step may change."
     )
     visit: Literal["defective", "all"] = Field(
-        "defective", description="Images that steps are taken on: those that showed a defect before, or all."
+        "defective", description="Images to take steps on: those with a defect before the repair, or all."
     )
     scan_images: int = Field(
-        1000, ge=1, le=MOST, description="Images that are looked at before the first step, drawn by the seed."
+        1000, ge=1, le=MOST, description="Largest number of images examined before the first step, drawn by the seed."
     )
-    max_steps: int = Field(
-        1000, ge=1, le=MOST, description="Steps at most; those images are gone through again and again."
-    )
+    max_steps: int = Field(1000, ge=1, le=MOST, description="Largest number of steps; the images are used repeatedly.")
     stop_density: float = Field(
-        1.0, gt=0, le=1, description="Stop when this share of the latest images had no defect that a step can help."
+        1.0, gt=0, le=1, description="Stop when this share of the latest images had no defect that a step can reduce."
     )
     stop_images: int = Field(
-        64, ge=1, le=MOST, description="The latest images that this share is of; at most one pass (paper: two)."
+        64, ge=1, le=MOST, description="Number of latest images for stop_density; at most one pass (paper: two)."
     )
     eval_images: int | None = Field(
         None,
@@ -98,25 +97,26 @@ class RepairSettings(DetectionSettings):
         0.95,
         ge=0,
         le=1,
-        description="Cosine to the inpainted original that cls and good tokens of the guard must reach, or come a"
-        " quarter of the way nearer; nor may they be further from it than the original is.",
+        description="Cosine to the inpainted original that cls and good tokens of the guard must reach, unless they are"
+        " a quarter nearer to it than the original; they must never be further from it than the original.",
     )
     keep: Literal["best", "last"] = Field(
         "best",
-        description="best: the state that the guard likes best, or the original; last: what the last step made.",
+        description="best: the best state by the guard, or the original; last: the state after the last step.",
     )
-    checkpoint_every: str = Field("10min", description="Steps, or minutes, between two checkpoints: 200, 10min.")
+    checkpoint_every: str = Field("10min", description="Steps, or minutes, between two checkpoints: 200 or 10min.")
     offload: bool = Field(False, description="Keep U and V on the CPU between steps: less memory on the device.")
     strict: bool = Field(
         False,
-        description="Stop at the first image that cannot be read; else above 1 %, or two broken from the start.",
+        description="Stop at the first unreadable image; default: stop above 1 %, but accept one that was unreadable"
+        " from the start.",
     )
     log: tuple[LogName, ...] = Field((), description="Log the steps to a tracker as well; repeatable.")
 
     @model_validator(mode="before")
     @classmethod
     def _of_the_recipe(cls, given: Any) -> Any:
-        """Under what is given lie the values of the recipe that is named."""
+        """Fill in the values of the named recipe for settings that are not given."""
         if not isinstance(given, dict):
             return given
         below = next((values for name, values in RECIPES.items() if name == given.get("recipe")), {})
@@ -137,6 +137,6 @@ class RepairSettings(DetectionSettings):
 
     @property
     def checkpoint_unit(self) -> tuple[int, Literal["steps", "minutes"]]:
-        """After how much a checkpoint is due."""
+        """Number of steps or minutes after which a checkpoint is due."""
         number = int(re.sub(r"\D", "", self.checkpoint_every))
         return number, "minutes" if self.checkpoint_every.endswith("min") else "steps"

@@ -1,4 +1,4 @@
-"""One step of all ranks together: each has its part of the batch, and one all-reduce makes their deltas one."""
+"""One step of all ranks together: each has its part of the batch, and one all-reduce keeps their deltas equal."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class SharedStep:
 
 @dataclass(frozen=True)
 class _Told:
-    """What one rank tells the others of its part of a batch."""
+    """The message of one rank to the others about its part of a batch."""
 
     images: int
     parts: dict[int, BlockGradient]  # by defective block, without its tensors
     masked_tokens: int
     defective: int
     idle: tuple[tuple[int, float], ...]
-    blocks: frozenset[int]  # that it has touched
+    blocks: frozenset[int]  # touched by the rank
     unreadable: dict[str, str]
 
 
@@ -49,9 +49,9 @@ def gathered(
     ranks: Ranks,
     emit: Emit,
 ) -> SharedStep:
-    """The step of the whole batch, from this rank's part.
+    """Return the step of the whole batch, given this rank's part.
 
-    What others could not decode is named and added to `unreadable`.
+    Images that other ranks could not decode are named in a warning and added to `unreadable`.
     """
     if ranks.size == 1:
         return SharedStep(local, images)
@@ -72,15 +72,15 @@ def gathered(
 def _reduced(
     local: StepGradient, told: Sequence[_Told], deltas: Deltas, window: int, ranks: Ranks
 ) -> tuple[BlockGradient, ...]:
-    """The sums over all ranks, in one all-reduce; of the blocks that any rank found defective."""
+    """Compute the sums over all ranks, in one all-reduce, for the blocks that any rank found defective."""
     mine = {part.block: part for part in local.parts}
     blocks = sorted({block for each in told for block in each.parts})
     targets_of = {block: deltas.of_window(block, window) for block in blocks}
     of_block = {block: [each.parts[block] for each in told if block in each.parts] for block in blocks}
-    probes_of = {block: max(one.probes for one in of_block[block]) for block in blocks}  # none, or the same for all
+    probes_of = {block: max(one.probes for one in of_block[block]) for block in blocks}  # 0, or the same on all ranks
 
     def row(block: int, kind: str, target: Target) -> Tensor:
-        """This rank's part, flat: zeros where it has none."""
+        """Return this rank's part, flat; zeros if it has none."""
         if block in mine and target.name in (found := getattr(mine[block], kind)):
             return found[target.name].flatten()
         return torch.zeros_like(target.delta).repeat(probes_of[block] if kind == "responses" else 1)

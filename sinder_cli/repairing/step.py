@@ -45,45 +45,46 @@ if TYPE_CHECKING:
 
 
 # float16 has no normal number under 6e-5, and the gradient of one feature of a token is about 1e-5 in a ViT-g: 2¹²
-# lifts it to 0.07 and leaves room for sums a million times as large. What overflows all the same is a skipped step.
+# lifts it to 0.07 and leaves room for sums a million times as large. A step that overflows nevertheless is skipped.
 LOSS_SCALES = {"float16": 2.0**12}
 
 
-# Random directions by which a step measures what moves ordinary tokens: the first at a block, later ones, and all.
+# Number of random directions that measure how far ordinary tokens move: in the first step at a block, in each later
+# step, and in total.
 PROBES, MORE_PROBES, ENOUGH_PROBES = 4, 1, 12
-# Of an image's tokens, marked: where there are more, what leaks from them moves the ordinary ones too, several times as
-# far as it does elsewhere, and the response of what writes the defect would be overrated.
+# Share of marked tokens above which an image is crowded: there, marked tokens influence ordinary ones and move them
+# several times as far as elsewhere, so that the response of the defect's cause would be overestimated.
 CROWDED = 0.1
 
 
 @dataclass(frozen=True)
 class BlockGradient:
-    """What the images of a batch say that are defective at `block`; by target, in ε."""
+    """Losses and gradients of the images of a batch that are defective at `block`; by target, with respect to ε."""
 
     block: int
     losses: tuple[float, ...]  # of each image
-    leaving: int  # of these images that were not looked at any further
-    excess: float  # the sum of the losses, less what ordinary tokens have
+    leaving: int  # number of these images that do not go on to later blocks
+    excess: float  # the sum of the losses, less those of ordinary tokens
     gradients: dict[str, Tensor]  # ∂(sum of losses)/∂ε, `[r]` each
     responses: dict[str, Tensor] = field(default_factory=dict)  # ∂(ordinary tokens · probe)/∂ε, `[probes, r]` each
     probes: int = 0
-    probed: int = 0  # images
+    probed: int = 0  # images with probes
 
     @property
     def finite(self) -> bool:
-        """Whether neither loss nor gradient has a NaN or an infinity."""
+        """True if neither loss nor gradient has a NaN or an infinity."""
         sums = [part.sum() for each in (self.gradients, self.responses) for part in each.values()]
         return all(map(math.isfinite, self.losses)) and (not sums or math.isfinite(torch.stack(sums).sum().item()))
 
 
 @dataclass(frozen=True)
 class StepGradient:
-    """What one batch says, by defective block."""
+    """Losses and gradients of one batch, by defective block."""
 
     parts: tuple[BlockGradient, ...] = ()
     masked_tokens: int = 0
     defective: int = 0  # images
-    idle: tuple[tuple[int, float], ...] = ()  # blocks and losses where no gradient is worth its cost
+    idle: tuple[tuple[int, float], ...] = ()  # blocks and losses without a gradient, as it is not worth its cost
 
     @property
     def losses(self) -> tuple[float, ...]:
@@ -106,7 +107,7 @@ class StepGradient:
 
     @property
     def finite(self) -> bool:
-        """Whether neither loss nor gradient has a NaN or an infinity."""
+        """True if neither loss nor gradient has a NaN or an infinity."""
         return all(part.finite for part in self.parts)
 
 
@@ -122,11 +123,11 @@ def step_gradient(
     probes: Probes | None = None,
     interest: Callable[[int, float], Interest] = lambda _block, _excess: FIRST_ALONE,
 ) -> StepGradient:
-    """The projected gradient of a batch `[B, 3, H, W]`, each image in its own window.
+    """Compute the projected gradient of a batch `[B, 3, H, W]`, each image in its own window.
 
     `known` are the tokens that the original marks, bool `[B, blocks, h, w]`. `probes` draws the random directions of
-    ordinary tokens whose responses a greedy step needs. `interest` says of a block and the excess of an image's
-    loss there whether a gradient is needed, and whether later blocks are looked at too.
+    ordinary tokens whose responses a greedy step needs. `interest` decides, from a block and the excess of an image's
+    loss there, whether a gradient is needed, and whether the image goes on to later blocks.
     """
     running = in_precision(backbone, settings.dtype, settings.tf32)
     rule = DetectionRule.of(settings)
@@ -186,19 +187,19 @@ def step_gradient(
 class Probes:
     """Random signs for ordinary tokens, by Hutchinson's trick: E[(∂(x·r)/∂ε)²] = ‖∂x/∂ε‖² for r of independent signs.
 
-    What is drawn for an image depends on its own seed alone, whatever the batch and the rank that it is in.
+    The signs for an image depend only on its own seed, not on its batch or its rank.
     """
 
-    seeds: Sequence[int]  # one an image of the batch
-    taken: Mapping[int, int]  # before, by block
+    seeds: Sequence[int]  # one per image of the batch
+    taken: Mapping[int, int]  # probes drawn before, by block
 
     def drawn(self, backbone: Backbone, found: BlockDefects, images: Tensor) -> tuple[list[Tensor], int]:
-        """Seeds `[B, T, N]` of a backward pass, signs on cls and ordinary patches of defective images; and how many.
+        """Draw seeds `[B, T, N]` of backward passes, signs on ordinary tokens; return the number of images too.
 
-        Crowded images are left out, unless nothing is known of the block yet. Ordinary are those that are not marked,
-        nor lean the way that marked ones do. Divided by the image's mean ordinary norm and by √(number of those
-        tokens): the square of a response is, on average, the sum over these images of a mean square of relative
-        movements.
+        The images are the defective ones, without crowded ones unless the block has no probes yet. Ordinary tokens are
+        prefix tokens, and patches that are neither marked nor `leaning`. The signs are divided by the image's mean
+        ordinary norm and by √(number of its ordinary tokens): so the square of a response is, on average, the sum over
+        these images of the mean square of relative movements.
         """
         taken = self.taken.get(found.block, 0)
         count = PROBES if not taken else MORE_PROBES if taken < ENOUGH_PROBES else 0
@@ -221,7 +222,7 @@ class Probes:
 
 @contextmanager
 def _trained(backbone: Backbone, module: nn.Module) -> Iterator[None]:
-    """Let the parameters that hold target weights require gradients."""
+    """Let the parameters that hold target weights require gradients inside the context."""
     names = {ref.name for block in backbone.layers.blocks for ref in trained_references(block).values()}
     parameters = [module.get_parameter(name) for name in names]
     for parameter in parameters:
@@ -237,7 +238,7 @@ def _trained(backbone: Backbone, module: nn.Module) -> Iterator[None]:
 class Loss:
     """The loss of one image at one block."""
 
-    at: int  # the image, among those that came to the block
+    at: int  # index of the image among those that reached the block
     value: float
     excess: float  # above that of ordinary tokens
 
@@ -245,7 +246,7 @@ class Loss:
 def _losses(
     backbone: Backbone, found: BlockDefects, images: Tensor, settings: RepairSettings, scale: float
 ) -> tuple[list[Loss], Tensor]:
-    """The loss of each defective image, and scale · ∂(sum of losses)/∂tokens `[B, T, N]`, zero for other images."""
+    """Return the loss of each defective image, and scale · ∂(sum of losses)/∂tokens `[B, T, N]`, zero for others."""
     tokens = found.tokens.detach().requires_grad_()
     defective = found.defective.nonzero()[:, 0].tolist()
     with torch.enable_grad():
@@ -267,13 +268,13 @@ def _loss(patches: Tensor, logits: Tensor, mask: Tensor, settings: RepairSetting
 def _window_gradients(
     backbone: Backbone, module: nn.Module, found: BlockDefects, seeds: list[Tensor], deltas: Deltas, tf32: bool
 ) -> Iterator[tuple[str, list[Tensor]]]:
-    """∂/∂ε of each target of the window by name, one for each gradient `[B, T, N]` of the window's output.
+    """Yield ∂/∂ε of each target of the window by name, one for each gradient `[B, T, N]` of the window's output.
 
-    Takes the window apart, so that the graph of a block is gone before the next one's is needed.
+    The window is emptied on the way, so that the graph of a block is freed before the next one is needed.
     """
     blocks = [passed.block for passed in found.window]
     if not deltas.by_block.keys() >= set(blocks):
-        found.forget()  # decomposing needs the room
+        found.forget()  # decomposing needs the memory
     targets_of = {block: deltas.of_block(block) for block in blocks}
     while found.window:
         passed = found.window.pop()
@@ -284,19 +285,21 @@ def _window_gradients(
         names = list(dict.fromkeys(target.ref.name for target in targets))
         sources = [module.get_parameter(name) for name in names]
         projected: dict[str, list[Tensor]] = {target.name: [] for target in targets}
+        onward = [entering] if found.window else []  # the gradient of the first block's input is not needed
         for at, seed in enumerate(seeds):
             with float32_products(tf32):
-                inputs = [*sources, *([entering] if found.window else [])]
-                gradients = torch.autograd.grad(leaving, inputs, seed, retain_graph=at + 1 < len(seeds))
-            seeds[at] = gradients[-1]
-            by_name = dict(zip(names, gradients, strict=False))
+                gradients = torch.autograd.grad(leaving, [*sources, *onward], seed, retain_graph=at + 1 < len(seeds))
+            of_weights, of_input = gradients[: len(sources)], gradients[len(sources) :]
+            if of_input:
+                (seeds[at],) = of_input
+            by_name = dict(zip(names, of_weights, strict=True))
             for target in targets:
                 projected[target.name].append(target.basis.project(rows_of(by_name[target.ref.name], target.ref)))
         yield from projected.items()
 
 
 def neighbour_loss(patches: Tensor, logits: Tensor, mask: Tensor, kernel: int, temperature: float) -> Tensor:
-    """Mean over masked tokens of ‖x − target‖, over the mean token norm of the interior; a scalar.
+    """Return the mean over masked tokens of ‖x − target‖, over the mean token norm of the interior; a scalar.
 
     One image: patches `[h, w, N]`, logits and mask `[h, w]`. Targets and the scale carry no gradient.
     """
@@ -307,7 +310,7 @@ def neighbour_loss(patches: Tensor, logits: Tensor, mask: Tensor, kernel: int, t
 
 
 def average_loss(patches: Tensor, mask: Tensor) -> Tensor:
-    """Mean over masked tokens of ‖x − average of the unmarked neighbours‖, over `ordinary_scale`; a scalar.
+    """Return the mean over masked tokens of ‖x − average of the unmarked neighbours‖, over `ordinary_scale`; a scalar.
 
     One image: patches `[h, w, N]`, mask bool `[h, w]`, border included. Averages and the scale carry no gradient.
     """
@@ -318,13 +321,13 @@ def average_loss(patches: Tensor, mask: Tensor) -> Tensor:
 
 
 def ordinary_scale(patches: Tensor, mask: Tensor) -> Tensor:
-    """The mean norm of unmarked tokens; of all where every token is marked."""
+    """Return the mean norm of unmarked tokens; of all tokens if every token is marked."""
     norms = patches.float().norm(dim=-1)
     return norms[~mask].mean() if not bool(mask.all()) else norms.mean()
 
 
 def ordinary_loss(patches: Tensor, mask: Tensor) -> Tensor:
-    """The loss of unmarked tokens: the least that can be asked of marked ones; 0 where every token is marked."""
+    """Return the loss of unmarked tokens, the least to expect of marked ones; 0 if every token is marked."""
     if bool(mask.all()):
         return patches.new_zeros((), dtype=torch.float32)
     return neighbour_distances(patches, mask)[~mask].mean() / ordinary_scale(patches, mask)

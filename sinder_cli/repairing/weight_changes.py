@@ -1,4 +1,4 @@
-"""What a repair changed, in a small file, and what it makes of the weights it belongs to: an adapter or a delta."""
+"""Small files with the changes of a repair, adapters and deltas, and their application to the original weights."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ REMEDY = "give the adapter.safetensors of a run"
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; nothing else of it is read.
+    """Read the metadata of a safetensors file, and nothing else of it.
 
-    Raises `NoInputError` where there is no file and `BadInputError` for one that is no safetensors.
+    Raises `NoInputError` if there is no file, and `BadInputError` if it is not a safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -47,7 +47,7 @@ ADAPTER_FORMAT = "sinder-adapter-1"
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter file holds: ε by target, float32 `[r]`, and which weights they belong to."""
+    """The contents of an adapter file: ε by target, float32 `[r]`, and the weights that they belong to."""
 
     path: Path
     model: str
@@ -55,12 +55,12 @@ class Adapter:
     deltas: Mapping[str, Tensor] = field(repr=False)
 
     def changed_names(self, layers: LayerMap) -> list[str]:
-        """The canonical names of the tensors that hold its targets, each once."""
+        """Return the canonical names of the tensors that hold its targets, each once."""
         references = target_references(layers)
         return list(dict.fromkeys(references[name].name for name in self.deltas))
 
     def applied(self, backbone: Backbone, emit: Emit) -> Backbone:
-        """See `adapted`."""
+        """Return the adapted backbone; see `adapted`."""
         return adapted(backbone, self, emit)
 
 
@@ -77,9 +77,9 @@ def write_adapter(path: Path, model: str, fingerprint: str, deltas: Deltas, sett
 
 
 def read_adapter(path: Path) -> Adapter:
-    """Read an adapter file; nothing but its header is read of a file that is none.
+    """Read an adapter file; of a file in another format, only the header is read.
 
-    Raises `NoInputError` where there is no file and `BadInputError` for anything that `write_adapter` does not write.
+    Raises `NoInputError` if there is no file, and `BadInputError` for anything that `write_adapter` does not write.
     """
     from safetensors import safe_open
 
@@ -101,7 +101,7 @@ def read_adapter(path: Path) -> Adapter:
 
 @dataclass(frozen=True)
 class AdaptedTensors:
-    """A source of tensors in which some rows of some tensors are repaired as they are read; these rows are held."""
+    """A source of tensors, of which some rows are repaired as they are read; the repaired rows are kept in memory."""
 
     source: TensorSource
     rows: Mapping[str, tuple[tuple[WeightRef, Tensor], ...]] = field(repr=False)  # by stored name
@@ -116,7 +116,7 @@ class AdaptedTensors:
         return self.source.infos
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read whole tensors, repaired; writing into them changes no file."""
+        """Read whole tensors, repaired; changing them in memory changes no file."""
         found = self.source.read(names)
         for name, tensor in found.items():
             for ref, rows in self.rows.get(name, ()):
@@ -125,10 +125,10 @@ class AdaptedTensors:
 
 
 def adapted(backbone: Backbone, adapter: Adapter, emit: Emit) -> Backbone:
-    """The backbone with W₀ + U diag(ε) Vᵀ for every target of the adapter, in the stored dtypes.
+    """Return the backbone with W₀ + U diag(ε) Vᵀ for every target of the adapter, in the stored dtypes.
 
-    The arithmetic is that of a repair on the CPU: on the same machine its result comes back bit for bit. Elsewhere U
-    and V differ by what `SingularBasis` keeps from mattering.
+    The arithmetic is that of a repair on the CPU: on the same machine the result is bit-identical. Elsewhere U and V
+    differ, in ways that `SingularBasis` makes harmless.
     Raises `ConflictError` for weights that the adapter was not made for, and `BadInputError` for a delta of no target
     or a value that the stored dtype cannot hold.
     """
@@ -147,7 +147,7 @@ def adapted(backbone: Backbone, adapter: Adapter, emit: Emit) -> Backbone:
 
 
 def target_references(layers: LayerMap) -> dict[str, WeightRef]:
-    """Every weight that an adapter may change, by the name that its delta has there."""
+    """Return every weight that an adapter may change, by the name of its delta."""
     return {
         target_name(block, role): ref
         for block, roles in enumerate(layers.blocks)
@@ -156,7 +156,7 @@ def target_references(layers: LayerMap) -> dict[str, WeightRef]:
 
 
 def _adapted_references(layers: LayerMap, weights: Weights, adapter: Adapter) -> dict[str, WeightRef]:
-    """Where each target of the adapter lies, if the adapter is one of these weights."""
+    """Return the reference of each target of the adapter. Raises as `adapted` does, if it is not for these weights."""
     fingerprint = weights.fingerprint()
     if fingerprint != adapter.base_fingerprint:
         raise ConflictError(
@@ -191,11 +191,11 @@ class Patch:
     tensors: TensorSource = field(repr=False)
 
     def changed_names(self, layers: LayerMap) -> list[str]:  # noqa: ARG002 - as of every change
-        """The canonical names of the tensors that it replaces."""
+        """Return the canonical names of the tensors that it replaces."""
         return list(self.tensors.infos)
 
     def applied(self, backbone: Backbone, emit: Emit) -> Backbone:
-        """The backbone with these tensors in the place of its own, bit for bit what was written.
+        """Return the backbone with these tensors in place of its own, with the same bits as written.
 
         Raises `ConflictError` for weights that the patch was not made for, and `BadInputError` for a file that has
         changed since.
@@ -223,7 +223,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class PatchedTensors:
-    """A source of tensors some of which are read from a patch instead."""
+    """A source of tensors, some of which are read from a patch instead."""
 
     source: TensorSource
     patch: TensorSource
@@ -238,7 +238,7 @@ class PatchedTensors:
         return self.source.infos
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Whole tensors, in the order asked for."""
+        """Read whole tensors, in the requested order."""
         wanted = list(names)
         changed = self.patch.read(self.names[name] for name in wanted if name in self.names)
         own = self.source.read(name for name in wanted if name not in self.names)
@@ -258,7 +258,7 @@ def write_patch(path: Path, model: str, base_fingerprint: str, weights: Weights,
 
 
 def read_patch(path: Path, metadata: Mapping[str, str]) -> Patch:
-    """A patch whose header is read already; its tensors are read when they are asked for. Raises `BadInputError`."""
+    """Open a patch whose header has been read; its tensors are read on demand. Raises `BadInputError`."""
     tensors = open_checkpoint(path)
     assert isinstance(tensors, SafetensorsFile)
     try:
@@ -268,7 +268,7 @@ def read_patch(path: Path, metadata: Mapping[str, str]) -> Patch:
 
 
 class Change(Protocol):
-    """A file that makes repaired weights of those that it was made for."""
+    """A file that turns the weights that it was made for into repaired ones."""
 
     @property
     def path(self) -> Path: ...
@@ -280,18 +280,18 @@ class Change(Protocol):
     def base_fingerprint(self) -> str: ...
 
     def changed_names(self, layers: LayerMap) -> list[str]:
-        """The canonical names of the tensors that it changes."""
+        """Return the canonical names of the tensors that it changes."""
         ...
 
     def applied(self, backbone: Backbone, emit: Emit) -> Backbone:
-        """The backbone with the change made. Raises `ConflictError` for weights that it was not made for."""
+        """Return the backbone with the change made. Raises `ConflictError` for weights that it was not made for."""
         ...
 
 
 def read_change(path: Path) -> Change:
-    """Read an adapter, or open a delta; nothing but its header is read of a file that is neither.
+    """Read an adapter, or open a delta; of a file that is neither, only the header is read.
 
-    Raises `NoInputError` where there is no file and `BadInputError` for a file of another format.
+    Raises `NoInputError` if there is no file, and `BadInputError` for a file of another format.
     """
     metadata = read_header(path)
     kind = metadata.get("format")

@@ -1,1 +1,1 @@
-"""Results for people: terminal tables, JSON documents, figures, offline HTML pages, a model card and a manual page."""
+"""Results for readers: terminal tables, JSON documents, figures, offline HTML pages, model cards, a manual page."""

@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 WRITTEN_WITH_THE_CARD = ("pictures", "report.html", "README.md")
 FILES = {
     "model.safetensors": "the repaired weights, in the key order, names and dtypes of the input",
-    "adapter.safetensors": "the changes of the singular values alone, with the fingerprint of their weights",
+    "adapter.safetensors": "the changes of singular values alone, and the fingerprint of the weights they belong to",
     "summary.json": "before and after in numbers",
     "config.json": "resolved settings, versions, and fingerprints of the weights and the image list",
     "outliers.json": "defective tokens of each image in the original, by block",
-    "metrics.jsonl": "one line a step: images, first defective block, loss, what was moved, share of clean images",
-    "evaluations.jsonl": "one line a look at the images that it is judged on: outlying tokens, cosines",
-    "images.jsonl": "one line an image file: its place, size, time and hash when the repair began",
-    "checkpoints": "the state of the repair, to go on from",
-    "pictures": "the first image and its maps, before and after, and `words.json`: what each shows",
+    "metrics.jsonl": "one line per step: images, first defective block, loss, changed weight, share of clean images",
+    "evaluations.jsonl": "one line per evaluation on the guard's images: outlying tokens, cosines",
+    "images.jsonl": "one line per image file: its path, size, time and hash when the repair began",
+    "checkpoints": "the state of the repair, from which it can be resumed",
+    "pictures": "the first image and its maps, before and after, and `words.json`: a description of each",
     "report.html": "before and after in pictures, in one offline file",
     "README.md": "this card",
 }
 
 
 def render_card(result: RepairResult) -> str:
-    """The card in Markdown; it says only what the result holds."""
+    """Return the card of a run in Markdown; it states only what `result` holds."""
     return markdown_template("repair_card.md.jinja").render(
         model=public_model(result.model),
         folder=shlex.quote(result.folder.resolve().name),
@@ -69,7 +69,7 @@ def render_card(result: RepairResult) -> str:
 
 
 def files_in(folder: Path) -> list[formatting.Named]:
-    """The files of a run directory that are there, or are written together with the card."""
+    """Return the files of a run directory that exist, or that are written together with the card."""
     return [
         formatting.Named(name, meaning)
         for name, meaning in FILES.items()
@@ -77,18 +77,24 @@ def files_in(folder: Path) -> list[formatting.Named]:
     ]
 
 
-def export_card(plan: Plan, target: Target, check: Check, folder: str) -> dict[str, bytes]:
-    """`README.md`, and the pictures of the run that it shows, by the names that they have in the folder."""
+def write_export_card(draft: Path, plan: Plan, target: Target, check: Check, name: str) -> None:
+    """Write `README.md` and the pictures of the run that it shows into a folder that will have the given name."""
     run = _folder_of(plan)
     pictures = {f"pictures/{each.name}": each for each in read_pictures(run.pictures)} if run else {}
-    card = render_export_card(plan, target, check, folder, {name: each.words for name, each in pictures.items()})
-    return {"README.md": card.encode(), **{name: each.content for name, each in pictures.items()}}
+    card = render_export_card(plan, target, check, name, {file: each.words for file, each in pictures.items()})
+    contents = {"README.md": card.encode(), **{file: each.content for file, each in pictures.items()}}
+    for file, content in contents.items():
+        (draft / file).parent.mkdir(exist_ok=True)
+        (draft / file).write_bytes(content)
 
 
 def render_export_card(
     plan: Plan, target: Target, check: Check, folder: str, pictures: Mapping[str, str] | None = None
 ) -> str:
-    """The card in Markdown, with the metadata that a hub reads; `pictures` are files of the folder by name."""
+    """Return the card in Markdown, with the metadata that a hub reads.
+
+    `pictures` maps the names of picture files in the folder to their descriptions.
+    """
     backbone, run = plan.backbone, _run_of(plan)
     return markdown_template("export_card.md.jinja").render(
         model=public_model(backbone.name),
@@ -117,7 +123,7 @@ def render_export_card(
 
 
 def _metadata(plan: Plan, check: Check) -> list[str]:
-    """The lines of the YAML header; strings as JSON has them, which YAML reads."""
+    """Return the lines of the YAML header; strings are written as in JSON, which YAML reads too."""
     backbone = plan.backbone
     return [
         f"license: {json.dumps(backbone.license)}" if backbone.license else "",
@@ -128,7 +134,7 @@ def _metadata(plan: Plan, check: Check) -> list[str]:
 
 
 def _is_of_a_hub(model: str) -> bool:
-    """Whether a model is `hf/OWNER/NAME`, and no folder of this machine: a hub refuses a base model that it lacks."""
+    """Return True for `hf/OWNER/NAME` that is no local folder: a hub refuses a base model that it does not have."""
     place = model.removeprefix("hf/")
     named = model.startswith("hf/") and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place)
     return bool(named) and not Path(place).is_dir()
@@ -139,14 +145,14 @@ def _facts(plan: Plan) -> list[Named]:
     registers = backbone.prefix_tokens - backbone.has_cls
     rows = [
         Named("Model", public_model(backbone.name)),
-        Named("Licence of the weights", backbone.license or "that of the base model, which does not name one here"),
+        Named("Licence of the weights", backbone.license or "that of the base model, which is not known here"),
         Named("Read from", public_source(backbone.weights.source.label)),
         Named("Blocks, width", f"{backbone.depth}, {backbone.width}"),
         Named("Patches", f"{backbone.patch_size} × {backbone.patch_size} pixels"),
         Named(
             "Prefix tokens", f"{'cls' if backbone.has_cls else 'no cls'}, {formatting.counted(registers, 'register')}"
         ),
-        Named("Input", f"RGB in [0, 1], less {list(backbone.mean)}, divided by {list(backbone.std)}"),
+        Named("Input", f"RGB in [0, 1], minus {list(backbone.mean)}, divided by {list(backbone.std)}"),
     ]
     if repaired:
         rows.insert(2, Named("Fingerprint of the base weights", repaired.change.base_fingerprint))
@@ -154,13 +160,13 @@ def _facts(plan: Plan) -> list[Named]:
 
 
 def _folder_of(plan: Plan) -> RunFolder | None:
-    """The run directory that was named, if its run has ended."""
+    """Return the run directory that the user named, if its run has ended."""
     run = plan.repaired.run if plan.repaired else None
     return run if run and run.finished else None
 
 
 def _run_of(plan: Plan) -> FinishedRun | None:
-    """What the run tells of itself; nothing where an earlier version of sinder wrote it, without a verdict."""
+    """Return the records of that run; None without one, or if an earlier sinder wrote them without a verdict."""
     run = _folder_of(plan)
     summary = run.read_summary() if run else {}
     return FinishedRun(run.path, summary, run.read_config()) if run and "verdict" in summary else None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def finite(value: Any) -> Any:
-    """`value` with every NaN and infinity in it turned into None."""
+    """Return `value` with every NaN and infinity in it replaced by None."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -28,7 +28,7 @@ def finite(value: Any) -> Any:
 
 
 def prediction_document(prediction: Prediction) -> dict[str, Any]:
-    """`sinder predict-defects --format json`: a row a block, each of its measures by stage."""
+    """Return the document of `sinder predict-defects --format json`: an entry per block, each measure by stage."""
     blocks = [
         {
             "block": rows[0].block,
@@ -52,18 +52,18 @@ def prediction_document(prediction: Prediction) -> dict[str, Any]:
 
 
 def analysis_document(analysis: Analysis) -> dict[str, Any]:
-    """`sinder analyze --format json`, and `report.json`: sinder-analysis(5) describes it."""
+    """Return the document of `sinder analyze --format json` and of `report.json`; see sinder-analysis(5)."""
     document = analysis.model_dump(mode="json")
-    return finite(document | {"skipped": analysis.skipped})  # Pydantic spoils names that are no UTF-8
+    return finite(document | {"skipped": analysis.skipped})  # Pydantic alters names that are not UTF-8
 
 
 def repair_document(summary: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`sinder repair --format json`: the summary and where the run directory is."""
+    """Return the document of `sinder repair --format json`: the summary, the run directory and its report."""
     return finite(summary | {"folder": str(folder), "report": str(folder / "report.html")})
 
 
 def export_document(result: ExportResult) -> dict[str, Any]:
-    """`sinder export --format json`."""
+    """Return the document of `sinder export --format json`."""
     check = asdict(result.check)
     return finite(
         {
@@ -79,12 +79,12 @@ def export_document(result: ExportResult) -> dict[str, Any]:
 
 
 def trial_document(trial: Trial) -> dict[str, Any]:
-    """`sinder repair --dry-run --format json`."""
+    """Return the document of `sinder repair --dry-run --format json`."""
     return asdict(trial) | {"blocks": list(trial.blocks)}
 
 
 def conformance_document(result: Conformance) -> dict[str, Any]:
-    """`sinder check-backbone --format json`."""
+    """Return the document of `sinder check-backbone --format json`."""
     return {
         "model": result.model,
         "weights": result.weights,
@@ -94,7 +94,7 @@ def conformance_document(result: Conformance) -> dict[str, Any]:
 
 
 def backbones_document(rows: Sequence[InstalledBackbone]) -> list[dict[str, Any]]:
-    """`sinder backbones --format json`."""
+    """Return the document of `sinder backbones --format json`."""
     return [
         {
             **(asdict(row.listing) if row.listing else {"name": None}),

@@ -1,4 +1,4 @@
-"""Numbers, counts and settings in the words that every report uses, and the paper that the method is from."""
+"""Numbers, counts and settings worded the same way in every report, and the paper that the method comes from."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ NOTHING = "–"  # in a cell without a value
 
 # Jiang et al., "Vision Transformers Don't Need Trained Registers", 2025, arXiv 2506.08010
 CAUTION = (
-    "Outliers may carry information. Zeroing the ten register neurons that write those of OpenCLIP-B costs it zero-shot"
-    " accuracy (70.4 → 55.6 %); moving what they write into an extra token costs none (Jiang et al. 2025, arXiv"
-    " 2506.08010). The inpainted original says what the network would say without outliers, not that it would be right."
-    " So a cls that moves far is a question for a task, and no success by itself: try the repaired model on what it is"
-    " used for, above all one like CLIP, whose cls is compared with texts."
+    "Outliers may carry information. In OpenCLIP-B, zeroing the ten register neurons that write the outliers lowers"
+    " zero-shot accuracy (70.4 → 55.6 %); moving what they write into an extra token does not (Jiang et al. 2025, arXiv"
+    " 2506.08010). The inpainted original shows what the network would give without outliers, not that this is right."
+    " A cls that moves far is therefore no success by itself: test the repaired model on the task that it is used for,"
+    " above all a model like CLIP, whose cls is compared with texts."
 )
 
 
 class Named(NamedTuple):
-    """One fact, with what it means where its name does not say it."""
+    """One fact: its name, its value, and its meaning if the name does not make it clear."""
 
     name: str
     value: str
@@ -44,7 +44,7 @@ class Named(NamedTuple):
 
 
 def number(value: float, digits: int = 4) -> str:
-    """Four significant digits, with commas: 0.01234, 21.08, 432.5, 12,346; or that it is not finite."""
+    """Return `value` with `digits` significant digits: 0.01234, 21.08, 432.5, 12,346; or `not finite`."""
     if not math.isfinite(value):
         return "not finite"
     if value == 0:
@@ -55,7 +55,7 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def numbers(values: Sequence[float]) -> list[str]:
-    """Each as `number`, with as many digits as it takes to tell them apart."""
+    """Return each value as `number` writes it, with as many digits as are needed to tell them apart."""
     for digits in range(4, 17):
         told = [number(value, digits) for value in values]
         if len(set(told)) == len(set(values)):
@@ -64,17 +64,17 @@ def numbers(values: Sequence[float]) -> list[str]:
 
 
 def percent(fraction: float) -> str:
-    """0.0048 → 0.48 %, held together by a no-break space."""
+    """Return a fraction as a percentage, 0.0048 → 0.48 %, with a no-break space before the sign."""
     return f"{100 * fraction:.3g}\N{NO-BREAK SPACE}%"
 
 
 def degrees(value: float | None, missing: str = NOTHING) -> str:
-    """Degrees, with a decimal under 10: 3.1°, 47°."""
+    """Return degrees, with one decimal under 10: 3.1°, 47°; `missing` if there is no value."""
     return missing if value is None else f"{value:.0f}°" if value >= 9.95 else f"{value:.1f}°"
 
 
 def duration(seconds: float) -> str:
-    """66.2 → 1 min 06 s."""
+    """Return a duration with its units: 66.2 → 1 min 06 s."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -84,13 +84,13 @@ def duration(seconds: float) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """1 step, 1,200 steps."""
+    """Return a count with its noun: 1 step, 1,200 steps."""
     ending = "" if count == 1 else "es" if noun.endswith(("ch", "s", "x")) else "s"
     return f"{count:,} {noun}{ending}"
 
 
 def setting_rows(kind: type[BaseModel], values: Mapping[str, Any]) -> list[Named]:
-    """Settings of one kind, each with its help text."""
+    """Return the settings in `values`, each with its help text from `kind`."""
     fields = kind.model_fields
     return [
         Named(name, _setting(value), (fields[name].description or "") if name in fields else "")

@@ -1,4 +1,4 @@
-"""Manual pages: the few words of roff that they are made of, and the page that describes the JSON of an analysis."""
+"""Manual pages: helpers that write roff, and the page that describes the JSON document of an analysis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sinder_cli.analysis.records import Analysis
 
 
 def head(name: str, section: int, summary: str, manual: str) -> list[str]:
-    """The title of a page and its line in `apropos`."""
+    """Return the header of a page: its title, and the NAME section that `apropos` reads."""
     return [
         f'.TH {escape(name).upper()} {section} "" "sinder {__version__}" "{manual}"',
         ".SH NAME",
@@ -21,7 +21,7 @@ def head(name: str, section: int, summary: str, manual: str) -> list[str]:
 
 
 def escape(text: str) -> str:
-    """Text as roff prints it: no line may begin with a control character, and hyphens stay minus signs."""
+    """Return text escaped for roff: no control character at its start, and hyphens stay minus signs."""
     escaped = text.replace("\\", "\\e").replace("-", "\\-")
     return f"\\&{escaped}" if escaped.startswith((".", "'")) else escaped
 
@@ -31,24 +31,24 @@ INTRODUCTION = (
     "sinder analyze \\-\\-format json prints one JSON document, and \\-\\-out DIR writes it as DIR/report.json, beside"
     " report.html, figures/ and directions.safetensors."
     f" This is version {Analysis.model_fields['schema_version'].default} of its schema;"
-    " a change that breaks readers raises it. Numbers that are not finite are null."
+    " a change that breaks programs that read it raises this number. Numbers that are not finite are null."
     " Every object has exactly the members listed."
 )
 TENSORS = (
     "Float32 tensors [blocks, width], rows of unit norm: predicted.attention, predicted.mlp, predicted.block and"
     " predicted.cumulative, the directions that the weights predict, and observed, the direction that outlying tokens"
-    " share (zeros in a block without any). Those of the second backbone of a comparison begin with other."
+    " share (zeros in a block without any). In a comparison, names of the second backbone's tensors begin with other."
 )
 FEATURES = (
-    "One file an image, written by --features DIR and named after it: float32 tensors patches [rows, columns, width]"
-    " and, where the model has one, cls [width], after the last block and the final norm; with --method inpaint, of the"
-    " pass in which outlying tokens are replaced. The metadata name model, fingerprint and image."
+    "One file per image, written by --features DIR and named after the image: float32 tensors patches [rows, columns,"
+    " width] and, if the model has a cls token, cls [width], after the last block and the final norm; with --method"
+    " inpaint, from the pass in which outlying tokens are replaced. The metadata hold model, fingerprint and image."
 )
 PLAIN = {str: "string", int: "integer", float: "number", bool: "true or false", Any: "any value"}
 
 
 def schema_page() -> str:
-    """The page in roff: one section an object, the document first, each member with its type and meaning."""
+    """Return the page in roff: one section per object, the document first, each member with type and meaning."""
     lines = [*head("sinder-analysis", 5, "what sinder analyze reports, as JSON", "File Formats")]
     lines += [".SH DESCRIPTION", INTRODUCTION]
     for model in records_of(Analysis):
@@ -62,16 +62,16 @@ def schema_page() -> str:
 
 
 def records_of(model: type[BaseModel]) -> list[type[BaseModel]]:
-    """The record and all that it holds, each once, in the order in which a reader meets them."""
+    """Return `model` and all records that it contains, each once, in the order in which a reader meets them."""
     found = [model]
-    for record in found:  # grows while it is gone through
+    for record in found:  # the list grows during this loop
         for about in record.model_fields.values():
             found += [each for each in _records_in(about.annotation) if each not in found]
     return found
 
 
 def type_words(annotation: Any) -> str:
-    """A type as a reader of JSON knows it."""
+    """Return the name of a type in terms of JSON."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         named = [type_words(part) for part in parts if part is not NoneType]

@@ -1,4 +1,4 @@
-"""Events → the terminal: live bars on a terminal, a line every few seconds elsewhere; always on standard error."""
+"""Display of events on standard error: live bars on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 @contextmanager
 def display(shown: bool = True) -> Iterator[Emit]:
-    """A listener for events, for the length of one command; a silent one in a process that another speaks for."""
+    """Yield a listener for the events of one command; unless `shown`, a silent one (another process reports)."""
     if not shown:
         yield silent
         return
@@ -50,7 +50,7 @@ def display(shown: bool = True) -> Iterator[Emit]:
 
 
 class _Rate(ProgressColumn):
-    """Units a second."""
+    """A column with the units per second."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.2g}/s" if task.speed else "")
@@ -109,16 +109,16 @@ class _Lines:
 
 
 def say(text: str) -> None:
-    """A line on standard error, where that is still open: nobody who listens is no reason to stop.
+    """Print a line on standard error; if that is closed, go on, since a missing reader is no reason to stop.
 
-    Control characters in it, as names of files may have, are escaped.
+    Control characters in the line, which names of files may contain, are escaped.
     """
     with suppress(OSError):
         print(printable(text), file=sys.stderr, flush=True)
 
 
 def message(event: Event) -> str:
-    """The line for a note, a warning or a look at the guard's images; empty for other events."""
+    """Return the line for a note, a warning or an evaluation on the guard; an empty text for other events."""
     if isinstance(event, Noted):
         return f"sinder: {event.text}"
     if isinstance(event, Warned):
@@ -136,7 +136,7 @@ def message(event: Event) -> str:
 
 
 def _step(event: Event) -> tuple[int, str] | None:
-    """The number of a repair step and what to say of it."""
+    """Return the number of a repair step and the text about it; None for other events."""
     from sinder_cli.repairing.loop import StepRecord
 
     if not isinstance(event, StepRecord):
@@ -147,7 +147,7 @@ def _step(event: Event) -> tuple[int, str] | None:
 
 
 def _memory() -> str:
-    """The largest resident memory so far, or the device's where one is used."""
+    """Return the largest resident memory so far or, if GPUs are used, the largest memory on one of them."""
     import torch
 
     on_gpu = max((peak_memory(f"cuda:{index}") for index in range(torch.cuda.device_count())), default=0)

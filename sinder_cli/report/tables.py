@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from sinder_cli.repairing.dry_run import Trial, TrialStep
 
 BARS = "▁▂▃▄▅▆▇█"
-FLAT = 0.05  # a logarithmic range under which all bars are of one height: 5 %
+FLAT = 0.05  # logarithmic range, 5 %, below which all bars have the same height
 OUTCOMES = {"passed": "green", "failed": "red", "not given": "yellow", "not run": "dim"}  # of a check, as a style
 VERDICTS = {"good": "green", "open": "yellow", "bad": "red", "none": ""}  # of a repair, as a style
 HEADINGS = {"attention": "attn", "mlp": "mlp", "block": "block", "cumulative": "cumul"}  # 80 columns hold no more
 
 
 def prediction_table(prediction: Prediction) -> RenderableType:
-    """σ₁, σ₁/σ₂ and the turn from the previous block, for each stage of each block."""
+    """Return σ₁, σ₁/σ₂ and the turn from the previous block, for each stage of each block."""
     table = _table(prediction.model)
     table.padding = (0, 1, 0, 0)  # one space between columns: two would not fit
     table.add_column("", justify="right")
@@ -62,7 +62,7 @@ def _prediction_words(prediction: Prediction) -> list[str]:
         words.append(
             f"The defect direction has settled from block {settled} on."
             if settled is not None
-            else f"The defect direction does not settle: σ₁/σ₂ < {MIN_GAP}, or it keeps turning by over 5° a block."
+            else f"The defect direction does not settle: σ₁/σ₂ < {MIN_GAP}, or it keeps turning by over 5° per block."
         )
     words.append(f"turn: angle to the previous block's direction; dim: σ₁/σ₂ < {MIN_GAP}, direction not determined.")
     if prediction.position is not None:
@@ -85,7 +85,7 @@ def _position_words(check: PositionCheck) -> str:
 
 
 def analysis_table(analysis: Analysis, folder: Path | None = None, features: Path | None = None) -> RenderableType:
-    """The verdict, what a repair could change, the blocks in numbers and at a glance, and where the files are."""
+    """Return the blocks in numbers and at a glance, the verdict, what a repair could change, and where files are."""
     factor = norm_factor(analysis)
     parts: list[RenderableType] = [_analysis_title(analysis), _side_table(analysis, factor)]
     parts.append(_sparkline_words(analysis))
@@ -115,7 +115,7 @@ def _verdict_words(model: str, side: Side) -> list[str]:
 
 
 def _side_table(side: Side, factor: str) -> Table:
-    """One row a block: norms of patch tokens, marked tokens, and the observed against the predicted direction."""
+    """Return one row per block: norms of patch tokens, marked tokens, observed against predicted direction."""
     table = _table("")
     table.padding = (0, 1, 0, 0)
     columns = ["block", "median\nnorm", "99 %\nnorm", "largest\nnorm", "cls\nnorm"]
@@ -141,7 +141,7 @@ def _side_table(side: Side, factor: str) -> Table:
 
 
 def _comparison_table(analysis: Analysis, other: Side, factor: str) -> Table:
-    """One row a block: both sides' largest norm and marked tokens, and how far their tokens agree."""
+    """Return one row per block: largest norm and marked tokens of both sides, and how far their tokens agree."""
     table = _table("")
     for name in ("block", "largest\nfirst", "norm\nsecond", f"> {factor} ×\nfirst", "median\nsecond", "masked\nfirst"):
         table.add_column(name, justify="right")
@@ -167,7 +167,7 @@ def _sparkline_words(side: Side) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """Positive values as bars of eight heights on a logarithmic scale, one character each; the lowest where equal."""
+    """Return positive values as bars of eight heights on a log scale, one character each; the lowest if equal."""
     logs = [math.log(max(value, 1e-12)) for value in values]
     low, span = min(logs), max(logs) - min(logs)
     steps = (round((at - low) / span * (len(BARS) - 1)) if span > FLAT else 0 for at in logs)
@@ -187,7 +187,7 @@ def _tokens(marked: Marked | None) -> str:
 
 
 def repair_table(result: facts.Recorded) -> RenderableType:
-    """The verdict, before and after, the blocks with outlying tokens, and where the run directory is."""
+    """Return the verdict, before and after, the blocks with outlying tokens, and where the run directory is."""
     verdict = facts.verdict(result)
     table = _table("")
     table.add_column("")
@@ -201,7 +201,7 @@ def repair_table(result: facts.Recorded) -> RenderableType:
         Text(f"{verdict.word}: {verdict.sentence}", VERDICTS[verdict.kind]),
         *([verdict.advice] if verdict.advice else []),
         table,
-        Text("Good tokens are marked by the original at no block, marked ones at some block.", "dim"),
+        Text("Good tokens: marked at no block of the original; marked tokens: at one or more.", "dim"),
         Text("Nearness to the original is no goal: outliers spoil its cls.", "dim"),
         *([_repaired_blocks(rows)] if rows else []),
         f"run directory: {printable(str(result.folder))}",
@@ -211,7 +211,7 @@ def repair_table(result: facts.Recorded) -> RenderableType:
 
 
 def _repaired_blocks(rows: Sequence[facts.BlockRow]) -> RenderableType:
-    """One row a block: its outlying tokens, its largest norm over the median, and what the weights say of them."""
+    """Return one row per block: outlying tokens, largest norm ÷ median, and what the weights predict of them."""
     table = _table("")
     table.padding = (0, 1, 0, 0)
     for name in ("block", "outlying\nbefore", "\nafter", "÷ median\nbefore", "\nafter", "seen\n"):
@@ -221,12 +221,12 @@ def _repaired_blocks(rows: Sequence[facts.BlockRow]) -> RenderableType:
     for row in rows:
         cells = [f"{row.before:,}", f"{row.after:,}", row.ratio_before, row.ratio_after, f"{row.seen:,}"]
         table.add_row(str(row.block), *cells, row.along, row.angle, row.gap, row.predicted, row.rule)
-    words = "seen: in all images of the first look; along ν: of these, marked by the predicted direction ν."
+    words = "seen: in all images of the first look; along ν: those marked by the predicted direction ν."
     return Group("", table, Text(words, "dim"))
 
 
 def export_table(result: ExportResult) -> RenderableType:
-    """What was written where, and how it was checked."""
+    """Return the path and size of what was written, and how it was checked."""
     return Group(
         f"{printable(str(result.path))}: {counted(len(result.files), 'file')}, {result.bytes:,} bytes",
         ("verified" if result.check.verified else "not verified") + f": {result.check.told}",
@@ -234,7 +234,7 @@ def export_table(result: ExportResult) -> RenderableType:
 
 
 def trial_table(trial: Trial) -> RenderableType:
-    """What a repair would train, and what it would cost."""
+    """Return what a repair would train, and what it would cost."""
     table = _table("")
     for name in ("", "", ""):
         table.add_column(name)
@@ -244,9 +244,9 @@ def trial_table(trial: Trial) -> RenderableType:
 
 
 def backbones_table(rows: Sequence[InstalledBackbone]) -> RenderableType:
-    """One line a model, and what it lacks to run; a plugin that cannot be loaded is named with the reason."""
+    """Return one line per model, with what it lacks to run; a plugin that cannot be loaded, with the reason."""
     table = _table("")
-    table.add_column("name", overflow="fold")  # a name cut short would help nobody
+    table.add_column("name", overflow="fold")  # a shortened name would be of no use
     for name in ("plugin", "distribution"):
         table.add_column(name)
     for name in ("parameters", "patch", "prefix"):
@@ -263,7 +263,7 @@ def backbones_table(rows: Sequence[InstalledBackbone]) -> RenderableType:
 
 
 def conformance_table(result: Conformance) -> RenderableType:
-    """One line a check, with what was measured or what is wrong."""
+    """Return one line per check, with what was measured or what is wrong."""
     table = _table("")
     for name in ("check", "outcome"):
         table.add_column(name)
@@ -286,7 +286,7 @@ def _table(title: str) -> Table:
 
 
 def _short(value: float | None) -> str:
-    """Three significant digits in at most six characters."""
+    """Return three significant digits in at most six characters; an empty text for None."""
     if value is None:
         return ""
     if 100 <= abs(value) < 1e4:
@@ -303,7 +303,7 @@ def _whole(value: int | None) -> str:
 
 
 def trial_facts(trial: Trial) -> list[Named]:
-    """What would be trained, on what, and the cost of a step."""
+    """Return what would be trained, on which images, and the cost of a step."""
     batch = "the first batch, as it is"
     return [
         Named("Model", trial.model),
@@ -329,11 +329,11 @@ def _found(step: TrialStep) -> str:
 
 
 def _steps(trial: Trial) -> str:
-    return f"{trial.max_steps:,} of them, beside decomposing each block once; fewer when the images are clean"
+    return f"{trial.max_steps:,} steps, plus decomposing each block once; fewer if the images become clean"
 
 
 def _runs(blocks: tuple[int, ...]) -> str:
-    """Numbers as runs: 2–11, 14."""
+    """Return block numbers as ranges: 2–11, 14."""
     starts = [block for block in blocks if block - 1 not in blocks]
     stops = [block for block in blocks if block + 1 not in blocks]
     runs = [str(a) if a == b else f"{a}–{b}" for a, b in zip(starts, stops, strict=True)]

@@ -43,7 +43,7 @@ def looped(q: Tensor, k: Tensor, scale: float, mask: Any = None) -> Tensor:
     return torch.tensor(rows).reshape(*q.shape[:2], -1)
 
 
-def test_of_the_fused_kernel_it_is_the_softmax_of_the_first_query() -> None:
+def test_the_fused_kernel_gives_the_softmax_of_the_first_query() -> None:
     q, k, v = qkv()
     with ClsAttention() as watched:
         result = scaled_dot_product_attention(q, k, v)
@@ -122,7 +122,7 @@ def test_calls_of_other_shapes_are_no_attention_of_heads() -> None:
     assert watched.weights is None
 
 
-def test_nothing_is_seen_of_a_kernel_that_it_does_not_know() -> None:
+def test_nothing_is_seen_of_an_unknown_kernel() -> None:
     q, k, v = qkv()
     with ClsAttention() as watched:
         scores = (q @ k.transpose(-2, -1) * D**-0.5).exp()

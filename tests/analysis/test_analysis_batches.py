@@ -22,7 +22,7 @@ def image(index: int, shape: tuple[int, int]) -> tuple[int, Tensor]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(SHAPES), max_size=60), st.integers(1, 5))
-def test_every_image_comes_exactly_once_in_a_batch_of_one_shape(shapes: list[tuple[int, int]], size: int) -> None:
+def test_every_image_comes_once_in_a_batch_of_one_shape(shapes: list[tuple[int, int]], size: int) -> None:
     seen: list[int] = []
     for keys, batch in equal_shapes((image(i, shape) for i, shape in enumerate(shapes)), size):
         assert 1 <= len(keys) == len(batch) <= size
@@ -33,7 +33,7 @@ def test_every_image_comes_exactly_once_in_a_batch_of_one_shape(shapes: list[tup
     assert sorted(seen) == list(range(len(shapes)))
 
 
-def test_images_of_one_shape_come_in_order_and_in_full_batches() -> None:
+def test_images_of_one_shape_come_in_order_and_full_batches() -> None:
     batches = [keys for keys, _ in equal_shapes((image(i, (4, 4)) for i in range(7)), 3)]
     assert batches == [[0, 1, 2], [3, 4, 5], [6]]
 

@@ -58,7 +58,7 @@ def test_more_than_there_are_clamps_nothing() -> None:
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (16, 16)])
 @pytest.mark.parametrize("k", [2, 3, 4, 7, 12])
 @pytest.mark.parametrize("rank", [1, 3])
-def test_a_weight_of_less_than_full_rank_is_clamped_as_any(shape: tuple[int, int], k: int, rank: int) -> None:
+def test_a_weight_below_full_rank_is_clamped_as_any(shape: tuple[int, int], k: int, rank: int) -> None:
     for seed in range(20):  # the rounding of W Wᵀ is now and then mistaken for a direction, which would blow up
         left, right = drawn(shape[0], rank, seed=seed), drawn(rank, shape[1], seed=seed + 100)
         weight = (4 * left).round() @ (4 * right).round() / 16  # whole numbers: of that rank exactly
@@ -80,7 +80,7 @@ def test_equal_singular_values_above_the_kth_come_down_together(shape: tuple[int
         torch.testing.assert_close(largest_part(weight, k).taken_from(weight), by_svd(weight, k), atol=1e-5, rtol=0)
 
 
-def test_a_huge_singular_value_leaves_the_small_ones_as_they_were() -> None:
+def test_a_huge_singular_value_leaves_the_small_ones_alone() -> None:
     U, _, Vh = torch.linalg.svd(drawn(20, 20), full_matrices=False)
     S = torch.tensor([3e4, *torch.linspace(2, 1, 19).tolist()])
     weight = (U * S) @ Vh
@@ -181,7 +181,7 @@ def test_the_label_says_what_was_done(demo: Subject) -> None:
     assert source.label == f"{demo.backbone.weights.source.label}, singular values clamped at K = 7"
 
 
-def test_the_module_of_the_clamped_demo_has_the_clamped_singular_values(demo: Subject) -> None:
+def test_the_clamped_demo_has_the_clamped_singular_values(demo: Subject) -> None:
     lowered = clamped(demo.backbone, 10, silent)
     module = load_module(lowered)
     loaded = dict(module.named_parameters())

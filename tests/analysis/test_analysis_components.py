@@ -101,7 +101,7 @@ def test_a_grid_is_projected_place_by_place() -> None:
     torch.testing.assert_close(basis.project(tokens.reshape(3, 4, 8).float()), basis.project(tokens).reshape(3, 4, 3))
 
 
-def test_sums_in_float64_keep_a_small_spread_far_from_the_origin() -> None:
+def test_float64_sums_keep_a_small_spread_far_from_the_origin() -> None:
     tokens = drawn(400, 6) * 1e-3 + 1000
     expected = torch.linalg.svd(tokens - tokens.mean(dim=0), full_matrices=False).Vh[0]
     assert abs(float(basis_of(*tokens.split(13)).components[:, 0] @ expected)) == pytest.approx(1, abs=1e-6)

@@ -58,7 +58,7 @@ def leading(tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rows", [1, 5, FOLDED_AT_ONCE, FOLDED_AT_ONCE + 1, 5 * FOLDED_AT_ONCE + 3])
 @pytest.mark.parametrize("rank", [1, 3, SKETCH_ROWS])
-def test_a_sketch_is_the_svd_of_all_rows_up_to_its_rank(rows: int, rank: int) -> None:
+def test_a_sketch_within_its_rank_is_the_svd_of_rows(rows: int, rank: int) -> None:
     matrix = low_rank(rows, rank)
     sketch = Sketch()
     for part in matrix.split(37):
@@ -85,7 +85,7 @@ def test_merged_sketches_are_the_sketch_of_all_rows() -> None:
     assert merged.energies == pytest.approx((torch.linalg.svdvals(torch.cat([first, second]))[:8] ** 2).tolist())
 
 
-def test_beyond_its_rank_a_sketch_bounds_energies_from_below_and_finds_what_stands_out() -> None:
+def test_beyond_its_rank_a_sketch_bounds_energies_from_below() -> None:
     matrix = 3 * drawn(600, 1) @ drawn(1, N, seed=3) / math.sqrt(N) + drawn(600, N, seed=4) / 2
     sketch = Sketch()
     for row in matrix:
@@ -102,7 +102,7 @@ def test_an_empty_sketch_has_no_energies() -> None:
     assert Sketch().energies == []
 
 
-def test_the_direction_is_the_leading_singular_vector_of_all_unit_tokens() -> None:
+def test_the_direction_is_the_leading_singular_vector_of_unit_tokens() -> None:
     tokens = images([3, 9, 70, 1, 25], noise=1.0)
     found = ObservedDirection()
     for each in tokens:
@@ -114,7 +114,7 @@ def test_the_direction_is_the_leading_singular_vector_of_all_unit_tokens() -> No
     assert angle_between(found.direction, leading(torch.cat(tokens))) < 0.1
 
 
-def test_explained_is_the_mean_squared_cosine_of_a_loop_over_tokens() -> None:
+def test_explained_is_the_mean_squared_cosine_over_tokens() -> None:
     tokens = images([3, 9, 30, 1, 25], noise=0.5)
     summed = observed(tokens)
     assert summed is not None
@@ -138,7 +138,7 @@ def test_the_spread_within_is_that_of_a_loop_over_tokens() -> None:
     assert summed.spread_within_deg == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_spread_across_is_that_of_a_loop_over_all_pairs_of_images() -> None:
+def test_the_spread_across_is_that_of_all_pairs_of_images() -> None:
     tokens = images([3, 1, 8, 4, 5, 2])  # no more images than the sketch has rows: exact
     summed = observed(tokens)
     assert summed is not None
@@ -148,7 +148,7 @@ def test_the_spread_across_is_that_of_a_loop_over_all_pairs_of_images() -> None:
     assert summed.spread_across_deg == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_spread_across_many_images_is_near_that_of_all_pairs() -> None:
+def test_the_spread_across_many_images_is_near_the_exact_one() -> None:
     tokens = images([4] * 60, noise=0.2, bend=0.3)
     summed = observed(tokens)
     assert summed is not None
@@ -219,7 +219,7 @@ def test_images_of_one_token_each_spread_across_and_not_within() -> None:
     assert summed.spread_across_deg is not None
 
 
-def test_equal_tokens_spread_by_nothing_and_orthogonal_ones_by_a_right_angle() -> None:
+def test_equal_tokens_spread_by_nothing_and_orthogonal_by_right_angles() -> None:
     a, b = torch.eye(N)[:2]
     same = observed([torch.stack([a, -2 * a]), torch.stack([3 * a, a])])
     apart = observed([a[None], b[None]])

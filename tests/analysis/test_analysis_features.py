@@ -14,18 +14,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from sinder_cli import ModelRequest, api
+from sinder_cli import ModelRequest, api, inputs
 from sinder_cli.analysis.features import MOST_BYTES, file_names
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import Subject
 from sinder_cli.defects.inpainting import inpainted
 from sinder_cli.defects.tokens import last_tokens
 from sinder_cli.errors import CannotCreateError
+from sinder_cli.requests import AnalyzeRequest
 
 
 def written(request: ModelRequest, places: list[str], folder: Path, **given: Any) -> dict[str, dict[str, Tensor]]:
     settings = AnalyzeSettings.model_validate({"device": "cpu", "workers": 0, **given})
-    api.analyze(request, places, settings, features=folder)
+    api.analyze(AnalyzeRequest(request, places, settings, features=folder))
     return {path.name: load_file(path) for path in sorted(folder.iterdir())}
 
 
@@ -49,7 +50,7 @@ def test_the_files_hold_what_the_modules_own_forward_gives(
 
 
 def test_the_model_alone_and_the_inpainted_pass(tmp_path: Path, demo: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "DRAWN_IMAGES", 2)
+    monkeypatch.setattr(inputs, "DRAWN_IMAGES", 2)
     source, preprocess = api.drawn_images(demo.backbone, 0), api.preprocessing(demo.backbone, None)
     images = [preprocess(source.load(index)) for index in range(2)]
     for method, backbone in (("none", demo.backbone), ("inpaint", inpainted(demo.backbone))):
@@ -71,7 +72,7 @@ def test_the_model_alone_and_the_inpainted_pass(tmp_path: Path, demo: Subject, m
 
 
 def test_clamped_weights_are_no_ones_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "DRAWN_IMAGES", 1)
+    monkeypatch.setattr(inputs, "DRAWN_IMAGES", 1)
     (clamped,) = written(ModelRequest("demo_vit"), [], tmp_path / "clamped", clamp=3).values()
     (plain,) = written(ModelRequest("demo_vit"), [], tmp_path / "plain").values()
     assert torch.equal(clamped["patches"], plain["patches"])

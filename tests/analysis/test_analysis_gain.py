@@ -29,6 +29,7 @@ from sinder_cli.defects.detection import DetectionRule, defective_somewhere, out
 from sinder_cli.defects.prediction import BlockSpectrum, Prediction
 from sinder_cli.defects.settings import STAGES, Mark
 from sinder_cli.defects.spectrum import LeadingPair
+from sinder_cli.requests import AnalyzeRequest
 
 NAMES = ("chelsea.png", "coffee.png", "rocket.jpg")
 
@@ -211,7 +212,7 @@ def some_images(count: int = 3) -> list[Tensor]:
     return list(torch.randn(count, 3, SIDE * PATCH, SIDE * PATCH, generator=torch.Generator().manual_seed(1)))
 
 
-def test_an_outlier_of_the_middle_gives_a_verdict_and_a_gain() -> None:
+def test_an_outlier_of_the_middle_gives_verdict_and_gain() -> None:
     found = surveyed([passing()], some_images())
     side = found.sides[0]
     tokens = [block.marked["outlying"].tokens for block in side.blocks if block.marked["outlying"]]
@@ -224,7 +225,7 @@ def test_an_outlier_of_the_middle_gives_a_verdict_and_a_gain() -> None:
     assert {image.block for image in spoilt.by_image} == {1}
 
 
-def test_the_portrait_of_an_image_holds_it_against_its_inpainted_original() -> None:
+def test_an_image_portrait_holds_it_against_its_inpainted_original() -> None:
     images = torch.stack(some_images(2))
     subject, settings = passing(), AnalyzeSettings(device="cpu")
     basis = Basis(torch.zeros(N, dtype=torch.float64), torch.eye(N, 3, dtype=torch.float64))
@@ -248,12 +249,12 @@ def test_tokens_that_are_not_finite_make_nobody_healthy() -> None:
     images[0][:] = torch.nan
     found = gain(surveyed([passing(DEPTH, DEPTH)], images))
     assert found.gain is None
-    assert "cannot be said" in found.sentence
+    assert "cannot be determined" in found.sentence
     assert found.good_cosine is not None
     assert found.good_cosine.count == SIDE * SIDE
 
 
-def test_of_very_many_images_those_that_move_furthest_keep_their_record(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_images_those_that_move_furthest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_IMAGES", 3)
     images = some_images(10)
     found = gain(surveyed([passing()], images, batch_size=2))
@@ -306,7 +307,7 @@ def test_outliers_are_the_tokens_that_a_repair_would_mark(mark: Mark, predicted:
     assert bool(expected.any()) is (predicted or mark != "weights")
 
 
-def test_tokens_that_stand_out_and_are_left_are_counted_and_told() -> None:
+def test_tokens_that_stand_out_and_are_left_are_counted() -> None:
     images, subject = some_images(4), passing()
     taken = gain(surveyed([subject], images, mark="norm"))
     left = gain(surveyed([subject], images, mark="weights"))
@@ -352,7 +353,7 @@ def test_the_words_say_how_far_tokens_would_move() -> None:
         " (cosine 0.9950, 1 % below 0.9700), marked ones by 60° (cosine 0.5000): this much a repair could change."
     )
     far = gain_sentence("features", "12 in 3 of 4 images", around(0.5), around(0.995), around(0.5))
-    assert far.endswith("ask a task whether the change is one for the better.")
+    assert far.endswith("test on a task whether this is an improvement.")
     alone = gain_sentence("marked", "1 in 1 of 4 images", None, around(1.0), around(0.5))
     assert alone == (
         "Without its outlying tokens (1 in 1 of 4 images) good patches would stay as they are (99 of 100 cosines ≥"
@@ -368,7 +369,7 @@ def test_the_words_say_how_far_tokens_would_move() -> None:
 def test_the_verb_compares_with_the_inpainted_model(photographs: Path) -> None:
     place = [str(photographs / "chelsea.png")]
     settings = AnalyzeSettings(device="cpu", workers=0, method="inpaint")
-    analysis = api.analyze(ModelRequest("demo_vit"), place, settings).analysis  # type: ignore[union-attr]
+    analysis = api.analyze(AnalyzeRequest(ModelRequest("demo_vit"), place, settings)).analysis  # type: ignore[union-attr]
     assert analysis.other is not None
     assert analysis.comparison is not None
     assert analysis.inpainting is not None
@@ -388,7 +389,9 @@ def test_one_comparison_at_a_time(photographs: Path) -> None:
         AnalyzeSettings(method="inpaint", clamp=3)
     given = AnalyzeSettings(method="inpaint")
     with pytest.raises(UsageError, match="one is named, one is inpainted"):
-        api.analyze(ModelRequest("demo_vit"), [str(photographs)], given, other=ModelRequest("demo_vit_clean"))
+        api.analyze(
+            AnalyzeRequest(ModelRequest("demo_vit"), [str(photographs)], given, compare=ModelRequest("demo_vit_clean"))
+        )
 
 
 def test_a_stub_with_no_cls_has_no_cosine_of_it() -> None:

@@ -42,13 +42,13 @@ def close_to_numpy(found: Histogram, values: np.ndarray, relative: float = 0.0, 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 4.0], ids=["narrow", "ordinary", "over many magnitudes"])
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 101, 5000])
-def test_quantiles_of_norms_are_numpys_to_a_fifth_of_a_percent(count: int, spread: float) -> None:
+def test_norm_quantiles_are_numpys_to_a_fifth_of_a_percent(count: int, spread: float) -> None:
     values = drawn(count, spread, seed=count)
     close_to_numpy(histogram(values), values.numpy(), relative=0.002)
 
 
 @pytest.mark.parametrize("count", [1, 7, 2000])
-def test_quantiles_of_angles_are_numpys_to_a_twentieth_of_a_degree(count: int) -> None:
+def test_angle_quantiles_are_numpys_to_a_twentieth_of_a_degree(count: int) -> None:
     values = 90 * torch.rand(count, generator=torch.Generator().manual_seed(1))
     close_to_numpy(histogram(values, ANGLE_SCALE), values.numpy(), absolute=0.05)
 
@@ -60,7 +60,7 @@ def test_quantiles_of_cosines_are_numpys_to_half_a_thousandth() -> None:
 
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.floats(2.0**-23, 2.0**39, width=32), min_size=1, max_size=60))
-def test_any_numbers_within_the_octaves_are_summed_up_as_numpy_does(values: list[float]) -> None:
+def test_numbers_within_the_octaves_are_summed_up_as_by_numpy(values: list[float]) -> None:
     close_to_numpy(histogram(values), np.asarray(values), relative=0.002)
 
 
@@ -70,7 +70,7 @@ def test_any_angles_are_summed_up_as_numpy_does(values: list[float]) -> None:
     close_to_numpy(histogram(values, ANGLE_SCALE), np.asarray(values), absolute=0.05001)
 
 
-def test_a_quantile_between_two_far_values_lies_between_them_as_numpys_does() -> None:
+def test_a_quantile_between_two_far_values_lies_between_them() -> None:
     summed = histogram([1.0, 1000.0]).distribution()
     assert summed is not None
     assert summed.median == pytest.approx(500.5, rel=0.002)
@@ -92,7 +92,7 @@ def test_one_value_is_its_own_mean_extreme_and_quantile(value: float) -> None:
     assert [summed.mean, summed.min, summed.p01, summed.median, summed.p99, summed.max] == pytest.approx([exact] * 6)
 
 
-def test_what_lies_beyond_the_octaves_is_counted_in_the_first_and_the_last_bin() -> None:
+def test_what_lies_beyond_the_octaves_counts_in_the_outer_bins() -> None:
     values = [0.0, 1e-42, 1e-9, 1.0, 2.0, 3.0, 1e13, 1e30]
     found = histogram(values)
     assert int(found.counts[0]) == 3
@@ -107,7 +107,7 @@ def test_what_lies_beyond_the_octaves_is_counted_in_the_first_and_the_last_bin()
     assert 1e13 < summed.p99 <= 1e30
 
 
-def test_the_values_of_one_bin_are_taken_to_lie_evenly_in_it() -> None:
+def test_the_values_of_a_bin_are_taken_to_lie_evenly() -> None:
     summed = histogram(torch.linspace(0, 10, 101), LinearScale(0.0, 10.0, 1)).distribution()
     assert summed is not None
     assert summed.median == pytest.approx(5.0)
@@ -130,7 +130,7 @@ def test_nothing_finite_is_no_distribution_and_no_curve() -> None:
 
 
 @pytest.mark.parametrize("parts", [2, 7, 300])
-def test_a_stream_in_parts_is_the_same_as_all_at_once(parts: int) -> None:
+def test_a_stream_in_parts_is_the_same_as_a_whole(parts: int) -> None:
     values = drawn(3000, 2.0)
     values[::97] = math.nan
     whole, streamed = histogram(values), Histogram(NORM_SCALE)
@@ -164,7 +164,7 @@ def test_every_value_lies_between_the_edges_of_its_bin(scale: Scale) -> None:
 
 @pytest.mark.parametrize("logarithmic", [False, True])
 @pytest.mark.parametrize("points", [1, 7, 60])
-def test_a_curve_is_numpys_histogram_of_equal_steps_with_its_peak_at_one(points: int, logarithmic: bool) -> None:
+def test_a_curve_is_numpys_histogram_with_its_peak_at_one(points: int, logarithmic: bool) -> None:
     values = drawn(20_000, 0.6)
     curve = histogram(values).curve(points, logarithmic)
     assert curve is not None

@@ -62,9 +62,7 @@ def collectors(
     return made
 
 
-def test_what_is_collected_has_the_same_size_after_5_and_after_50_batches(
-    monkeypatch: pytest.MonkeyPatch, small: Subject
-) -> None:
+def test_what_is_collected_does_not_grow_with_the_batches(monkeypatch: pytest.MonkeyPatch, small: Subject) -> None:
     few, many = (collectors(monkeypatch, small, drawn(count, [])) for count in (5, 50))
     assert len(few) == len(many) == 3 + 3 + 3 + 1
     assert many[0].observed.images == 10 * few[0].observed.images == 100

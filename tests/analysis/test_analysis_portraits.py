@@ -134,9 +134,7 @@ def test_on_the_demo_every_map_is_that_of_forward_hooks(demo: Subject, photograp
         torch.testing.assert_close(together.sides[0].attention, alone.sides[0].attention)
 
 
-def test_the_attention_of_cls_is_the_mean_over_heads_of_the_last_block_without_the_prefix(
-    small: Subject, photographs: Path, naive: Any
-) -> None:
+def test_cls_attention_is_the_head_mean_of_the_last_block(small: Subject, photographs: Path, naive: Any) -> None:
     image = naive.pixels(Image.open(photographs / "coffee.png"), small.backbone, 112)
     seen: list[Tensor] = []
     handle = small.module.blocks[-1].attn.qkv.register_forward_hook(lambda _m, _i, output: seen.append(output[0]))
@@ -242,7 +240,7 @@ def stub_grids(subject: Subject, image: Tensor) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("kernel", [3, 5])
-def test_every_image_of_a_batch_has_the_targets_of_its_own_first_defective_block(kernel: int) -> None:
+def test_every_image_has_targets_of_its_own_first_defective_block(kernel: int) -> None:
     subject, basis = stub(), some_basis(N)
     images = [
         picture(1, blue=BLUE), picture(2), picture(3, red=RED, blue=BLUE), picture(4, red=RED), picture(5, red=RED[:2])
@@ -263,7 +261,7 @@ def test_fewer_tokens_than_the_least_make_no_block_defective() -> None:
     assert portrait.sides[0].targets.block == 2
 
 
-def test_a_block_whose_direction_is_not_determined_has_angles_but_neither_mask_nor_targets() -> None:
+def test_an_undetermined_direction_gives_angles_but_no_mask_or_targets() -> None:
     (portrait,) = drawn([stub((2.0, 1.0, 2.0))], [picture(3, red=RED, blue=BLUE)[None]])
     (side,) = portrait.sides
     assert list(side.angles) == [0, 1, 2]
@@ -272,7 +270,7 @@ def test_a_block_whose_direction_is_not_determined_has_angles_but_neither_mask_n
     assert side.targets.block == 2
 
 
-def test_targets_are_made_of_the_first_defective_block_even_where_it_is_not_shown() -> None:
+def test_targets_come_from_the_first_defective_block_even_if_hidden() -> None:
     (portrait,) = drawn([stub()], [picture(3, red=RED)[None]], blocks=(0,))
     (side,) = portrait.sides
     assert list(side.angles) == list(side.masks) == [0]

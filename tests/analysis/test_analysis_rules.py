@@ -39,11 +39,11 @@ def test_on_its_own_grid_every_token_has_its_own_cell(shape: tuple[int, int]) ->
 
 @settings(max_examples=60, deadline=None)
 @given(*[st.integers(1, 60)] * 4)
-def test_on_another_grid_a_token_has_the_cell_in_which_its_centre_lies(h: int, w: int, rows: int, columns: int) -> None:
+def test_on_another_grid_a_token_takes_its_centre_cell(h: int, w: int, rows: int, columns: int) -> None:
     assert cell_of((h, w), (rows, columns)).tolist() == looped_cells((h, w), (rows, columns))
 
 
-def test_shares_are_those_of_a_loop_over_tokens_of_images_of_several_shapes() -> None:
+def test_shares_are_those_of_a_loop_over_tokens() -> None:
     places = PlaceCounts(GRID)
     marked, seen = [0] * 36, [0] * 36
     for seed, shape in enumerate([(3, 6, 6), (2, 9, 6), (1, 4, 13)]):
@@ -69,7 +69,7 @@ def test_a_cell_without_a_token_has_no_share() -> None:
     ]  # fmt: skip
 
 
-def test_the_most_frequent_places_come_first_and_equal_ones_row_by_row() -> None:
+def test_the_most_frequent_places_come_first() -> None:
     places = PlaceCounts(GRID)
     batch = torch.zeros(4, *GRID, dtype=torch.bool)
     batch[:, 5, 5] = True
@@ -113,7 +113,7 @@ def test_counts_and_overlaps_are_those_of_a_loop_over_tokens() -> None:
     assert counts.agreement() == {f"{a}/{b}": pytest.approx(i / u) for (a, b), (i, u) in both.items()}
 
 
-def test_a_rule_that_does_not_apply_has_no_record_and_agrees_with_nobody() -> None:
+def test_a_rule_that_does_not_apply_has_no_record() -> None:
     counts = RuleCounts(GRID, min_tokens=3)
     counts.add({"outlying": masks(2, 6, 6)})
     records = counts.records()

@@ -250,9 +250,7 @@ def test_the_size_of_batches_changes_nothing(
     torch.testing.assert_close(one.basis.mean, three.basis.mean, atol=1e-5, rtol=1e-5)
 
 
-def test_a_norm_threshold_marks_what_lies_above_it_and_gives_the_observed_direction(
-    small: Subject, pictures: list[Tensor], naive: Any
-) -> None:
+def test_a_norm_threshold_marks_what_lies_above_it(small: Subject, pictures: list[Tensor], naive: Any) -> None:
     grids = naive.grids(small, pictures)
     threshold = float(np.quantile(np.concatenate([np.linalg.norm(g, axis=-1).ravel() for g in grids[-1]]), 0.9))
     found = surveyed([small], pictures, norm_threshold=threshold, min_gap=0)
@@ -286,7 +284,7 @@ def test_the_rule_of_equation_5_follows_its_settings(small: Subject, pictures: l
     assert total > 0
 
 
-def test_an_image_that_is_not_finite_is_counted_and_spoils_no_other(small: Subject, pictures: list[Tensor]) -> None:
+def test_an_image_that_is_not_finite_spoils_no_other(small: Subject, pictures: list[Tensor]) -> None:
     broken = pictures[0].clone()
     broken[:, 20, 20] = math.nan
     tokens = broken.shape[1] // 14 * (broken.shape[2] // 14)
@@ -396,7 +394,7 @@ def test_bfloat16_stays_near(demo: Subject, photographs: Path, naive: Any) -> No
             assert angles[0] == pytest.approx(angles[1], abs=0.5)
 
 
-def test_a_cosine_that_rounding_has_lifted_above_one_is_an_angle_of_zero() -> None:
+def test_a_cosine_rounded_above_one_is_an_angle_of_zero() -> None:
     none = torch.zeros(1, 1, 1)
     cosines = torch.tensor([1.0000001, 1.0, 0.5, 0.0]).reshape(1, 1, 1, 4)
     tokens = BlockTokens(torch.zeros(1, 1, 1, 8), none, None, none, cosines, {})

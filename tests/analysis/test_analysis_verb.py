@@ -15,15 +15,16 @@ from PIL import Image
 from sinder_plugins.demo.planting import BLOCK, NEURON, demo_weights
 from torch import Tensor
 
-from sinder_cli import BadInputError, ModelRequest, UsageError, api
+from sinder_cli import BadInputError, ModelRequest, UsageError, api, inputs
 from sinder_cli.analysis.records import Analysis, Rule
+from sinder_cli.analysis.run import AnalysisResult
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.analysis.survey import AnalysisResult
 from sinder_cli.analysis.tokens import Subject
 from sinder_cli.defects.spectrum import angle_between
 from sinder_cli.events import Noted, Warned
 from sinder_cli.files import json_text
 from sinder_cli.report.documents import analysis_document
+from sinder_cli.requests import AnalyzeRequest, Process
 
 DRAWN = 6
 
@@ -42,10 +43,10 @@ def random_model(checkpoint: Callable[..., Path]) -> ModelRequest:
 def twins() -> Iterator[AnalysisResult]:
     """The demo beside its clean twin, on images that it draws itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "DRAWN_IMAGES", DRAWN)
+        patch.setattr(inputs, "DRAWN_IMAGES", DRAWN)
         other = ModelRequest("demo_vit_clean")
         chosen = settings(batch_size=3, figures=2)
-        yield api.analyze(ModelRequest("demo_vit"), (), chosen, other=other, draw=True)
+        yield api.analyze(AnalyzeRequest(ModelRequest("demo_vit"), (), chosen, compare=other, portraits=True))
 
 
 def test_the_demo_has_defects_from_the_planted_block_on(twins: AnalysisResult) -> None:
@@ -138,7 +139,9 @@ def test_photographs_are_read_as_pil_would(
         for image in map(Image.open, paths)
     ]
     given = {} if resize == "none" else {"image_size": 112}
-    result = api.analyze(random_model, [str(photographs)], settings(resize=resize, batch_size=2, **given))
+    result = api.analyze(
+        AnalyzeRequest(random_model, [str(photographs)], settings(resize=resize, batch_size=2, **given))
+    )
     assert result.analysis.images == len(paths)
     assert result.analysis.grid == (8, 8)
     grids = naive.grids(small, [cut(image) for image in images])
@@ -156,7 +159,7 @@ def test_a_limit_draws_so_many_images_by_the_seed(
     seed: int, random_model: ModelRequest, small: Subject, photographs: Path, naive: Any
 ) -> None:
     given = settings(image_size=112, limit=2, seed=seed)
-    result = api.analyze(random_model, [str(photographs)], given)
+    result = api.analyze(AnalyzeRequest(random_model, [str(photographs)], given))
     chosen = np.random.default_rng(seed).choice(5, 2, replace=False)
     paths = sorted(photographs.iterdir())
     images = [naive.pixels(Image.open(paths[at]), small.backbone, 112) for at in sorted(chosen.tolist())]
@@ -165,14 +168,14 @@ def test_a_limit_draws_so_many_images_by_the_seed(
     assert result.analysis.images == 2
     assert found is not None
     assert (found.count, found.mean) == (norms.size, pytest.approx(norms.mean(), rel=1e-4))
-    again = api.analyze(random_model, [str(photographs)], given)
+    again = api.analyze(AnalyzeRequest(random_model, [str(photographs)], given))
     assert again.analysis == result.analysis
 
 
 def test_clamping_makes_the_second_model_of_the_first(random_model: ModelRequest, photographs: Path) -> None:
     place, size = [str(photographs / "coffee.png")], 112
-    clamped = api.analyze(random_model, place, settings(image_size=size, clamp=100)).analysis
-    plain = api.analyze(random_model, place, settings(image_size=size)).analysis
+    clamped = api.analyze(AnalyzeRequest(random_model, place, settings(image_size=size, clamp=100))).analysis
+    plain = api.analyze(AnalyzeRequest(random_model, place, settings(image_size=size))).analysis
     assert clamped.blocks == plain.blocks
     assert plain.other is None
     assert plain.comparison is None
@@ -186,26 +189,28 @@ def test_clamping_makes_the_second_model_of_the_first(random_model: ModelRequest
 
 
 def test_clamping_at_the_first_singular_value_changes_nothing(random_model: ModelRequest, photographs: Path) -> None:
-    found = api.analyze(random_model, [str(photographs / "coffee.png")], settings(image_size=112, clamp=1)).analysis
+    found = api.analyze(
+        AnalyzeRequest(random_model, [str(photographs / "coffee.png")], settings(image_size=112, clamp=1))
+    ).analysis
     assert found.other is not None
     assert found.other.blocks == found.blocks
 
 
 def test_a_named_and_a_clamped_model_are_one_too_many(random_model: ModelRequest, photographs: Path) -> None:
     with pytest.raises(UsageError, match="cannot compare with two models"):
-        api.analyze(random_model, [str(photographs)], settings(clamp=3), other=random_model)
+        api.analyze(AnalyzeRequest(random_model, [str(photographs)], settings(clamp=3), compare=random_model))
 
 
 def test_models_of_other_shapes_are_refused(random_model: ModelRequest, photographs: Path) -> None:
     with pytest.raises(
         UsageError, match="cannot compare demo_vit with dinov2_custom: their width differs, 192 and 128"
     ):
-        api.analyze(ModelRequest("demo_vit"), [str(photographs)], settings(), other=random_model)
+        api.analyze(AnalyzeRequest(ModelRequest("demo_vit"), [str(photographs)], settings(), compare=random_model))
 
 
-def test_a_block_that_is_not_there_is_refused_before_any_image_is_run(random_model: ModelRequest) -> None:
+def test_a_missing_block_is_refused_before_any_image_is_run(random_model: ModelRequest) -> None:
     with pytest.raises(UsageError, match="cannot draw block 3"):
-        api.analyze(random_model, [__file__], settings(blocks="0,3"))
+        api.analyze(AnalyzeRequest(random_model, [__file__], settings(blocks="0,3")))
 
 
 def test_what_cannot_be_decoded_is_named_counted_and_not_drawn(
@@ -215,7 +220,10 @@ def test_what_cannot_be_decoded_is_named_counted_and_not_drawn(
     broken = tmp_path / "a.png"
     broken.write_bytes((photographs / "coffee.png").read_bytes()[:40_000])
     told: list[Any] = []
-    result = api.analyze(random_model, [str(tmp_path)], settings(image_size=112), told.append, draw=True)
+    result = api.analyze(
+        AnalyzeRequest(random_model, [str(tmp_path)], settings(image_size=112), portraits=True),
+        process=Process(emit=told.append),
+    )
     assert result.analysis.images == 1
     assert list(result.analysis.skipped) == [str(broken)]
     assert [event for event in told if isinstance(event, Warned)]
@@ -223,7 +231,7 @@ def test_what_cannot_be_decoded_is_named_counted_and_not_drawn(
     assert [portrait.name for portrait in result.portraits] == [str(tmp_path / "b.png")]
     (tmp_path / "b.png").unlink()
     with pytest.raises(BadInputError, match="no image could be decoded: all 1 failed"):
-        api.analyze(random_model, [str(tmp_path)], settings(image_size=112))
+        api.analyze(AnalyzeRequest(random_model, [str(tmp_path)], settings(image_size=112)))
 
 
 @pytest.mark.parametrize(
@@ -232,7 +240,9 @@ def test_what_cannot_be_decoded_is_named_counted_and_not_drawn(
 def test_so_many_portraits_are_drawn_as_were_asked_for(
     draw: bool, figures: int | str, count: int, random_model: ModelRequest, photographs: Path
 ) -> None:
-    result = api.analyze(random_model, [str(photographs)], settings(image_size=70, figures=figures), draw=draw)
+    result = api.analyze(
+        AnalyzeRequest(random_model, [str(photographs)], settings(image_size=70, figures=figures), portraits=draw)
+    )
     assert result.drawn == count
     drawn = list(result.portraits)
     assert len(drawn) == count
@@ -251,12 +261,15 @@ def test_the_default_bound_is_four_squares_or_2048_tokens(size: int, most: int, 
     assert [api.preprocessing(backbone, size, resize).max_tokens for resize in ("square", "none")] == [None, None]
 
 
-def test_a_long_image_is_scaled_down_and_a_line_says_so(random_model: ModelRequest, tmp_path: Path) -> None:
+def test_a_long_image_is_scaled_down_and_this_is_told(random_model: ModelRequest, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name, shape in (("four.png", (70, 280)), ("long.png", (70, 2240)), ("line.png", (1, 5000))):
         Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(tmp_path / name)
     told: list[object] = []
-    result = api.analyze(random_model, [str(tmp_path)], settings(image_size=112, max_tokens=1000), told.append)
+    result = api.analyze(
+        AnalyzeRequest(random_model, [str(tmp_path)], settings(image_size=112, max_tokens=1000)),
+        process=Process(emit=told.append),
+    )
     assert result is not None
     assert result.analysis.settings["max_tokens"] == 1000
     assert list(result.analysis.skipped) == [str(tmp_path / "line.png")]
@@ -265,7 +278,10 @@ def test_a_long_image_is_scaled_down_and_a_line_says_so(random_model: ModelReque
     norm = result.analysis.blocks[0].patch_norm
     assert norm is not None
     assert norm.count == 8 * 32 + 5 * 178  # √(1000 / 32) = 5.6 patches, 178.9 patches
-    untouched = api.analyze(random_model, [str(tmp_path / "long.png")], settings(image_size=112), told.append)
+    untouched = api.analyze(
+        AnalyzeRequest(random_model, [str(tmp_path / "long.png")], settings(image_size=112)),
+        process=Process(emit=told.append),
+    )
     assert untouched is not None
     assert untouched.analysis.blocks[0].patch_norm.count == 8 * 256
 
@@ -281,7 +297,7 @@ def test_names_of_skipped_images_are_exact_in_the_document(random_model: ModelRe
     for name in names:
         (tmp_path / name).write_bytes(b"no image")
     Image.new("RGB", (70, 70)).save(tmp_path / "a.png")
-    result = api.analyze(random_model, [str(tmp_path)], settings(image_size=70))
+    result = api.analyze(AnalyzeRequest(random_model, [str(tmp_path)], settings(image_size=70)))
     assert result is not None
     document = json.loads(json_text(analysis_document(result.analysis)))
     assert set(document["skipped"]) == {str(tmp_path / name) for name in names}

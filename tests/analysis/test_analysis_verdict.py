@@ -70,12 +70,12 @@ def test_outlying_tokens_along_a_determined_direction_are_defects() -> None:
     )
 
 
-def test_the_first_block_is_the_first_that_shows_outliers_even_where_nothing_predicts_them_yet() -> None:
+def test_the_first_block_is_the_first_that_shows_outliers() -> None:
     verdict = judge([block(0), block(1, 5, 1.0, 80.0), block(2, 5, 1.5, 10.0)], 3)
     assert (verdict.kind, verdict.first_block) == ("defects", 1)
 
 
-def test_strays_in_an_early_block_do_not_put_the_beginning_forward() -> None:
+def test_strays_in_an_early_block_do_not_move_the_beginning() -> None:
     later = [block(number, 300, 3.0, 5.0) for number in (3, 4, 5)]
     assert judge([block(0), block(1, 3, 1.0, 80.0), block(2), *later], 3).first_block == 3
 
@@ -87,7 +87,7 @@ def test_a_few_strays_among_very_many_tokens_show_nothing() -> None:
     assert not judge([stray.model_copy(update={"marked": stray.marked | {"outlying": few}})], 3).fails
 
 
-def test_a_direction_that_is_near_in_few_blocks_leaves_some_doubt() -> None:
+def test_a_direction_that_is_near_in_few_blocks_leaves_doubt() -> None:
     verdict = judge([block(0, 300, 3.0, 29.0), *(block(number, 300, 3.0, 85.0) for number in range(1, 6))], 3)
     assert verdict.kind == "defects"
     assert verdict.confidence.startswith(
@@ -122,7 +122,7 @@ def test_few_tokens_or_a_small_gap_leave_some_doubt(tokens: int, gap: float, wor
     ("angle", "kind"),
     [(0.0, "defects"), (PREDICTED_DEGREES, "defects"), (30.001, "unpredicted"), (90.0, "unpredicted")],
 )
-def test_thirty_degrees_part_what_the_weights_predict_from_what_they_do_not(angle: float, kind: str) -> None:
+def test_thirty_degrees_part_the_predicted_from_the_unpredicted(angle: float, kind: str) -> None:
     assert judge([block(0, 50, 2.0, angle)], 3).kind == kind
 
 
@@ -145,10 +145,10 @@ def test_outlying_tokens_off_the_predicted_direction_are_told_as_such() -> None:
 def test_outlying_tokens_where_no_direction_is_determined_are_unpredicted() -> None:
     verdict = judge([block(0, 60, 1.05, 10.0), block(1, 80, 1.02, 20.0)], 3)
     assert (verdict.kind, verdict.first_block) == ("unpredicted", 0)
-    assert "σ₁/σ₂ of the predicted one is at most 1.05 there, so that the weights single out none" in verdict.confidence
+    assert "σ₁/σ₂ of the predicted one is at most 1.05 there, so that the weights determine none" in verdict.confidence
 
 
-def test_a_determined_block_is_the_nearest_even_where_another_lies_nearer_by_accident() -> None:
+def test_a_determined_block_goes_before_an_accidentally_nearer_one() -> None:
     verdict = judge([block(0, 60, 1.0, 5.0), block(1, 60, 1.5, 50.0)], 3)
     assert verdict.kind == "unpredicted"
     assert verdict.angle_to_predicted_deg == 50.0
@@ -173,12 +173,12 @@ def test_nothing_is_no_defect() -> None:
     assert (verdict.kind, verdict.first_block, verdict.tokens) == ("none", None, 0)
     assert verdict.sentence == "no defects: in no block do 3 tokens or more have a norm above 3 × their image's median."
     assert verdict.confidence == (
-        "10,000 patch tokens a block were looked at; the predicted direction is determined in no block (σ₁/σ₂ ≤ 1.04)."
+        "10,000 patch tokens per block were seen; the predicted direction is determined in no block (σ₁/σ₂ ≤ 1.04)."
     )
     assert "is determined in some block" in judge([block(0, gap=1.7)], 3).confidence
 
 
-def test_without_an_outlying_token_in_any_block_the_model_is_healthy() -> None:
+def test_without_an_outlying_token_the_model_is_healthy() -> None:
     verdict = judge([block(0), block(1), block(2, gap=1.5)], 3)
     assert verdict.kind == "none"
     assert verdict.sentence == (
@@ -195,7 +195,7 @@ def test_strays_are_no_defects_and_not_called_healthy() -> None:
     assert verdict.sentence.startswith("no defects: tokens that have a norm above 3 × their image's median are strays")
 
 
-def test_outliers_of_a_block_in_the_middle_are_seen_though_the_last_is_clean() -> None:
+def test_outliers_of_a_middle_block_are_seen_despite_clean_ones() -> None:
     verdict = judge([block(0), block(1, 90, 1.0, 70.0), block(2), block(3)], 3)
     assert (verdict.kind, verdict.first_block, verdict.tokens) == ("unpredicted", 1, 90)
 

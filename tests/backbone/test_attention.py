@@ -13,6 +13,7 @@ from sinder_cli import ModelRequest, UnavailableError, api
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.device import require_attention
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.requests import AnalyzeRequest, RepairRequest
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def cuda_and_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("cuda_and_xformers")
-def test_xformers_is_refused_on_the_cpu_even_beside_a_cuda_device() -> None:
+def test_xformers_is_refused_on_the_cpu_even_beside_cuda() -> None:
     require_attention("xformers", "cuda")
     require_attention("xformers", "cuda:1")
     for device in ("cpu", "mps"):
@@ -46,8 +47,8 @@ def test_the_verbs_that_run_the_model_ask_with_their_device(
     monkeypatch.setattr(api, "open_model", lambda request: pytest.fail(f"{request.model} was opened"))
     request = ModelRequest("demo_vit", attention="xformers")
     run = {
-        "analyze": lambda: api.analyze(request, (), AnalyzeSettings(device="cpu")),
-        "repair": lambda: api.repair(request, (), tmp_path / "run", RepairSettings(device="cpu")),
+        "analyze": lambda: api.analyze(AnalyzeRequest(request, (), AnalyzeSettings(device="cpu"))),
+        "repair": lambda: api.repair(RepairRequest(request, (), RepairSettings(device="cpu")), tmp_path / "run"),
     }
     with pytest.raises(UnavailableError, match="do not run on device 'cpu'"):
         run[verb]()

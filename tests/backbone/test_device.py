@@ -30,7 +30,7 @@ def test_the_device_of_a_process_becomes_its_current_one(
     assert chosen == ([] if current is None else [current])
 
 
-def test_a_device_that_is_not_there_is_refused_and_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: pytest.fail("it is not there"))
     with pytest.raises(UnavailableError, match="cannot use device 'cuda:2'"):

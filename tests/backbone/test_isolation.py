@@ -26,13 +26,13 @@ def raising(failure: BaseException) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("failure", [ValueError("no"), SystemExit(3), KeyboardInterrupt("no"), TimeoutError("no")])
-def test_whatever_is_raised_becomes_one_failure_with_it_as_the_cause(failure: BaseException) -> None:
+def test_whatever_is_raised_becomes_the_cause_of_one_failure(failure: BaseException) -> None:
     with pytest.raises(BrokenPluginError, match=f"{type(failure).__name__}: (no|3)") as caught:
         contained(raising(failure))
     assert caught.value.__cause__ is failure
 
 
-def test_what_hangs_is_left_behind_even_where_it_swallows_every_exception() -> None:
+def test_what_hangs_is_left_behind_though_it_swallows_every_exception() -> None:
     released = threading.Event()
 
     def stubborn() -> None:
@@ -41,13 +41,13 @@ def test_what_hangs_is_left_behind_even_where_it_swallows_every_exception() -> N
                 time.sleep(0.01)
 
     began = time.monotonic()
-    with pytest.raises(BrokenPluginError, match=r"it hangs: it was not done after 0\.2 s"):
+    with pytest.raises(BrokenPluginError, match=r"it hangs: it did not finish within 0\.2 s"):
         contained(stubborn, seconds=0.2)
     assert 0.2 <= time.monotonic() - began < 5
     released.set()
 
 
-def test_a_thread_that_is_left_behind_does_not_keep_the_process() -> None:
+def test_a_thread_left_behind_does_not_keep_the_process() -> None:
     released = threading.Event()
     with pytest.raises(BrokenPluginError):
         contained(lambda: threading.current_thread() and released.wait(60), seconds=0.05)

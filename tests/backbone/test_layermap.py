@@ -187,7 +187,7 @@ def test_every_reference_comes_with_its_role() -> None:
     }  # fmt: skip
 
 
-def test_value_output_and_all_mlp_weights_are_trained_and_no_bias() -> None:
+def test_value_output_and_mlp_weights_are_trained_and_no_bias() -> None:
     gated = block_map()
     plain = PlainMlpMap(norm=NormMap(), activation="gelu", up=ref("up"), down=ref("down"))
     assert list(trained_references(gated)) == [
@@ -220,7 +220,7 @@ def test_a_norm_inside_a_sub_layer_has_its_inner_width() -> None:
         assert f"{part}.inner_norm.weight (norm1): its shape is 8, not {width}" in told
 
 
-def test_sub_layers_beside_others_are_checked_with_inner_widths_of_their_own() -> None:
+def test_sub_layers_beside_others_have_inner_widths_of_their_own() -> None:
     narrow = {"qkv2": (3 * 4, N), "out2": (N, 4)}
     attention = AttentionMap(norm=NormMap(), value=ref("qkv2", (8, 12)), output=ref("out2"))
     beside = block_map().model_copy(update={"attention": attention})

@@ -28,10 +28,12 @@ from sinder_cli import (
     WeightRef,
     Weights,
     api,
+    inputs,
 )
 from sinder_cli.backbone.isolation import Hooks, PluginEntry
 from sinder_cli.backbone.opening import load_module, open_backbone, require_loadable
 from sinder_cli.exporting.settings import ExportSettings
+from sinder_cli.requests import ExportRequest
 
 N = 4
 
@@ -101,7 +103,7 @@ BLAME = "plugin 'toy' of toy-vits failed at 'toy': "
 
 @pytest.mark.parametrize(("mistake", "words"), MISTAKES, ids=["a mistake", "an exit"])
 @pytest.mark.parametrize("hook", ["sinder_weights", "sinder_backbone"])
-def test_what_goes_wrong_in_a_hook_is_told_as_the_plugins(hook: str, mistake: BaseException, words: str) -> None:
+def test_a_failing_hook_is_told_as_the_plugins_failure(hook: str, mistake: BaseException, words: str) -> None:
     with pytest.raises(UnavailableError, match=f"{BLAME}{words}; tell its author"):
         open_backbone(hooks(**{hook: failing(mistake)}), ModelRequest("toy"))
 
@@ -161,7 +163,7 @@ def test_a_buffer_that_no_file_holds_is_computed() -> None:
     assert torch.equal(module.get_parameter("mix.weight"), torch.full((N, N), 2.0))
 
 
-def test_a_buffer_that_the_file_holds_is_read_and_its_module_built_once_without_memory() -> None:
+def test_a_stored_buffer_is_read_and_built_without_memory() -> None:
     devices = []
 
     def build() -> nn.Module:
@@ -190,9 +192,9 @@ def test_weights_that_are_not_the_modules_are_refused(
 
 
 def test_an_export_is_as_strict_as_loading(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(api, "hooks_for", lambda model: hooks())  # noqa: ARG005
+    monkeypatch.setattr(inputs, "hooks_for", lambda model: hooks())  # noqa: ARG005
     save_file(toy_tensors() | {"head": torch.ones(2)}, tmp_path / "more.safetensors")
     request = ModelRequest("toy", tmp_path / "more.safetensors")
     with pytest.raises(BadInputError, match="1 unexpected: head"):
-        api.export(request, tmp_path / "out.safetensors", ExportSettings("native"))
+        api.export(ExportRequest(request, ExportSettings("native")), tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()

@@ -34,7 +34,7 @@ def plugin_of(monkeypatch: pytest.MonkeyPatch, *names: Any) -> None:
     monkeypatch.setattr(registry, "installed_plugins", lambda: {"toy": PluginEntry("toy", "toy-vits", entry)})
 
 
-def test_a_listed_name_is_taken_and_a_near_one_refused_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_listed_name_is_taken_and_a_near_one_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     plugin_of(monkeypatch, "toy_small", "toy_large")
     assert hooks_for("toy_small").sinder_listing()
     with pytest.raises(UsageError, match=r"unknown model 'toy_smal': .*did you mean toy_small"):
@@ -48,11 +48,11 @@ def test_a_listed_name_is_taken_and_a_near_one_refused_with_it(monkeypatch: pyte
         ("something.PTH", "give the file with --weights"),
         ("https://example.org/something.pth", "download the file, and give it with --weights"),
         ("STOY_SMALL", r"did you mean toy_small\?"),
-        ("something", "takes its prefix, as in toy/something"),
+        ("something", "needs a prefix, as in toy/something"),
         (FOLDER, f"is no run directory; a model in a folder is named toy/./{FOLDER}"),
     ],
 )
-def test_an_unknown_name_is_refused_with_what_may_have_been_meant(model: str, hint: str) -> None:
+def test_an_unknown_name_is_refused_with_the_likely_meant_one(model: str, hint: str) -> None:
     listings = [Listing(name, "") for name in ("toy_small", "toy/OWNER/NAME", "toy/./FOLDER", "toy/NAME")]
     with pytest.raises(UsageError, match=rf"unknown model '{model}': no installed plugin offers it; .*{hint}"):
         raise unknown_model(model, listings)
@@ -64,7 +64,7 @@ def test_a_plugin_of_open_names_is_left_to_judge_them(monkeypatch: pytest.Monkey
     assert hooks_for("toy_smal")
 
 
-def test_a_plugin_that_lists_nothing_is_left_to_judge_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_without_a_list_judges_its_names_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     plugin_of(monkeypatch)
     assert hooks_for("toy_small")
 
@@ -95,9 +95,7 @@ BROKEN_ROWS = [
 
 
 @pytest.mark.parametrize(("row", "words"), BROKEN_ROWS)
-def test_a_row_that_would_break_the_table_is_refused_by_the_distribution(
-    row: Any, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_that_would_break_the_table_is_refused(row: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin_of(monkeypatch, row)
     with pytest.raises(UnavailableError) as caught:
         hooks_for("toy_small")
@@ -110,7 +108,7 @@ def test_a_listing_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
     released = Event()
     monkeypatch.setattr(sys.modules["toy_plugin"], "sinder_listing", hookimpl(lambda: released.wait(60)))
     monkeypatch.setattr(registry, "contained", partial(contained, seconds=0.3))
-    with pytest.raises(UnavailableError, match=r"cannot list plugin 'toy' of toy-vits: it hangs: .* after 0\.3 s"):
+    with pytest.raises(UnavailableError, match=r"cannot list plugin 'toy' of toy-vits: it hangs: .* within 0\.3 s"):
         hooks_for("toy_small")
     released.set()
 

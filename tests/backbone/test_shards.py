@@ -40,9 +40,7 @@ def write_index(folder: Path, weight_map: object) -> None:
 
 
 @pytest.mark.parametrize("name", [".", "model.safetensors.index.json"])
-def test_a_folder_and_its_index_give_the_tensors_of_all_shards(
-    folder: Path, tensors: dict[str, Tensor], name: str
-) -> None:
+def test_a_folder_and_its_index_give_all_tensors(folder: Path, tensors: dict[str, Tensor], name: str) -> None:
     source = open_checkpoint(folder / name)
     assert list(source.infos) == ["b", "a", "c"]
     assert source.infos["a"].shape == (3, 2)
@@ -79,19 +77,19 @@ def test_shards_may_lie_in_a_folder_below(folder: Path, tensors: dict[str, Tenso
 
 def test_a_name_that_its_shard_lacks_is_told(folder: Path) -> None:
     write_index(folder, MAP | {"d": SECOND, "e": SECOND})
-    with pytest.raises(BadInputError, match=f"d and 1 more are not in {SECOND}, against the index"):
+    with pytest.raises(BadInputError, match=f"d and 1 more are not in {SECOND}, contrary to the index"):
         open_checkpoint(folder)
 
 
-def test_a_tensor_of_a_shard_that_the_index_lacks_is_told(folder: Path) -> None:
+def test_a_shard_tensor_that_the_index_lacks_is_told(folder: Path) -> None:
     write_index(folder, {"b": SECOND, "a": FIRST})
-    with pytest.raises(BadInputError, match=f"c is in {FIRST}, against the index"):
+    with pytest.raises(BadInputError, match=f"c is in {FIRST}, contrary to the index"):
         open_checkpoint(folder)
 
 
 def test_a_tensor_that_two_shards_have_is_told(folder: Path, tensors: dict[str, Tensor]) -> None:
     save_file({"b": tensors["b"], "a": tensors["a"]}, folder / SECOND)
-    with pytest.raises(BadInputError, match=f"a is in {SECOND}, against the index"):
+    with pytest.raises(BadInputError, match=f"a is in {SECOND}, contrary to the index"):
         open_checkpoint(folder)
 
 
@@ -132,7 +130,7 @@ def test_a_shard_outside_the_folder_is_refused(
     assert refusal.value.exit_code == 65
 
 
-def test_the_links_of_a_snapshot_in_the_cache_of_the_hub_are_followed(folder: Path, tensors: dict[str, Tensor]) -> None:
+def test_links_of_a_snapshot_in_the_hub_cache_are_followed(folder: Path, tensors: dict[str, Tensor]) -> None:
     repository = folder.parent / "models--owner--name"
     snapshot, blobs = repository / "snapshots" / "c0ffee", repository / "blobs"
     snapshot.mkdir(parents=True)

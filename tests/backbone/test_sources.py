@@ -61,7 +61,7 @@ def test_torch_files_old_and_new_are_read_in_their_order(suffix: str, legacy: bo
     assert list(open_checkpoint(path).infos) == list(drawn())
 
 
-def test_nested_dictionaries_are_flattened_and_what_is_no_tensor_is_left_out(tmp_path: Path) -> None:
+def test_nested_dictionaries_are_flattened_and_only_tensors_are_kept(tmp_path: Path) -> None:
     nested = {"epoch": 3, "args": {"name": "vit"}, "teacher": {"backbone": {"w": torch.ones(2)}}, "w": torch.zeros(1)}
     torch.save(nested, tmp_path / "a.pth")
     assert_holds(tmp_path / "a.pth", {"teacher.backbone.w": torch.ones(2), "w": torch.zeros(1)})
@@ -165,7 +165,7 @@ def test_what_a_file_holds_decides_and_not_its_suffix(name: str, tmp_path: Path)
         ("b.pth", "give --weights a file of safetensors"),
     ],
 )
-def test_a_file_that_is_not_there_may_have_been_meant_otherwise(path: str, remedy: str) -> None:
+def test_a_missing_file_may_have_been_meant_otherwise(path: str, remedy: str) -> None:
     with pytest.raises(NoInputError, match=remedy):
         open_checkpoint(Path(path))
 
@@ -178,7 +178,7 @@ def test_a_file_that_is_not_there_may_have_been_meant_otherwise(path: str, remed
         ("adapter_config.json", r"merge_and_unload\(\)"),
     ],
 )
-def test_a_folder_that_cannot_be_read_is_told_by_what_it_is(inside: str, remedy: str, tmp_path: Path) -> None:
+def test_an_unreadable_folder_is_told_by_what_it_is(inside: str, remedy: str, tmp_path: Path) -> None:
     (tmp_path / inside).write_bytes(b"{}")
     with pytest.raises(NoInputError, match=remedy):
         open_checkpoint(tmp_path)
@@ -196,7 +196,7 @@ def test_compressed_members_are_refused_and_not_taken_for_numbers(tmp_path: Path
         open_checkpoint(tmp_path / "again.pth")
 
 
-def test_two_tensors_of_one_name_are_refused_and_those_of_a_list_are_counted(tmp_path: Path) -> None:
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     torch.save({"a.b": torch.ones(2), "a": {"b": torch.zeros(2)}}, tmp_path / "two.pth")
     with pytest.raises(BadInputError, match=r"it holds two tensors that are named a\.b"):
         open_checkpoint(tmp_path / "two.pth")
@@ -218,7 +218,7 @@ def test_tensors_without_numbers_of_their_own_are_refused_by_name(tensor: Tensor
         open_checkpoint(tmp_path / "odd.pth")
 
 
-def test_archives_and_pointers_of_others_are_told_by_what_they_are(tmp_path: Path) -> None:
+def test_archives_and_pointers_of_others_are_told_by_their_kind(tmp_path: Path) -> None:
     np.savez(tmp_path / "vit.npz", w=np.ones(3))
     with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
         archive.writestr("script/constants.pkl", b"")
@@ -229,7 +229,7 @@ def test_archives_and_pointers_of_others_are_told_by_what_they_are(tmp_path: Pat
             open_checkpoint(tmp_path / name)
 
 
-def test_a_part_of_a_distributed_checkpoint_is_told_by_what_it_is(tmp_path: Path) -> None:
+def test_a_part_of_a_distributed_checkpoint_is_told_as_such(tmp_path: Path) -> None:
     (tmp_path / "__0_0.distcp").write_bytes(b"anything at all")
     with pytest.raises(BadInputError, match=r"it is a distributed checkpoint of torch; .*dcp_to_torch"):
         open_checkpoint(tmp_path / "__0_0.distcp")
@@ -237,7 +237,7 @@ def test_a_part_of_a_distributed_checkpoint_is_told_by_what_it_is(tmp_path: Path
 
 @pytest.mark.parametrize("failure", [PermissionError("not yours"), MemoryError("no more")])
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
-def test_a_failure_of_the_machine_is_not_blamed_on_the_file(
+def test_a_machine_failure_is_not_blamed_on_the_file(
     name: str, failure: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(*_: object, **__: object) -> None:

@@ -39,7 +39,7 @@ def bits(tensor: Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def test_the_library_reads_back_every_dtype_and_shape_bit_for_bit(tmp_path: Path) -> None:
+def test_the_library_reads_back_every_dtype_and_shape_exactly(tmp_path: Path) -> None:
     write(tmp_path / "a.safetensors", MIXED)
     found = load_file(tmp_path / "a.safetensors")
     assert set(found) == set(MIXED)
@@ -70,7 +70,7 @@ def test_the_data_begin_at_a_multiple_of_eight_bytes(tmp_path: Path) -> None:
         assert header % 8 == 0
 
 
-def test_a_tensor_in_any_memory_layout_is_written_in_its_logical_order(tmp_path: Path) -> None:
+def test_a_tensor_in_any_layout_is_written_in_logical_order(tmp_path: Path) -> None:
     base = torch.arange(24.0).reshape(4, 6)
     views = {"transposed": base.T, "strided": base[::2, 1::2], "expanded": torch.ones(1, 3).expand(2, 3)}
     write(tmp_path / "a.safetensors", views)
@@ -134,13 +134,13 @@ def test_a_dtype_without_a_code_is_refused_by_name(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_value_too_large_for_half_precision_is_refused_by_name() -> None:
+def test_a_value_too_large_for_half_precision_is_refused() -> None:
     with pytest.raises(BadInputError, match=r"cannot store blocks\.3\.w: .* torch\.float16") as caught:
         stored_as(torch.tensor([1.0, 70_000.0]), "blocks.3.w", torch.float16)
     assert caught.value.exit_code == 65
 
 
-def test_a_value_that_fits_is_rounded_to_the_dtype_of_the_file() -> None:
+def test_a_value_that_fits_is_rounded_to_the_file_dtype() -> None:
     values = torch.tensor([1.0001, -65_504.0])
     assert stored_as(values, "w", torch.float16).tolist() == [1.0, -65_504.0]
     assert stored_as(torch.tensor([70_000.0]), "w", torch.bfloat16).dtype == torch.bfloat16

@@ -69,7 +69,7 @@ def branches(branch: str | None = None) -> Weights:
     return Weights.of(MemoryTensors("memory", tensors), branch)
 
 
-def test_the_teacher_is_taken_among_many_and_the_others_are_known() -> None:
+def test_the_teacher_is_taken_among_many_branches() -> None:
     found = branches().located(ANCHOR)
     assert found.prefix == "model.teacher.backbone."
     assert found.others == ("model.student.backbone.", "model.model_ema.backbone.", "model.gram_teacher.backbone.")
@@ -77,11 +77,11 @@ def test_the_teacher_is_taken_among_many_and_the_others_are_known() -> None:
 
 
 @pytest.mark.parametrize(("branch", "value"), [("student", 0), ("gram_teacher", 3), ("model.model_ema.backbone", 2)])
-def test_a_branch_is_taken_by_a_part_of_its_prefix_or_by_all_of_it(branch: str, value: int) -> None:
+def test_a_branch_is_taken_by_any_part_of_its_prefix(branch: str, value: int) -> None:
     assert branches(branch).located(ANCHOR).read([ANCHOR])[ANCHOR].tolist() == [value, value]
 
 
-def test_a_branch_that_is_not_there_is_refused_with_those_that_are() -> None:
+def test_a_missing_branch_is_refused_with_the_existing_ones() -> None:
     with pytest.raises(BadInputError, match=r"its backbones are model\.student\.backbone, .*; name one of these"):
         branches("pupil").located(ANCHOR)
 
@@ -111,7 +111,7 @@ def test_wrappers_are_seen_through_anywhere_and_exported_under_plain_names() -> 
         (("blocks.0._flat_param", "_flat_param"), r"flat parameters of FSDP.*teacher_checkpoint\.pth"),
     ],
 )
-def test_what_cannot_be_read_safely_is_told_by_what_it_is(names: tuple[str, ...], told: str) -> None:
+def test_what_cannot_be_read_safely_is_told_by_its_kind(names: tuple[str, ...], told: str) -> None:
     with pytest.raises(BadInputError, match=told):
         weights_of(*names).located(ANCHOR)
     with pytest.raises(BadInputError, match=rf"do not fit a model: .*{told}"):
@@ -157,7 +157,7 @@ def test_a_fingerprint_changes_with_names_shapes_and_dtypes() -> None:
     assert len({fingerprint(variant) for variant in variants}) == len(variants)
 
 
-def test_a_fingerprint_does_not_depend_on_the_file_or_the_order(tmp_path: Path) -> None:
+def test_a_fingerprint_does_not_depend_on_file_or_order(tmp_path: Path) -> None:
     save_file(drawn(), tmp_path / "a.safetensors")
     torch.save(dict(reversed(drawn().items())), tmp_path / "a.pth")
     found = {Weights.of(open_checkpoint(tmp_path / name)).fingerprint() for name in ("a.safetensors", "a.pth")}
@@ -177,7 +177,7 @@ class Recording:
         return self.inner.read(self.asked[-1])
 
 
-def test_a_stream_holds_no_more_than_a_batch_and_keeps_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_holds_one_batch_and_keeps_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BATCH_BYTES", 100)
     source = Recording({f"w{i}": torch.full((10,), float(i)) for i in range(7)})  # 40 bytes each
     order = ["w3", "w0", "w6", "w1", "w2", "w5", "w4"]

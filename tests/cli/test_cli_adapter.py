@@ -122,13 +122,13 @@ def test_an_adapter_that_cannot_be_used_is_one_line(
     assert done.stdout == ""
 
 
-def test_an_adapter_does_not_fit_the_run_that_it_came_from(sinder: Sinder, run: Path, adapter: Path) -> None:
+def test_an_adapter_does_not_fit_the_run_it_came_from(sinder: Sinder, run: Path, adapter: Path) -> None:
     done = sinder("predict-defects", run, "--adapter", adapter)
     assert done.returncode == 78
     assert f"adapter {adapter} does not fit {run / 'model.safetensors'}" in done.stderr.splitlines()[-1]
 
 
-def test_an_adapter_of_a_further_repair_fits_the_run_that_was_repaired_further(
+def test_an_adapter_of_a_further_repair_fits_the_repaired_run(
     sinder: Sinder, run: Path, photographs: Path, tmp_path: Path
 ) -> None:
     further = tmp_path / "further"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from installed import install
 from safetensors.torch import save_file
-from test_cli_plugins import install
 
 Sinder = Callable[..., subprocess.CompletedProcess[str]]
 NANO = Path(__file__).parents[1] / "third_party" / "sinder_nano.py"

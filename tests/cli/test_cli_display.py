@@ -35,7 +35,7 @@ def step(number: int) -> StepRecord:
     )
 
 
-def test_rate_and_time_left_count_the_steps_of_this_process_alone(
+def test_rate_and_time_left_count_steps_of_this_process_alone(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = display._Lines()
@@ -53,7 +53,7 @@ def test_without_a_run_that_went_before_all_steps_count(clock: list[float], caps
     assert capsys.readouterr().err == "sinder: reading: 20/100 images, 2/s, 0:40 left\n"
 
 
-def test_the_bar_of_a_run_that_goes_on_begins_where_it_was() -> None:
+def test_the_bar_of_a_resumed_run_begins_where_it_was() -> None:
     with Progress(console=Console(quiet=True)) as progress:
         bars = display._Bars(progress)
         bars.hear(Started("repairing", 1000, "steps", done=900))

@@ -174,7 +174,7 @@ def test_no_mistake_leaves_a_file_or_a_folder_behind(places: dict[str, Path], re
 
 
 @pytest.mark.parametrize("protocol", [4, 5])
-def test_a_checkpoint_of_another_pickle_protocol_brings_out_no_warning_of_torch(
+def test_a_checkpoint_of_another_pickle_protocol_brings_out_no_warning(
     protocol: int, sinder: Sinder, tmp_path: Path
 ) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "new.pth", pickle_protocol=protocol)
@@ -244,7 +244,7 @@ def test_a_disk_that_fills_up_during_an_export_leaves_nothing(
     assert everything_in(tmp_path) == []
 
 
-def test_a_disk_that_fills_up_during_a_repair_leaves_no_half_of_a_model(
+def test_a_full_disk_during_a_repair_leaves_no_half_model(
     environment: dict[str, str], small: Path, photographs: Path, tmp_path: Path
 ) -> None:
     arguments = ["repair", CUSTOM, "--weights", str(small), "--data", str(photographs), "--out", str(tmp_path / "run")]

@@ -17,7 +17,7 @@ Sinder = Callable[..., subprocess.CompletedProcess[str]]
 CUSTOM = "dinov2_custom"
 
 
-def test_the_result_tells_what_was_written_and_how_it_was_checked(sinder: Sinder, small: Path, tmp_path: Path) -> None:
+def test_the_result_tells_of_the_writing_and_the_check(sinder: Sinder, small: Path, tmp_path: Path) -> None:
     done = sinder("export", CUSTOM, "--weights", small, "--to", "torchhub", "--out", tmp_path / "hub")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -38,9 +38,7 @@ def test_an_output_that_is_there_takes_force(sinder: Sinder, small: Path, tmp_pa
     before = out.read_bytes()
     done = sinder(*command, "--dtype", "float16")
     assert done.returncode == 73
-    assert (
-        done.stderr.splitlines()[-1] == f"sinder: error: cannot create {out}: it is there already; --force replaces it"
-    )
+    assert done.stderr.splitlines()[-1] == f"sinder: error: cannot create {out}: it already exists; --force replaces it"
     assert out.read_bytes() == before
     assert sinder(*command, "--dtype", "float16", "--force").returncode == 0
     state = torch.load(out, weights_only=True)
@@ -52,7 +50,7 @@ def test_force_does_not_replace_a_folder_of_other_files(sinder: Sinder, small: P
     (tmp_path / "photos" / "a.jpg").write_text("")
     done = sinder("export", CUSTOM, "--weights", small, "--to", "torchhub", "--out", tmp_path / "photos", "--force")
     assert done.returncode == 73
-    assert "it is not empty, and no export" in done.stderr
+    assert "it is not empty, and is not an export" in done.stderr
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.jpg"]
 
 

@@ -81,7 +81,7 @@ def test_a_clean_step_has_no_loss_and_no_block() -> None:
     assert logged_values(record(3, loss=None)) == clean_fraction
 
 
-def test_a_look_at_the_guard_is_logged_in_a_group_of_its_own(tmp_path: Path) -> None:
+def test_looks_at_the_guard_are_logged_in_their_own_group(tmp_path: Path) -> None:
     look = Evaluation(2, 12, 0.5, cls=0.75, good=0.875, good_p01=0.5, marked=0.25, holds=True, spoilt=False, best=True)
     write(tmp_path, "tensorboard", record(1), record(2), look)
     shown = scalars(tmp_path / "tensorboard")
@@ -108,13 +108,13 @@ def test_tensorboard_shows_the_steps_under_their_numbers(tmp_path: Path) -> None
     assert shown["repair/masked_tokens"] == [(1, 3.0), (2, 3.0), (3, 3.0)]
 
 
-def test_a_resumed_run_goes_on_in_the_same_log_and_steps_done_again_count_once(tmp_path: Path) -> None:
+def test_a_resumed_run_counts_repeated_steps_once_in_its_log(tmp_path: Path) -> None:
     write(tmp_path, "tensorboard", record(1), record(2), record(3, loss=9.0))
     write(tmp_path, "tensorboard", record(3), record(4))
     assert scalars(tmp_path / "tensorboard")["repair/loss"] == [(step, 0.5) for step in (1, 2, 3, 4)]
 
 
-def test_a_run_that_is_begun_anew_leaves_nothing_of_the_old_log(tmp_path: Path) -> None:
+def test_a_run_begun_anew_leaves_nothing_of_the_old_log(tmp_path: Path) -> None:
     write(tmp_path, "tensorboard", record(1, loss=9.0), record(2, loss=9.0))
     write(tmp_path, "tensorboard", record(1))
     assert scalars(tmp_path / "tensorboard")["repair/loss"] == [(1, 0.5)]
@@ -131,7 +131,7 @@ def test_wandb_gets_the_steps_and_the_settings(tmp_path: Path, wandb: Wandb) -> 
     assert run.given["settings"] == {"console": "off"}
 
 
-def test_wandb_goes_on_with_a_resumed_run_and_begins_another_for_a_new_one(tmp_path: Path, wandb: Wandb) -> None:
+def test_wandb_goes_on_only_with_a_resumed_run(tmp_path: Path, wandb: Wandb) -> None:
     for first in (1, 2, 1):
         write(tmp_path, "wandb", record(first))
     begun, resumed, anew = (run.given["id"] for run in wandb.runs)
@@ -151,7 +151,7 @@ def test_a_log_without_its_library_is_refused_before_any_step(
 
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
-def test_a_log_that_fails_is_told_once_and_ends_no_repair(fails: str, tmp_path: Path, wandb: Wandb) -> None:
+def test_a_failing_log_is_told_once_and_ends_no_repair(fails: str, tmp_path: Path, wandb: Wandb) -> None:
     def failing(*_: object, **__: object) -> None:
         raise ConnectionError("the server is gone")
 

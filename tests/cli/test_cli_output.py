@@ -28,7 +28,7 @@ def test_a_document_is_printed_where_no_terminal_reads(capsys: pytest.CaptureFix
     assert capsys.readouterr().out == '{\n  "σ": 1.5\n}\n'
 
 
-def test_a_document_is_the_same_in_a_file_and_on_standard_output(
+def test_a_document_is_the_same_in_files_and_on_stdout(
     tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     document = {"model": "σ₁ “ü” 猫", "share": 0.1, "none": None, "list": [1, 2]}

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from installed import install
 
 Sinder = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -39,16 +40,6 @@ BREAKAGES = {
         "'broken_tiny' is no Listing",
     ),
 }
-
-
-def install(folder: Path, distribution: str, plugin: str, text: str) -> None:
-    """Lay out a distribution of one module with an entry point, as an installer leaves it."""
-    module = f"{distribution.replace('-', '_')}_module"
-    info = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[sinder.backbones]\n{plugin} = {module}\n")
-    (folder / f"{module}.py").write_text(text.replace("{module}", module).replace("{name}", plugin))
 
 
 def test_the_document_lists_every_model(sinder: Sinder) -> None:
@@ -83,7 +74,7 @@ def test_the_table_has_a_line_a_model_within_80_columns(sinder: Sinder) -> None:
     assert row == ["dinov2_vits14_reg", "dinov2", "sinder-cli", "22.1", "M", "14", "5", "there"]
 
 
-def test_a_plugin_of_somebody_else_is_found_by_its_entry_point(sinder: Sinder, tmp_path: Path) -> None:
+def test_a_foreign_plugin_is_found_by_its_entry_point(sinder: Sinder, tmp_path: Path) -> None:
     install(tmp_path, "other-vits", "other", GOOD)
     rows = json.loads(sinder("backbones", PYTHONPATH=str(tmp_path)).stdout)
     row = next(row for row in rows if row["name"] == "other_tiny")
@@ -104,9 +95,7 @@ def test_a_model_whose_library_is_missing_is_listed_as_such(sinder: Sinder, tmp_
 
 
 @pytest.mark.parametrize(("text", "word"), BREAKAGES.values(), ids=BREAKAGES)
-def test_a_broken_plugin_is_named_with_its_problem_and_spoils_no_other(
-    text: str, word: str, sinder: Sinder, tmp_path: Path
-) -> None:
+def test_a_broken_plugin_is_named_and_spoils_no_other(text: str, word: str, sinder: Sinder, tmp_path: Path) -> None:
     install(tmp_path, "broken-vits", "broken", text)
     run = sinder("backbones", PYTHONPATH=str(tmp_path))
     assert run.returncode == 0, run.stderr
@@ -158,7 +147,7 @@ def test_a_plugin_that_hangs_is_given_up_after_ten_seconds(sinder: Sinder, tmp_p
     run = sinder("backbones", PYTHONPATH=str(tmp_path))
     assert 10 <= time.monotonic() - began < 60
     assert run.returncode == 0, run.stderr
-    told = "cannot load plugin 'hanging' of hanging-vits: it hangs: it was not done after 10 s; install or repair"
+    told = "cannot load plugin 'hanging' of hanging-vits: it hangs: it did not finish within 10 s; install or repair"
     assert told in run.stderr
     rows = json.loads(run.stdout)
     assert {"demo_vit", "dinov2_vits14", "other_tiny"} <= {row["name"] for row in rows if row["available"]}
@@ -167,9 +156,7 @@ def test_a_plugin_that_hangs_is_given_up_after_ten_seconds(sinder: Sinder, tmp_p
     assert told in asked.stderr
 
 
-def test_a_plugin_that_hangs_is_not_noticed_by_others_nor_by_a_misspelt_name(
-    sinder: Sinder, tmp_path: Path, small: Path
-) -> None:
+def test_a_plugin_that_hangs_does_not_delay_other_names(sinder: Sinder, tmp_path: Path, small: Path) -> None:
     install(tmp_path, "hanging-vits", "hanging", HANGS)
     began = time.monotonic()
     run = sinder("predict-defects", "dinov2_custom", "--weights", small, PYTHONPATH=str(tmp_path))
@@ -211,7 +198,7 @@ def test_a_plugin_that_exits_when_it_is_asked_is_unavailable(sinder: Sinder, tmp
 
 
 @pytest.mark.parametrize("arguments", ["backbones", "predict-defects other_tiny"])
-def test_two_plugins_of_one_name_are_a_conflict_that_names_both(arguments: str, sinder: Sinder, tmp_path: Path) -> None:
+def test_two_plugins_of_one_name_are_a_conflict_naming_both(arguments: str, sinder: Sinder, tmp_path: Path) -> None:
     install(tmp_path, "first-vits", "other", GOOD)
     install(tmp_path, "second-vits", "other", GOOD)
     run = sinder(*arguments.split(), PYTHONPATH=str(tmp_path))
@@ -236,7 +223,7 @@ def test_a_conflict_of_others_harms_no_command(sinder: Sinder, tmp_path: Path, s
     assert sinder("predict-defects", "demo_vitt", PYTHONPATH=str(tmp_path)).returncode == 2
 
 
-def test_a_plugin_with_the_name_of_a_built_in_one_is_a_conflict(sinder: Sinder, tmp_path: Path) -> None:
+def test_a_plugin_with_a_built_in_name_is_a_conflict(sinder: Sinder, tmp_path: Path) -> None:
     install(tmp_path, "later-vits", "demo", GOOD)
     run = sinder("predict-defects", "demo_vit", PYTHONPATH=str(tmp_path))
     assert run.returncode == 78
@@ -244,7 +231,7 @@ def test_a_plugin_with_the_name_of_a_built_in_one_is_a_conflict(sinder: Sinder, 
     assert "LOADED" not in run.stderr
 
 
-def test_nor_does_a_longer_name_take_a_built_in_ones_models(sinder: Sinder, tmp_path: Path) -> None:
+def test_a_longer_name_takes_no_built_in_models(sinder: Sinder, tmp_path: Path) -> None:
     install(tmp_path, "longer-vits", "demo_vit", GOOD)
     run = sinder("predict-defects", "demo_vit", "--stage", "attention", PYTHONPATH=str(tmp_path))
     assert run.returncode == 0, run.stderr

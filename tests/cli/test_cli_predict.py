@@ -20,6 +20,7 @@ from sinder_plugins.dinov2.config import OFFICIAL
 from sinder_cli import Backbone, ModelRequest, UnavailableError, api
 from sinder_cli.defects.settings import STAGES
 from sinder_cli.report.tables import prediction_table
+from sinder_cli.requests import PredictRequest
 
 Sinder = Callable[..., subprocess.CompletedProcess[str]]
 CUSTOM = "dinov2_custom"
@@ -108,13 +109,11 @@ def test_a_dash_writes_safetensors_to_standard_output_and_nothing_else(
     assert set(stored) == {"mlp", "cumulative"}
     header = int.from_bytes(run.stdout[:8], "little")
     assert len(run.stdout) == 8 + header + 2 * 4 * 128 * 4
-    prediction = api.predict(ModelRequest(CUSTOM, small), ("mlp",))
+    prediction = api.predict_defects(PredictRequest(ModelRequest(CUSTOM, small), ("mlp",)))
     assert torch.allclose(stored["mlp"], prediction.directions("mlp"), atol=1e-5)
 
 
-def test_a_terminal_gets_a_table_of_80_columns_without_colour_where_none_is_wanted(
-    small: Path, environment: dict[str, str]
-) -> None:
+def test_a_terminal_gets_a_plain_table_of_80_columns(small: Path, environment: dict[str, str]) -> None:
     arguments = ["predict-defects", CUSTOM, "--weights", str(small)]
     shown, said = on_a_terminal(arguments, environment | {"NO_COLOR": "1"})
     assert "\x1b" not in shown
@@ -130,7 +129,7 @@ def test_a_terminal_gets_a_table_of_80_columns_without_colour_where_none_is_want
 def test_the_table_of_the_largest_model_fits_80_columns(small: Path) -> None:
     from dataclasses import replace
 
-    prediction = api.predict(ModelRequest(CUSTOM, small), STAGES)
+    prediction = api.predict_defects(PredictRequest(ModelRequest(CUSTOM, small), STAGES))
     deep = {
         stage: tuple(
             replace(rows[-1], block=index, sigma=rows[-1].sigma * 1e7**index, angle_to_previous=89.96)
@@ -158,7 +157,7 @@ def test_the_module_is_never_built(suffix: str, small: Path, tmp_path: Path, mon
         raise AssertionError("a module was built")
 
     monkeypatch.setattr(torch.nn.Module, "__init__", refuse)
-    prediction = api.predict(ModelRequest(CUSTOM, weights), STAGES)
+    prediction = api.predict_defects(PredictRequest(ModelRequest(CUSTOM, weights), STAGES))
     assert prediction.gaps("mlp")[2] > 5
     backbone: Backbone = api.open_model(ModelRequest(CUSTOM, weights))
     with pytest.raises(UnavailableError, match="a module was built"):

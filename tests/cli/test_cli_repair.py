@@ -19,6 +19,7 @@ from sinder_cli import ModelRequest, api
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.repairing.loop import DivergedError
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.requests import RepairRequest
 
 Sinder = Callable[..., subprocess.CompletedProcess[str]]
 CUSTOM = "dinov2_custom"
@@ -65,7 +66,7 @@ def test_fewer_tokens_stand_out_after_a_repair(run_folder: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_the_command_line_goes_over_the_file_and_the_file_over_the_defaults(run_folder: Path) -> None:
+def test_the_command_line_overrides_the_file_which_overrides_the_defaults(run_folder: Path) -> None:
     settings = settings_of(run_folder)
     assert settings["max_steps"] == 15
     assert settings["lr"] == 0.05
@@ -99,7 +100,7 @@ def test_an_exported_run_loads_again_under_its_official_name(
 
 
 @pytest.mark.slow
-def test_a_chunked_checkpoint_in_half_precision_keeps_names_order_and_dtypes(
+def test_a_chunked_half_precision_checkpoint_keeps_names_order_and_dtypes(
     sinder: Sinder, chunked_half: Path, photographs: Path, tmp_path: Path
 ) -> None:
     options = ("--batch-size", "3", "--max-steps", "6", "--heads", "4", *FEW, "--out", tmp_path / "run")
@@ -121,7 +122,7 @@ def test_a_chunked_checkpoint_in_half_precision_keeps_names_order_and_dtypes(
     assert names_in_order(tmp_path / "x.safetensors") == list(original)
 
 
-def test_a_corrupt_image_among_good_ones_is_skipped_named_and_counted(
+def test_a_corrupt_image_among_good_ones_is_skipped_and_counted(
     sinder: Sinder, small: Path, photographs: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken.jpg"
@@ -138,9 +139,7 @@ def test_a_corrupt_image_among_good_ones_is_skipped_named_and_counted(
     ("line", "word"),
     [("learning_rate = 0.1", "learning_rate"), ('lr = "fast"', "lr"), ("window = 0", "window"), ("lr = ", "TOML")],
 )
-def test_a_bad_settings_file_is_refused_by_the_name_of_the_setting(
-    line: str, word: str, sinder: Sinder, tmp_path: Path
-) -> None:
+def test_a_bad_settings_file_is_refused_by_the_setting(line: str, word: str, sinder: Sinder, tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_text(line)
     run = sinder("repair", "demo_vit", "--config", tmp_path / "settings.toml", "--out", tmp_path / "run")
     assert run.returncode == 2
@@ -155,13 +154,13 @@ def test_a_repair_that_diverges_says_so_and_writes_no_model(small: Path, photogr
     settings = RepairSettings.model_validate(few).model_copy(update={"lr": 1e15})  # more than a user may ask for
     request = ModelRequest(CUSTOM, small)
     with pytest.raises(DivergedError, match="start anew with a lower --trust, or --lr, and --force"):
-        api.repair(request, [str(photographs)], tmp_path / "run", settings)
+        api.repair(RepairRequest(request, [str(photographs)], settings), tmp_path / "run")
     left = {path.name for path in (tmp_path / "run").iterdir()}
     begun = {"config.json", "images.jsonl", "outliers.json", "metrics.jsonl"}
     assert begun <= left <= begun | {"evaluations.jsonl", "checkpoints"}
 
 
-def test_two_runs_of_one_seed_give_the_same_weights_and_another_seed_another_order(
+def test_the_seed_decides_the_weights_and_the_order(
     sinder: Sinder, small: Path, photographs: Path, tmp_path: Path
 ) -> None:
     options = ("--weights", small, "--max-steps", "4", "--image-size", "168", *FEW)
@@ -190,7 +189,7 @@ def test_a_healthy_model_is_left_as_it_is(sinder: Sinder, tmp_path: Path) -> Non
     assert all(torch.equal(left[name], tensor) for name, tensor in original.items())
 
 
-def test_a_model_that_did_not_improve_is_told_keeps_its_weights_and_is_exit_code_1(
+def test_a_model_that_did_not_improve_keeps_its_weights(
     sinder: Sinder, small: Path, photographs: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"

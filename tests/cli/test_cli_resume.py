@@ -30,6 +30,7 @@ from sinder_cli.repairing.deltas import Deltas
 from sinder_cli.repairing.guard import guarded
 from sinder_cli.repairing.loop import DivergedError
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.requests import RepairRequest
 
 STEPS = 12
 CHECKPOINTS = ("--checkpoint-every", "2")
@@ -147,7 +148,7 @@ def default_uninterrupted(
 
 
 @pytest.mark.parametrize("after", [3, 5, 10, 11])
-def test_a_run_of_the_default_recipe_that_is_killed_after_some_steps_ends_with_the_same_bytes(
+def test_a_default_run_killed_after_some_steps_ends_the_same(
     after: int, warm: Server, default_repair: tuple[str, ...], default_uninterrupted: Path, tmp_path: Path
 ) -> None:
     """Killed between two looks at the guard, at a look, at that which finds the best state, and after it."""
@@ -159,13 +160,13 @@ def test_a_run_of_the_default_recipe_that_is_killed_after_some_steps_ends_with_t
     assert not (run / "summary.json").exists()
     ended = warm.run("repair", "run", "--resume", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert "sinder: going on after step " in ended.stderr
+    assert "sinder: resuming after step " in ended.stderr
     assert finished(run) == finished(default_uninterrupted)
     assert temporaries(run) == []
 
 
 @pytest.mark.parametrize("checkpoints", ["1", "100"], ids=["after a step", "before a checkpoint"])
-def test_a_run_over_a_folder_named_from_where_it_was_called_goes_on_from_elsewhere(
+def test_a_run_over_a_relative_folder_goes_on_from_elsewhere(
     checkpoints: str, warm: Server, small: Path, photos: Path, default_uninterrupted: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(photos, tmp_path / "few")
@@ -188,7 +189,7 @@ def test_a_run_over_a_folder_named_from_where_it_was_called_goes_on_from_elsewhe
 
 
 @pytest.mark.slow
-def test_a_run_of_the_default_recipe_that_is_killed_at_random_moments_ends_with_the_same_bytes(
+def test_a_default_run_killed_at_random_moments_ends_the_same(
     warm: Server, default_repair: tuple[str, ...], default_uninterrupted: Path, tmp_path: Path
 ) -> None:
     drawn, killed = random.Random(1), 0
@@ -206,7 +207,7 @@ def test_a_run_of_the_default_recipe_that_is_killed_at_random_moments_ends_with_
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_at_twenty_random_moments_ends_with_the_same_bytes(
+def test_a_run_killed_at_twenty_random_moments_ends_the_same(
     warm: Server, repair: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
     drawn = random.Random(0)
@@ -229,7 +230,7 @@ def test_a_run_that_is_killed_at_twenty_random_moments_ends_with_the_same_bytes(
         assert temporaries(run) == []
 
 
-def test_a_finished_run_that_did_not_improve_the_model_ends_with_the_same_answer_again(
+def test_a_finished_run_without_improvement_gives_the_same_answer_again(
     warm: Server, repair: tuple[str, ...], tmp_path: Path
 ) -> None:
     few = (*repair, "--max-steps", "1", "--out", "run")
@@ -254,7 +255,7 @@ WRITTEN = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WRITTEN)
-def test_a_run_that_is_killed_before_it_writes_a_file_of_its_folder_ends_with_the_same_bytes(
+def test_a_run_killed_before_writing_a_file_ends_the_same(
     name: str, warm: Server, repair: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
     change = f"open run/{name}" if name in ("metrics.jsonl", "evaluations.jsonl") else f"os.rename run/.{name}.part"
@@ -274,7 +275,7 @@ def test_settings_without_effect_on_the_result_may_change(
 ) -> None:
     ended = resume("--workers", "2", "--checkpoint-every", "7min", "--strict", "--device", "cpu", "--format", "json")
     assert ended.returncode == 0, ended.stderr
-    assert "going on after step 6" in ended.stderr
+    assert "resuming after step 6" in ended.stderr
     assert finished(stopped) == finished(uninterrupted)
 
 
@@ -287,13 +288,13 @@ OTHER = {
     "--max-steps 40": "setting max_steps was 12 and is 40",
     "--attention eager": "attention was sdpa and is eager",
     "--heads 4": "heads was None and is 4",
-    "--data {more}": "there were 6 images and are 7, {more} is new",
+    "--data {more}": "there were 6 images and now there are 7, {more} is new",
     "--weights {changed}": "fingerprint of the weights was ",
 }
 
 
 @pytest.mark.parametrize("options", OTHER)
-def test_a_run_is_not_resumed_under_other_settings_data_or_weights(
+def test_a_run_is_not_resumed_under_other_settings_or_data(
     options: str, stopped_once: Path, small: Path, photos: Path, warm: Server, repair: tuple[str, ...], tmp_path: Path
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in stopped_once.rglob("*")}
@@ -335,7 +336,7 @@ def test_a_run_is_not_resumed_after_an_image_has_changed(
     ],
     ids=["torn", "no object", "another version", "a model's"],
 )
-def test_a_folder_whose_config_is_not_that_of_such_a_run_is_not_resumed(
+def test_a_folder_with_a_foreign_config_is_not_resumed(
     config: str, code: int, word: str, warm: Server, repair: tuple[str, ...], tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
@@ -346,7 +347,7 @@ def test_a_folder_whose_config_is_not_that_of_such_a_run_is_not_resumed(
     assert (tmp_path / "run" / "config.json").read_text() == config
 
 
-def test_a_torn_checkpoint_is_told_and_the_run_ends_with_the_same_bytes(
+def test_a_run_with_a_torn_checkpoint_ends_the_same(
     stopped: Path, resume: Callable[..., Ended], uninterrupted: Path
 ) -> None:
     newest = stopped / "checkpoints" / f"step-{steps_of(stopped)[-1]:06d}"
@@ -354,7 +355,7 @@ def test_a_torn_checkpoint_is_told_and_the_run_ends_with_the_same_bytes(
     state.write_bytes(state.read_bytes()[:-100])
     ended = resume()
     assert ended.returncode == 0, ended.stderr
-    assert f"sinder: warning: run/checkpoints/{newest.name} is torn" in ended.stderr
+    assert f"sinder: warning: run/checkpoints/{newest.name} is damaged" in ended.stderr
     assert finished(stopped) == finished(uninterrupted)
 
 
@@ -363,10 +364,10 @@ def test_where_every_checkpoint_is_torn_the_run_is_not_resumed(stopped: Path, re
         manifest.unlink()
     ended = resume()
     assert ended.returncode == 65
-    assert "no checkpoint is whole" in ended.stderr.splitlines()[-1]
+    assert "no checkpoint is intact" in ended.stderr.splitlines()[-1]
 
 
-def test_a_finished_run_is_not_resumed_again_and_not_under_other_settings(
+def test_a_finished_run_is_not_resumed_again(
     uninterrupted: Path, warm: Server, repair: tuple[str, ...], tmp_path: Path
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")}
@@ -391,7 +392,7 @@ def test_resume_without_a_run_starts_one_and_says_so(warm: Server, repair: tuple
     assert "sinder: no run in run yet: starting one\n" in ended.stderr
 
 
-def test_a_run_directory_is_enough_to_go_on_from_wherever_it_is(
+def test_a_run_directory_is_enough_to_go_on_from_anywhere(
     stopped: Path, uninterrupted: Path, warm: Server, tmp_path: Path
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
@@ -400,7 +401,7 @@ def test_a_run_directory_is_enough_to_go_on_from_wherever_it_is(
         assert refused.returncode in (66, 78), refused.stderr
     ended = warm.run("repair", "../run", "--resume", "--workers", "1", "--strict", cwd=tmp_path / "elsewhere")
     assert ended.returncode == 0, ended.stderr
-    assert "going on after step 6" in ended.stderr
+    assert "resuming after step 6" in ended.stderr
     assert finished(stopped) == finished(uninterrupted)
     again = warm.run("repair", "run", "--resume", "--format", "table", cwd=tmp_path)
     assert (again.returncode, again.stdout.splitlines()[0]) == (0, "run: finished already, nothing to resume")
@@ -408,15 +409,13 @@ def test_a_run_directory_is_enough_to_go_on_from_wherever_it_is(
     assert not (tmp_path / "sinder-runs").exists()
 
 
-def test_a_run_that_was_not_finished_is_no_model_yet_and_says_how_it_would_be(stopped: Path, warm: Server) -> None:
+def test_an_unfinished_run_is_told_to_be_no_model_yet(stopped: Path, warm: Server) -> None:
     ended = warm.run("predict-defects", "run", cwd=stopped.parent)
     assert ended.returncode == 66
-    assert ended.stderr.splitlines()[-1].endswith(
-        "its run did not finish; `sinder repair run --resume` goes on with it"
-    )
+    assert ended.stderr.splitlines()[-1].endswith("its run did not finish; `sinder repair run --resume` continues it")
 
 
-def test_a_run_over_images_named_on_standard_input_goes_on_without_the_list(
+def test_a_run_over_images_from_standard_input_resumes_without_them(
     sinder: Callable[..., Any], repair: tuple[str, ...], photos: Path, warm: Server, uninterrupted: Path, tmp_path: Path
 ) -> None:
     options = [option for option in repair if option not in ("--data", str(photos))]
@@ -444,14 +443,14 @@ def test_a_finished_run_without_its_report_gets_it_again(uninterrupted: Path, wa
     assert finished(run) == finished(uninterrupted)
 
 
-def test_a_run_is_replaced_only_by_force_and_only_its_own_files_go(
+def test_only_force_replaces_a_run_and_only_its_own_files(
     stopped: Path, warm: Server, repair: tuple[str, ...], tmp_path: Path
 ) -> None:
     (stopped / "notes.txt").write_text("mine")
     few = (*repair, "--max-steps", "1", "--out", "run")
     refused = warm.run(*few, cwd=tmp_path)
     assert refused.returncode == 73
-    assert "a run that did not finish; --resume goes on with it, --force starts anew" in refused.stderr
+    assert "a run that did not finish; --resume continues it, --force starts anew" in refused.stderr
     assert len((stopped / "metrics.jsonl").read_text().splitlines()) >= 6
     useless = warm.run(*few, "--force", "--weights", tmp_path / "none.pth", cwd=tmp_path)
     assert useless.returncode == 66
@@ -482,7 +481,7 @@ def test_force_touches_no_folder_that_is_no_run(
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_force_does_not_remove_the_weights_that_are_to_be_repaired(
+def test_force_does_not_remove_the_weights_to_be_repaired(
     uninterrupted: Path, warm: Server, repair: tuple[str, ...], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -497,7 +496,7 @@ def test_force_does_not_remove_the_weights_that_are_to_be_repaired(
 @pytest.mark.parametrize(
     ("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated"), (signal.SIGHUP, "hung up")]
 )
-def test_a_signal_finishes_the_step_saves_it_and_tells_how_to_go_on(
+def test_a_signal_finishes_and_saves_the_step(
     number: signal.Signals, said: str, warm: Server, repair: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "its run"
@@ -540,7 +539,7 @@ def test_the_command_that_resumes_is_the_one_that_was_called(
     assert finished(run) == finished(uninterrupted)
 
 
-def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_good(
+def test_a_second_signal_ends_at_once_with_a_good_checkpoint(
     warm: Server, repair: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -555,7 +554,7 @@ def test_a_second_signal_ends_at_once_and_the_last_checkpoint_is_good(
     assert temporaries(run) == []
     resumed = warm.run(*repair, "--out", "run", "--resume", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
-    assert "torn" not in resumed.stderr
+    assert "damaged" not in resumed.stderr
     assert finished(run) == finished(uninterrupted)
 
 
@@ -587,7 +586,7 @@ def test_a_signal_while_the_model_is_written_loses_no_step(
     assert finished(run) == finished(uninterrupted)
 
 
-def test_the_second_of_two_runs_on_one_folder_is_sent_away(
+def test_the_second_run_on_one_folder_is_sent_away(
     warm: Server, sinder: Callable[..., Any], repair: tuple[str, ...], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -618,7 +617,7 @@ def test_a_closed_pipe_does_not_lose_the_run(
     assert (tmp_path / "run" / "README.md").exists()
 
 
-def test_a_disk_that_fills_up_after_a_checkpoint_leaves_that_and_nothing_temporary(
+def test_a_full_disk_after_a_checkpoint_leaves_nothing_temporary(
     stopped: Path,
     repair: tuple[str, ...],
     resume: Callable[..., Ended],
@@ -658,7 +657,7 @@ def pages(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("full_at", ["checkpoint", "model"])
-def test_a_small_disk_that_is_really_full_leaves_the_checkpoint_before_and_the_run_goes_on(
+def test_a_run_goes_on_after_a_really_full_small_disk(
     full_at: str, repair: tuple[str, ...], environment: dict[str, str], uninterrupted: Path, tmp_path: Path
 ) -> None:
     """A tmpfs on which a third checkpoint has no room beside two, or the model none; it is enlarged for the resume."""
@@ -696,7 +695,7 @@ def test_a_small_disk_that_is_really_full_leaves_the_checkpoint_before_and_the_r
     assert "step-0000" in left
     assert "manifest.json" in left
     assert ".part" not in left
-    assert "sinder: going on after step" in (tmp_path / "second").read_text()
+    assert "sinder: resuming after step" in (tmp_path / "second").read_text()
     assert finished(tmp_path / "copied") == finished(uninterrupted)
 
 
@@ -725,7 +724,7 @@ def test_a_delta_that_is_not_finite_makes_no_model(
     monkeypatch.setattr(run, "Deltas", Kept)
     settings = RepairSettings(recipe="paper", keep="last", max_steps=1, eval_images=1, workers=0)
     with pytest.raises(BadInputError, match="not finite") as caught:
-        api.repair(ModelRequest("dinov2_custom", small), [str(photos)], tmp_path / "run", settings)
+        api.repair(RepairRequest(ModelRequest("dinov2_custom", small), [str(photos)], settings), tmp_path / "run")
     assert caught.value.exit_code == 65
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "config.json",
@@ -752,7 +751,7 @@ def trained(photos: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, Path.touch, lambda path: path.write_bytes(b"rotten")])
-def test_an_image_that_vanishes_changes_or_rots_during_the_run_is_skipped_and_named_if_it_is_one_in_a_hundred(
+def test_one_image_in_a_hundred_damaged_midway_is_skipped(
     damage: Callable[[Path], None], warm: Server, own: tuple[str, ...], tmp_path: Path
 ) -> None:
     for number in range(94):
@@ -790,9 +789,7 @@ def test_strict_refuses_an_image_that_is_broken_from_the_beginning(
     assert not (tmp_path / "run").exists()
 
 
-def test_images_that_were_away_and_are_back_do_not_keep_a_run_from_going_on(
-    warm: Server, own: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_run_resumes_once_its_images_are_back(warm: Server, own: tuple[str, ...], tmp_path: Path) -> None:
     running = warm.start(*own, cwd=tmp_path)
     until(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), running)
     (tmp_path / "photos").rename(tmp_path / "away")
@@ -806,7 +803,7 @@ def test_images_that_were_away_and_are_back_do_not_keep_a_run_from_going_on(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_images"] == 0
 
 
-def test_a_group_of_processes_that_is_told_to_end_saves_its_run(
+def test_a_group_of_processes_told_to_end_saves_its_run(
     repair: tuple[str, ...],
     environment: dict[str, str],
     uninterrupted: Path,
@@ -830,7 +827,7 @@ def test_a_group_of_processes_that_is_told_to_end_saves_its_run(
     assert finished(run) == finished(uninterrupted)
 
 
-def test_memory_that_runs_out_is_told_with_the_sizes_and_the_run_goes_on(
+def test_a_run_goes_on_after_memory_has_run_out(
     stopped: Path,
     repair: tuple[str, ...],
     resume: Callable[..., Ended],
@@ -871,7 +868,7 @@ main(sys.argv[1:])
     assert finished(stopped) == finished(uninterrupted)
 
 
-def test_a_process_that_decodes_may_die_and_the_run_goes_on(
+def test_a_run_goes_on_after_a_decoding_process_has_died(
     warm: Server, repair: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -902,9 +899,7 @@ def test_looks_at_the_guard_are_the_same_after_a_kill(warm: Server, repair: tupl
     assert finished(tmp_path / "killed") == finished(tmp_path / "whole")
 
 
-def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(
-    warm: Server, repair: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_dry_run_tells_its_training_and_leaves_nothing(warm: Server, repair: tuple[str, ...], tmp_path: Path) -> None:
     ended = warm.run(*repair, "--dry-run", "--out", "run", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout)
@@ -938,6 +933,6 @@ def test_a_run_that_diverges_keeps_the_last_good_state(small: Path, photos: Path
     settings = RepairSettings.model_validate(given | {"checkpoint_every": "1"})
     too_fast = settings.model_copy(update={"lr": 1e38})  # more than a user may ask for
     with pytest.raises(DivergedError, match="; start anew with a lower --trust, or --lr, and --force"):
-        api.repair(ModelRequest("dinov2_custom", small), [str(photos)], tmp_path / "run", too_fast)
+        api.repair(RepairRequest(ModelRequest("dinov2_custom", small), [str(photos)], too_fast), tmp_path / "run")
     assert not {"model.safetensors", "summary.json"} & {path.name for path in (tmp_path / "run").iterdir()}
     assert steps_of(tmp_path / "run") == []  # nothing but the beginning was good

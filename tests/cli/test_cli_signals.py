@@ -53,7 +53,7 @@ def started(
 
 
 @pytest.mark.slow
-def test_a_run_under_nohup_stops_with_a_checkpoint_on_sigterm_and_tells_how_to_go_on(
+def test_a_run_under_nohup_stops_with_a_checkpoint_on_sigterm(
     started: Callable[[int], subprocess.Popen[str]], environment: dict[str, str], tmp_path: Path
 ) -> None:
     process = started(10_000)
@@ -85,7 +85,7 @@ def test_a_run_under_nohup_outlives_its_terminal(
 
 
 def test_what_a_suite_under_nohup_starts_has_default_handlers() -> None:
-    folder = str(Path(__file__).parents[1])
+    folder = str(Path(__file__).parents[1] / "support")
     suite = (
         f"import subprocess, sys; sys.path.insert(0, {folder!r})\n"
         "from warm import start_children_with_default_handlers\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from vit import Shape, read, vit
+from drawn_vit import Shape, read, vit
 
 from sinder_cli import Backbone, BlockMap
 from sinder_cli.backbone.opening import load_module

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from drawn_vit import Shape, Vit, norm_map, random_state, read, ref, vit
 from torch import Tensor, nn
-from vit import Shape, Vit, norm_map, random_state, read, ref, vit
 
 from sinder_cli import Backbone, BlockMap, MemoryTensors, Weights
 from sinder_cli.conformance import changes
@@ -22,7 +22,7 @@ Mapped = Callable[..., Any]
 AT = "blocks.1.branches.0"
 
 
-def test_a_step_changes_the_trained_weights_of_its_window_and_no_other_bit(subject: Make) -> None:
+def test_a_step_changes_only_the_trained_weights_of_its_window(subject: Make) -> None:
     looked_at = subject(Shape(gated=True))
     before = random_state(Shape(gated=True))
     assert changes.repair_keeps_to_the_map(looked_at) == "10 weights of the last 2 blocks, and nothing else"
@@ -61,7 +61,7 @@ def test_an_export_keeps_every_bit(dtype: torch.dtype, subject: Make) -> None:
     assert changes.export_reads_back(subject(weights=weights)) == f"{len(state)} tensors"
 
 
-def test_an_activation_that_is_a_function_made_anew_is_the_same_map(subject: Make) -> None:
+def test_a_newly_made_activation_function_is_the_same_map(subject: Make) -> None:
     def with_function(backbone: Backbone) -> Backbone:
         blocks = []
         for block in backbone.layers.blocks:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from drawn_vit import N, Vit
 from torch import Tensor
 from torch.nn import functional
-from vit import N, Vit
 
 from sinder_cli.conformance import passes
 from sinder_cli.conformance import passes as tokens
@@ -103,7 +103,7 @@ BREACHES: dict[str, tuple[str, dict[str, Any], str]] = {
     "a block that merges tokens": (
         "inputs",
         block(lambda module, index, x: module.blocks[index](x)[:, ::2]),
-        r"block 0 makes \[1, 19, 96\] of \[1, 37, 96\]",
+        r"block 0 returns \[1, 19, 96\] for \[1, 37, 96\]",
     ),
     "a block without gradients": (
         "gradients",

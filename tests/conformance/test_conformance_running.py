@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from vit import read, ref, vit
+from drawn_vit import read, ref, vit
 
 from sinder_cli import Backbone, BlockMap
 from sinder_cli.conformance.running import conformance
@@ -48,7 +48,7 @@ def failing(failure: BaseException) -> Callable[..., Any]:
     return fail
 
 
-def test_what_a_check_raises_is_its_failure_and_the_others_go_on() -> None:
+def test_a_raising_check_fails_alone_and_the_others_go_on() -> None:
     result = conformance(replace(vit(), finish=failing(KeyError("norm"))), read)
     failed = {"passes: forward": "failed", "passes: batches": "failed"}
     assert outcomes(result) == dict.fromkeys(NAMES, "passed") | failed

@@ -103,7 +103,7 @@ def test_planted_tokens_are_marked_and_no_others() -> None:
 
 
 @pytest.mark.parametrize(("kernel", "border"), [(3, (0, 5)), (3, (11, 5)), (5, (1, 5)), (5, (6, 10))])
-def test_a_token_within_half_a_kernel_of_the_border_is_never_marked(kernel: int, border: tuple[int, int]) -> None:
+def test_a_token_near_the_border_is_never_marked(kernel: int, border: tuple[int, int]) -> None:
     inside = (5, 5)
     patches, nu = planted([border, inside])
     rule = DetectionRule.of(DetectionSettings.model_validate({"kernel": kernel}))
@@ -130,7 +130,7 @@ def test_border_patches_count_in_the_mean_and_the_deviation() -> None:
     assert not defect_mask(logits, DetectionRule(4.0)).any()
 
 
-def test_an_image_is_judged_by_itself_whatever_is_in_its_batch() -> None:
+def test_an_image_is_judged_by_itself_whatever_its_batch() -> None:
     first, nu = planted([(3, 4), (6, 6), (9, 2)], seed=1)
     second, _ = planted([(5, 5)], seed=2)
     third = 1000 * drawn(1, 12, 12, N, seed=3)
@@ -187,9 +187,7 @@ def test_a_token_that_is_not_finite_hides_no_other() -> None:
     ("start", "ratio", "out"),
     [(1.0, 3.0, False), (1.0, 3.01, True), (2.5, 3.5, False), (2.5, 3.76, True), (4.0, 5.9, False), (4.0, 6.1, True)],
 )
-def test_a_token_is_outlying_above_the_factor_where_it_has_risen_since_the_embedding(
-    start: float, ratio: float, out: bool
-) -> None:
+def test_a_token_is_outlying_if_it_rose_above_the_factor(start: float, ratio: float, out: bool) -> None:
     found = outlying(torch.full((2, 1, 1, 1), ratio), torch.full((1, 1, 1), start), 3.0)
     assert found.flatten().tolist() == [out, out]
     assert out is (ratio > 3.0 and ratio > RISE * start)
@@ -204,7 +202,7 @@ MARKED = {  # by the ratio, and whether equation (5) predicts the token
 
 
 @pytest.mark.parametrize("mark", MARKED)
-def test_what_one_block_shows_is_marked_by_weights_by_norm_or_by_both(mark: str) -> None:
+def test_tokens_are_marked_by_weights_by_norm_or_by_both(mark: str) -> None:
     assert RATIOS[1] < 3.0 * CERTAIN < RATIOS[2]
     pairs = [(ratio, predicted) for ratio in RATIOS for predicted in (False, True)]
     ratios = torch.tensor([ratio for ratio, _ in pairs]).view(1, 2, 3)
@@ -237,9 +235,7 @@ def test_without_a_norm_factor_equation_5_alone_marks(mark: str) -> None:
         ([3.5, 1.0, 3.5, 1.0], []),  # in no two that follow each other
     ],
 )
-def test_a_token_that_stays_outlying_in_a_neighbouring_block_is_marked_by_auto(
-    ratios: list[float], marked: list[int]
-) -> None:
+def test_auto_marks_tokens_that_stay_outlying_in_a_neighbouring_block(ratios: list[float], marked: list[int]) -> None:
     nothing = torch.zeros(4, 1, 1, 1, dtype=torch.bool)
     blocks = torch.tensor(ratios).view(4, 1, 1, 1)
     found = defective_somewhere(blocks, torch.ones(1, 1, 1), nothing, DetectionRule())
@@ -249,7 +245,7 @@ def test_a_token_that_stays_outlying_in_a_neighbouring_block_is_marked_by_auto(
     assert not defective_somewhere(blocks, torch.ones(1, 1, 1), nothing, DetectionRule(mark="weights")).any()
 
 
-def test_no_image_of_a_batch_makes_a_token_of_another_stay() -> None:
+def test_no_image_makes_a_token_of_another_stay() -> None:
     ratios = torch.ones(2, 2, 3, 3)
     ratios[0, 0, 1, 1] = ratios[1, 1, 1, 1] = ratios[1, 0, 1, 2] = 3.5
     nothing = torch.zeros(2, 2, 3, 3, dtype=torch.bool)

@@ -101,7 +101,7 @@ def test_the_pass_is_that_of_loops_over_tokens_and_blocks(spots: Spots) -> None:
             assert marks[block] == {row * W + column for row, column in spots.get(block, [])}
 
 
-def test_a_pass_without_outlying_tokens_is_the_originals_bit_for_bit() -> None:
+def test_a_pass_without_outlying_tokens_has_the_originals_bits() -> None:
     backbone = tiny({})
     for one, other in zip(
         residual_stream(backbone, MODULE, images()), residual_stream(inpainted(backbone), MODULE, images()), strict=True
@@ -109,7 +109,7 @@ def test_a_pass_without_outlying_tokens_is_the_originals_bit_for_bit() -> None:
         assert torch.equal(one, other)
 
 
-def test_an_image_without_them_is_left_alone_beside_one_that_has_some() -> None:
+def test_an_image_without_them_is_left_alone_beside_others() -> None:
     backbone, batch = tiny({1: [(2, 3)]}, size=20.0), images(3)
     batch[1] *= 200  # a spike of 20 is nothing there
     marks: list[Tensor] = []
@@ -145,7 +145,7 @@ def test_what_stands_out_from_the_embedding_on_is_no_outlier() -> None:
     assert torch.equal(last_tokens(inpainted(backbone), MODULE, batch), last_tokens(backbone, MODULE, batch))
 
 
-def test_the_factor_says_what_is_outlying_and_zero_means_the_default() -> None:
+def test_the_factor_says_what_is_outlying() -> None:
     backbone = tiny({1: [(2, 3)]}, size=20.0)
     found = {factor: last_tokens(inpainted(backbone, factor), MODULE, images()) for factor in (0.0, 3.0, 1000.0)}
     assert torch.equal(found[0.0], found[3.0])
@@ -174,7 +174,7 @@ def pictures() -> Tensor:
     return torch.stack([preprocess(source.load(index)) for index in range(4)])
 
 
-def test_on_the_demo_it_is_nearer_to_the_clean_twin_and_has_no_outliers(pictures: Tensor) -> None:
+def test_the_demo_comes_nearer_to_its_clean_twin_without_outliers(pictures: Tensor) -> None:
     demo, clean = (api.open_model(ModelRequest(name)) for name in ("demo_vit", "demo_vit_clean"))
     module = load_module(demo)
     twin = last_tokens(clean, load_module(clean), pictures)

@@ -139,7 +139,7 @@ def test_every_named_activation_has_a_function_and_an_oracle_here() -> None:
     assert set(ACTIVATIONS) == set(Activation.__args__) == set(DERIVATIVES)  # type: ignore[attr-defined]
 
 
-def test_plain_gains_of_the_exact_gelu_agree_with_its_closed_form() -> None:
+def test_plain_gains_of_the_exact_gelu_follow_its_closed_form() -> None:
     W1 = random(50, N, seed=1) * torch.logspace(-2, 1, 50, dtype=torch.float64)[:, None]
     b1 = random(50, seed=2, scale=2.0)
     s2 = (W1**2).sum(dim=1).numpy()
@@ -166,7 +166,7 @@ def test_gains_without_a_bias_are_those_of_a_zero_bias() -> None:
 
 
 @pytest.mark.parametrize("s", [0.0, 1e-12, 1e-6])
-def test_a_hidden_unit_with_weights_near_zero_is_linear_around_its_bias(s: float) -> None:
+def test_a_unit_of_tiny_weights_is_linear_around_its_bias(s: float) -> None:
     b = torch.tensor([-1.0, 0.0, 0.3, 1.0], dtype=torch.float64)
     W1, W2 = torch.full((4, 1), s, dtype=torch.float64), torch.ones(4, 1, dtype=torch.float64)
     slopes = [DERIVATIVES["gelu"](bias) for bias in b.tolist()]
@@ -211,7 +211,7 @@ def test_relu_gains_are_accurate_to_a_thousandth(s: float) -> None:
 
 
 @pytest.mark.parametrize("b", [-300.0, -120.0, 0.0, 77.0])
-def test_the_gain_of_a_steep_silu_is_accurate_to_a_thousandth(b: float) -> None:
+def test_the_gain_of_a_steep_silu_is_accurate(b: float) -> None:
     W1 = torch.full((1, 1), 100.0, dtype=torch.float64)
     found = plain_gains(ACTIVATIONS["silu"], W1, torch.tensor([b], dtype=torch.float64)).item()
     assert found == pytest.approx(mean_derivative("silu", b, 100.0), abs=1e-3)
@@ -234,7 +234,7 @@ def test_the_mean_jacobian_is_the_mean_of_autograds_jacobians(gated: bool, biase
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("biased", [False, True], ids=["no bias", "biases"])
-def test_the_papers_sampled_solution_approaches_the_closed_form_like_one_over_root_m(gated: bool, biased: bool) -> None:
+def test_the_papers_sampled_solution_approaches_the_closed_form(gated: bool, biased: bool) -> None:
     block = made_block(gated=gated, biased=biased, activation="silu" if gated else "gelu")
     run, exact = mlp_function(block), mean_jacobian(block)
 
@@ -282,14 +282,14 @@ def test_the_attention_part_is_the_explicit_product(norm: str, scaled: bool) -> 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["no LayerScale", "LayerScale"])
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_the_mlp_part_is_the_explicit_product_around_the_mean_jacobian(norm: str, scaled: bool, gated: bool) -> None:
+def test_the_mlp_part_is_the_product_around_the_mean_jacobian(norm: str, scaled: bool, gated: bool) -> None:
     block = made_block(norm, gated, scaled)
     hidden = mean_hidden_jacobian(block)
     expected = looped_part(block["mlp.down"], hidden, block["mlp.norm.weight"], norm, block.get("mlp.scale"))
     torch.testing.assert_close(mlp_part(block), expected)
 
 
-def test_a_norm_without_a_gain_counts_as_a_gain_of_one() -> None:
+def test_a_norm_without_a_gain_has_a_gain_of_one() -> None:
     block = made_block()
     gainless = block.map.attention.model_copy(update={"norm": norm_map("attention", "layernorm", gain=False)})
     without = BlockTensors(
@@ -300,7 +300,7 @@ def test_a_norm_without_a_gain_counts_as_a_gain_of_one() -> None:
     torch.testing.assert_close(attention_part(without), attention_part(ones))
 
 
-def test_the_parts_leave_the_tensors_of_the_block_as_they_were() -> None:
+def test_the_parts_leave_the_tensors_of_the_block_alone() -> None:
     block = made_block(gated=True)
     before = {role: tensor.clone() for role, tensor in block.by_role.items()}
     attention_part(block)
@@ -351,7 +351,7 @@ def test_fused_and_split_projections_give_the_same_parts() -> None:
     assert torch.equal(mlp_part(split_block), mlp_part(fused_block))
 
 
-def test_a_block_is_read_as_float32_and_without_its_queries_and_keys() -> None:
+def test_a_block_is_read_as_float32_without_queries_and_keys() -> None:
     block = made_block()
     attention = block.map.attention.model_copy(update={"query": ref("absent.query"), "key_bias": ref("absent.key")})
     tensors = {role: tensor.half() for role, tensor in block.by_role.items()}

@@ -97,7 +97,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
-def test_a_norm_between_value_and_output_is_folded_in_up_to_its_scale(kind: str) -> None:
+def test_a_norm_between_value_and_output_is_folded_in(kind: str) -> None:
     block = made_block(kind, gated=False)
     expected = mean_jacobian(lambda x: attention_of(block, x, kind), N)
     assert difference(attention_part(block), expected) < 0.05
@@ -110,7 +110,7 @@ def test_a_norm_between_value_and_output_is_folded_in_up_to_its_scale(kind: str)
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_norm_of_the_hidden_layer_is_folded_in_up_to_its_scale(kind: str, gated: bool) -> None:
+def test_a_norm_of_the_hidden_layer_is_folded_in(kind: str, gated: bool) -> None:
     block = made_block(kind, gated)
     expected = mean_jacobian(lambda x: mlp_of(block, x, kind), N)
     assert difference(mlp_part(block), expected) < 0.1  # the scale moves with x, the more so with few features
@@ -165,7 +165,7 @@ def test_all_weights_of_sub_layers_beside_each_other_are_trained() -> None:
     assert len(linear_references(block)) == 9
 
 
-def test_the_scale_of_a_folded_layernorm_leaves_out_what_all_features_share() -> None:
+def test_a_folded_layernorms_scale_leaves_out_what_all_features_share() -> None:
     shared = random(1, N, seed=20, scale=0.8)  # so large that the variance over features is half of the mean square
     M, b = shared + random(A, N, seed=21, scale=0.8), random(A, seed=22, scale=0.5)
     y = torch.randn(SAMPLES, N, generator=torch.Generator().manual_seed(23), dtype=torch.float64) @ M.T + b

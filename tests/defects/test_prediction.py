@@ -155,7 +155,7 @@ def test_selecting_stages_changes_none_of_their_values(stages: tuple[Stage, ...]
         assert [row.sigma for row in some.stages[stage]] == [row.sigma for row in everything.stages[stage]]
 
 
-def test_the_cumulative_value_is_that_of_the_unscaled_product_beyond_float32() -> None:
+def test_the_cumulative_value_is_that_of_the_product_beyond_float32() -> None:
     depth = 60
     tensors = drawn_tensors(depth, gain=2.0)
     expected = np.linalg.svd(explicit_stages(tensors, False, depth)["cumulative"][-1])[1][0]
@@ -205,7 +205,7 @@ def test_a_direction_settles_at_the_last_block_that_turned_it() -> None:
     assert spectra((2.0, None), (2.0, 40.0), (2.0, 30.0), (2.0, 5.0), (2.0, 1.0)).settled_from() == 2
 
 
-def test_a_direction_that_never_turns_is_settled_from_the_first_block() -> None:
+def test_a_direction_that_never_turns_is_settled_at_once() -> None:
     assert spectra((2.0, None), (2.0, 3.0), (2.0, 3.0)).settled_from() == 0
 
 
@@ -232,7 +232,7 @@ def test_a_random_position_embedding_has_no_outlying_patch() -> None:
     assert (check.patches, check.outliers) == (400, ())
 
 
-def test_a_planted_outlying_patch_is_found_with_its_norm_and_dimension() -> None:
+def test_a_planted_outlying_patch_is_found() -> None:
     table = random_table()
     table[0, 1 + 137] = 0.1
     table[0, 1 + 137, 5] = -90.0

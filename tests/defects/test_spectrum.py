@@ -67,7 +67,7 @@ def test_the_leading_pair_is_that_of_a_full_svd(matrix: Tensor) -> None:
     assert pair.second == pytest.approx(second, rel=2e-3, abs=1e-5 * S[0])
 
 
-def test_a_doubled_leading_value_is_reported_as_a_gap_of_one() -> None:
+def test_a_doubled_leading_value_has_a_gap_of_one() -> None:
     pair = leading_left(with_singular_values([7.0, 7.0, *[1.0] * 60], 62, 62))
     assert pair.gap == pytest.approx(1.0, abs=1e-3)
     assert pair.sigma == pytest.approx(7.0, rel=1e-5)
@@ -114,7 +114,7 @@ def test_a_start_orthogonal_to_the_answer_still_finds_it() -> None:
     assert degrees(leading_left(matrix, misleading).direction, U[:, 0]) < 0.02
 
 
-def test_a_start_that_is_another_singular_vector_to_the_last_bit_still_finds_the_first() -> None:
+def test_a_start_at_another_singular_vector_still_finds_the_first() -> None:
     matrix = torch.diag(torch.linspace(1, 5, 60))
     pair = leading_left(matrix, torch.eye(60)[30])  # a Krylov space of one dimension
     assert pair.sigma == pytest.approx(5.0, rel=1e-5)

@@ -68,7 +68,7 @@ def test_the_averages_are_those_of_a_loop_over_tokens(height: int, width: int, s
 
 
 @pytest.mark.parametrize("spot", [(0, 0), (0, 3), (5, 6), (2, 0), (3, 3)])
-def test_a_marked_token_at_the_border_takes_from_the_neighbours_that_there_are(spot: tuple[int, int]) -> None:
+def test_a_marked_border_token_takes_from_the_neighbours_there_are(spot: tuple[int, int]) -> None:
     patches = drawn(6, 7, 4)
     marked = torch.zeros(6, 7, dtype=torch.bool)
     marked[spot] = True
@@ -101,7 +101,7 @@ def test_where_every_token_is_marked_each_is_its_own_average() -> None:
     assert neighbour_distances(patches, everywhere).eq(0).all()
 
 
-def test_an_unmarked_token_without_an_unmarked_neighbour_is_its_own_average() -> None:
+def test_a_token_without_unmarked_neighbours_is_its_own_average() -> None:
     patches = drawn(5, 5, 4)
     marked = torch.ones(5, 5, dtype=torch.bool)
     marked[2, 2] = False
@@ -109,7 +109,7 @@ def test_an_unmarked_token_without_an_unmarked_neighbour_is_its_own_average() ->
     torch.testing.assert_close(neighbour_averages(patches, marked), patches[2, 2].expand(5, 5, 4))
 
 
-def test_a_token_has_settled_where_it_is_as_near_as_nine_in_ten_unmarked_ones() -> None:
+def test_a_token_has_settled_as_near_as_most_unmarked_ones() -> None:
     patches = drawn(10, 10, 6)
     marked = torch.zeros(10, 10, dtype=torch.bool)
     marked[2, 2] = marked[5, 5] = marked[8, 1] = True
@@ -123,7 +123,7 @@ def test_a_token_has_settled_where_it_is_as_near_as_nine_in_ten_unmarked_ones() 
     assert unsettled(patches, marked).nonzero().tolist() == [[5, 5]]
 
 
-def test_no_token_is_unsettled_that_is_not_marked_and_all_are_where_all_are_marked() -> None:
+def test_only_marked_tokens_are_unsettled() -> None:
     patches = drawn(5, 5, 4)
     patches[1, 1] = 100.0
     assert not unsettled(patches, torch.zeros(5, 5, dtype=torch.bool)).any()
@@ -132,7 +132,7 @@ def test_no_token_is_unsettled_that_is_not_marked_and_all_are_where_all_are_mark
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 1000), share=st.sampled_from([0.05, 0.3, 0.9]))
-def test_a_token_leans_where_it_is_far_along_the_way_that_marked_ones_are_off(seed: int, share: float) -> None:
+def test_a_token_leans_far_along_the_way_of_marked_ones(seed: int, share: float) -> None:
     patches = drawn(6, 7, 5, seed=seed)
     marked = drawn(6, 7, seed=seed + 1) > torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - share))
     found = leaning(patches, marked)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import os
 import pickle
@@ -16,26 +15,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny_vit
 import torch
+from planted_dinov2 import PHOTOGRAPHS, SMALL, planted
 from safetensors.torch import save_file
 
 from sinder_cli.distributed import Ranks, joined
 
-TESTS = Path(__file__).parents[1]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sinder_cli")
-
-
-def module_of(path: str) -> ModuleType:
-    """The planted models of other tests."""
-    name = "shared_" + path.replace("/", "_").removesuffix(".py")
-    specification = importlib.util.spec_from_file_location(name, TESTS / path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(specification)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str((TESTS / path).parent))
-        specification.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +37,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny() -> ModuleType:
     """The tiny planted ViT in memory: `plant`, `coloured`."""
-    return module_of("repair/conftest.py")
+    return tiny_vit
 
 
 class Forked:
@@ -112,7 +99,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six photographs."""
     skimage = pytest.importorskip("skimage")
     folder = tmp_path_factory.mktemp("photographs")
-    for name in module_of("cli/conftest.py").PHOTOGRAPHS:
+    for name in PHOTOGRAPHS:
         (folder / name).write_bytes((Path(skimage.__file__).parent / "data" / name).read_bytes())
     return folder
 
@@ -120,9 +107,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> Path:
     """A small planted checkpoint for `dinov2_custom`."""
-    models = module_of("cli/conftest.py")
     path = tmp_path_factory.mktemp("small") / "small.safetensors"
-    save_file(models.planted(models.SMALL, photographs), path)
+    save_file(planted(SMALL, photographs), path)
     return path
 
 

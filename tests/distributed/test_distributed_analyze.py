@@ -22,6 +22,7 @@ from sinder_cli.defects.spectrum import angle_between
 from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.report.documents import analysis_document
+from sinder_cli.requests import AnalyzeRequest
 
 Torchrun = Callable[..., "subprocess.Popen[str]"]
 SIDE, GRID = 140, (10, 10)
@@ -112,7 +113,7 @@ def test_a_rank_without_an_image_adds_nothing(subjects: list[Subject], pictures:
 
 
 @pytest.mark.slow
-def test_the_command_under_torchrun_writes_one_report_and_names_every_skipped_image(
+def test_the_command_under_torchrun_writes_one_report(
     torchrun: Torchrun, small: Path, photographs: Path, tmp_path: Path
 ) -> None:
     broken = [tmp_path / name for name in ("a.jpg", "b.jpg")]
@@ -124,7 +125,7 @@ def test_the_command_under_torchrun_writes_one_report_and_names_every_skipped_im
     shown, errors = run.communicate(timeout=200)
     assert run.returncode == 0, errors
     settings = AnalyzeSettings(image_size=168, figures=1, workers=0)
-    alone = api.analyze(ModelRequest("dinov2_custom", small), places, settings)
+    alone = api.analyze(AnalyzeRequest(ModelRequest("dinov2_custom", small), places, settings))
     assert alone is not None
     expected = json.loads(json.dumps(analysis_document(alone.analysis)))
     found = json.loads(shown)

@@ -53,7 +53,7 @@ def exchanged(ranks: Ranks) -> list[Any]:
     ]
 
 
-def test_values_are_told_to_all_or_to_the_first_and_tensors_summed(forked: Any) -> None:
+def test_values_are_told_and_tensors_summed(forked: Any) -> None:
     first, second = forked(exchanged).answers()
     assert first == [[0, 1], ["of 0", "of 1"], 0, 0, [3.0, 30.0], [1.0, 10.0]]
     assert second == [[0, 1], [], 0, 1, [3.0, 30.0], [1.0, 10.0]]
@@ -69,7 +69,7 @@ def test_ranks_that_differ_are_refused_by_what_differs(forked: Any) -> None:
     assert str(answers[0]).startswith("the processes cannot share a run: images differs between rank 0 and 1")
 
 
-def test_an_error_on_one_rank_ends_the_other_and_only_the_first_tells(forked: Any) -> None:
+def test_an_error_on_one_rank_ends_the_other(forked: Any) -> None:
     def work(ranks: Ranks) -> Any:
         if ranks.rank == 1:
             try:

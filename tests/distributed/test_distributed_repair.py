@@ -32,6 +32,7 @@ from sinder_cli.repairing.deltas import Deltas
 from sinder_cli.repairing.loop import Progress, density_window, repair_steps
 from sinder_cli.repairing.session import checkpointed, restored
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.requests import Process, RepairRequest
 from sinder_cli.signals import Ended, Stop
 
 Torchrun = Callable[..., "subprocess.Popen[str]"]
@@ -129,7 +130,7 @@ def test_two_ranks_give_the_deltas_of_one(tiny: ModuleType, forked: Any, alone: 
     assert first["warnings"] == alone["warnings"] == [f"skipped picture {BROKEN}: it is broken"]  # rank 0 tells it
 
 
-def test_a_batch_that_does_not_divide_is_shared_unevenly_and_gives_the_same(tiny: ModuleType, forked: Any) -> None:
+def test_a_batch_that_is_shared_unevenly_gives_the_same(tiny: ModuleType, forked: Any) -> None:
     for batch_size in (2, 5):
         alone = Run(tiny, batch_size=batch_size, max_steps=4).finish()
         first, _ = forked(
@@ -158,7 +159,7 @@ def stopped(run: Run, checkpoints: Checkpoints, after: int, asked_on: int) -> in
 
 
 @pytest.mark.parametrize("asked_on", [0, 1])
-def test_a_signal_to_one_rank_stops_all_after_one_step_and_any_number_of_ranks_goes_on(
+def test_any_number_of_ranks_goes_on_after_a_signal(
     asked_on: int, tiny: ModuleType, forked: Any, alone: dict[str, Any], tmp_path: Path
 ) -> None:
     checkpoints = Checkpoints(tmp_path)
@@ -176,7 +177,7 @@ def test_a_signal_to_one_rank_stops_all_after_one_step_and_any_number_of_ranks_g
     assert_near(alone["deltas"], forked(go_on).answers()[1]["deltas"])
 
 
-def test_a_disk_that_fills_up_on_the_first_rank_ends_the_other(tiny: ModuleType, forked: Any) -> None:
+def test_a_disk_full_on_the_first_rank_ends_the_other(tiny: ModuleType, forked: Any) -> None:
     def work(ranks: Ranks) -> None:
         for record in Run(tiny, ranks).steps:
             if record.step == 3 and ranks.writes:
@@ -187,7 +188,7 @@ def test_a_disk_that_fills_up_on_the_first_rank_ends_the_other(tiny: ModuleType,
     assert isinstance(second, LostRankError)
 
 
-def test_ranks_of_which_one_has_no_image_to_probe_measure_what_one_process_measures(
+def test_ranks_measure_what_one_process_measures(
     tiny: ModuleType, forked: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step_module, "CROWDED", (len(RED) - 0.5) / 144)
@@ -205,7 +206,7 @@ def test_ranks_of_which_one_has_no_image_to_probe_measure_what_one_process_measu
     assert_near(first, second)
 
 
-def test_two_ranks_of_the_default_recipe_shrink_the_singular_values_that_one_shrinks(
+def test_two_ranks_shrink_the_singular_values_that_one_shrinks(
     forked: Any, small: Path, photographs: Path, tmp_path: Path
 ) -> None:
     """Whole runs: each rank probes ordinary tokens by itself, but the choice, and how far, must come out the same."""
@@ -213,7 +214,7 @@ def test_two_ranks_of_the_default_recipe_shrink_the_singular_values_that_one_shr
 
     def repaired(ranks: Ranks) -> dict[str, Any] | None:
         out, request = tmp_path / str(ranks.size), ModelRequest("dinov2_custom", small)
-        result = api.repair(request, [str(photographs)], out, settings, ranks=ranks)
+        result = api.repair(RepairRequest(request, [str(photographs)], settings), out, process=Process(ranks=ranks))
         return None if result is None else result.summary
 
     first, second = forked(repaired).answers(120)
@@ -260,7 +261,7 @@ def own_lines(errors: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_run_loses_a_rank_then_is_stopped_and_ends_with_one_process_as_if_nothing_had_been(
+def test_a_run_that_lost_a_rank_ends_with_one_process(
     torchrun: Torchrun, small: Path, photographs: Path, tmp_path: Path
 ) -> None:
     out, whole = tmp_path / "run", tmp_path / "whole"
@@ -297,7 +298,9 @@ def test_a_run_loses_a_rank_then_is_stopped_and_ends_with_one_process_as_if_noth
     settings = json.loads((out / "config.json").read_text())["settings"]
     request = ModelRequest("dinov2_custom", small)
     for folder, resume in ((out, True), (whole, False)):
-        api.repair(request, [str(photographs)], folder, RepairSettings.model_validate(settings), resume=resume)
+        api.repair(
+            RepairRequest(request, [str(photographs)], RepairSettings.model_validate(settings), resume=resume), folder
+        )
     assert_near(load_file(whole / "adapter.safetensors"), load_file(out / "adapter.safetensors"))
 
 

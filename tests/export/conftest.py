@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import GATED, PLAIN, random_tensors
+from export_models import GATED, PLAIN, random_tensors
 from safetensors.torch import save_file
 
 from sinder_cli import ModelRequest, api
@@ -15,6 +15,7 @@ from sinder_cli.events import Event, Warned
 from sinder_cli.exporting.run import ExportResult
 from sinder_cli.exporting.settings import ExportSettings, TargetName
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.requests import ExportRequest, RepairRequest
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("repair") / "run"
     settings = RepairSettings(recipe="paper", keep="last", max_steps=10, eval_images=2, lr=0.05, min_gap=1.1)
-    assert api.repair(ModelRequest("demo_vit"), [], folder, settings) is not None
+    assert api.repair(RepairRequest(ModelRequest("demo_vit"), [], settings), folder) is not None
     return folder
 
 
@@ -77,6 +78,6 @@ def export(events: list[Event]) -> Export:
         **options: object,
     ) -> ExportResult:
         request = ModelRequest(str(source), weights, emit=events.append, adapter=adapter)
-        return api.export(request, out, ExportSettings(to, **options), data)  # type: ignore[arg-type]
+        return api.export(ExportRequest(request, ExportSettings(to, **options), data), out)  # type: ignore[arg-type]
 
     return exported

@@ -48,9 +48,7 @@ def reported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_repaired_model_tells_before_after_data_settings_method_and_checks(
-    export: Export, reported: Path, tmp_path: Path
-) -> None:
+def test_the_card_of_a_repaired_model_tells_the_repair(export: Export, reported: Path, tmp_path: Path) -> None:
     result = export(reported, "torchhub", tmp_path / "hub")
     card = (tmp_path / "hub" / "README.md").read_text()
     assert header(card)["verified"] is True
@@ -77,7 +75,7 @@ def test_a_repaired_model_tells_before_after_data_settings_method_and_checks(
     assert not re.search(r"\{\{|\}\}|\{%|%\}|None|Undefined|\n\n\n", card)
 
 
-def test_a_model_that_was_not_repaired_says_so_and_has_no_table(export: Export, plain: Path, tmp_path: Path) -> None:
+def test_an_unrepaired_model_says_so_and_has_no_table(export: Export, plain: Path, tmp_path: Path) -> None:
     export(CUSTOM, "torchhub", tmp_path / "hub", plain, verify=False)
     card = (tmp_path / "hub" / "README.md").read_text()
     assert header(card)["verified"] is False
@@ -106,7 +104,7 @@ def test_a_run_without_whole_pictures_has_none(reported: Path, tmp_path: Path) -
         assert read_pictures(tmp_path) == []
 
 
-def test_every_row_of_a_table_has_the_columns_of_its_head(export: Export, run: Path, tmp_path: Path) -> None:
+def test_every_table_row_has_the_columns_of_its_head(export: Export, run: Path, tmp_path: Path) -> None:
     export(run, "torchhub", tmp_path / "hub", verify=False)
     card = (tmp_path / "hub" / "README.md").read_text()
     tables = re.findall(r"(?:^\|.*\n)+", card, re.MULTILINE)
@@ -115,9 +113,7 @@ def test_every_row_of_a_table_has_the_columns_of_its_head(export: Export, run: P
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
 
 
-def test_a_run_that_was_changed_further_does_not_show_its_own_table_as_that_of_the_change(
-    export: Export, run: Path, tmp_path: Path
-) -> None:
+def test_a_run_changed_further_does_not_show_its_own_table(export: Export, run: Path, tmp_path: Path) -> None:
     weights = api.open_model(ModelRequest(str(run))).weights
     delta = tmp_path / "delta.safetensors"
     write_patch(delta, "demo_vit", weights.fingerprint(), weights, ["norm.weight"])

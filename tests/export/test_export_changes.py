@@ -61,7 +61,7 @@ def test_its_header_names_the_weights_before_and_after(delta: Path, run: Path) -
     }
 
 
-def test_given_as_adapter_it_makes_the_repaired_weights_bit_for_bit(delta: Path, run: Path, base: Path) -> None:
+def test_an_adapter_makes_the_repaired_weights_bit_for_bit(delta: Path, run: Path, base: Path) -> None:
     repaired = bits_of(run)
     for request in ({}, {"weights": base}):
         found = bits_of(DEMO, adapter=delta, **request)
@@ -69,9 +69,7 @@ def test_given_as_adapter_it_makes_the_repaired_weights_bit_for_bit(delta: Path,
         assert all(torch.equal(found[name], repaired[name]) for name in repaired)
 
 
-def test_a_delta_of_a_delta_and_of_an_adapter_is_the_same(
-    export: Export, run: Path, delta: Path, tmp_path: Path
-) -> None:
+def test_a_delta_of_a_delta_or_adapter_is_the_same(export: Export, run: Path, delta: Path, tmp_path: Path) -> None:
     for number, change in enumerate((delta, run / "adapter.safetensors")):
         out = tmp_path / f"again-{number}.safetensors"
         assert export(DEMO, "delta", out, adapter=change).check.verified
@@ -119,7 +117,7 @@ def test_an_adapter_is_that_of_the_run_and_applied_again(export: Export, run: Pa
     assert result.check.told == "applied again to demo_vit: no difference"
 
 
-def test_an_adapter_that_is_not_that_of_the_weights_leaves_nothing(export: Export, run: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_other_weights_leaves_nothing(export: Export, run: Path, tmp_path: Path) -> None:
     forged = shutil.copytree(run, tmp_path / "run")
     tensors = load_file(run / "model.safetensors")
     tensors["norm.weight"] *= 1.001  # which no repair changes
@@ -131,7 +129,7 @@ def test_an_adapter_that_is_not_that_of_the_weights_leaves_nothing(export: Expor
 
 
 @pytest.mark.parametrize("target", ["adapter", "delta"])
-def test_a_base_that_is_gone_is_named_and_can_be_given(
+def test_a_missing_base_is_named_and_can_be_given(
     export: Export, run: Path, base: Path, tmp_path: Path, target: str, warnings: Callable[[], list[str]]
 ) -> None:
     moved = shutil.copytree(run, tmp_path / "run")
@@ -155,12 +153,12 @@ def test_a_base_that_is_gone_is_named_and_can_be_given(
 
 @pytest.mark.parametrize("target", ["adapter", "delta"])
 def test_a_model_that_was_not_repaired_has_neither(export: Export, tmp_path: Path, target: str) -> None:
-    with pytest.raises(UsageError, match="it is no repaired model; name a run, or give --adapter"):
+    with pytest.raises(UsageError, match="it is not a repaired model; name a run, or give --adapter"):
         export(DEMO, target, tmp_path / "out.safetensors")
 
 
 def test_no_adapter_comes_of_a_delta(export: Export, delta: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds whole tensors, and no singular values; use --to delta"):
+    with pytest.raises(UsageError, match="holds whole tensors, not singular values; use --to delta"):
         export(DEMO, "adapter", tmp_path / "out.safetensors", adapter=delta)
 
 

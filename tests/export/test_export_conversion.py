@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CUSTOM, GATED, PLAIN, random_tensors
+from export_models import CUSTOM, GATED, PLAIN, random_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -118,7 +118,7 @@ def test_the_preprocessor_is_loaded_by_transformers(export: Export, plain: Path,
 
 
 REFUSALS = [
-    ({"width": 192, "hidden": 500}, "transformers", "an MLP 500 wide is no whole multiple of 192"),
+    ({"width": 192, "hidden": 500}, "transformers", "its MLP width 500 is no whole multiple of 192"),
 ]
 
 
@@ -133,7 +133,7 @@ def test_what_a_family_cannot_hold_is_refused_with_the_reason(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_no_vit_of_another_library_has_is_refused_with_the_reason(plain: Path) -> None:
+def test_what_no_foreign_vit_has_is_refused_with_the_reason(plain: Path) -> None:
     backbone = api.open_model(ModelRequest(CUSTOM, plain))
     layers = backbone.layers
     first, *others = layers.blocks
@@ -155,7 +155,7 @@ def test_what_no_vit_of_another_library_has_is_refused_with_the_reason(plain: Pa
         blocks=tuple(block.model_copy(update={"parallel": True}) for block in layers.blocks)
     )
     unlike = others[-1].model_copy(update={"mlp": mlp.model_copy(update={"activation": "relu"})})
-    assert "block 2 is not built as block 0 is" in told(blocks=(first, *others[:-1], unlike))
+    assert "block 2 differs from block 0 in its structure" in told(blocks=(first, *others[:-1], unlike))
     inner = attention.model_copy(update={"inner_norm": norm})
     assert "norm inside a sub-layer" in told(
         blocks=tuple(block.model_copy(update={"attention": inner}) for block in layers.blocks)
@@ -165,7 +165,7 @@ def test_what_no_vit_of_another_library_has_is_refused_with_the_reason(plain: Pa
         blocks=tuple(block.model_copy(update={"attention": rotary}) for block in layers.blocks)
     )
     root = mlp.model_copy(update={"norm": NormMap(kind="rmsnorm", weight=mlp.norm.weight, bias=mlp.norm.bias)})
-    assert "no LayerNorm with weight and bias" in told(**blocks(mlp=root))
+    assert "not a LayerNorm with weight and bias" in told(**blocks(mlp=root))
     other = mlp.model_copy(update={"norm": mlp.norm.model_copy(update={"eps": 1e-3})})
     assert "differ in their eps" in told(
         blocks=tuple(block.model_copy(update={"mlp": other}) for block in layers.blocks)
@@ -174,7 +174,7 @@ def test_what_no_vit_of_another_library_has_is_refused_with_the_reason(plain: Pa
     assert "activation has no name" in told(
         blocks=tuple(block.model_copy(update={"mlp": nameless}) for block in layers.blocks)
     )
-    assert "2 rows of its position embedding are no patches" in told(
+    assert "2 rows of its position embedding belong to no patch" in told(
         position=layers.position.model_copy(update={"prefix": 2})
     )
 
@@ -208,7 +208,7 @@ def test_the_dinov2_layout_refuses_what_its_code_would_run_otherwise(plain: Path
         timm.converted(with_blocks(eps=1e-5))  # type: ignore[arg-type]
 
 
-def test_recipes_put_parts_below_each_other_and_fill_in_what_is_missing() -> None:
+def test_recipes_join_parts_and_fill_in_what_is_missing() -> None:
     a, b = torch.arange(12.0).reshape(6, 2), torch.arange(4.0)
     weights = Weights.of(MemoryTensors("m", {"a": a, "b": b}))
 

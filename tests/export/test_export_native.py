@@ -62,7 +62,7 @@ def test_another_dtype_is_that_of_every_tensor(
     assert {tensor.dtype for tensor in loaded(out).values()} == {kind}
 
 
-def test_a_value_that_does_not_fit_is_an_error_naming_the_tensor(export: Export, plain: Path, tmp_path: Path) -> None:
+def test_a_value_that_does_not_fit_is_an_error(export: Export, plain: Path, tmp_path: Path) -> None:
     tensors = load_file(plain)
     tensors["blocks.1.mlp.fc2.bias"][3] = 1e5
     save_file(tensors, tmp_path / "large.safetensors")
@@ -86,7 +86,7 @@ def test_a_file_that_reads_back_differently_leaves_nothing(
         path.write_bytes(content)
 
     monkeypatch.setattr(native, "write_weights", flipped)
-    with pytest.raises(BadInputError, match=r"blocks\.1\.norm1\.weight reads back differently"):
+    with pytest.raises(BadInputError, match=r"blocks\.1\.norm1\.weight differs when it is read back"):
         export(CUSTOM, "native", tmp_path / f"out{suffix}", plain)
     assert list(tmp_path.iterdir()) == []
 
@@ -132,7 +132,7 @@ def test_torch_reads_tensors_of_every_dtype_and_shape(tmp_path: Path, dtype: tor
         assert torch.equal(bits(found[name]), bits(tensor))
 
 
-def test_members_are_aligned_and_whole_and_the_same_tensors_make_the_same_file(tmp_path: Path) -> None:
+def test_the_same_tensors_make_the_same_file_of_aligned_members(tmp_path: Path) -> None:
     tensors = {f"tensor {number}": torch.randn(number * 7 + 1) for number in range(9)}
     for name in ("one.pth", "two.pth"):
         write_torch_file(tmp_path / name, infos_of(tensors), tensors.values())

@@ -113,7 +113,7 @@ def test_dynamic_size_is_written_where_it_comes_out_right(
 
 
 def test_dynamic_size_is_never_taken_on_trust(export: Export, plain: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="only where it has been seen to be right"):
+    with pytest.raises(UsageError, match="only if it was verified"):
         export(CUSTOM, "onnx", tmp_path / "model.onnx", plain, dynamic_size=True, verify=False)
 
 
@@ -145,7 +145,7 @@ def test_without_the_exporters_library_nothing_is_written(
 
 
 def test_a_size_of_broken_patches_is_refused(export: Export, plain: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="100 pixels are not made of patches of 14; use --image-size 98"):
+    with pytest.raises(UsageError, match="100 pixels are not a multiple of the patch size 14; use --image-size 98"):
         export(CUSTOM, "onnx", tmp_path / "model.onnx", plain, image_size=100)
 
 

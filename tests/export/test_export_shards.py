@@ -48,9 +48,7 @@ def test_files_and_index_are_those_of_the_library(tensors: dict[str, Tensor], tm
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written}
 
 
-def test_no_file_is_larger_than_asked_for_unless_it_holds_one_tensor(
-    tensors: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_no_file_of_several_tensors_is_larger_than_asked_for(tensors: dict[str, Tensor], tmp_path: Path) -> None:
     *shards, _ = write_sharded(tmp_path, infos_of(tensors), tensors.values(), 1300)
     held = [load_file(path) for path in shards]
     assert [name for shard in held for name in shard] == list(tensors)
@@ -92,5 +90,5 @@ def test_a_size_has_a_unit_or_none(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "much", "-5GB", "0", "5TB", "5 G B", "1e9"])
 def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="it is no number of bytes"):
+    with pytest.raises(UsageError, match="it is not a number of bytes"):
         parse_size(text)

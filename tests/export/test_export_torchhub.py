@@ -66,7 +66,7 @@ def ours(weights: Path, images: torch.Tensor) -> torch.Tensor:
         return normalized_tokens(backbone, load_module(backbone), images)
 
 
-def test_torch_hub_computes_what_we_do_and_tells_two_folders_apart(
+def test_torch_hub_computes_what_we_do_in_either_folder(
     export: Export, plain: Path, gated: Path, tmp_path: Path
 ) -> None:
     folders = {tmp_path / "plain": plain, tmp_path / "gated": gated}
@@ -115,7 +115,7 @@ def test_a_folder_that_computes_something_else_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_loaded_leaves_nothing_and_the_old_one_stays(
+def test_a_folder_that_cannot_be_loaded_leaves_the_old_one(
     export: Export, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(CUSTOM, "torchhub", tmp_path / "hub", plain)
@@ -130,7 +130,7 @@ def test_a_folder_that_cannot_be_loaded_leaves_nothing_and_the_old_one_stays(
 @pytest.mark.parametrize(
     ("files", "why"),
     [
-        (None, "its plugin has no source of the module that needs torch alone"),
+        (None, "its plugin provides no source of the module that needs only torch"),
         ({"module.py": ""}, "has no model.py"),
         ({"model.py": "import timm\nfrom sinder_cli import Weights"}, "imports sinder_cli, timm"),
     ],

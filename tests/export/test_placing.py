@@ -34,7 +34,7 @@ def contents(folder: Path) -> dict[str, str]:
 # What may be there
 
 
-def test_a_new_place_is_free_and_nothing_is_made_of_it(tmp_path: Path) -> None:
+def test_a_new_place_is_free_and_nothing_is_made_there(tmp_path: Path) -> None:
     require_place(tmp_path / "new.pth", "file", False, [])
     require_place(tmp_path / "deep" / "new", "folder", False, [])
     (tmp_path / "empty").mkdir()
@@ -46,7 +46,7 @@ def test_what_is_there_takes_force(tmp_path: Path) -> None:
     (tmp_path / "old.pth").write_text("old")
     make_export(tmp_path / "old", weights="old")
     for place, kind in ((tmp_path / "old.pth", "file"), (tmp_path / "old", "folder")):
-        with pytest.raises(CannotCreateError, match="it is there already; --force replaces it") as refusal:
+        with pytest.raises(CannotCreateError, match="it already exists; --force replaces it") as refusal:
             require_place(place, kind, False, [])  # type: ignore[arg-type]
         assert refusal.value.exit_code == 73
         require_place(place, kind, True, [])  # type: ignore[arg-type]
@@ -55,10 +55,10 @@ def test_what_is_there_takes_force(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("manifest", "why"),
     [
-        (None, "it is not empty, and no export"),
-        ("{", "it is not empty, and no export"),
-        ("[]", "it is not empty, and no export"),
-        ('{"files": {}}', "it is not empty, and no export"),
+        (None, "it is not empty, and is not an export"),
+        ("{", "it is not empty, and is not an export"),
+        ("[]", "it is not empty, and is not an export"),
+        ('{"files": {}}', "it is not empty, and is not an export"),
         ('{"format": "another-1", "files": {}}', "its format is 'another-1'"),
         (f'{{"format": "{FORMAT}", "files": {{}}}}', "no export wrote notes.txt in it"),
     ],
@@ -80,7 +80,7 @@ def test_what_python_leaves_beside_a_module_is_no_stranger(tmp_path: Path) -> No
     require_place(folder, "folder", True, [])
 
 
-def test_neither_a_source_nor_a_folder_around_it_is_written_over(tmp_path: Path) -> None:
+def test_no_source_or_folder_around_it_is_written_over(tmp_path: Path) -> None:
     weights = tmp_path / "models" / "weights.pth"
     weights.parent.mkdir()
     weights.write_text("weights")
@@ -190,7 +190,7 @@ with placing.placed(out) as draft:
 
 
 @pytest.mark.parametrize("where", ["writing", "between"])
-def test_after_a_kill_the_old_is_there_or_comes_back_and_nothing_else_stays(tmp_path: Path, where: str) -> None:
+def test_after_a_kill_the_old_is_there_or_comes_back(tmp_path: Path, where: str) -> None:
     out = make_export(tmp_path / "out", weights="old")
     done = subprocess.run([sys.executable, "-c", KILLED, str(out), where], timeout=300, check=False)
     assert done.returncode == -signal.SIGKILL

@@ -25,7 +25,7 @@ def plan(plain: Path) -> Plan:
     return Plan(api.open_model(ModelRequest("dinov2_custom", plain)), ExportSettings("torchhub"), silent)
 
 
-def test_a_difference_is_that_of_the_worst_token_by_its_own_length() -> None:
+def test_a_difference_is_that_of_the_worst_token() -> None:
     ours = torch.tensor([[[300.0, 400.0], [3.0, 4.0]]])
     theirs = ours + torch.tensor([[[0.0, 0.5], [0.0, 0.01]]])
     assert relative_difference(theirs, ours) == pytest.approx(0.01 / 5, rel=1e-3)  # against 0.5 / 500
@@ -44,7 +44,7 @@ def test_tokens_are_told_apart_by_kind(plan: Plan) -> None:
     assert by_kind(plan.backbone, tokens)["patch_tokens"].shape == (2, 6, 3)
 
 
-def test_images_that_were_named_are_looked_at_and_the_unreadable_left_out(plan: Plan, tmp_path: Path) -> None:
+def test_named_images_are_looked_at_and_unreadable_ones_left_out(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
     Image.new("RGB", (90, 90), (255, 0, 0)).save(tmp_path / "b.png")
     from dataclasses import replace
@@ -66,7 +66,7 @@ def test_images_that_were_named_are_looked_at_and_the_unreadable_left_out(plan: 
         (signal.SIGTERM, TryAgainError, "it died of SIGTERM (Terminated)"),
     ],
 )
-def test_a_check_that_dies_of_a_signal_is_told_by_that_signal_and_never_as_memory(
+def test_a_check_that_dies_is_told_by_its_signal(
     number: signal.Signals,
     kind: type[SinderError],
     words: str,

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import MISSING, VALUES, Case, damaged, mutated, places_in, require_ours
+from fuzz_harness import MISSING, VALUES, Case, damaged, mutated, places_in, require_ours
 
 from sinder_cli import ModelRequest, api
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.defects.settings import DetectionSettings, read_settings
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.requests import RepairRequest
 
 BYTES = 100  # random cases a round
 
@@ -63,7 +64,7 @@ def run(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repair of small weights that has ended, at once: nothing of it is defective."""
     folder = tmp_path_factory.mktemp("run") / "run"
     settings = RepairSettings(scan_images=1, max_steps=1, image_size=70, workers=0, eval_images=1)
-    api.repair(ModelRequest("dinov2_custom", whole), [], folder, settings)
+    api.repair(RepairRequest(ModelRequest("dinov2_custom", whole), [], settings), folder)
     return folder
 
 
@@ -75,13 +76,13 @@ def resumed(run: Path, content: bytes) -> Callable[[], object]:
         called = api.run_as_called(run, ModelRequest(str(run)), RepairSettings())
         if called is not None:
             request, settings = called
-            api.finished_repair(request, [], run, settings)
+            api.finished_repair(RepairRequest(request, [], settings), run)
         return api.open_model(ModelRequest(str(run)))
 
     return go_on
 
 
-def test_the_config_of_a_run_with_any_field_of_any_kind(run: Path, tmp_path: Path, rounds: range) -> None:
+def test_a_runs_config_with_any_field_of_any_kind(run: Path, tmp_path: Path, rounds: range) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     content = (run / "config.json").read_bytes()

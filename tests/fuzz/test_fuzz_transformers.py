@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import VALUES, Case, damaged, mutated, places_in, require_ours
-
-sys.path.append(str(Path(__file__).parents[1] / "plugins" / "hf"))
+from fuzz_harness import VALUES, Case, damaged, mutated, places_in, require_ours
 from hf_samples import SAMPLES
 
 FAMILIES = ("DINOv2", "CLIP with its text", "DINOv3 gated", "BEiT")  # after the first, in `make fuzz`

@@ -21,6 +21,7 @@ from sinder_cli.repairing.forward import Directions
 from sinder_cli.repairing.loop import StepRecord
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.repairing.step import StepGradient, step_gradient
+from sinder_cli.requests import AnalyzeRequest, Process, RepairRequest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,7 +34,7 @@ def losses(out: Path, **settings: object) -> list[float | None]:
     records: list[StepRecord] = []
     chosen = RepairSettings.model_validate({"max_steps": 8, "eval_images": 4} | settings)
     listen = lambda event: records.append(event) if isinstance(event, StepRecord) else None  # noqa: E731
-    api.repair(ModelRequest("demo_vit"), (), out, chosen, listen)
+    api.repair(RepairRequest(ModelRequest("demo_vit"), (), chosen), out, process=Process(emit=listen))
     return [record.loss for record in records]
 
 
@@ -63,7 +64,7 @@ def test_tf32_follows_float32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_batch_gives_the_mean_of_the_gradients_of_its_images(dtype: str) -> None:
+def test_a_batch_gives_the_mean_of_its_images_gradients(dtype: str) -> None:
     backbone = api.open_model(ModelRequest("demo_vit"))
     module = load_module(backbone, "cuda")
     prediction = predict(backbone, device="cuda")
@@ -95,7 +96,10 @@ def test_predictions_on_the_gpu_are_those_on_the_cpu() -> None:
 
 
 def test_an_analysis_on_the_gpu_is_that_on_the_cpu() -> None:
-    cpu, cuda = (api.analyze(ModelRequest("demo_vit"), (), AnalyzeSettings(device=name)) for name in ("cpu", "cuda"))
+    cpu, cuda = (
+        api.analyze(AnalyzeRequest(ModelRequest("demo_vit"), (), AnalyzeSettings(device=name)))
+        for name in ("cpu", "cuda")
+    )
     assert cuda.analysis.verdict.kind == cpu.analysis.verdict.kind == "defects"
     for a, b in zip(cuda.analysis.blocks, cpu.analysis.blocks, strict=True):
         assert a.marked == b.marked

@@ -13,6 +13,6 @@ def test_passes_in_order_begin_where_an_earlier_process_ended() -> None:
     assert list(islice(cycled(5, 7), 16)) == whole[7:]
 
 
-def test_a_spread_is_even_and_at_most_as_many_as_asked_for() -> None:
+def test_a_spread_is_even_and_no_larger_than_asked_for() -> None:
     assert spread(range(6), 3) == [0, 2, 4]
     assert spread([7, 8], 3) == [7, 8]

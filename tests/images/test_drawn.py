@@ -59,7 +59,7 @@ def test_the_pixels_change_with_the_version_of_the_drawing_alone() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_even_pictures_are_noise_whose_spectrum_falls_as_that_of_photographs(seed: int) -> None:
+def test_the_spectrum_of_even_pictures_falls_as_that_of_photographs(seed: int) -> None:
     for picture in drawn_pictures(3, SIZE, seed)[::2]:
         assert -2 < radial_slope(pixels(picture).mean(-1)) < -0.7
 
@@ -81,7 +81,7 @@ def test_odd_pictures_are_made_of_areas_of_one_colour() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_channels_correlate_and_values_use_a_fair_part_of_the_range(seed: int) -> None:
+def test_channels_correlate_and_values_use_the_range(seed: int) -> None:
     for picture in drawn_pictures(4, SIZE, seed):
         channels = pixels(picture).reshape(-1, 3)
         correlations = np.corrcoef(channels.T)[np.triu_indices(3, 1)]
@@ -170,7 +170,7 @@ def test_the_source_draws_each_picture_when_it_is_loaded() -> None:
             source.load(outside)
 
 
-def test_the_fingerprint_of_drawn_pictures_changes_with_each_argument_and_the_version(
+def test_the_fingerprint_of_drawn_pictures_changes_with_each_argument(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first = DrawnPictures(4, 32, 7)

@@ -23,7 +23,7 @@ def touch(folder: Path, *names: str) -> None:
         path.write_bytes(b"")
 
 
-def test_folders_are_searched_in_sorted_order_for_the_suffixes_of_images(tmp_path: Path) -> None:
+def test_folders_are_searched_in_sorted_order_for_images(tmp_path: Path) -> None:
     touch(tmp_path, "b.JPG", "a.png", "notes.txt", "._a.png", "sub/c.webp", "sub/d.jpeg/e.gif", "a/z.tiff", "f.JFIF")
     (tmp_path / "folder.png").mkdir()
     found = find_images([str(tmp_path)]).paths
@@ -55,7 +55,7 @@ def test_a_folder_that_two_links_lead_to_counts_once(tmp_path: Path) -> None:
     assert names_in(tmp_path / "here", tmp_path / "here" / "second") == ["b.png", "first/a.png"]
 
 
-def test_a_file_goes_by_its_own_path_and_not_by_that_of_a_link(tmp_path: Path) -> None:
+def test_a_file_goes_by_its_own_path_not_a_links(tmp_path: Path) -> None:
     touch(tmp_path, "z/a.png")
     (tmp_path / "a").symlink_to(tmp_path / "z")
     assert names_in(tmp_path) == ["z/a.png"]
@@ -96,7 +96,7 @@ def test_a_named_folder_that_cannot_be_read_is_no_input(locked: set[str], tmp_pa
         find_images([str(tmp_path)])
 
 
-def test_a_folder_within_that_cannot_be_read_is_told_and_passed_over(locked: set[str], tmp_path: Path) -> None:
+def test_a_folder_within_that_cannot_be_read_is_passed_over(locked: set[str], tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "lost+found/b.png")
     locked.add(str(tmp_path / "lost+found"))
     told: list[object] = []
@@ -153,7 +153,7 @@ def noted_in(folder: Path) -> list[object]:
 
 
 @pytest.mark.usefixtures("without_heif")
-def test_what_is_passed_over_is_counted_by_kind_in_one_line(tmp_path: Path) -> None:
+def test_what_is_passed_over_is_counted_by_kind(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "x.txt", "y.TXT", "sub/z.txt", "p.heic", "q.HEIC", "._a.png", "Makefile", ".eaDir/b.png")
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nothing")
     os.mkfifo(tmp_path / "pipe.png")
@@ -183,7 +183,7 @@ def test_heic_counts_where_the_extra_is_installed(tmp_path: Path, monkeypatch: p
     assert names_in(tmp_path) == ["a.HEIC", "b.heif", "c.png"]
 
 
-def test_a_text_that_is_no_list_by_its_name_is_told_how(tmp_path: Path) -> None:
+def test_a_text_without_a_lists_suffix_is_told_how(tmp_path: Path) -> None:
     (tmp_path / "photos").write_text("a.png\nb.png\n")
     with pytest.raises(UnreadableImageError, match=r"a list of images ends in \.txt, or comes on standard input"):
         find_images([str(tmp_path / "photos")]).load(0)

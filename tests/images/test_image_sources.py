@@ -36,7 +36,7 @@ def touch(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [grow, touch])
-def test_a_file_that_changes_after_the_list_is_made_is_refused(change: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_file_that_changes_after_listing_is_refused(change: Callable[[Path], None], tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (4, 4)).save(path)
     files = ImageFiles((path,))

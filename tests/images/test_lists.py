@@ -39,12 +39,12 @@ def test_empty_lines_count_for_nothing() -> None:
     assert listed_paths(b"") == []
 
 
-def test_a_name_that_is_no_utf_8_is_the_file_of_these_bytes() -> None:
+def test_a_name_that_is_no_utf_8_names_its_bytes() -> None:
     assert [os.fsencode(path) for path in listed_paths(b"b\xff.png\n")] == [b"b\xff.png"]
     assert [os.fsencode(path) for path in listed_paths(b"\xef\xbb\xbfb\xff.png\n")] == [b"b\xff.png"]
 
 
-def test_a_stream_of_text_gives_the_bytes_it_was_made_from() -> None:
+def test_a_stream_of_text_gives_its_original_bytes() -> None:
     content = "a\udcff\u2028.png\r\n".encode("utf-8", "surrogateescape")
     text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", errors="surrogateescape")
     assert read_bytes(text) == read_bytes(io.BytesIO(content)) == content
@@ -62,6 +62,6 @@ def test_a_list_that_is_named_is_read_as_one(suffix: str, tmp_path: Path) -> Non
 def test_a_list_that_cannot_be_read_is_no_input(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "torn.txt").write_bytes(b"\xff\xfea")
-    for name, why in (("pipe", "a list is a regular file"), ("torn", "byte order mark"), ("gone", "no such file")):
+    for name, why in (("pipe", "a list must be a regular file"), ("torn", "byte order mark"), ("gone", "no such file")):
         with pytest.raises(NoInputError, match=why):
             find_images([str(tmp_path / f"{name}.txt")])

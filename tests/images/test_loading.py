@@ -77,7 +77,7 @@ class Drawn:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
-def test_images_come_back_in_the_order_asked_for_with_the_unreadable_named(files: ImageFiles, workers: int) -> None:
+def test_images_come_back_in_the_order_asked_for(files: ImageFiles, workers: int) -> None:
     loaded = list(load_in_order(files, PLAIN, ORDER, workers))
     assert [image.index for image in loaded] == ORDER
     for image in loaded:
@@ -140,7 +140,7 @@ def sockets_of(process: int) -> set[str]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_process_holds_no_end_of_a_pipe_but_its_own() -> None:
+def test_a_process_holds_no_pipe_but_its_own() -> None:
     loaded = load_in_order(Drawn(), LARGE, itertools.repeat(0), workers=3)
     next(loaded)
     ours, *theirs = map(sockets_of, (os.getpid(), *(process.pid for process in processes())))
@@ -229,7 +229,7 @@ def test_a_process_prints_nothing_of_what_a_decoder_says(tmp_path: Path, capfd: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_group_is_left_to_the_parent(number: signal.Signals) -> None:
+def test_a_signal_to_the_group_is_left_to_the_parent(number: signal.Signals) -> None:
     """As a terminal, torchrun and systemd send it."""
     loaded = load_in_order(Drawn(), PLAIN, [0] * 40, workers=2)
     next(loaded)
@@ -238,7 +238,7 @@ def test_a_signal_to_the_whole_group_is_left_to_the_parent(number: signal.Signal
     assert len(list(loaded)) == 39
 
 
-def test_ctrl_c_while_a_process_starts_is_left_to_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_at_the_start_is_left_to_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     fork = os.fork
 
     def interrupted() -> int:
@@ -316,7 +316,7 @@ def odd_files(tmp_path: Path) -> ImageFiles:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_was_done_to_images_is_said_in_a_line_each(odd_files: ImageFiles, workers: int) -> None:
+def test_what_was_done_to_images_is_said_in_lines(odd_files: ImageFiles, workers: int) -> None:
     preprocess, told = Preprocessing(80, (0, 0, 0), (1, 1, 1), "short", 8, max_tokens=400), []
     changes, other = Changes(), Changes()
     for indices, into in (([0, 1, 1, 0], changes), ([1, 2], other)):
@@ -328,12 +328,12 @@ def test_what_was_done_to_images_is_said_in_a_line_each(odd_files: ImageFiles, w
     told.clear()
     changes.tell(told.append, 1400)
     assert told == [
-        Noted("of 1 image (pages.tif) with several pages or frames, only the first is used"),
+        Noted("only the first page or frame is used of 1 image (pages.tif)"),
         Noted("2 images (strip.png, …) scaled down to at most 1,400 patch tokens (--max-tokens)"),
     ]
 
 
-def test_nothing_is_said_of_images_that_are_used_as_they_are(files: ImageFiles) -> None:
+def test_nothing_is_said_of_images_used_as_they_are(files: ImageFiles) -> None:
     changes, told = Changes(), []
     assert list(readable(load_in_order(files, PLAIN, [0, 1]), {}, told.append, changes))
     changes.tell(told.append)

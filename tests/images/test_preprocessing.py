@@ -38,7 +38,7 @@ def test_a_centre_crop_has_the_size_asked_for(shape: tuple[int, int]) -> None:
     assert centre_crop(Image.new("RGB", shape), 518).size == (518, 518)
 
 
-def test_what_travels_is_bytes_and_normalizing_them_is_all_that_is_left(cat: Image.Image) -> None:
+def test_bytes_travel_and_only_normalizing_is_left(cat: Image.Image) -> None:
     preprocess = Preprocessing(28, MEAN, STD)
     pixels = preprocess.fit(cat)
     assert (pixels.dtype, pixels.shape) == (np.uint8, (28, 28, 3))
@@ -52,7 +52,7 @@ def test_square_gives_the_bits_that_it_always_gave(cat: Image.Image) -> None:
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["wide", "high"])
-def test_short_keeps_the_longer_side_in_proportion_but_for_part_of_a_patch(cat: Image.Image, turned: bool) -> None:
+def test_short_keeps_the_longer_side_in_proportion(cat: Image.Image, turned: bool) -> None:
     image = cat.transpose(Image.Transpose.ROTATE_90) if turned else cat
     long = round(451 * 70 / 300)  # 105: 7 patches of 14 and 7 pixels more
     resized = np.asarray(image.resize((70, long) if turned else (long, 70), Image.Resampling.BICUBIC))
@@ -93,9 +93,7 @@ def test_preprocessing_normalizes_channel_by_channel(cat: Image.Image) -> None:
 @pytest.mark.parametrize("resize", ["short", "none"])
 @pytest.mark.parametrize("shape", [(700, 700), (710, 3000), (4000, 301), (900, 1411)])
 @pytest.mark.parametrize("most", [100, 400, 1601])
-def test_an_image_of_too_many_tokens_is_scaled_down_in_its_shape(
-    resize: Resize, shape: tuple[int, int], most: int
-) -> None:
+def test_an_image_of_too_many_tokens_is_scaled_down(resize: Resize, shape: tuple[int, int], most: int) -> None:
     preprocess = Preprocessing(280, MEAN, STD, resize, 14, most)
     unbounded = Preprocessing(280, MEAN, STD, resize, 14).fit(Image.new("RGB", shape)).shape
     bounded = preprocess.bounded_size(*shape)
@@ -123,7 +121,7 @@ def test_a_bounded_image_is_resized_once_from_its_own_pixels(cat: Image.Image) -
     np.testing.assert_array_equal(preprocess.fit(cat), resized[1:113, 1:169])
 
 
-def test_an_image_within_the_bound_has_the_bits_that_it_had(cat: Image.Image) -> None:
+def test_an_image_within_the_bound_keeps_its_bits(cat: Image.Image) -> None:
     for resize in ("short", "none"):
         unbounded = Preprocessing(280, MEAN, STD, resize, 14)
         tokens = unbounded.fit(cat).shape[0] * unbounded.fit(cat).shape[1] // 14**2
@@ -135,7 +133,7 @@ def test_a_square_has_the_tokens_of_its_size() -> None:
 
 
 @pytest.mark.timeout(20)
-def test_a_line_of_pixels_is_refused_and_a_strip_is_not() -> None:
+def test_a_line_of_pixels_is_refused_but_not_a_strip() -> None:
     preprocess = Preprocessing(280, MEAN, STD, "short", 14, 1600)
     with pytest.raises(UnreadableImageError, match="1×5000 pixels are too narrow"):
         preprocess.fit(Image.new("RGB", (1, 5000)))

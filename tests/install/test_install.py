@@ -36,7 +36,7 @@ def python(installed: Path, python_of: Callable[[Path], Python]) -> Python:
     return python_of(installed)
 
 
-def test_the_wheel_holds_what_is_needed_at_run_time_and_no_folder_named_plugins(wheel: Path) -> None:
+def test_the_wheel_holds_just_what_is_needed_at_run_time(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     data = {name.split(".data/data/")[1] for name in names if ".data/data/" in name}

@@ -40,7 +40,7 @@ def test_the_readme_shows_the_very_files() -> None:
         assert f"```{language}\n{path.read_text(encoding='utf-8')}```\n" in readme
 
 
-def test_it_is_one_module_of_under_sixty_lines_that_imports_sinder_cli_alone() -> None:
+def test_it_is_one_short_module_that_imports_sinder_cli_alone() -> None:
     lines = MODULE.read_text(encoding="utf-8").splitlines()
     assert len(lines) < 60
     imports = [line for line in lines if line.startswith(("import ", "from "))]

@@ -16,6 +16,7 @@ from torch import Tensor
 from sinder_cli import ModelRequest, api
 from sinder_cli.exporting.settings import ExportSettings
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.requests import ExportRequest, PredictRequest, RepairRequest
 
 STEPS, SIZE = 10, 518
 MARKING = {"mask_threshold": 2.5, "min_tokens": 3, "min_gap": 1.12, "stop_density": 1}  # block 7 alone has such a gap
@@ -29,7 +30,7 @@ def requests(tmp_path_factory: pytest.TempPathFactory) -> Requests:
     official = folder / "vits14.pth"
     torch.save(random_tensors(), official)
     named = ModelRequest("dinov2_vits14", official)
-    api.export(named, folder / "hf", ExportSettings("transformers", verify=False))
+    api.export(ExportRequest(named, ExportSettings("transformers", verify=False)), folder / "hf")
     timm = ModelRequest("timm/vit_small_patch14_dinov2", official)
     return {"dinov2": named, "hf": ModelRequest(f"hf/{folder / 'hf'}"), "timm": timm}
 
@@ -57,7 +58,7 @@ def random_tensors() -> dict[str, Tensor]:
 
 @pytest.mark.slow
 def test_directions_agree_to_a_hundredth_of_a_degree(requests: Requests) -> None:
-    found = {name: api.predict(request, ("cumulative",)) for name, request in requests.items()}
+    found = {name: api.predict_defects(PredictRequest(request, ("cumulative",))) for name, request in requests.items()}
     for name, prediction in found.items():
         chords = (prediction.directions() - found["dinov2"].directions()).double().norm(dim=-1)
         assert math.degrees(2 * math.asin(float(chords.max()) / 2)) <= 0.01, name
@@ -79,7 +80,7 @@ def test_deltas_after_ten_steps_agree(requests: Requests, photographs: Path, tmp
     )
     deltas = {}
     for name, request in requests.items():
-        result = api.repair(request, [str(photographs)], tmp_path / name, settings)
+        result = api.repair(RepairRequest(request, [str(photographs)], settings), tmp_path / name)
         assert result is not None
         deltas[name] = load_file(tmp_path / name / "adapter.safetensors")
     expected = deltas["dinov2"]

@@ -30,6 +30,7 @@ from sinder_cli.defects.inpainting import inpainted
 from sinder_cli.defects.tokens import last_tokens, residual_stream
 from sinder_cli.images.decoding import decode
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.requests import RepairRequest
 
 SIZE = 518
 FACTOR = 3.0  # × the median patch norm of the image
@@ -160,11 +161,13 @@ def rows_of(name: str, ways: Sequence[str], folder: Path) -> list[Row]:
         began = time.monotonic()
         with torch.enable_grad():
             result = api.repair(
-                ModelRequest(plants.MODEL, weights=checkpoint),
-                [str(path) for path in some(pictures.training, count)],
+                RepairRequest(
+                    ModelRequest(plants.MODEL, weights=checkpoint),
+                    [str(path) for path in some(pictures.training, count)],
+                    RepairSettings.model_validate(chosen | {"image_size": SIZE}),
+                    force=True,
+                ),
                 run,
-                RepairSettings.model_validate(chosen | {"image_size": SIZE}),
-                force=True,
             )
         seconds = time.monotonic() - began
         assert result is not None

@@ -17,6 +17,7 @@ from sinder_cli import ModelRequest, api
 from sinder_cli.defects.tokens import last_tokens
 from sinder_cli.images.decoding import decode
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.requests import RepairRequest
 
 SIZE = 266  # pixels: 19 × 19 patches
 PLANT = plants.Plant("block 7", (plants.Defect(7, 0.004, 15.0, seed=3),))
@@ -42,7 +43,7 @@ def twins(real: tuple[Path, Photographs], tmp_path_factory: pytest.TempPathFacto
     return folder / "planted.pth", folder / "twin.pth"
 
 
-def test_a_planted_defect_goes_and_the_features_come_back_to_the_twins(
+def test_a_planted_defect_goes_and_the_features_come_back(
     real: tuple[Path, Photographs], twins: tuple[Path, Path], tmp_path: Path
 ) -> None:
     _, pictures = real
@@ -57,7 +58,7 @@ def test_a_planted_defect_goes_and_the_features_come_back_to_the_twins(
     assert (before.original, filled.inpainted) == (pytest.approx((1, 1)), pytest.approx((1, 1)))
     settings = RepairSettings(image_size=SIZE, workers=0)
     request = ModelRequest(plants.MODEL, weights=twins[0])
-    result = api.repair(request, [str(path) for path in pictures.training], tmp_path / "run", settings)
+    result = api.repair(RepairRequest(request, [str(path) for path in pictures.training], settings), tmp_path / "run")
     assert result is not None
     after = judged("", "", plants.opened(tmp_path / "run" / "model.safetensors"), references, marks, images)
     assert result.summary["verdict"] == "repaired"
@@ -69,13 +70,13 @@ def test_a_planted_defect_goes_and_the_features_come_back_to_the_twins(
     assert after.marked >= 0.95
 
 
-def test_the_real_model_as_it_is_is_healthy_and_is_left_as_it_is(
-    real: tuple[Path, Photographs], tmp_path: Path
-) -> None:
+def test_the_real_model_is_healthy_and_left_as_it_is(real: tuple[Path, Photographs], tmp_path: Path) -> None:
     weights, pictures = real
     settings = RepairSettings(image_size=SIZE, workers=0)
     request = ModelRequest(plants.MODEL, weights=weights)
-    result = api.repair(request, [str(path) for path in pictures.training[::2]], tmp_path / "run", settings)
+    result = api.repair(
+        RepairRequest(request, [str(path) for path in pictures.training[::2]], settings), tmp_path / "run"
+    )
     assert result is not None
     assert (result.summary["verdict"], result.summary["steps"]) == ("healthy", 0)
     written = load_file(tmp_path / "run" / "model.safetensors")
@@ -85,7 +86,7 @@ def test_the_real_model_as_it_is_is_healthy_and_is_left_as_it_is(
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "eva02_tiny_patch14_224"])
-def test_models_of_other_families_with_random_weights_are_healthy_on_photographs(
+def test_random_models_of_other_families_are_healthy_on_photographs(
     name: str, real: tuple[Path, Photographs], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -95,7 +96,7 @@ def test_models_of_other_families_with_random_weights_are_healthy_on_photographs
     )
     request = ModelRequest(f"timm/{name}", weights=tmp_path / "random.safetensors")
     settings = RepairSettings(workers=0, scan_images=8, max_steps=1)
-    result = api.repair(request, [str(path) for path in real[1].training], tmp_path / "run", settings)
+    result = api.repair(RepairRequest(request, [str(path) for path in real[1].training], settings), tmp_path / "run")
     assert result is not None
     assert max(block["max_ratio"] for block in result.summary["scan"]["blocks"]) > 2
     assert (result.summary["verdict"], result.summary["steps"]) == ("healthy", 0)

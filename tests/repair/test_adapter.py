@@ -104,7 +104,7 @@ def test_the_weights_are_the_definition_of_a_delta(single: Any, adapter: Adapter
     torch.testing.assert_close({name: tensor.double() for name, tensor in after.items()}, expected)
 
 
-def test_another_machine_gives_the_same_weights_of_a_model_with_equal_singular_values(
+def test_another_machine_gives_the_same_weights_despite_equal_singular_values(
     single: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
@@ -162,7 +162,7 @@ def test_an_offloaded_repair_gives_the_same_bits(single: Any) -> None:
         assert torch.equal(mine.weight, theirs.weight)
 
 
-def test_weights_that_it_was_not_made_for_are_refused_with_both_fingerprints(single: Any, adapter: Adapter) -> None:
+def test_other_weights_are_refused_with_both_fingerprints(single: Any, adapter: Adapter) -> None:
     other = stored_as(single.backbone, torch.float32, **{"blocks.5.scale1": torch.ones(32)})
     with pytest.raises(ConflictError, match="does not fit memory: it was made for weights of tiny") as refusal:
         adapted(other, adapter, silent)
@@ -195,7 +195,7 @@ def test_a_delta_that_fits_no_target_is_refused_by_name(
         adapted(single.backbone, forged, silent)
 
 
-def test_a_value_that_the_stored_dtype_cannot_hold_is_refused_by_name(single: Any, tmp_path: Path) -> None:
+def test_a_value_too_large_for_the_stored_dtype_is_refused(single: Any, tmp_path: Path) -> None:
     backbone = stored_as(single.backbone, torch.float16)
     adapter = written(tmp_path, backbone, repaired(backbone))
     forged = replace(adapter, deltas={"blocks.1.attention.value": torch.full((32,), 1e6)})

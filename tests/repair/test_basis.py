@@ -118,9 +118,7 @@ def test_another_machine_makes_the_same_weights_of_a_delta(
 
 
 @pytest.mark.parametrize("weight", DEGENERATE.values(), ids=DEGENERATE)
-def test_it_would_not_if_each_singular_value_had_a_delta_of_its_own(
-    weight: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_would_not_with_a_delta_for_each_singular_value(weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = singular_basis(weight)
     delta = trained(mine, plainly_projected)
     assert max(disagreement(mine, on(machine, weight, monkeypatch), delta) for machine in MACHINES) > 1e-2
@@ -142,7 +140,7 @@ def test_threads_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("weight", GENERIC.values(), ids=GENERIC)
-def test_where_singular_values_lie_apart_each_has_a_gradient_of_its_own(weight: Tensor) -> None:
+def test_singular_values_that_lie_apart_have_gradients_of_their_own(weight: Tensor) -> None:
     basis, gradient = singular_basis(weight), drawn(*weight.shape, seed=5).to(weight.dtype)
     assert basis.groups == ()
     assert basis.rank == sum(sigma > NEAR_EQUAL * max(basis.S) for sigma in basis.S)
@@ -151,7 +149,7 @@ def test_where_singular_values_lie_apart_each_has_a_gradient_of_its_own(weight: 
 
 
 @pytest.mark.parametrize("weight", DEGENERATE.values(), ids=DEGENERATE)
-def test_a_group_keeps_one_delta_to_the_last_bit_and_what_vanishes_none(weight: Tensor) -> None:
+def test_a_group_keeps_one_delta_to_the_last_bit(weight: Tensor) -> None:
     basis = singular_basis(weight)
     delta = trained(basis, SingularBasis.project)
     assert basis.groups or basis.rank < len(basis.S)
@@ -160,7 +158,7 @@ def test_a_group_keeps_one_delta_to_the_last_bit_and_what_vanishes_none(weight: 
     assert not delta[basis.rank :].any()
 
 
-def test_a_group_gets_the_mean_of_its_gradients_whatever_its_vectors() -> None:
+def test_a_group_gets_the_mean_of_its_gradients() -> None:
     basis, gradient = singular_basis(DEGENERATE["nearly equal"]), drawn(20, 10, seed=9)
     assert basis.groups == ((1, 4), (4, 6))
     expected = plainly_projected(basis, gradient)
@@ -197,7 +195,7 @@ def test_near_equal_and_vanishing_singular_values_are_found(
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
-def test_a_basis_projects_a_gradient_onto_the_diagonal_of_its_singular_vectors(shape: tuple[int, int]) -> None:
+def test_a_basis_projects_a_gradient_onto_its_diagonal(shape: tuple[int, int]) -> None:
     weight, gradient = drawn(*shape), drawn(*shape, seed=1)
     basis = singular_basis(weight)
     torch.testing.assert_close(basis.project(gradient), plainly_projected(basis, gradient))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import Pictures
+from tiny_runs import Pictures
 
 from sinder_cli.errors import BadInputError
 from sinder_cli.images.preprocessing import Preprocessing
@@ -45,15 +45,13 @@ def numbers(files: ImageFiles, steps: int, done: int = 0, **settings: object) ->
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 9])
-def test_a_run_that_goes_on_sees_the_images_that_it_would_have_seen(
-    files: ImageFiles, batch_size: int, workers: int
-) -> None:
+def test_a_run_that_goes_on_sees_the_same_images(files: ImageFiles, batch_size: int, workers: int) -> None:
     whole = numbers(files, 12, batch_size=batch_size)
     for done in (0, 1, 5, 11):
         assert numbers(files, 12 - done, done, batch_size=batch_size, workers=workers) == whole[done:]
 
 
-def test_the_order_does_not_depend_on_the_size_of_the_batches(files: ImageFiles) -> None:
+def test_the_order_does_not_depend_on_the_batch_size(files: ImageFiles) -> None:
     one, three = (sum(numbers(files, 30 // size, batch_size=size), []) for size in (1, 3))  # noqa: RUF017
     assert one == three
 
@@ -75,7 +73,7 @@ def test_another_seed_is_another_order(files: ImageFiles) -> None:
     assert numbers(files, 12, seed=0) == numbers(files, 12, seed=0) != numbers(files, 12, seed=1)
 
 
-def test_an_unreadable_image_is_missing_from_its_batch_and_shifts_no_other(files: ImageFiles) -> None:
+def test_an_unreadable_image_shifts_no_other(files: ImageFiles) -> None:
     seen = numbers(files, 7, batch_size=2)
     assert sorted(sum(seen, [])) == sorted(2 * [n for n in range(COUNT) if n not in BROKEN])  # noqa: RUF017
     assert {len(batch) for batch in seen} <= {0, 1, 2}
@@ -93,7 +91,7 @@ def test_an_unreadable_image_is_missing_from_its_batch_and_shifts_no_other(files
     ids=["vanished", "newer", "larger", "torn"],
 )
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_vanishes_or_changes_during_the_run_is_told_and_left_out(
+def test_a_file_that_vanishes_or_changes_is_left_out(
     files: ImageFiles, change: Callable[[Path], None], workers: int
 ) -> None:
     change(files.paths[3])
@@ -105,7 +103,7 @@ def test_a_file_that_vanishes_or_changes_during_the_run_is_told_and_left_out(
     assert unreadable[str(files.paths[3])]
 
 
-def test_a_batch_none_of_whose_images_can_be_read_is_empty() -> None:
+def test_a_batch_of_unreadable_images_is_empty() -> None:
     settings = RepairSettings(batch_size=2)
     (batch,) = islice(step_batches(Pictures(None, None), PLAIN, settings, 0, {}, lambda _: None), 1)
     assert batch.pixels.shape == (0, 3, 4, 4)
@@ -127,7 +125,7 @@ def test_a_batch_none_of_whose_images_can_be_read_is_empty() -> None:
         (1000, 0, True, True),
     ],
 )
-def test_one_in_a_hundred_may_be_unreadable_and_none_if_strict(
+def test_one_in_a_hundred_may_be_unreadable_unless_strict(
     images: int, unreadable: int, strict: bool, passes: bool
 ) -> None:
     source = Pictures(*[torch.zeros(3, 4, 4)] * images)
@@ -145,9 +143,7 @@ def test_one_in_a_hundred_may_be_unreadable_and_none_if_strict(
     ("images", "broken", "lost", "passes"),
     [(12, 0, 1, False), (12, 1, 1, False), (99, 0, 1, False), (100, 0, 1, True), (100, 1, 1, False), (200, 1, 1, True)],
 )
-def test_images_that_are_lost_during_the_run_are_one_in_a_hundred_at_most_however_few_there_are(
-    images: int, broken: int, lost: int, passes: bool
-) -> None:
+def test_at_most_one_in_a_hundred_images_may_be_lost(images: int, broken: int, lost: int, passes: bool) -> None:
     source = Pictures(*[torch.zeros(3, 4, 4)] * images)
     named = {source.name(index): f"{CHANGED}: No such file" for index in range(lost)}
     named |= {source.name(lost + index): "it is broken" for index in range(broken)}
@@ -160,7 +156,7 @@ def test_images_that_are_lost_during_the_run_are_one_in_a_hundred_at_most_howeve
         require_readable(source, named, strict=False)
 
 
-def test_a_file_that_vanishes_and_one_that_never_was_there_are_told_apart(files: ImageFiles, tmp_path: Path) -> None:
+def test_a_vanished_file_is_told_from_one_never_there(files: ImageFiles, tmp_path: Path) -> None:
     files = ImageFiles((*files.paths, tmp_path / "never.png"))
     files.paths[3].unlink()
     unreadable: dict[str, str] = {}

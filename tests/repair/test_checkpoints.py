@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import RED, Pictures, Run, another, same
 from safetensors.torch import load_file
+from tiny_runs import RED, Pictures, Run, another, same
 from torch import Tensor
 
 from sinder_cli.errors import BadInputError, CannotCreateError, StorageError
@@ -91,9 +91,7 @@ def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(single: Any, steps: int, ba
         assert one.velocity.any()
 
 
-def test_a_checkpoint_brings_back_the_random_state_the_counters_and_the_recent_images(
-    single: Any, tmp_path: Path
-) -> None:
+def test_a_checkpoint_brings_back_the_random_state_and_the_counters(single: Any, tmp_path: Path) -> None:
     first = Run(another(single), pictures(single), **SETTINGS)
     first.take(5)
     first.progress.nonfinite, first.progress.nonfinite_in_a_row = 4, 2
@@ -123,7 +121,7 @@ GREEDY: dict[str, Any] = {"recipe": "sinder", "trust": 0.1, "max_steps": 9, "sto
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8])
-def test_a_greedy_run_goes_on_from_a_checkpoint_bit_for_bit(single_writer: Any, steps: int, tmp_path: Path) -> None:
+def test_a_greedy_run_goes_on_bit_for_bit(single_writer: Any, steps: int, tmp_path: Path) -> None:
     red = [single_writer.image(index, torch.float32, red=RED) for index in range(3)]
     whole, first, second = (Run(another(single_writer), Pictures(*red), **GREEDY) for _ in range(3))
     records = whole.finish()
@@ -140,7 +138,7 @@ def test_a_greedy_run_goes_on_from_a_checkpoint_bit_for_bit(single_writer: Any, 
 
 
 @pytest.mark.parametrize("cls", [0.75, None])
-def test_a_checkpoint_brings_back_the_best_state_and_what_the_guard_has_seen(
+def test_a_checkpoint_brings_back_what_the_guard_has_seen(
     single_writer: Any, cls: float | None, tmp_path: Path
 ) -> None:
     red = [single_writer.image(index, torch.float32, red=RED) for index in range(3)]
@@ -165,7 +163,7 @@ def test_a_checkpoint_brings_back_the_best_state_and_what_the_guard_has_seen(
         assert getattr(second.progress, name) == getattr(first.progress, name) != getattr(Progress(1), name)
 
 
-def test_the_random_state_of_no_cuda_device_is_saved_for_a_module_that_is_on_none(
+def test_a_module_off_cuda_saves_no_cuda_random_state(
     single: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -177,7 +175,7 @@ def test_the_random_state_of_no_cuda_device_is_saved_for_a_module_that_is_on_non
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_the_random_state_that_is_saved_is_that_of_the_modules_device(
+def test_the_random_state_saved_is_that_of_the_modules_device(
     number: int, single: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = torch.device("cuda", number)
@@ -199,7 +197,7 @@ def test_without_a_checkpoint_there_is_nothing_to_restore(single: Any, tmp_path:
     assert run.events == []
 
 
-def test_the_newest_two_are_kept_and_every_basis_is_written_once(single: Any, tmp_path: Path) -> None:
+def test_the_newest_two_are_kept_with_each_basis_once(single: Any, tmp_path: Path) -> None:
     run = Run(single, pictures(single), **SETTINGS)
     checkpoints = Checkpoints(tmp_path)
     written: dict[Path, int] = {}
@@ -219,7 +217,7 @@ def test_the_newest_two_are_kept_and_every_basis_is_written_once(single: Any, tm
     assert {path: path.stat().st_mtime_ns for path in checkpoints.bases.iterdir()} == written
 
 
-def test_a_checkpoint_is_safetensors_and_json_with_a_manifest_of_hashes(single: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_is_safetensors_and_json_with_a_manifest(single: Any, tmp_path: Path) -> None:
     run = Run(single, pictures(single), **SETTINGS)
     run.take(3)
     Checkpoints(tmp_path).write(run.deltas, run.progress)
@@ -240,7 +238,7 @@ def test_a_checkpoint_is_safetensors_and_json_with_a_manifest_of_hashes(single: 
 
 @pytest.mark.parametrize("name", [STATE, COUNTERS, MANIFEST])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_torn_newest_checkpoint_is_told_and_the_one_before_it_used(
+def test_the_checkpoint_before_a_torn_newest_one_is_used(
     single: Any, name: str, damage: Callable[[Path], None], tmp_path: Path
 ) -> None:
     whole = Run(another(single), pictures(single), **SETTINGS)
@@ -253,7 +251,7 @@ def test_a_torn_newest_checkpoint_is_told_and_the_one_before_it_used(
     run = restored(single, tmp_path)
     assert run.progress.steps == 3
     assert len(run.warnings) == 1
-    assert "step-000005 is torn" in run.warnings[0]
+    assert "step-000005 is damaged" in run.warnings[0]
     assert "using the checkpoint before it" in run.warnings[0]
     assert not (tmp_path / "step-000005").exists()
     run.finish()
@@ -272,7 +270,7 @@ def test_a_torn_basis_is_found_again_from_its_weight(
     damage(torn)
     run = restored(single, tmp_path, window=1)
     assert run.progress.steps == 2
-    assert ["is torn: decomposing blocks." in warning for warning in run.warnings] == [True]
+    assert ["is damaged: decomposing blocks." in warning for warning in run.warnings] == [True]
     assert torn.read_bytes() == bits
     whole.finish()
     run.finish()
@@ -280,7 +278,7 @@ def test_a_torn_basis_is_found_again_from_its_weight(
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_torn_basis_that_another_machine_would_not_find_again_tears_the_checkpoints_that_name_it(
+def test_a_torn_basis_tears_the_checkpoints_that_name_it(
     single: Any, damage: Callable[[Path], None], tmp_path: Path
 ) -> None:
     order = list(zip(range(4), shuffled(4, 0), strict=False))
@@ -299,7 +297,7 @@ def test_a_torn_basis_that_another_machine_would_not_find_again_tears_the_checkp
     again = Checkpoints(tmp_path)
     assert again.restore(run.deltas, run.progress, run.events.append)
     assert run.progress.steps == late - 1
-    assert "has another on this machine): using the checkpoint before it" in run.warnings[1]
+    assert "gives another one on this machine): using the checkpoint before it" in run.warnings[1]
     run.deltas.decompose = singular_basis
     run.take(1)
     again.write(run.deltas, run.progress)
@@ -309,7 +307,7 @@ def test_a_torn_basis_that_another_machine_would_not_find_again_tears_the_checkp
     assert same(third.weights, whole.weights)
 
 
-def test_where_all_checkpoints_are_torn_nothing_is_resumed_and_nothing_removed(single: Any, tmp_path: Path) -> None:
+def test_nothing_is_resumed_where_all_checkpoints_are_torn(single: Any, tmp_path: Path) -> None:
     run = Run(single, pictures(single), **SETTINGS)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     for _ in range(2):
@@ -318,7 +316,7 @@ def test_where_all_checkpoints_are_torn_nothing_is_resumed_and_nothing_removed(s
     for folder in checkpoints.folder.glob("step-*"):
         flip(folder / STATE)
     told: list[object] = []
-    with pytest.raises(BadInputError, match="no checkpoint is whole") as caught:
+    with pytest.raises(BadInputError, match="no checkpoint is intact") as caught:
         checkpoints.restore(run.deltas, run.progress, told.append)
     assert caught.value.exit_code == 65
     assert "--force" in str(caught.value)
@@ -349,7 +347,7 @@ def test_a_disk_that_fails_for_a_while_costs_no_checkpoint(
     assert restored(single, tmp_path).progress.steps == 2
 
 
-def test_a_torn_checkpoint_is_put_aside_until_the_next_is_whole(single: Any, tmp_path: Path) -> None:
+def test_a_torn_checkpoint_is_put_aside_until_another_is_whole(single: Any, tmp_path: Path) -> None:
     run = Run(another(single), pictures(single), **SETTINGS)
     checkpoints = Checkpoints(tmp_path)
     for _ in range(2):
@@ -383,7 +381,7 @@ def test_a_basis_that_no_checkpoint_names_is_removed(single: Any, tmp_path: Path
     assert orphan.exists()  # nobody knows whose it is
 
 
-def test_a_checkpoint_is_flushed_before_it_is_named_and_its_manifest_is_last(
+def test_a_checkpoint_is_flushed_before_it_is_named(
     single: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A power cut leaves what was flushed, and names in folders that were: every order of both must do."""
@@ -427,7 +425,7 @@ def test_a_checkpoint_is_flushed_before_it_is_named_and_its_manifest_is_last(
     assert done.index(bases[-1]) < done.index(files[0])
 
 
-def test_what_a_killed_write_left_is_no_checkpoint_and_is_swept_away(single: Any, tmp_path: Path) -> None:
+def test_what_a_killed_write_left_is_swept_away(single: Any, tmp_path: Path) -> None:
     run = Run(another(single), pictures(single), **SETTINGS)
     checkpoints = Checkpoints(tmp_path)
     run.take(2)
@@ -456,7 +454,7 @@ def test_a_delta_that_is_not_finite_is_never_written(single: Any, value: float, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_steps_that_are_not_finite_drive_out_no_state_that_is_proven(single: Any, tmp_path: Path) -> None:
+def test_steps_that_are_not_finite_drive_out_no_proven_state(single: Any, tmp_path: Path) -> None:
     run = Run(single, pictures(single), **SETTINGS)
     checkpoints = Checkpoints(tmp_path)
     for finite in (True, True, True, False, False, False):
@@ -468,7 +466,7 @@ def test_steps_that_are_not_finite_drive_out_no_state_that_is_proven(single: Any
     assert restored(single, tmp_path).progress.steps == 2
 
 
-def test_after_a_finite_step_all_before_it_is_proven_and_the_newest_two_are_kept(single: Any, tmp_path: Path) -> None:
+def test_all_before_a_finite_step_is_proven(single: Any, tmp_path: Path) -> None:
     run = Run(single, pictures(single), **SETTINGS)
     checkpoints = Checkpoints(tmp_path)
     for finite in (True, False, False, False, True, True):
@@ -478,7 +476,7 @@ def test_after_a_finite_step_all_before_it_is_proven_and_the_newest_two_are_kept
 
 
 @pytest.mark.parametrize("writer", ["write_safetensors", "write_json"])
-def test_a_disk_that_fills_up_leaves_the_checkpoint_before_and_nothing_temporary(
+def test_a_full_disk_leaves_the_checkpoint_before(
     single: Any, writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(another(single), pictures(single), **SETTINGS)
@@ -524,7 +522,7 @@ def test_random_damage_is_always_noticed(single: Any, tmp_path: Path) -> None:
         path.write_bytes(torn)
         if path.parent.name == "bases":
             mended = restored(single, tmp_path)
-            noticed += "is torn: decomposing" in mended.warnings[0] and path.read_bytes() == whole
+            noticed += "is damaged: decomposing" in mended.warnings[0] and path.read_bytes() == whole
         else:
             with pytest.raises(BadInputError):
                 restored(single, tmp_path)

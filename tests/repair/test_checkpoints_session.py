@@ -71,7 +71,7 @@ def test_a_run_without_a_step_saves_nothing() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_waits_for_its_step_and_for_a_checkpoint(number: signal.Signals) -> None:
+def test_the_first_signal_waits_for_a_checkpoint(number: signal.Signals) -> None:
     steps, stop = Steps(9), Stop()
     records = steps.records(stop)
     next(records)
@@ -86,7 +86,7 @@ def test_the_first_signal_waits_for_its_step_and_for_a_checkpoint(number: signal
     assert "after step 2" in str(steps.told)
 
 
-def test_a_signal_during_a_step_waits_for_the_end_of_it() -> None:
+def test_a_signal_during_a_step_waits_for_its_end() -> None:
     stop = Stop()
 
     class Heard(Steps):
@@ -183,7 +183,7 @@ def test_what_was_reached_before_a_failure_is_saved(error: Exception) -> None:
     assert steps.saved == [3]
 
 
-def test_a_bug_saves_nothing_since_the_step_may_be_half_done() -> None:
+def test_a_bug_saves_nothing_of_a_half_done_step() -> None:
     steps = Steps(9, fails_at=4, error=ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
         list(steps.records())

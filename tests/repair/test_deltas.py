@@ -21,7 +21,7 @@ def drawn_gradient(target: Target, seed: int) -> Tensor:
     return torch.randn(target.delta.shape, generator=generator, dtype=torch.float64).to(target.delta.dtype)
 
 
-def test_the_descent_is_torchs_sgd_with_momentum_and_no_gradient_for_untouched_targets(planted: Any) -> None:
+def test_the_descent_is_torchs_sgd_with_momentum(planted: Any) -> None:
     deltas = Deltas(planted.backbone, planted.module)
     targets = [*deltas.of_block(1), *deltas.of_block(3)]
     twins = {target.name: torch.zeros_like(target.delta, requires_grad=True) for target in targets}
@@ -61,7 +61,7 @@ def test_only_the_targeted_rows_of_a_fused_weight_change(single: Any) -> None:
     assert same_rows.nonzero().flatten().tolist() == list(range(2 * N))  # query and key
 
 
-def test_a_block_is_decomposed_once_and_its_targets_are_value_output_and_mlp(planted: Any) -> None:
+def test_a_block_is_decomposed_once(planted: Any) -> None:
     events: list[object] = []
     deltas = Deltas(planted.backbone, planted.module, events.append)
     first = deltas.of_block(4)
@@ -109,7 +109,7 @@ class Lost(Ranks):
 
 
 @pytest.mark.parametrize("mine", [[], [3]], ids=["of another alone", "of both"])
-def test_a_rank_that_is_lost_while_its_basis_is_sent_leaves_no_part_of_it(mine: list[int], single: Any) -> None:
+def test_a_rank_lost_while_sending_a_basis_leaves_no_part(mine: list[int], single: Any) -> None:
     deltas = Deltas(single.backbone, single.module)
     before = {index: [target.basis for target in deltas.of_block(index)] for index in mine}
     bits = [basis.U.clone() for bases in before.values() for basis in bases]

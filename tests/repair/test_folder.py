@@ -53,7 +53,7 @@ def run(tmp_path: Path) -> RunFolder:
     return folder
 
 
-def test_a_folder_is_kept_from_a_second_process_and_free_afterwards(run: RunFolder) -> None:
+def test_a_folder_is_kept_from_a_second_process(run: RunFolder) -> None:
     with run.held():
         with pytest.raises(TryAgainError, match="another process is repairing into it") as caught, run.held():
             pass
@@ -62,7 +62,7 @@ def test_a_folder_is_kept_from_a_second_process_and_free_afterwards(run: RunFold
         pass
 
 
-def test_a_process_that_was_forked_meanwhile_does_not_keep_the_folder(run: RunFolder) -> None:
+def test_a_forked_process_does_not_keep_the_folder(run: RunFolder) -> None:
     ours, theirs = socket.socketpair()
     with run.held():
         with warnings.catch_warnings():
@@ -107,7 +107,7 @@ def test_a_file_system_that_locks_no_folder_is_told(run: RunFolder, monkeypatch:
     ]
 
 
-def test_what_a_killed_process_has_left_is_removed_and_nothing_else(run: RunFolder) -> None:
+def test_only_what_a_killed_process_has_left_is_removed(run: RunFolder) -> None:
     leftovers = [".config.json.abcd1234.part", ".model.safetensors.abcd1234.part", "checkpoints/.step-000001.ab.part"]
     others = [".notes.txt.abcd1234.part", "model.safetensors.part", "checkpoints/notes.part"]
     (run.path / "checkpoints").mkdir()
@@ -137,14 +137,12 @@ def test_a_folder_that_holds_no_run_is_never_touched(resume: bool, force: bool, 
 
 
 def test_a_run_that_is_there_needs_resume_or_force(run: RunFolder) -> None:
-    with pytest.raises(CannotCreateError, match="did not finish; --resume goes on with it, --force starts anew"):
+    with pytest.raises(CannotCreateError, match="did not finish; --resume continues it, --force starts anew"):
         run.require_free(resume=False, force=False)
     assert run.require_free(resume=True, force=False) is True
     assert run.require_free(resume=False, force=True) is False
     run.summary.write_text("{}")
-    with pytest.raises(
-        CannotCreateError, match="a finished run without all its files; --resume goes on with it, --force"
-    ):
+    with pytest.raises(CannotCreateError, match="a finished run without all its files; --resume continues it, --force"):
         run.require_free(resume=False, force=False)
     for path in run.written[:-1]:
         path.write_text("{}")
@@ -153,7 +151,7 @@ def test_a_run_that_is_there_needs_resume_or_force(run: RunFolder) -> None:
     assert caught.value.exit_code == 73
 
 
-def test_a_new_run_removes_what_belongs_to_the_old_one_and_nothing_else(run: RunFolder) -> None:
+def test_a_new_run_removes_only_what_the_old_one_left(run: RunFolder) -> None:
     for path in (*run.written, run.path / "notes.txt", run.path / "checkpoints" / "step-000001" / "state.json"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
@@ -221,29 +219,29 @@ CHANGES: dict[str, Callable[[list[Path]], object]] = {
     "image {0} had 5 bytes and has 6": lambda files: files[0].write_bytes(b"longer"),
     "image {1} has other contents of the same size": lambda files: files[1].write_bytes(b"other"),
     "image {2} had 5 bytes and has -1": lambda files: files[2].unlink(),
-    "image {0} is now {1}, which is another": lambda files: (
+    "image {0} is now {1}, a different image": lambda files: (
         files.reverse() or files.sort(key=lambda p: p.name != "b.png")
     ),
-    "there were 3 images and are 2, {2} is gone": lambda files: files.pop(),
-    "there were 3 images and are 4, {3} is new": lambda files: files.append(files[0]),
+    "there were 3 images and now there are 2, {2} is gone": lambda files: files.pop(),
+    "there were 3 images and now there are 4, {3} is new": lambda files: files.append(files[0]),
 }
 
 
 @pytest.mark.parametrize("why", CHANGES)
-def test_a_run_is_not_gone_on_with_over_other_images_and_the_first_of_them_is_named(
-    why: str, run: RunFolder, files: list[Path]
-) -> None:
+def test_a_run_does_not_go_on_over_other_images(why: str, run: RunFolder, files: list[Path]) -> None:
     begun_over(run, files)
     before = list(files)
     CHANGES[why](files)
     with pytest.raises(ConflictError) as caught:
         run.require_same(config(), ImageFiles(tuple(files)))
     said = why.format(*before, files[-1])
-    assert str(caught.value).startswith(f"cannot resume {run.path}: {said}; give what it was, as `sinder repair ")
+    assert str(caught.value).startswith(
+        f"cannot resume {run.path}: {said}; give what the run began with, as `sinder repair "
+    )
     assert caught.value.exit_code == 78
 
 
-def test_images_may_have_another_time_or_place_if_their_bytes_are_the_same(
+def test_images_of_the_same_bytes_may_have_moved(
     run: RunFolder, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun_over(run, files)
@@ -264,9 +262,7 @@ def test_images_that_are_what_they_were_are_not_read_again(
     run.require_same(config(), ImageFiles(tuple(Path(path.name) for path in files)))
 
 
-def test_an_image_that_could_not_be_read_is_listed_and_is_the_same_while_it_cannot(
-    run: RunFolder, files: list[Path]
-) -> None:
+def test_an_image_that_stays_unreadable_is_the_same(run: RunFolder, files: list[Path]) -> None:
     odd = [*files, Path("nul\0.png"), files[0].parent, files[0].parent / "odd \udcff\n.png"]
     begun_over(run, odd)
     run.require_same(config(), ImageFiles(tuple(odd)))
@@ -317,7 +313,7 @@ def test_a_torn_config_is_bad_input(text: str, run: RunFolder) -> None:
         assert caught.value.exit_code == 65
 
 
-def test_sidecars_are_kept_and_those_of_an_earlier_run_are_not(run: RunFolder) -> None:
+def test_sidecars_are_kept_unless_of_an_earlier_run(run: RunFolder) -> None:
     assert run.read_sidecars() == {}
     run.write_sidecars({"config.json": "{}", "more.json": "größer"})
     assert run.read_sidecars() == {"config.json": "{}", "more.json": "größer"}
@@ -346,7 +342,7 @@ def record(step: int) -> StepRecord:
     return StepRecord(step, step, 0, None, 0, None, None, None, None, 0.0, 0.0)
 
 
-def test_metrics_after_a_checkpoint_are_dropped_and_so_are_torn_lines(run: RunFolder) -> None:
+def test_metrics_after_a_checkpoint_are_dropped(run: RunFolder) -> None:
     for step in range(1, 6):
         run.record(record(step))
     whole = run.metrics.read_text().splitlines(keepends=True)

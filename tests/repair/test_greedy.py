@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from runs import RED, Pictures, Run
+from tiny_runs import RED, Pictures, Run
 from torch import Tensor
 
 from sinder_cli.backbone.contract import WeightRef
@@ -69,14 +69,14 @@ def after(parts: list[BlockGradient], targets: list[Target], **settings: Any) ->
     return move, gain
 
 
-def test_near_equal_singular_values_have_one_scale_and_those_that_vanish_have_none() -> None:
+def test_near_equal_singular_values_have_one_scale() -> None:
     values = [5.0, 3.0 + 1e-9, 3.0, 1.0, 1e-10]
     found = target(values)
     assert found.basis.groups == ((1, 3),)
     torch.testing.assert_close(scale_of(found), torch.tensor([5.0, 3.0, 3.0, 1.0, 0.0]))
 
 
-def test_the_scale_leaves_the_basis_as_it_was_in_float64_too() -> None:
+def test_the_scale_leaves_the_basis_alone_in_float64_too() -> None:
     found = target([5.0, 3.0 + 1e-9, 3.0, 1.0, 1e-10])
     found.delta = found.delta.double()
     before = found.basis.S.clone()
@@ -160,7 +160,7 @@ def test_probes_measure_the_mean_square_jacobian_of_ordinary_tokens(
     assert sum(ratios) / len(ratios) == pytest.approx(1, abs=0.05)
 
 
-def test_a_block_that_was_measured_before_takes_fewer_probes_and_at_last_none(planted: Any) -> None:
+def test_a_block_measured_before_takes_fewer_probes(planted: Any) -> None:
     images = planted.image(0, red=RED)[None]
     chosen = RepairSettings.model_validate({"recipe": "paper", "min_gap": 1.1, "step": "greedy"})
 
@@ -202,7 +202,7 @@ def test_crowded_images_are_probed_only_where_nothing_is_known_yet(
         torch.testing.assert_close(both.responses[name], response)
 
 
-def test_a_singular_value_that_writes_the_defect_answers_for_all_of_the_loss(writer: Any) -> None:
+def test_a_singular_value_that_writes_the_defect_answers_for_it(writer: Any) -> None:
     images = torch.stack([writer.image(index, red=RED) for index in range(2)])
     deltas = Deltas(writer.backbone, writer.module)
     chosen = RepairSettings()
@@ -218,7 +218,7 @@ def test_a_singular_value_that_writes_the_defect_answers_for_all_of_the_loss(wri
     assert seen.shares.max() <= 1
 
 
-def test_a_greedy_run_shrinks_the_writer_and_nothing_else_until_no_token_stands_out(single_writer: Any) -> None:
+def test_a_greedy_run_shrinks_the_writer_and_nothing_else(single_writer: Any) -> None:
     red = [single_writer.image(index, torch.float32, red=RED) for index in range(3)]
     run = Run(single_writer, Pictures(*red), recipe="sinder", max_steps=60)
     records = run.finish()
@@ -346,7 +346,7 @@ def test_the_gain_and_the_move_are_those_of_a_loop(seed: int, steps: int, images
 
 
 @pytest.mark.parametrize("gone", [0.0, 0.5, 0.9, 0.99])
-def test_what_is_left_of_the_writer_still_answers_for_all_of_the_loss(gone: float) -> None:
+def test_what_is_left_of_the_writer_still_answers(gone: float) -> None:
     """However little it is: it moves the others little too, so it is chosen before one that helps by chance."""
     left = 1 - gone
     found = target([5.0, 3.0, 1.0], [-5.0 * gone, 0.0, 0.0])
@@ -360,7 +360,7 @@ def test_what_is_left_of_the_writer_still_answers_for_all_of_the_loss(gone: floa
     assert move.is_the_last == (gone >= 0.5)
 
 
-def test_once_the_writer_is_gone_shares_are_seen_anew_and_responses_kept() -> None:
+def test_shares_are_seen_anew_once_the_writer_is_gone() -> None:
     found = target([5.0, 3.0, 1.0])
     one = part([found], torch.tensor([10.0, 2.0, 0.0]), torch.full((3,), 1e-4))
     observations, chosen = Observations(), RepairSettings(trust=0.6, max_drift=1.0)
@@ -395,7 +395,7 @@ def test_steps_without_a_probe_keep_what_was_measured() -> None:
     torch.testing.assert_close(seen.responses, torch.tensor([1.0, 2.0, 3.0]))
 
 
-def test_where_nothing_is_to_be_gained_images_go_on_and_nearly_settled_ones_need_no_gradient() -> None:
+def test_images_go_on_where_nothing_is_to_be_gained() -> None:
     found = target([5.0, 3.0, 1.0])
     chosen = RepairSettings()
     little = part([found], torch.tensor([0.1, 0.0, 0.0]), torch.ones(3), 1.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import RED
+from tiny_runs import RED
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -45,15 +45,13 @@ PATCH = 2  # pixels
         (1, 1, 0),
     ],
 )
-def test_the_guard_is_a_tenth_of_the_images_and_never_more_than_half(count: int, asked: int | None, size: int) -> None:
+def test_the_guard_is_a_tenth_of_the_images(count: int, asked: int | None, size: int) -> None:
     assert guard_size(count, asked) == size
 
 
 @settings(max_examples=200, deadline=None)
 @given(kinds=st.lists(st.sampled_from([(), (), (2,), (5,), (5, 7)]), max_size=60), asked=st.none() | st.integers(1, 40))
-def test_the_guard_has_every_kind_and_leaves_half_of_each_for_training(
-    kinds: list[tuple[int, ...]], asked: int | None
-) -> None:
+def test_the_guard_leaves_half_of_every_kind_for_training(kinds: list[tuple[int, ...]], asked: int | None) -> None:
     size = guard_size(len(kinds), asked)
     chosen = guarded(kinds, size)
     assert chosen == sorted(set(chosen))
@@ -83,7 +81,7 @@ def test_the_rarest_kinds_are_on_the_guard_first() -> None:
     assert taken == [[(4, 7)], [(4,), (4, 7)], [(1,), (4,), (4, 7)]]
 
 
-def test_images_that_follow_one_another_are_not_all_of_the_guard() -> None:
+def test_consecutive_images_are_not_all_of_the_guard() -> None:
     for kinds in ([()] * 100, [(2,)] * 100):
         chosen = guarded(kinds, 8)
         assert max(chosen) - min(chosen) > 50
@@ -107,7 +105,7 @@ def test_a_part_of_the_good_tokens_is_not_given_up() -> None:
     assert Fidelity(0.99, 0.9985, 0.99, 0.6, None).holds(original, FLOOR)
 
 
-def test_states_each_nearly_as_good_as_the_one_before_do_not_lead_downhill() -> None:
+def test_nearly_as_good_states_do_not_lead_downhill() -> None:
     progress = Progress(10)
     cls = 0.99
     for step in range(1, 40):
@@ -138,7 +136,7 @@ def fidelity(good: float, cls: float | None = 1.0) -> Fidelity:
         (0.80, 0.96, True),
     ],
 )
-def test_a_state_holds_that_is_no_further_off_and_near_or_nearer(was: float, now: float, holds: bool) -> None:
+def test_a_state_holds_only_if_it_is_near_or_nearer(was: float, now: float, holds: bool) -> None:
     assert fidelity(now).holds(fidelity(was), FLOOR) is holds
     assert fidelity(1.0, now).holds(fidelity(1.0, was), FLOOR) is holds  # cls as well as good tokens
     assert fidelity(1.0, None).holds(fidelity(1.0, None), FLOOR)
@@ -193,7 +191,7 @@ def test_a_snapshot_counts_outlying_tokens_once_and_block_by_block() -> None:
     ]
 
 
-def test_fidelity_is_of_cls_of_good_tokens_and_of_those_that_the_original_marks() -> None:
+def test_fidelity_is_of_cls_of_good_and_of_marked_tokens() -> None:
     found = snapshot().fidelity()
     assert found.as_dict() == {
         "cls": pytest.approx(0.6),
@@ -210,7 +208,7 @@ def test_fidelity_is_of_cls_of_good_tokens_and_of_those_that_the_original_marks(
     assert everywhere.marked == pytest.approx(0.6)
 
 
-def test_a_snapshot_with_a_token_that_is_not_finite_is_refused() -> None:
+def test_a_snapshot_that_is_not_finite_is_refused() -> None:
     assert snapshot().finite
     snapshot().require_finite("broken", "mend it")
     norms = snapshot().norms.clone()
@@ -226,7 +224,7 @@ def look(step: int = 1, outlying: int = 5, cls: float | None = 0.9, good: float 
     return Evaluation(step=step, outlying=outlying, cls=cls, good=good, **parts | changes)
 
 
-def test_a_state_is_beaten_by_fewer_outlying_tokens_or_by_as_few_and_no_lower_fidelity() -> None:
+def test_fewer_outlying_tokens_beat_a_state() -> None:
     best = Best(1, 5, 0.9, 0.9, 0.9, {})
     assert best.is_beaten_by(look(outlying=4, cls=0.1, good=0.1, marked=0.1))
     assert not best.is_beaten_by(look(outlying=6, cls=1.0, good=1.0, marked=1.0))
@@ -267,7 +265,7 @@ def test_a_look_of_another_kind_starts_the_count_anew() -> None:
         assert progress.stopped == ""
 
 
-def test_looks_that_may_not_stop_a_repair_keep_its_best_state_all_the_same() -> None:
+def test_looks_that_may_not_stop_still_keep_the_best_state() -> None:
     progress = Progress(10)
     values = {"blocks.0.mlp.down": torch.ones(3)}
     progress.judge(look(7, outlying=2, best=True), values, stops=False)
@@ -288,7 +286,7 @@ def pixels_of(guard: Guard) -> Tensor:
     return torch.stack(list(guard.images.values()))
 
 
-def test_the_guard_compares_with_the_inpainted_original_and_with_the_original(single_writer: Any) -> None:
+def test_the_guard_compares_with_the_original_plain_and_inpainted(single_writer: Any) -> None:
     guard = guard_of(single_writer)
     guard.remember()
     original = last_tokens(single_writer.backbone, single_writer.module, pixels_of(guard))
@@ -308,7 +306,7 @@ def test_the_guard_compares_with_the_inpainted_original_and_with_the_original(si
     assert before.to_inpainted[~before.ever].min() > 0.9 > before.to_inpainted[before.ever].max()
 
 
-def test_a_look_sees_what_has_become_of_the_module_and_keeps_the_yardstick(single_writer: Any) -> None:
+def test_a_look_sees_what_has_become_of_the_module(single_writer: Any) -> None:
     guard = guard_of(single_writer)
     guard.remember()
     was = guard.evaluation(0, guard.look(), FLOOR, None)
@@ -322,7 +320,7 @@ def test_a_look_sees_what_has_become_of_the_module_and_keeps_the_yardstick(singl
     assert (found.step, found.outlying, found.holds, found.best) == (5, 0, True, True)
 
 
-def test_marked_tokens_are_found_again_in_a_shifted_view_once_the_writer_is_gone(single_writer: Any) -> None:
+def test_marked_tokens_are_found_again_in_a_shifted_view(single_writer: Any) -> None:
     guard = guard_of(single_writer)
     guard.remember()
     was = guard.found_before
@@ -343,7 +341,7 @@ def test_marked_tokens_are_found_again_in_a_shifted_view_once_the_writer_is_gone
     assert now.marked >= was.marked
 
 
-def test_a_ruined_model_is_never_the_best_though_no_token_stands_out(single_writer: Any) -> None:
+def test_a_ruined_model_is_never_the_best(single_writer: Any) -> None:
     guard = guard_of(single_writer)
     guard.remember()
     for block in single_writer.module.blocks:
@@ -356,7 +354,7 @@ def test_a_ruined_model_is_never_the_best_though_no_token_stands_out(single_writ
     assert (broken.holds, broken.spoilt) == (False, True)
 
 
-def test_a_state_whose_outliers_disturb_more_than_those_of_the_original_is_not_spoilt(single_writer: Any) -> None:
+def test_a_state_whose_outliers_disturb_more_is_not_spoilt(single_writer: Any) -> None:
     down = single_writer.module.blocks[1].down.weight
     down[:, 0] *= 0.5
     guard = guard_of(single_writer)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import RED, Pictures, Run, same
+from tiny_runs import RED, Pictures, Run, same
 from torch import Tensor
 
 from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect_mask, learning_targets
@@ -21,7 +21,7 @@ def weights_of(planted: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in planted.module.state_dict().items()}
 
 
-def test_clean_images_change_nothing_and_end_the_run_at_the_stop_density(single: Any) -> None:
+def test_clean_images_change_nothing_and_end_the_run(single: Any) -> None:
     before = weights_of(single)
     run = Run(single, Pictures(*[single.image(i) for i in range(4)]), stop_density=0.75)
     records = run.finish()
@@ -55,7 +55,7 @@ def test_steps_draw_defective_tokens_to_the_targets_they_had(single: Any) -> Non
     assert after < before * (1 - 1e-4)
 
 
-def test_two_runs_of_the_same_seed_are_bit_identical_and_another_seed_is_not(single: Any) -> None:
+def test_two_runs_of_the_same_seed_are_bit_identical(single: Any) -> None:
     pictures = [single.image(i, red=RED if i % 2 else []) for i in range(5)]
     original = weights_of(single)
 
@@ -79,7 +79,7 @@ def test_the_density_counts_images_not_seen_yet_as_defective() -> None:
 
 
 @pytest.mark.parametrize(("images", "window"), [(1, 2), (4, 8), (499, 998), (500, 1000), (30_000, 1000)])
-def test_the_density_window_is_two_passes_but_a_thousand_images_at_most(images: int, window: int) -> None:
+def test_the_density_window_is_two_passes_at_most(images: int, window: int) -> None:
     assert density_window(images, RepairSettings.model_validate({"recipe": "paper"})) == window
 
 
@@ -97,7 +97,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(single: Any) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in single.module.state_dict().items())
 
 
-def test_ten_steps_in_a_row_that_are_not_finite_end_the_run_after_the_tenth(single: Any) -> None:
+def test_ten_steps_in_a_row_not_finite_end_the_run(single: Any) -> None:
     run = Run(single, Pictures(single.image(0, green=[(5, 5)])))
     seen = []
     with pytest.raises(BadInputError, match="the repair has diverged: 10 steps in a row") as caught:
@@ -113,11 +113,11 @@ def test_a_finite_step_in_between_starts_the_count_anew(single: Any) -> None:
     assert run.progress.nonfinite == 12
 
 
-def test_of_defective_images_a_window_is_one_pass_and_64_at_most() -> None:
+def test_the_window_of_defective_images_is_one_pass_at_most() -> None:
     assert [density_window(images, RepairSettings()) for images in (0, 1, 40, 1000)] == [1, 1, 40, 64]
 
 
-def test_a_greedy_run_counts_no_image_that_is_not_finite_as_clean(single_writer: Any) -> None:
+def test_an_image_that_is_not_finite_is_not_clean(single_writer: Any) -> None:
     red, broken = single_writer.image(0, red=RED), single_writer.image(1, green=[(5, 5)])
     run = Run(single_writer, Pictures(red, broken), recipe="sinder", trust=0.01, max_steps=12)
     records = run.finish()
@@ -139,7 +139,7 @@ def test_images_that_no_greedy_step_can_help_end_the_run(single_writer: Any) -> 
 
 
 @pytest.mark.parametrize("trust", [0.05, 0.3])
-def test_a_run_by_polyaks_length_lowers_the_loss_within_its_trust(single_writer: Any, trust: float) -> None:
+def test_a_run_by_polyaks_length_lowers_the_loss(single_writer: Any, trust: float) -> None:
     red = [single_writer.image(0, torch.float32, red=RED)]
     run = Run(single_writer, Pictures(*red), recipe="polyak", trust=trust, max_steps=4)
     records = run.finish()
@@ -150,7 +150,7 @@ def test_a_run_by_polyaks_length_lowers_the_loss_within_its_trust(single_writer:
     assert run.progress.last_move >= 1
 
 
-def test_an_unreadable_image_is_named_once_and_missing_from_its_steps(single: Any) -> None:
+def test_an_unreadable_image_is_named_once(single: Any) -> None:
     pictures = Pictures(single.image(0), None, single.image(2))
     run = Run(single, pictures, max_steps=6, stop_density=1.0)
     records = run.finish()
@@ -160,7 +160,7 @@ def test_an_unreadable_image_is_named_once_and_missing_from_its_steps(single: An
     assert run.warnings == ["skipped picture 1: it is broken"]
 
 
-def test_more_than_one_in_a_hundred_unreadable_images_end_the_run(single: Any) -> None:
+def test_more_than_one_unreadable_in_a_hundred_ends_the_run(single: Any) -> None:
     run = Run(single, Pictures(single.image(0), None, single.image(2), None), max_steps=6)
     with pytest.raises(BadInputError, match=r"2 of 4 cannot be read, among them picture [13]") as caught:
         run.finish()
@@ -180,9 +180,7 @@ def test_images_none_of_which_can_be_decoded_are_bad_input(single: Any) -> None:
     assert caught.value.exit_code == 65
 
 
-def test_memory_that_runs_out_in_a_step_is_told_with_what_it_depends_on(
-    single: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_runs_out_in_a_step_is_told(single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
 
@@ -200,9 +198,7 @@ def test_memory_that_runs_out_in_a_step_is_told_with_what_it_depends_on(
 
 
 @pytest.mark.parametrize("part", ["gathered", "Deltas.descend"])
-def test_memory_that_runs_out_in_any_part_of_a_step_leaves_the_step_before(
-    part: str, single: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_runs_out_leaves_the_step_before(part: str, single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
 

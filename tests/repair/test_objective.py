@@ -72,7 +72,7 @@ def test_targets_and_loss_are_those_of_a_loop_over_tokens(kernel: Kernel, tau: f
     assert loss.item() == pytest.approx(looped_loss(patches, logits, spots, kernel, tau), rel=1e-5)
 
 
-def test_a_low_temperature_takes_the_target_from_the_least_aligned_neighbours() -> None:
+def test_a_low_temperature_prefers_the_least_aligned_neighbours() -> None:
     patches, logits = drawn()
     logits.fill_(-1.0)
     logits[1, 2] = -0.1
@@ -101,7 +101,7 @@ def test_targets_and_scale_carry_no_gradient() -> None:
     torch.testing.assert_close(gradient, expected)
 
 
-def test_the_loss_does_not_change_with_the_size_of_all_tokens() -> None:
+def test_the_loss_does_not_change_with_the_tokens_size() -> None:
     patches, logits = drawn()
     mask = mask_of([(2, 2), (4, 4)], logits)
     small, large = (neighbour_loss(factor * patches, logits, mask, 3, 0.1) for factor in (1.0, 1000.0))

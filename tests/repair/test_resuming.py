@@ -57,14 +57,14 @@ def test_a_run_goes_on_as_it_was_called(run: RunFolder, tmp_path: Path) -> None:
     assert settings == STORED
 
 
-def test_what_is_given_goes_over_it_and_is_compared_by_whoever_goes_on(run: RunFolder) -> None:
+def test_options_given_now_go_over_the_stored_ones(run: RunFolder) -> None:
     given = ModelRequest("run", Path("other.pth"), heads=2, attention="sdpa")
     request, settings = as_called(run, given, RepairSettings(lr=0.005, strict=True))
     assert (request.weights, request.heads, request.attention) == (Path("other.pth"), 2, "sdpa")
     assert settings == STORED.model_copy(update={"lr": 0.005, "strict": True})  # the default counts where it is given
 
 
-def test_options_that_change_no_result_and_are_others_now_are_told(run: RunFolder) -> None:
+def test_changed_options_that_change_no_result_are_told(run: RunFolder) -> None:
     assert other_options(run, STORED) == []
     now = STORED.model_copy(update={"workers": 0, "strict": True, "log": ("wandb", "tensorboard"), "device": "cuda:1"})
     told = "--device cuda:1 --log wandb --log tensorboard --strict --workers 0"

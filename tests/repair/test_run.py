@@ -36,7 +36,7 @@ def repair(keep: str, best: int | None, last_look: int, last_move: int, *, chang
         (repair("last", 5, 10, 12), None),
     ],
 )
-def test_the_guard_looks_again_at_a_state_only_if_it_has_not_seen_it(state: Any, expected: object) -> None:
+def test_the_guard_looks_again_only_at_an_unseen_state(state: Any, expected: object) -> None:
     assert _seen_already(state) is expected
 
 
@@ -48,10 +48,8 @@ def test_the_guard_looks_again_at_a_state_only_if_it_has_not_seen_it(state: Any,
         ([()] * 18 + [(6,), (8,), (8,)], False),
     ],
 )
-def test_the_one_image_of_its_kind_is_trained_on_though_it_is_judged_on(
-    kinds: list[tuple[int, ...]], trained: bool
-) -> None:
-    images: Any = [SimpleNamespace(kind=kind, blocks=dict.fromkeys(kind, (0,)), crowded=False) for kind in kinds]
+def test_the_only_image_of_its_kind_is_still_trained_on(kinds: list[tuple[int, ...]], trained: bool) -> None:
+    images: Any = [SimpleNamespace(kind=kind, blocks=dict.fromkeys(kind, (0,)), flooded=False) for kind in kinds]
     start: Any = SimpleNamespace(settings=SimpleNamespace(eval_images=None, seed=0), given=len(kinds))
     guard, also = _guard_indices(start, SimpleNamespace(healthy=False), images, range(len(kinds)))  # type: ignore[arg-type]
     judged = [at for at in guard if kinds[at]]
@@ -59,25 +57,23 @@ def test_the_one_image_of_its_kind_is_trained_on_though_it_is_judged_on(
     assert also == (judged if trained else [])
 
 
-@pytest.mark.parametrize(("crowded", "judged"), [({1, 2, 3}, True), (set(range(8)), False)])
-def test_nothing_is_judged_on_images_of_mostly_outlying_tokens_if_there_are_others(
-    crowded: set[int], judged: bool
-) -> None:
+@pytest.mark.parametrize(("flooded", "judged"), [({1, 2, 3}, True), (set(range(8)), False)])
+def test_mostly_outlying_images_are_judged_on_only_without_others(flooded: set[int], judged: bool) -> None:
     images: Any = [
-        SimpleNamespace(kind=(8,), blocks={8: (0,)}, crowded=at in crowded)
+        SimpleNamespace(kind=(8,), blocks={8: (0,)}, flooded=at in flooded)
         if at
-        else SimpleNamespace(kind=(), blocks={}, crowded=at in crowded)
+        else SimpleNamespace(kind=(), blocks={}, flooded=at in flooded)
         for at in range(8)
     ]
     start: Any = SimpleNamespace(settings=SimpleNamespace(eval_images=None, seed=0), given=len(images))
     guard, _ = _guard_indices(start, SimpleNamespace(healthy=False), images, range(len(images)))  # type: ignore[arg-type]
     assert guard
-    assert not crowded & set(guard) or not judged
+    assert not flooded & set(guard) or not judged
 
 
-def test_where_every_image_with_a_defect_is_crowded_one_of_them_is_judged_on() -> None:
-    images: Any = [SimpleNamespace(kind=(), blocks={}, crowded=False) for _ in range(6)]
-    images.append(SimpleNamespace(kind=(8,), blocks={8: (0,)}, crowded=True))
+def test_one_flooded_image_is_judged_on_where_all_are() -> None:
+    images: Any = [SimpleNamespace(kind=(), blocks={}, flooded=False) for _ in range(6)]
+    images.append(SimpleNamespace(kind=(8,), blocks={8: (0,)}, flooded=True))
     start: Any = SimpleNamespace(settings=SimpleNamespace(eval_images=None, seed=0), given=len(images))
     guard, also = _guard_indices(start, SimpleNamespace(healthy=False), images, range(len(images)))  # type: ignore[arg-type]
     assert guard[-1] == 6

@@ -10,14 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from runs import RED, SIZE, Pictures
+from tiny_runs import RED, SIZE, Pictures
 
 from sinder_cli.defects.detection import CERTAIN, RISE
 from sinder_cli.distributed import ALONE
 from sinder_cli.errors import BadInputError
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.repairing.forward import Directions
-from sinder_cli.repairing.scan import CROWDED, BlockOutliers, ImageOutliers, Scan, crowded_images, rarest_first, scan
+from sinder_cli.repairing.scan import (
+    FLOODED,
+    BlockOutliers,
+    ImageOutliers,
+    Scan,
+    flooded_images,
+    rarest_first,
+    scan,
+    to_train_on,
+)
 from sinder_cli.repairing.settings import RepairSettings
 
 DEPTH = 6
@@ -103,10 +112,10 @@ def test_a_scan_marks_what_a_loop_over_blocks_marks(single_writer: Any, batch_si
     assert found.tokens == 4 * 144
     assert not found.healthy
     assert [image.kind for image in found.images] == [(1,), (), (1,), (1,)]
-    assert not any(image.crowded for image in found.images)
+    assert not any(image.flooded for image in found.images)
 
 
-def test_a_direction_that_the_tokens_share_is_predicted_where_it_is_near_and_determined(single_writer: Any) -> None:
+def test_a_shared_direction_is_predicted_where_near_and_determined(single_writer: Any) -> None:
     red, blue = single_writer.module.nu  # the writer writes along blue
     source = pictures(single_writer)
 
@@ -123,7 +132,7 @@ def test_a_direction_that_the_tokens_share_is_predicted_where_it_is_near_and_det
     assert seen(blue, math.inf).gap == 1e12  # a number that JSON has
 
 
-def test_an_image_that_cannot_be_decoded_is_named_and_left_out(single_writer: Any) -> None:
+def test_an_image_that_cannot_be_decoded_is_left_out(single_writer: Any) -> None:
     source = pictures(single_writer)
     source.tensors[1] = None
     unreadable: dict[str, str] = {}
@@ -168,20 +177,20 @@ def test_a_scan_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert Scan.read(tmp_path / "outliers.json") == EXAMPLE
 
 
-def test_a_scan_goes_by_places_whatever_the_images_are_called_now() -> None:
+def test_a_scan_goes_by_places_and_not_by_names() -> None:
     source = Pictures(*[torch.zeros(3, 4, 4)] * 5)
     assert [image.name for image in EXAMPLE.named_as_in(source).images] == ["picture 2", "picture 4"]
     with pytest.raises(BadInputError, match="the list of images is shorter than it was"):
         EXAMPLE.named_as_in(Pictures(*[torch.zeros(3, 4, 4)] * 4))
 
 
-def test_a_model_that_is_not_finite_on_an_image_is_never_called_healthy() -> None:
+def test_a_model_that_is_not_finite_is_never_called_healthy() -> None:
     with pytest.raises(BadInputError, match=r"the backbone is broken: .* on 1 of 2 images, such as b"):
         EXAMPLE.require_finite()
     replace(EXAMPLE, images=EXAMPLE.images[:1]).require_finite()
 
 
-def test_a_scan_of_a_model_is_read_as_it_was_written(single_writer: Any, tmp_path: Path) -> None:
+def test_a_scan_of_a_model_is_read_as_written(single_writer: Any, tmp_path: Path) -> None:
     found = scanned(single_writer, pictures(single_writer))
     found.write(tmp_path / "outliers.json")
     assert Scan.read(tmp_path / "outliers.json") == found
@@ -215,16 +224,25 @@ def test_a_file_of_another_form_is_bad_input(place: str, value: object, tmp_path
         Scan.read(path)
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.3, CROWDED * 0.99])
-def test_an_image_is_crowded_where_its_median_norm_is_far_above_those_of_others(factor: float) -> None:
+@pytest.mark.parametrize("factor", [0.5, 1.3, FLOODED * 0.99])
+def test_an_image_of_far_higher_median_norm_is_flooded(factor: float) -> None:
     usual = torch.tensor([1.0, 5.0, 3.0])
     medians = {at: usual * (1 + 0.01 * at) for at in range(9)}
-    assert crowded_images(medians | {20: usual * factor}) == set()
-    assert crowded_images(medians | {20: usual * torch.tensor([1.0, 2 * CROWDED, 1.0])}) == {20}
-    assert crowded_images({0: usual}) == crowded_images({}) == set()
+    assert flooded_images(medians | {20: usual * factor}) == set()
+    assert flooded_images(medians | {20: usual * torch.tensor([1.0, 2 * FLOODED, 1.0])}) == {20}
+    assert flooded_images({0: usual}) == flooded_images({}) == set()
 
 
-def test_images_come_one_of_each_kind_in_turn_the_rarest_first() -> None:
+def test_flooded_images_are_trained_on_only_without_others() -> None:
+    def image(name: str, kind: int | None, flooded: bool) -> ImageOutliers:
+        return ImageOutliers(name, 0, (1, 1), True, {} if kind is None else {kind: (0,)}, flooded=flooded)
+
+    images = [image("a", 4, False), image("b", 4, True), image("c", 7, True), image("d", None, False)]
+    assert [each.name for each in to_train_on(images)] == ["a", "c"]
+    assert to_train_on([]) == []
+
+
+def test_images_come_in_turn_the_rarest_kind_first() -> None:
     kinds = [4, 4, 4, 2, 7, 7]
     images = [ImageOutliers(str(at), at, (1, 1), True, {kind: (0,)}) for at, kind in enumerate(kinds)]
     indices = [10 * at for at in range(6)]

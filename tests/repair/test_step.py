@@ -110,7 +110,7 @@ def test_only_the_blocks_of_the_window_get_gradients(planted: Any) -> None:
     assert_same(gradient_of(planted, [image], window=2).gradients, window)
 
 
-def test_images_with_defects_at_different_blocks_share_a_step_as_the_mean_of_their_own(planted: Any) -> None:
+def test_images_with_defects_at_different_blocks_share_a_step(planted: Any) -> None:
     images = [
         planted.image(0, blue=BLUE),
         planted.image(1),  # clean
@@ -128,7 +128,7 @@ def test_images_with_defects_at_different_blocks_share_a_step_as_the_mean_of_the
     assert_same(together.gradients, mean)
 
 
-def test_images_that_share_a_window_with_a_few_others_give_their_own_gradients(planted: Any) -> None:
+def test_images_that_share_a_window_keep_their_own_gradients(planted: Any) -> None:
     images = [*(planted.image(seed, red=RED) for seed in (0, 2, 3)), planted.image(1, blue=BLUE)]
     together = gradient_of(planted, images)
     alone = [gradient_of(planted, [image]) for image in images]
@@ -139,7 +139,7 @@ def test_images_that_share_a_window_with_a_few_others_give_their_own_gradients(p
     assert_same(together.gradients, mean)
 
 
-def test_a_marked_token_of_an_image_that_is_not_defective_does_not_count(planted: Any) -> None:
+def test_a_marked_token_of_a_clean_image_does_not_count(planted: Any) -> None:
     images = [planted.image(0, red=RED), planted.image(2, red=RED), planted.image(3, red=RED[:1])]
     assert gradient_of(planted, images).masked_tokens == 2 * len(RED)
 
@@ -162,7 +162,7 @@ def watched(planted: Any, images: list[Tensor], window: int) -> tuple[list[tuple
     return calls, max(alive)
 
 
-def test_images_share_the_forward_pass_and_most_of_them_their_way_back(planted: Any) -> None:
+def test_images_share_the_forward_pass(planted: Any) -> None:
     red, blue, clean = planted.image(0, red=RED), planted.image(1, blue=BLUE), planted.image(2)
     assert watched(planted, [red, red], 2)[0] == [(0, 2), (1, 2)]
     assert watched(planted, [red, red, clean], 2)[0] == [(0, 3), (1, 3), (2, 1), (3, 1), (4, 1), (5, 1)]
@@ -170,7 +170,7 @@ def test_images_share_the_forward_pass_and_most_of_them_their_way_back(planted: 
     assert watched(planted, [blue, clean, clean], 2)[0] == [*((i, 3) for i in range(5)), *one_again, (5, 2)]
 
 
-def test_blocks_that_were_passed_with_images_that_have_left_are_run_again_for_the_others(planted: Any) -> None:
+def test_passed_blocks_are_run_again_without_those_that_left(planted: Any) -> None:
     images = [planted.image(0, red=RED), *(planted.image(seed, blue=BLUE) for seed in (1, 2))]
     early, late = [(0, 3), (1, 3), (1, 1), (0, 1)], [(2, 2), (3, 2), (4, 2), (1, 2)]
     assert watched(planted, images, 4)[0] == early + late
@@ -337,7 +337,7 @@ def test_bfloat16_passes_give_nearly_the_same_gradient_in_float32(single: Any) -
     assert torch.nn.functional.cosine_similarity(*both, dim=0) > 0.99
 
 
-def test_an_image_with_nan_tokens_is_not_clean_where_no_direction_is_trusted(planted: Any) -> None:
+def test_an_image_with_nan_tokens_is_never_clean(planted: Any) -> None:
     untrusted = replace(planted, directions=Directions(planted.directions.nu, [1.0] * DEPTH))
     found = gradient_of(untrusted, [planted.image(0, green=[(5, 5)])])
     assert math.isnan(found.losses[0])
@@ -357,9 +357,7 @@ def test_nothing_but_the_forward_pass_runs_in_bfloat16(single: Any, monkeypatch:
     assert not any(seen)
 
 
-def test_float16_gradients_are_lifted_over_the_smallest_number_and_put_back(
-    single: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_float16_gradients_are_lifted_and_put_back(single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     image = single.image(0, torch.float32, blue=BLUE)
     exact = gradient_of(single, [image]).gradients
 
@@ -374,9 +372,7 @@ def test_float16_gradients_are_lifted_over_the_smallest_number_and_put_back(
     assert min(shares()) < 0.9
 
 
-def test_the_loss_scale_of_float16_saves_a_gradient_that_would_vanish(
-    single: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_loss_scale_of_float16_saves_a_vanishing_gradient(single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     own = step.neighbour_loss
     monkeypatch.setattr(step, "neighbour_loss", lambda *given: 2.0**-15 * own(*given))
     image = single.image(0, torch.float32, blue=BLUE)
@@ -393,7 +389,7 @@ def test_a_float16_gradient_that_overflows_is_not_finite(single: Any, monkeypatc
 
 
 @pytest.mark.parametrize(("tf32", "precision"), [(False, "ieee"), (True, "tf32")])
-def test_products_are_in_tf32_only_where_asked_and_only_in_the_pass(tf32: bool, precision: str, single: Any) -> None:
+def test_products_are_in_tf32_only_where_asked(tf32: bool, precision: str, single: Any) -> None:
     from torch.backends import cuda, cudnn
 
     before = cuda.matmul.fp32_precision, cudnn.conv.fp32_precision

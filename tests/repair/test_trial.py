@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import RED, SIZE, Pictures
+from tiny_runs import RED, SIZE, Pictures
 
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.repairing import dry_run as trial
@@ -51,9 +51,7 @@ def test_it_counts_what_a_step_may_change(single: Any, monkeypatch: pytest.Monke
     assert (found.training_images, found.evaluation_images, found.max_steps) == (2, 2, 50)
 
 
-def test_the_first_step_is_as_it_will_be_and_the_longest_ends_at_the_last_block_that_can_be_defective(
-    single: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_step_and_the_longest_are_tried(single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = tried(single, monkeypatch, [1.0, 2.0, 2.0, 2.0, 2.0, 1.0], window=10, batch_size=2)
     assert (found.first.defective, found.first.block) == (2, 1)
     assert (found.longest.defective, found.longest.block) == (2, 4)
@@ -61,9 +59,7 @@ def test_the_first_step_is_as_it_will_be_and_the_longest_ends_at_the_last_block_
     assert found.longest.seconds > 0
 
 
-def test_memory_grows_by_the_blocks_that_no_step_of_the_trial_has_touched(
-    single: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_grows_by_the_blocks_the_trial_has_not_touched(single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = tried(single, monkeypatch, [2.0] * DEPTH, window=1)
     touched = 2  # the first block, where red is defective, and the last
     weight, narrow = N * N + 2 * N * N, HIDDEN * N + HIDDEN * (HIDDEN + N)

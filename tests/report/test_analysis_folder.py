@@ -155,7 +155,7 @@ class Alive:
         self.most = max(self.most, len(self.now))
 
 
-def test_many_images_are_drawn_one_at_a_time_and_the_page_holds_the_first(tmp_path: Path) -> None:
+def test_many_images_are_drawn_one_at_a_time(tmp_path: Path) -> None:
     drawn = SCALED_BY + 20
     made = Made(depth=1, first=None, grid=(6, 6), width=4, drawn=drawn)
     result, images, maps = made.result(), Alive(), Alive()
@@ -182,7 +182,7 @@ def test_progress_is_told_image_by_image(tmp_path: Path) -> None:
     assert events == [Started("drawing", 3, "images"), *[Advanced("drawing")] * 3, Finished("drawing")]
 
 
-def test_names_that_no_other_file_may_have_are_kept_apart_and_readable(tmp_path: Path) -> None:
+def test_clashing_names_are_kept_apart_and_readable(tmp_path: Path) -> None:
     names = ("../../etc/passwd", "\udcff<b>.png", "a/ü ü.jpg")
     analysis = write_analysis(tmp_path / "out", Made(depth=1, drawn=3, names=names).result(), silent)
     stems = {figure.file.split("/")[1].rsplit("-", 1)[0] for figure in analysis.figures if "/000" in figure.file}

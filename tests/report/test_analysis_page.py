@@ -30,7 +30,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
     )
 
 
-def test_the_page_opens_with_the_verdict_and_how_sure_it_is(tmp_path: Path) -> None:
+def test_the_page_opens_with_the_verdict(tmp_path: Path) -> None:
     made = Made()
     verdict = made.result().analysis.verdict
     _, page = page_of(made, tmp_path)
@@ -79,7 +79,7 @@ def require_closed(html: str, page: Page) -> None:
     assert [meta["content"] for meta in policy] == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
 
 
-def test_the_drawings_take_their_colours_from_the_page_and_have_ids_of_their_own(compared: tuple[str, Page]) -> None:
+def test_the_drawings_take_their_colours_from_the_page(compared: tuple[str, Page]) -> None:
     html, page = compared
     drawings = html[html.index("<svg") : html.rindex("</svg>")]
     assert "var(--line)" in drawings
@@ -106,9 +106,9 @@ def test_captions_say_how_the_figures_were_made(compared: tuple[str, Page]) -> N
         "colours are clipped to the 1st to 99th percentile",
         "every map from its own smallest to its own largest weight",
         "grey where σ₁/σ₂ is below 1.3 and ν is not determined",
-        "Of the tokens at each place of the 12 × 12 grid, the share that each rule marks after block",
-        "its tokens count at the place that they have relative to the image, and several may share one",
-        "(log scale), on every map of the last block; learning targets have the scale that they name",
+        "Share of the tokens at each place of the 12 × 12 grid that each rule marks after block",
+        "each of its tokens counts at its place relative to the image, and several tokens may share one place",
+        "(log scale), on every map of the last block; each learning target names its own scale",
         "0° to 90°, on every map.",
     ):
         assert words in page.text, words
@@ -138,13 +138,13 @@ def test_images_without_a_defective_block_say_so(tmp_path: Path) -> None:
     assert page.text.count("No block of this image is defective.") == 2
 
 
-def test_a_block_whose_direction_is_not_determined_has_an_empty_panel(tmp_path: Path) -> None:
+def test_a_block_of_undetermined_direction_has_an_empty_panel(tmp_path: Path) -> None:
     _, page = page_of(Made(settings={"min_gap": 2.0}, drawn=1), tmp_path)
     empty = [attributes["aria-label"] for tag, attributes in page.tags if tag == "div" and "aria-label" in attributes]
     assert empty == [f"Block {block}: the direction is not determined" for block in (0, 1)]
 
 
-def test_the_table_of_blocks_has_a_row_a_block_and_side(tmp_path: Path) -> None:
+def test_the_table_has_a_row_a_block_and_side(tmp_path: Path) -> None:
     html, _ = page_of(Made(depth=40, compared=True, drawn=0), tmp_path)
     table = html[html.index('<table class="blocks sides">') :].split("</table>")[0]
     assert table.count("<tbody>") == 40
@@ -172,7 +172,7 @@ def test_positions_are_told_as_shares_of_the_tokens_there(tmp_path: Path) -> Non
     _, page = page_of(Made(depth=1, drawn=0, settings={"resize": "square"}), tmp_path)
     assert "percent of the images" not in page.text
     assert "share of the tokens there, %" in page.text
-    assert "several may share one" not in page.text
+    assert "several tokens may share one place" not in page.text
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def test_positions_are_told_as_shares_of_the_tokens_there(tmp_path: Path) -> Non
     [
         (Made(depth=1), "Attention. Of cls to each patch in the last block, mean over heads;"),
         (Made(depth=1, has_cls=False), "Attention. The attention is not drawn: there is no cls token."),
-        (Made(depth=1, attended=False), "Attention. The attention is not drawn: the kernel that computes it does not"),
-        (Made(depth=1, attended=False, compared=True), "The attention of the second side is not drawn: the kernel"),
+        (Made(depth=1, attended=False), "Attention. The attention is not drawn: its kernel does not expose the"),
+        (Made(depth=1, attended=False, compared=True), "The attention of the second side is not drawn: its kernel"),
     ],
 )
 def test_attention_that_is_not_drawn_is_missing_for_a_reason(made: Made, words: str, tmp_path: Path) -> None:

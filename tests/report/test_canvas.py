@@ -69,7 +69,7 @@ def test_every_axis_of_every_chart_tells_its_ticks_apart() -> None:
                 assert set(shown) <= set(texts), (chart.name, labels)
 
 
-def test_coordinates_in_a_drawing_are_cut_to_a_hundredth_of_a_point() -> None:
+def test_coordinates_in_a_drawing_are_cut_to_a_hundredth() -> None:
     svg = cosine_chart(0.9991).svg()
     assert not re.search(r' (?:d|x|y)="[^"]*\d\.\d{3}', svg)
     assert "var(--line)" in svg

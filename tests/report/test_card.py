@@ -64,7 +64,7 @@ def test_no_template_is_left_unrendered(outcome: RepairResult) -> None:
     assert "\n\n\n" not in card
 
 
-def test_every_row_of_a_table_has_the_columns_of_its_head(make_result: MakeResult) -> None:
+def test_every_row_of_a_table_has_its_heads_columns(make_result: MakeResult) -> None:
     result = make_result(model="a|b`c")
     blocks = re.findall(r"(?:^\|.*\n)+", render_card(result), re.MULTILINE)
     assert len(blocks) >= 5

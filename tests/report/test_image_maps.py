@@ -29,7 +29,7 @@ def distribution(low: float, median: float, high: float) -> Distribution:
     return Distribution(count=9, mean=median, min=low, p01=low, median=median, p99=high, max=high)
 
 
-def test_a_colour_is_that_of_the_colour_map_at_the_place_of_the_value() -> None:
+def test_a_colour_is_that_of_the_map_at_the_value() -> None:
     values = torch.tensor([[0.0, 30.0], [45.0, 90.0]])
     painted = ANGLES.paint(values)
     for row, column in np.ndindex(2, 2):
@@ -84,7 +84,7 @@ def norms_from(low: float, high: float) -> ColourScale:
     return ColourScale("L2 norm", low, high, "inferno", logarithmic=True)
 
 
-def test_a_norm_map_is_the_colour_table_at_the_logarithm_of_each_norm() -> None:
+def test_a_norm_map_shows_the_logarithm_of_each_norm() -> None:
     norms = torch.tensor([[10.0, 20.0], [40.0, 1000.0]])
     rgb = norms_from(10.0, 1000.0).paint(norms)
     for row, column in np.ndindex(2, 2):
@@ -114,7 +114,7 @@ def test_norms_without_a_range_still_make_a_map() -> None:
     assert (scale.low, scale.high) == (1.0, 1.0)
 
 
-def test_the_colour_bar_runs_from_the_darkest_to_the_brightest_colour() -> None:
+def test_the_colour_bar_runs_from_darkest_to_brightest() -> None:
     brightness = norms_from(1.0, 9.0).bar(64, 3).astype(int).sum(axis=2)
     assert brightness.shape == (3, 64)
     assert (np.diff(brightness[0]) >= -2).all()  # rounding to bytes aside
@@ -153,7 +153,7 @@ def test_principal_components_are_clipped_at_the_percentiles_of_both_sides() -> 
         assert np.allclose((low[channel], high[channel]), np.percentile(pooled[:, channel], [1, 99]), atol=1e-6)
 
 
-def test_a_token_that_is_not_finite_is_grey_among_the_principal_components() -> None:
+def test_a_token_that_is_not_finite_is_grey() -> None:
     components = torch.tensor([[[1.0, 2.0, 3.0], [1.0, math.nan, 3.0]], [[0.0, 1.0, 2.0], [-1.0, 5.0, math.inf]]])
     colours = pca_map(components, clip_range([components]))
     grey = [[tuple(colour) == ABSENT for colour in row] for row in colours]

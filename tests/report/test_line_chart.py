@@ -11,7 +11,7 @@ from sinder_cli.report.drawing.scales import log_ticks, round_steps
 
 
 @pytest.mark.parametrize("largest", [0.0, 1e-4, 0.037, 0.99, 1.0, 3.2, 7.0, 99.9, 100.0, 900.0, 30_000.0])
-def test_the_steps_of_an_axis_are_round_few_and_reach_the_data(largest: float) -> None:
+def test_the_steps_of_an_axis_are_round_and_few(largest: float) -> None:
     steps = round_steps(largest)
     size = steps[1]
     mantissa = size / 10 ** math.floor(math.log10(size) + 1e-9)

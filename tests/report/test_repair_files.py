@@ -15,7 +15,7 @@ from sinder_cli.report.repair.pictures import WORDS, read_pictures
 MakeResult = Callable[..., RepairResult]
 
 
-def test_page_card_and_pictures_of_the_first_image_are_written_and_written_anew(make_result: MakeResult) -> None:
+def test_page_card_and_pictures_are_written_and_written_anew(make_result: MakeResult) -> None:
     result = make_result()
     folder = RunFolder(result.folder)
     folder.pictures.mkdir()
@@ -31,7 +31,7 @@ def test_page_card_and_pictures_of_the_first_image_are_written_and_written_anew(
         Image.open(folder.pictures / picture.name).verify()
 
 
-def test_of_weights_that_did_not_change_there_is_one_picture_of_each_kind(make_result: MakeResult) -> None:
+def test_unchanged_weights_have_one_picture_of_each_kind(make_result: MakeResult) -> None:
     result = make_result(before=0, changed=0, steps=0, stopped_by="healthy")
     write_repair(RunFolder(result.folder), result)
     names = {path.name for path in RunFolder(result.folder).pictures.iterdir()}

@@ -47,17 +47,17 @@ def test_the_page_opens_with_a_verdict_in_words(make_result: MakeResult) -> None
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        (OUTCOMES["healthy"], "Healthy: nothing was trained, and the weights are equal to the original's to the bit:"),
+        (OUTCOMES["healthy"], "Healthy: nothing was trained, and the weights are bit-identical to the original's:"),
         (OUTCOMES["improved"], "Improved: outlying tokens at any block 8 → 4 of 128 on 2 images never trained on;"),
         (OUTCOMES["improved"], "Try a higher --max-steps (now 1,000), more images, or --mark norm."),
         (OUTCOMES["not improved"], "Not improved: the steps spoilt cls or good tokens, so none of them is kept, and"),
         (
             OUTCOMES["not improved"],
-            "the weights are equal to the original's to the bit: outlying tokens at any block 8 of 128",
+            "the weights are bit-identical to the original's: outlying tokens at any block 8 of 128",
         ),
         (
             {"changed": 0, "stopped_by": "no_gain"},
-            "no step led to fewer outlying tokens with cls and good tokens unspoilt",
+            "no step reduced the outlying tokens without spoiling cls or good tokens",
         ),
         ({"changed": 0, "stopped_by": "no_gain"}, "Try a lower --min-gain (now 3), more images, or --mark norm."),
         ({"changed": 0, "stopped_by": "fidelity"}, "Try smaller steps (lower --max-drift, now 0.05), more images,"),
@@ -75,7 +75,7 @@ def test_the_verdict_does_not_claim_more_than_happened(
     assert words in text_of(make_result(**how))
 
 
-def test_the_verdict_is_the_same_on_the_page_in_the_card_and_on_a_terminal(outcome: RepairResult) -> None:
+def test_the_verdict_is_the_same_everywhere(outcome: RepairResult) -> None:
     verdict = facts.verdict(outcome)
     said = f"{verdict.word}: {verdict.sentence}"
     assert verdict.word.lower() == outcome.summary["verdict"]
@@ -97,7 +97,7 @@ def test_what_is_not_repaired_is_never_green(outcome: RepairResult) -> None:
     assert all(f"\x1b[{code}m" not in printed(outcome, colours=True) for code in {"31", "32", "33"} - {codes[kind]})
 
 
-def test_a_model_whose_high_norms_the_rule_does_not_count_is_called_healthy_without_green(
+def test_healthy_is_not_green_where_uncounted_norms_are_high(
     make_result: MakeResult,
 ) -> None:
     result = make_result(before=0, changed=0, steps=0, stopped_by="healthy", mark="weights")
@@ -139,7 +139,7 @@ def test_the_tables_say_what_the_summary_says(make_result: MakeResult) -> None:
     assert "outliers spoil its cls" in original.note
 
 
-def test_each_block_has_a_row_with_what_the_weights_say_of_it(make_result: MakeResult) -> None:
+def test_each_block_has_a_row(make_result: MakeResult) -> None:
     rows = facts.block_rows(make_result(after=1, stopped_by="max_steps"))
     assert [row.block for row in rows] == list(range(DEPTH))
     assert [(row.before, row.after) for row in rows] == [(0, 0), (8, 2), (8, 2), (8, 2)]
@@ -151,7 +151,7 @@ def test_each_block_has_a_row_with_what_the_weights_say_of_it(make_result: MakeR
     assert [row.stands_out for row in rows] == [False, True, True, True]
 
 
-def test_where_the_rule_in_force_marks_nothing_of_what_stands_out_it_is_not_called_healthy(
+def test_it_is_not_healthy_where_the_rule_marks_nothing(
     make_result: MakeResult,
 ) -> None:
     result = make_result(**OUTCOMES["healthy"])
@@ -172,7 +172,7 @@ def test_tokens_that_stand_out_unmarked_and_drawn_images_are_told(make_result: M
     result.summary["defects"]["after"]["standing"] = 7
     result.summary["drawn_on_the_guard"] = 1
     sentence = facts.verdict(result).sentence
-    assert "; 7 more stand out by norm, which the rule in force does not mark." in sentence
+    assert "; 7 more stand out by norm, but the rule in force does not mark them." in sentence
     assert "on 2 images never trained on (1 of them drawn by the program)" in sentence
     result.summary["drawn_on_the_guard"] = 2
     assert "on 2 images never trained on (all drawn by the program)" in facts.verdict(result).sentence
@@ -189,7 +189,7 @@ def test_the_rule_that_trained_a_block_is_named(make_result: MakeResult, mark: s
     assert facts.block_rows(result)[FIRST].rule == expected
 
 
-def test_a_direction_that_is_not_determined_is_explained_where_there_is_one(make_result: MakeResult) -> None:
+def test_a_direction_that_is_not_determined_is_explained(make_result: MakeResult) -> None:
     result = make_result()
     assert "*: ν is not determined" in facts.block_words(result)
     result.config["settings"]["min_gap"] = 0
@@ -225,7 +225,7 @@ def test_marked_tokens_are_followed_and_new_outliers_are_not_hidden(make_result:
     ("settings", "words"),
     [
         ({}, "or its norm is above 6 × the median, or it stays that high over two blocks"),
-        ({"mark": "norm", "norm_factor": 4.5}, "its norm is above 4.5 × the median of its image, and its share of the"),
+        ({"mark": "norm", "norm_factor": 4.5}, "its norm is above 4.5 × the median of its image, and this ratio is"),
         ({"mark": "weights"}, "and equation (5) marks it with a direction that is determined."),
         ({"recipe": "paper"}, "where equation (5) marks it, whatever its norm"),
     ],
@@ -254,7 +254,7 @@ def test_every_picture_is_inside_the_page_and_told_in_words(make_result: MakeRes
         assert len(picture["alt"] or "") > 10
 
 
-def test_each_image_has_maps_of_two_blocks_of_components_and_of_fidelity(make_result: MakeResult) -> None:
+def test_each_image_has_maps(make_result: MakeResult) -> None:
     shown = [picture["alt"] or "" for picture in Page(render_repair_page(make_result(images=1))).all("img")][2:]
     assert [words.partition(":")[0] for words in shown] == [
         "image-0.jpg, as the model saw it",
@@ -274,7 +274,7 @@ def test_the_worst_block_being_the_last_is_shown_once(make_result: MakeResult) -
     result.summary["defects"]["before"]["worst_block"] = DEPTH - 1
     assert samples_of(result).blocks == [DEPTH - 1]
     assert len(samples_of(result).images[0].maps) == 3
-    assert f"after the last block, {DEPTH - 1}, where the largest one of all is" in text_of(result)
+    assert f"after the last block, {DEPTH - 1}, which has the largest of all" in text_of(result)
 
 
 def test_a_map_of_fidelity_has_the_colours_of_the_scale(make_result: MakeResult) -> None:
@@ -303,7 +303,7 @@ def test_captions_say_how_the_figures_were_made(make_result: MakeResult) -> None
         "before and after together",
         "clipped to its 1st to 99th percentile over both sides",
         "replaced, where it appears, by the average of its neighbours",
-        "1 where the model says what it would say without outliers. One scale for every map, 0.5 to 1",
+        "1 where the model gives what it would give without outliers. One scale for every map, 0.5 to 1",
         "70.4 → 55.6 %",
         "step 0 is the original",
     ):
@@ -323,7 +323,7 @@ def test_folders_of_the_images_are_not_told(make_result: MakeResult) -> None:
     assert "somewhere" not in render_repair_page(make_result(names=["/somewhere/private/a.png", "somewhere/b.png"]))
 
 
-def test_the_page_copes_with_no_steps_no_cls_and_one_image(make_result: MakeResult) -> None:
+def test_the_page_copes_with_no_steps_and_no_cls(make_result: MakeResult) -> None:
     result = make_result(images=1, steps=0, before=4, changed=0, has_cls=False, stopped_by="max_steps")
     page = Page(render_repair_page(result))
     assert "No step was recorded." in page.text
@@ -358,7 +358,7 @@ def test_a_missing_metrics_file_leaves_the_charts_out(make_result: MakeResult) -
     assert "No step was recorded." in render_repair_page(result)
 
 
-def test_a_run_of_clean_steps_has_a_curve_of_clean_images_only() -> None:
+def test_a_clean_run_has_a_curve_of_clean_images_only() -> None:
     drawn = charts([{"step": 1, "loss": None, "clean_fraction": 0.5}], 0.75)
     assert [chart.name for chart in drawn] == ["Clean images"]
 

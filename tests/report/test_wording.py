@@ -66,9 +66,9 @@ def test_skipped_steps_and_images_are_told(make_result: Callable[..., RepairResu
             {"before": 0, "changed": 0, "steps": 0, "stopped_by": "healthy"},
             "nothing to repair: no image has an outlying",
         ),
-        ({}, "no outlying token is left on the images that it is judged on"),
-        ({"changed": 0, "stopped_by": "fidelity"}, "cls or good tokens were spoilt, at several looks in a row"),
-        ({"after": 2, "stopped_by": "no_improvement"}, "no better state at many looks in a row"),
+        ({}, "no outlying token is left on the images that the repair is judged on"),
+        ({"changed": 0, "stopped_by": "fidelity"}, "cls or good tokens were spoilt, in several evaluations in a row"),
+        ({"after": 2, "stopped_by": "no_improvement"}, "no better state in many evaluations in a row"),
         (
             {"after": 2, "stopped_by": "no_gain"},
             "no step left has a gain of 3: 100\N{NO-BREAK SPACE}% of the latest images",

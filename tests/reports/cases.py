@@ -243,7 +243,7 @@ def transformers_folder(folder: Path, sample: str = "ViT", **config: Any) -> Pat
     from sinder_cli import define_torchvision_operators
 
     define_torchvision_operators()
-    sys.path.append(str(TESTS / "plugins" / "hf"))
+    sys.path.append(str(TESTS / "support"))
     from hf_samples import SAMPLES
     from transformers.utils import logging
 

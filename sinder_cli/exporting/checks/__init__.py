@@ -1,1 +1,1 @@
-"""Scripts that load an export by its library alone; they import nothing of sinder."""
+"""Scripts that load an export with its library alone; of sinder they use `define_torchvision_operators` at most."""

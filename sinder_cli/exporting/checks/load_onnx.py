@@ -1,4 +1,4 @@
-"""Features by onnxruntime from an exported file: python SCRIPT FILE PIXELS FEATURES."""
+"""Script that computes features with onnxruntime from an exported file: python SCRIPT FILE PIXELS FEATURES."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def main(file: str, pixels: str, features: str) -> None:
-    """Run every batch of images through the graph."""
+    """Run every batch through the graph, write its outputs, and print the version of onnxruntime."""
     import onnxruntime
     from safetensors.numpy import load_file, save_file
 

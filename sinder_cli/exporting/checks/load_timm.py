@@ -1,4 +1,4 @@
-"""Features by timm alone: `load_timm.py FOLDER PIXELS FEATURES`, as `verifying` calls it."""
+"""Script that computes features with timm alone: `load_timm.py FOLDER PIXELS FEATURES`, as `verifying` calls it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import timm  # noqa: E402
 
 @torch.inference_mode()
 def main(folder: str, pixels: str, written: str) -> None:
-    """Load the model strictly, as timm does; run every batch, write its features, and print which library it was."""
+    """Load the model strictly, as timm does; run every batch, write its features, and print timm's version."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).float().eval()
     found = {
         f"{number}.tokens": model.forward_features(images).contiguous().clone()

@@ -1,4 +1,4 @@
-"""Features by `torch.hub` from an exported folder: python SCRIPT FOLDER PIXELS FEATURES."""
+"""Script that computes features with `torch.hub` from an exported folder: python SCRIPT FOLDER PIXELS FEATURES."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def main(folder: str, pixels: str, features: str) -> None:
-    """Run the images through what torch.hub loads; nothing of sinder can be imported meanwhile."""
-    sys.dont_write_bytecode = True  # nothing is left in the folder
+    """Run the images through the model that torch.hub loads; importing anything of sinder fails meanwhile."""
+    sys.dont_write_bytecode = True  # leave no bytecode in the folder
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -28,9 +28,9 @@ class _Refusing:
         self.packages = packages
 
     def find_spec(self, name: str, *_: object) -> None:
-        """Refuse the packages and what is in them; leave all others to the finders that come after."""
+        """Refuse the packages and their modules; leave all others to the next finders."""
         if name.partition(".")[0] in self.packages:
-            raise ImportError(f"{name} is no part of the export")
+            raise ImportError(f"{name} is not part of the export")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Features by transformers alone: `load_transformers.py FOLDER PIXELS FEATURES`, as `verifying` calls it."""
+"""Script that computes features with transformers alone.
+
+`verifying` calls it as `load_transformers.py FOLDER PIXELS FEATURES`.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,13 @@ import transformers  # noqa: E402
 
 
 def loaded(folder: str) -> Any:
-    """The model in float32, strictly: nothing is missing but a pooler, nothing left over but a mask of pre-training."""
+    """Return the model in float32, loaded strictly.
+
+    Only a pooler or a head may be missing, and only a mask token of pre-training may be left over. Raises `SystemExit`
+    that names all other tensors.
+    """
     config = transformers.AutoConfig.from_pretrained(folder)
-    chosen = {"mask_ratio": 0.0} if hasattr(config, "mask_ratio") else {}  # an MAE hides nothing here
+    chosen = {"mask_ratio": 0.0} if hasattr(config, "mask_ratio") else {}  # an MAE masks no patch here
     model, report = transformers.AutoModel.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, use_safetensors=True, **chosen
     )
@@ -33,14 +40,14 @@ def loaded(folder: str) -> Any:
 
 
 def features(model: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """All hidden states, and the tokens after the final norm."""
+    """Return all hidden states, and the tokens after the final norm."""
     output = model(**arguments(model, images), output_hidden_states=True)
     states = {f"hidden_states.{index}": state for index, state in enumerate(output.hidden_states)}
     return states | {"last_hidden_state": output.last_hidden_state}
 
 
 def arguments(model: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the model's forward takes for images `[B, 3, H, W]`."""
+    """Return the arguments that the model's forward takes for images `[B, 3, H, W]`."""
     names = inspect.signature(model.forward).parameters
     if "noise" in names:  # an MAE sorts its patches by it
         patches = (images.shape[-1] // model.config.patch_size) * (images.shape[-2] // model.config.patch_size)
@@ -57,7 +64,7 @@ def arguments(model: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def main(folder: str, pixels: str, written: str) -> None:
-    """Run every batch, write its features, and print which library it was."""
+    """Run every batch, write its features, and print the version of transformers."""
     model = loaded(folder)
     found = {
         f"{number}.{name}": tensor.contiguous().clone()

@@ -1,1 +1,1 @@
-"""What `sinder analyze --out` leaves: a folder with figures over all images, figures of single images, and a page."""
+"""Output folder of `sinder analyze --out`: figures over all images, figures of single images, and a page."""

@@ -1,4 +1,4 @@
-"""The words, numbers and rows of tables that the page of an analysis shows."""
+"""Words, numbers and table rows that the page of an analysis shows."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ COLOUR_OF: dict[VerdictKind, str] = {
     "none": "good",
 }
 SIDES = ("first", "second")  # of a comparison
-SHOWN_IMAGES = 10  # of those that outlying tokens move furthest
+SHOWN_IMAGES = 10  # at most, those that outlying tokens move furthest
 
 
 class Measure(NamedTuple):
-    """One row of a table with a value a side."""
+    """One row of a table, with one value per side."""
 
     name: str
     values: list[str]
 
 
 class Cell(NamedTuple):
-    """A value in the table of blocks, under the heading that it has in `HEADINGS`."""
+    """A value in a table, and the heading of its column."""
 
     heading: str
     value: str
 
 
 class BlockRow(NamedTuple):
-    """One block of one side, `first` or `second`; a direction that is not determined is dimmed."""
+    """One block of one side, `first` or `second`; its row is dimmed if the predicted direction is not determined."""
 
     block: int
     side: str
@@ -58,7 +58,7 @@ class BlockRow(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Which columns the table of blocks has besides those that it always has."""
+    """Optional columns of the table of blocks: True for those that it has."""
 
     broken: bool
     threshold: bool
@@ -67,12 +67,15 @@ class Columns(NamedTuple):
 
 
 def sides_of(analysis: Analysis) -> list[Side]:
-    """The one backbone, or the two of a comparison."""
+    """Return the one backbone, or the two of a comparison."""
     return [analysis, *([analysis.other] if analysis.other else [])]
 
 
 def labels_of(analysis: Analysis) -> list[str]:
-    """How each side is called: by its model, or where both have the same one, by its weights too."""
+    """Return one label per side: its model.
+
+    If both sides have the same model, the labels name the weights too; if these are also the same, the side.
+    """
     sides = sides_of(analysis)
     for labels in ([side.model for side in sides], [f"{side.model}, {side.weights}" for side in sides]):
         if len(set(labels)) == len(sides):
@@ -81,31 +84,31 @@ def labels_of(analysis: Analysis) -> list[str]:
 
 
 def side_names(analysis: Analysis) -> list[Named]:
-    """Which model and weights are the first and the second side; nothing for one backbone."""
+    """Return model and weights of the first and the second side; an empty list for a single backbone."""
     sides = sides_of(analysis)
     names = SIDES if len(sides) == 2 else ()
     return [Named(name, printable(f"{s.model}, {s.weights}")) for name, s in zip(names, sides, strict=False)]
 
 
 def has_broken_tokens(analysis: Analysis) -> bool:
-    """Whether there are tokens that are not finite, in any block."""
+    """Return True if any block has tokens that are not finite."""
     return any(block.nonfinite for side in sides_of(analysis) for block in side.blocks)
 
 
 def norm_factor(analysis: Analysis) -> str:
-    """The factor above which a norm is outlying."""
+    """Return the multiple of the median above which a norm is outlying."""
     return f"{analysis.settings.get('norm_factor') or NORM_FACTOR:g}"
 
 
 def rule_words(analysis: Analysis) -> dict[Rule, str]:
-    """The rules that mark tokens, in few words."""
+    """Return the rules that mark tokens, each in a few words."""
     threshold = analysis.settings.get("norm_threshold")
     words: dict[Rule, str] = {"equation_5": "equation (5)", "outlying": f"norm > {norm_factor(analysis)} × median"}
     return words if threshold is None else words | {"above_threshold": f"norm > {number(threshold)}"}
 
 
 def key_measures(analysis: Analysis) -> list[Measure]:
-    """The numbers that matter most: those of the last block, unless they say otherwise."""
+    """Return the most important numbers, taken from the last block unless their name says otherwise."""
     sides = sides_of(analysis)
     broken = has_broken_tokens(analysis)
     at_least = analysis.settings["min_tokens"]
@@ -130,7 +133,7 @@ def key_measures(analysis: Analysis) -> list[Measure]:
 
 
 def block_rows(analysis: Analysis) -> list[list[BlockRow]]:
-    """Per block, one row a side."""
+    """Return the rows of the table of blocks: for each block, one row per side."""
     sides, factor = sides_of(analysis), norm_factor(analysis)
     shown = Columns(
         broken=has_broken_tokens(analysis),
@@ -148,13 +151,13 @@ def block_rows(analysis: Analysis) -> list[list[BlockRow]]:
 
 
 def gain_sentences(analysis: Analysis) -> list[Named]:
-    """What a repair of each side could change, in words; nothing where it was not looked at."""
+    """Return in words what a repair of each side could change; nothing for a side without that comparison."""
     sides = zip(labels_of(analysis), sides_of(analysis), strict=True)
     return [Named(label, side.inpainting.sentence) for label, side in sides if side.inpainting]
 
 
 def gain_measures(analysis: Analysis) -> list[Measure]:
-    """The last block against the inpainted original, one value a side."""
+    """Return the comparison of the last block with the inpainted original, one value per side."""
     found = [side.inpainting for side in sides_of(analysis)]
 
     def row(name: str, say: Callable[[Inpainting], str]) -> Measure:
@@ -174,7 +177,7 @@ def gain_measures(analysis: Analysis) -> list[Measure]:
 
 
 def gain_images(analysis: Analysis) -> list[list[Cell]]:
-    """The images that outlying tokens move furthest, those of the first side before those of the second."""
+    """Return the images that outlying tokens move furthest: those of the first side, then those of the second."""
     return [
         [
             Cell("image", printable(PurePath(image.image).name)),
@@ -225,7 +228,7 @@ def _cells(block: BlockRecord, shown: Columns, factor: str) -> list[Cell]:
 
 
 def pair_rows(analysis: Analysis) -> list[list[Cell]]:
-    """Both sides of a comparison, block by block."""
+    """Return one row per block that compares both sides."""
     return [
         [
             Cell("block", str(pair.block)),
@@ -243,12 +246,12 @@ def pair_rows(analysis: Analysis) -> list[list[Cell]]:
 
 
 def setting_rows(analysis: Analysis) -> list[Named]:
-    """The settings that were in force, each with its help text."""
+    """Return the settings in force, each with its help text."""
     return formatting.setting_rows(AnalyzeSettings, analysis.settings)
 
 
 def origin_rows(analysis: Analysis) -> list[Named]:
-    """What was run: models, weights, images and the program."""
+    """Return what was run: models, weights, images and the version of the program."""
     sides = sides_of(analysis)
     order = ("",) if len(sides) == 1 else (" of the first", " of the second")
     told = [
@@ -270,7 +273,7 @@ def origin_rows(analysis: Analysis) -> list[Named]:
 
 
 def images_told(analysis: Analysis) -> str:
-    """64 images, 2 skipped."""
+    """Return the number of images in words: 64 images, 2 skipped."""
     skipped = f", {len(analysis.skipped):,} skipped" if analysis.skipped else ""
     return counted(analysis.images, "image") + skipped
 

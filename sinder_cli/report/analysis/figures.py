@@ -1,4 +1,4 @@
-"""The figures of an analysis, over all images and of each: what stands in which file, and what the caption says."""
+"""Figures of an analysis, over all images and of single images: their files, contents and captions."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from sinder_cli.report.formatting import counted
 
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis, Side
-    from sinder_cli.analysis.survey import AnalysisResult, Survey
+    from sinder_cli.analysis.run import AnalysisResult
+    from sinder_cli.analysis.survey import Survey
 
 
-TITLE_LETTERS = 52  # in one line of a title
+TITLE_LETTERS = 52  # at most, in one line of a title
 ENDINGS = ("", "-other")  # of the names of a comparison's files
 VIOLIN = (
     "Violins: the distribution of all patch tokens, each as wide as its own peak; thin line: smallest to largest; "
@@ -47,7 +48,7 @@ class ChartGroup(NamedTuple):
 
 
 class ChartSide(NamedTuple):
-    """One side of an analysis: its records, its outlines, its name, and the ending of its files' names."""
+    """One side of an analysis: its records, its survey, its label, and the ending of its file names."""
 
     record: Side
     survey: Survey
@@ -56,7 +57,7 @@ class ChartSide(NamedTuple):
 
 
 def analysis_charts(result: AnalysisResult) -> list[ChartGroup]:
-    """All charts, ready to be drawn; the cosines of a comparison come first."""
+    """Return all charts, ready to be drawn; the cosines of a comparison come first."""
     analysis = result.analysis
     sides = [
         ChartSide(*each) for each in zip(sides_of(analysis), result.surveys, labels_of(analysis), ENDINGS, strict=False)
@@ -120,7 +121,7 @@ def _angle_caption(analysis: Analysis, stage: str) -> str:
 
 
 def _position_group(analysis: Analysis, sides: list[ChartSide]) -> ChartGroup:
-    """At the first block of every verdict, and at the last block."""
+    """Return the maps of positions at the first block of every verdict and at the last block."""
     firsts = {side.record.verdict.first_block for side in sides}
     blocks = sorted({len(analysis.blocks) - 1, *(block for block in firsts if block is not None)})
     *others, last = map(str, blocks)
@@ -138,7 +139,7 @@ def _position_charts(analysis: Analysis, sides: list[ChartSide], block: int) -> 
     rows, columns = analysis.grid
     for side, share in zip(sides, shares, strict=True):
         title = _title(f"Where tokens are marked, block {block}", side.label)
-        draw = partial(draw_positions, title=title, shares=share, top=top or 0.01)  # a scale needs some length
+        draw = partial(draw_positions, title=title, shares=share, top=top or 0.01)  # a scale must not have length 0
         height = min(5.0, 1.1 + 3.4 / len(share) * rows / columns)
         caption = _position_caption(analysis, str(block))
         yield Chart(f"positions-block-{block}{side.ending}", _flat(title), caption, height, draw)
@@ -149,12 +150,12 @@ def _position_caption(analysis: Analysis, block: str) -> str:
     other = (
         ""
         if analysis.settings.get("resize") == "square"  # all images have this grid
-        else " Where an image has another grid, its tokens count at the place that they have relative to the image, and"
-        " several may share one; grey: no token lay there."
+        else " If an image has another grid, each of its tokens counts at its place relative to the image, and several"
+        " tokens may share one place; grey: no token at this place."
     )
     return (
-        f"Of the tokens at each place of the {rows} × {columns} grid, the share that each rule marks after block"
-        f" {block}, in percent; colours from 0 to the largest share of the block.{other} {_taken(analysis)}"
+        f"Share of the tokens at each place of the {rows} × {columns} grid that each rule marks after block {block}, in"
+        f" percent; colours from 0 to the largest share of the block.{other} {_taken(analysis)}"
     )
 
 
@@ -178,7 +179,7 @@ BEFORE_NORM = "before the final norm"
 
 
 class ImageFigure(NamedTuple):
-    """One figure of an image: the ending of its file's name, its caption, and what is on it."""
+    """One figure of an image: the ending of its file name, its caption, its pictures and their scale."""
 
     name: str
     caption: str
@@ -186,19 +187,22 @@ class ImageFigure(NamedTuple):
     scale: ColourScale | None = None
 
     def png(self, name: str) -> bytes:
-        """A PNG file that carries its caption; `name` is that of the image."""
+        """Return a PNG file that contains its caption; `name` is the name of the image."""
         texts = {"Title": f"{name}: {self.name}", "Description": self.caption}
         return encoded(draw_rows(self.rows, self.scale), texts=texts)
 
 
 def file_of(index: int, image: str, figure: str) -> str:
-    """`figures/0007-name-pca.png`: image 7 (from 0), whose name is kept as far as any file system can hold it."""
+    """Return `figures/0007-name-pca.png`: image 7 (from 0), its name cut so that any file system can hold it."""
     kept = re.sub(r"[^A-Za-z0-9_-]+", "-", PurePosixPath(image).stem).strip("-")[:40]
     return f"figures/{index:04d}-{kept or 'image'}-{figure}.png"
 
 
 def image_figures(image: ImageMaps, scales: Scales, labels: Sequence[str], analysis: Analysis) -> Iterator[ImageFigure]:
-    """All figures of one image; `labels` names the sides of a comparison, and is one empty text without."""
+    """Yield all figures of one image.
+
+    `labels` names the sides of a comparison; for a single side it is one empty text.
+    """
     last = len(analysis.blocks) - 1
     captions = Captions(image.name, labels, analysis)
     yield ImageFigure("pca", captions.pca(last), [_row_of(image, labels, "pca")])
@@ -226,7 +230,7 @@ def image_figures(image: ImageMaps, scales: Scales, labels: Sequence[str], analy
 
 
 def _row_of(image: ImageMaps, labels: Sequence[str], kind: str) -> Row:
-    """The photograph, and beside it one map a side."""
+    """Return a row with the photograph and one map per side."""
     found: list[tuple[str, LabelledPicture | None]] = [
         (label, getattr(side, kind)) for side, label in zip(image.sides, labels, strict=True)
     ]
@@ -250,11 +254,11 @@ class Captions(NamedTuple):
 
     @property
     def grey(self) -> str:
-        """What grey patches are, where there are any."""
+        """Explanation of grey patches; empty if there are none."""
         return " Dark grey: tokens that are not finite." if has_broken_tokens(self.analysis) else ""
 
     def pca(self, block: int) -> str:
-        """Of the principal components."""
+        """Return the caption of the principal components."""
         out = "all but the marked" if self.analysis.settings.get("exclude_masked") else "all"
         both = " and both sides" if len(self.labels) > 1 else ""
         return (
@@ -265,21 +269,21 @@ class Captions(NamedTuple):
         )
 
     def norm(self, block: int, scale: ColourScale) -> str:
-        """Of the norms."""
+        """Return the caption of the norms."""
         return (
             f"L2 norms of the patch tokens of {self.image} after block {block}, {BEFORE_NORM}: {scale.words}, the same"
             f" scale for every image.{self.grey}"
         )
 
     def attention(self, block: int) -> str:
-        """Of the attention."""
+        """Return the caption of the attention."""
         return (
             f"Attention of cls to the patches of {self.image} in block {block}, mean over its heads; each map from its"
             f" own smallest to its own largest weight."
         )
 
     def angles(self) -> str:
-        """Of angles and masks."""
+        """Return the caption of angles and masks."""
         settings = self.analysis.settings
         return (
             f"{self.image}: angle between each patch token, {BEFORE_NORM}, and the direction ν predicted from the"
@@ -290,7 +294,7 @@ class Captions(NamedTuple):
         )
 
     def targets(self, block: int, scale: ColourScale, label: str) -> str:
-        """Of the learning targets."""
+        """Return the caption of the learning targets."""
         kernel = self.analysis.settings.get("kernel", 3)
         return (
             f"{self.image}{f', {label}' if label else ''}: L2 norms after block {block}, its first defective one,"
@@ -300,7 +304,7 @@ class Captions(NamedTuple):
         )
 
     def inpainted(self, block: int, scale: ColourScale, label: str, words: str) -> str:
-        """Of the cosines to the inpainted original."""
+        """Return the caption of the cosines to the inpainted original."""
         factor = norm_factor(self.analysis)
         return (
             f"{self.image}{f', {label}' if label else ''}: cosine between each patch token after block {block},"
@@ -310,7 +314,7 @@ class Captions(NamedTuple):
         )
 
     def cosine(self, block: int, scale: ColourScale) -> str:
-        """Of the cosines between both sides."""
+        """Return the caption of the cosines between both sides."""
         return (
             f"{self.image}: cosine between the patch tokens of {' and '.join(self.labels)} after block {block},"
             f" {BEFORE_NORM}, {scale.words}; bright where they differ.{self.grey}"

@@ -1,4 +1,4 @@
-"""The folder that an analysis leaves behind: numbers, directions, figures and a page, whole or not at all."""
+"""The output folder of an analysis: numbers, directions, figures and a page, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from sinder_cli.report.documents import analysis_document
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sinder_cli.analysis.survey import AnalysisResult
+    from sinder_cli.analysis.run import AnalysisResult
     from sinder_cli.report.drawing.canvas import Chart
 
-SCALED_BY = 64  # images whose maps set the colours of all: they are kept until all of them are seen
+SCALED_BY = 64  # first images, whose maps set the colours of all; kept in memory until all of them were seen
 PREFIXES = ("", "other.")
 CONTENT = "defect directions before the final norm, rows of unit norm; a row of zeros: no outlying token was observed"
 
 
 def write_analysis(folder: Path, result: AnalysisResult, emit: Emit) -> Analysis:
-    """Write everything into `folder`, which is absent or empty; the record comes back with its figures listed.
+    """Write everything into `folder`, which is absent or empty; return the record with its figures listed.
 
-    Images are drawn as they come and not kept. Nothing is left of a folder that could not be finished.
+    Images are drawn as they come and not kept in memory. If writing fails, nothing is left of the folder.
     Raises `CannotCreateError` or `StorageError` for what the file system refuses.
     """
     with replacing_folder(folder) as temporary:
@@ -58,7 +58,10 @@ def write_analysis(folder: Path, result: AnalysisResult, emit: Emit) -> Analysis
 
 
 def _write_directions(path: Path, result: AnalysisResult) -> None:
-    """Predicted and observed directions, a `[blocks, N]` float32 tensor each; the second side's begin with `other.`."""
+    """Write predicted and observed directions, each as a float32 tensor `[blocks, N]`.
+
+    Names of the second side's tensors begin with `other.`.
+    """
     from sinder_cli.backbone.sources import infos_of
     from sinder_cli.backbone.storing import write_safetensors
 
@@ -77,7 +80,7 @@ def _write_chart(folder: Path, chart: Chart) -> FigureFile:
 
 
 def _painted(result: AnalysisResult, emit: Emit) -> Iterator[tuple[ImageMaps, Scales]]:
-    """Every image's maps, in colours that the first images settle for all."""
+    """Yield every image's maps, in colours that the first images determine for all."""
     labels = _side_labels(result.analysis)
     images = (drawn_image(portrait, result.mean, result.std) for portrait in result.portraits)
     for each, scales in tracked(_with_scales(images, result.analysis), emit, "drawing", result.drawn, "images"):
@@ -103,5 +106,5 @@ def _write_figures(folder: Path, index: int, image: ImageMaps, scales: Scales, a
 
 
 def _side_labels(analysis: Analysis) -> list[str]:
-    """The sides' names where there are two; a single one needs none on its pictures."""
+    """Return the names of both sides; one empty text for a single side, whose pictures need no name."""
     return labels_of(analysis) if analysis.other else [""]

@@ -1,4 +1,4 @@
-"""The maps of one image as pictures, for the files and for the page alike."""
+"""The maps of one image as pictures, used for both the figure files and the page."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis
     from sinder_cli.report.drawing.pictures import Picture, Span
 
-MARK = (255, 176, 0)  # a marked patch: amber, which the colour-blind tell from grey
-DIMMED = 0.45  # the photograph under it
+MARK = (255, 176, 0)  # a marked patch: amber, which colour-blind readers can distinguish from grey
+DIMMED = 0.45  # brightness of the photograph under it
 INPAINTED = "cosine to the inpainted original, no unit"
 
 
 class DrawnImage(NamedTuple):
-    """An image and its maps, without the pixels that nobody will see: the photograph is reduced."""
+    """An image, reduced to the size at which it is shown, and its maps."""
 
     name: str
     photograph: Picture
@@ -37,7 +37,7 @@ class DrawnImage(NamedTuple):
 
 @dataclass(frozen=True)
 class SideMaps:
-    """One backbone's maps of one image; `block` is the first defective one, None without."""
+    """One backbone's maps of one image; `block` is its first defective block, or None."""
 
     pca: LabelledPicture
     norm: LabelledPicture
@@ -47,7 +47,7 @@ class SideMaps:
     targets: tuple[LabelledPicture, ...]
     block: int | None
     outlying: int
-    largest: float  # norm; of the tokens that are finite
+    largest: float  # norm of a finite token
     broken: int  # tokens that are not finite
     inpainted: LabelledPicture | None = None  # cosine to the inpainted original
     somewhere: LabelledPicture | None = None  # tokens that are outlying in some block
@@ -56,7 +56,7 @@ class SideMaps:
 
 @dataclass(frozen=True)
 class ImageMaps:
-    """One image and its maps."""
+    """One image and its maps, as pictures."""
 
     name: str
     photograph: LabelledPicture
@@ -66,7 +66,7 @@ class ImageMaps:
 
 @dataclass(frozen=True)
 class Scales:
-    """The colours that are the same for all images and both sides."""
+    """Colour scales that are the same for all images and both sides."""
 
     pca: Span
     norms: tuple[ColourScale, ...]  # by block
@@ -75,13 +75,13 @@ class Scales:
 
 
 def drawn_image(portrait: Portrait, mean: tuple[float, float, float], std: tuple[float, float, float]) -> DrawnImage:
-    """The portrait with its image as a photograph of at most 512 pixels a side."""
+    """Return the portrait with its image as a photograph of at most 512 pixels per side."""
     photograph = reduced(picture(portrait.image, mean, std))
     return DrawnImage(printable(Path(portrait.name).name), photograph, portrait.sides, portrait.patch_cosine)
 
 
 def shared_scales(analysis: Analysis, first: Iterable[DrawnImage]) -> Scales:
-    """Scales from the statistics of all images, and for the principal components from the first ones' maps."""
+    """Return scales from the statistics of all images; for principal components, from the first images' maps."""
     pairs = analysis.comparison or ()
     return Scales(
         pca=clip_range([side.components[side.in_basis] for each in first for side in each.sides]),
@@ -95,7 +95,7 @@ def shared_scales(analysis: Analysis, first: Iterable[DrawnImage]) -> Scales:
 
 
 def _inpainted_scale(analysis: Analysis) -> ColourScale | None:
-    """One for both sides, down to the 1st percentile of good tokens or of marked ones, whichever is lower."""
+    """Return one scale for both sides, down to the lower of the 1st percentiles of good and of marked tokens."""
     found = [side.inpainting for side in sides_of(analysis) if side.inpainting]
     known = [each for one in found for each in (one.good_cosine, one.marked_cosine) if each is not None]
     if not known:
@@ -104,7 +104,10 @@ def _inpainted_scale(analysis: Analysis) -> ColourScale | None:
 
 
 def paint_image(image: DrawnImage, scales: Scales, labels: Sequence[str]) -> ImageMaps:
-    """Paint all maps of one image; `labels` names the sides of a comparison, and is one empty text without."""
+    """Paint all maps of one image.
+
+    `labels` names the sides of a comparison; for a single side it is one empty text.
+    """
     told = f"Cosine between both sides' tokens of {image.name}"
     cosine = image.patch_cosine
     return ImageMaps(
@@ -161,7 +164,7 @@ def _somewhere(image: DrawnImage, inpainted: InpaintedMaps, name: str) -> Labell
 
 
 def _inpainted_words(inpainted: InpaintedMaps) -> str:
-    """Cosines of this image, in words."""
+    """Return the cosines of this image in words."""
     good, marked = inpainted.cosine[~inpainted.marked], inpainted.cosine[inpainted.marked]
     parts = [
         *([f"cls {inpainted.cls_cosine:.4f}"] if inpainted.cls_cosine is not None else []),
@@ -179,7 +182,7 @@ def _mask_picture(image: DrawnImage, block: int, mask: Tensor | None, name: str)
 
 
 def mask_map(photograph: Picture, mask: Tensor) -> Picture:
-    """Marked patches in amber on the photograph, which is dimmed, grey and as coarse as the mask `[h, w]`."""
+    """Return marked patches in amber on the photograph, dimmed, grey and as coarse as the mask `[h, w]`."""
     grey = resized(photograph, *mask.shape).mean(axis=2, keepdims=True) * DIMMED
     colours = grey.repeat(3, axis=2).round().astype("uint8")
     colours[mask.numpy()] = MARK

@@ -22,13 +22,13 @@ ATTENTION = (
     "Of cls to each patch in the last block, mean over heads;"
     " every map from its own smallest to its own largest weight."
 )
-UNSEEN = "the kernel that computes it does not show its weights, as --attention sdpa or eager would"
+UNSEEN = "its kernel does not expose the weights; --attention sdpa or eager does"
 INPAINTED = "inpainted"  # the kind of a group
-EMBEDDED_IMAGES = 24  # more would make a page that a phone cannot hold
+EMBEDDED_IMAGES = 24  # more would make the page too large for a phone
 
 
 class PanelGroup(NamedTuple):
-    """Panels that belong together; `kind` says where the page puts them."""
+    """Panels that belong together; `kind` determines where the page puts them."""
 
     kind: str
     heading: str
@@ -37,7 +37,7 @@ class PanelGroup(NamedTuple):
 
 
 class PageImage(NamedTuple):
-    """One image with its pictures and its own numbers; `attended` says of which sides attention is drawn."""
+    """One image with its pictures and numbers; `attended` is True for each side whose attention is drawn."""
 
     name: str
     numbers: list[str]
@@ -46,7 +46,7 @@ class PageImage(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A colour scale to be read beside the pictures, and on which of them it holds."""
+    """A colour scale shown beside the pictures; `where` names the pictures that it applies to."""
 
     name: str
     scale: ColourScale
@@ -66,7 +66,7 @@ class SideVerdict(NamedTuple):
 def render_analysis_page(
     analysis: Analysis, groups: Sequence[ChartGroup], images: Sequence[PageImage], drawn: int, scales: Scales | None
 ) -> str:
-    """The whole page as one string of HTML that loads nothing; `drawn` counts all images of which there are figures."""
+    """Return the page as one string of HTML that loads nothing; `drawn` is the number of images with figures."""
     labels = labels_of(analysis)
     return html_template("analysis.html.jinja").render(
         title=" and ".join(labels),
@@ -100,7 +100,10 @@ def render_analysis_page(
 
 
 def embedded(image: ImageMaps, scales: Scales, labels: Sequence[str]) -> PageImage:
-    """One image's part of the page; `labels` names the sides of a comparison, and is one empty text without."""
+    """Return one image's part of the page.
+
+    `labels` names the sides of a comparison; for a single side it is one empty text.
+    """
     outlying = " → ".join(f"{side.outlying:,}" for side in image.sides)
     largest = " → ".join(formatting.number(side.largest) for side in image.sides)
     numbers = [f"Outlying tokens {outlying}", f"Largest norm {largest}"]
@@ -111,7 +114,7 @@ def embedded(image: ImageMaps, scales: Scales, labels: Sequence[str]) -> PageIma
 
 
 def _attention_words(analysis: Analysis, images: Sequence[PageImage]) -> list[str]:
-    """What the maps of attention show, if there are any, and why a side has none."""
+    """Return what the maps of attention show, if there are any, and why a side has none."""
     sides = sides_of(analysis)
     drawn = [any(image.attended[at] for image in images) for at in range(len(sides))]
     words = [ATTENTION] if any(drawn) else []
@@ -124,7 +127,11 @@ def _attention_words(analysis: Analysis, images: Sequence[PageImage]) -> list[st
 
 
 def _groups(image: ImageMaps, scales: Scales, labels: Sequence[str]) -> Iterator[PanelGroup]:
-    """The photograph with the only side's maps; or by itself, and then both sides' maps, kind by kind."""
+    """Yield the groups of panels of one image.
+
+    A single side has the photograph among its maps; for two sides it comes first, in a group of its own, and then both
+    sides' maps, kind by kind.
+    """
     photograph = _panel(image.photograph, sharp=False)
     alone = len(image.sides) == 1
     if not alone:
@@ -167,7 +174,7 @@ def _panel(shown: LabelledPicture, sharp: bool = True) -> Panel:
 
 def _bars(scales: Scales, compared: bool, inpainted: bool) -> list[Bar]:
     shown = [
-        ("Norm", scales.norms[-1], "on every map of the last block; learning targets have the scale that they name"),
+        ("Norm", scales.norms[-1], "on every map of the last block; each learning target names its own scale"),
         ("Angle", ANGLES, "on every map"),
         *([("Cosine", scales.cosine, "on every map")] if compared else []),
         *([("Inpainted", scales.inpainted, "on every map")] if inpainted and scales.inpainted else []),

@@ -1,1 +1,1 @@
-"""How results become pictures: charts, and maps of patch tokens as colours."""
+"""Drawing of results: charts, and maps of patch tokens as colours."""

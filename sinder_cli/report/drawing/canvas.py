@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 INK, SOFT, RULE, FAINT, LINE, ACCENT = "#1d1c1a", "#5f5b55", "#dedad3", "#ebe8e2", "#2b5c8a", "#c2500f"
-# The light colours of the page. An SVG has the variables of their names instead, which know the dark ones too.
+# The page's colours in light mode. An SVG uses CSS variables of these names, which have values for dark mode too.
 COLOURS = {"ink": INK, "soft": SOFT, "rule": RULE, "faint": FAINT, "line": LINE, "accent": ACCENT}
-ABSENT = (138, 138, 138)  # of a map, where there is no value: a grey that no colour map has
-BRIGHT = "inferno"  # matplotlib's name of the colour map, perceptually uniform, on which what stands out is bright
-WIDTH = 4.6  # inches: 9.5 points come out at 10 pixels on a phone
+ABSENT = (138, 138, 138)  # on a map, where there is no value: a grey that no colour map contains
+BRIGHT = "inferno"  # matplotlib's name of a perceptually uniform colour map, on which high values are bright
+WIDTH = 4.6  # inches: text of 9.5 points has 10 pixels on a phone
 STYLE = {
     "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same letters everywhere
     "font.size": 9.5,
@@ -65,12 +65,12 @@ class Chart:
     draw: Callable[[Figure], None]
 
     def png(self) -> bytes:
-        """A PNG file on white that carries title and caption."""
+        """Return a PNG file on white that contains title and caption."""
         texts = {"Title": self.title, "Description": self.caption, "Software": None}
         return self._drawn("png", dpi=PNG_DPI, facecolor="white", metadata=texts)
 
     def svg(self) -> str:
-        """An `<svg>` element whose colours are variables of the page that it stands in."""
+        """Return an `<svg>` element whose colours are variables of the page that contains it."""
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         text = self._drawn("svg", dpi=PNG_DPI, transparent=True, metadata=nothing).decode("utf-8")
         return themed(text, self.title)
@@ -87,7 +87,7 @@ class Chart:
 
 
 def block_axis(axes: Axes, depth: int) -> None:
-    """Blocks from left to right, numbered as everywhere from 0."""
+    """Set up the axis of blocks, from left to right and numbered from 0, as everywhere."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(-0.6, depth - 0.4)
@@ -96,23 +96,23 @@ def block_axis(axes: Axes, depth: int) -> None:
 
 
 def themed(svg: str, title: str) -> str:
-    """Matplotlib's SVG as an element of a page: sized, coloured and lettered by the page, and free of addresses.
+    """Return matplotlib's SVG as an element of a page, with the page's size, colours and font, without URLs.
 
-    Only tags are touched: texts between them, such as names and the numbers of an axis, stay as they are.
+    Only tags are changed: texts between them, such as names and the numbers of an axis, stay as they are.
     """
     from html import escape
 
     view = re.search(r'viewBox="[^"]+"', svg)
     assert view is not None
     body = svg[svg.index("<defs>") :]
-    body = re.sub(r"<style[^>]*>.*?</style>", "", body, flags=re.DOTALL)  # it would reach the whole page
+    body = re.sub(r"<style[^>]*>.*?</style>", "", body, flags=re.DOTALL)  # it would apply to the whole page
     used = {name for tag in TAG.findall(body) for name in re.findall(r"#([\w-]+)", tag)}
     body = TAG.sub(lambda found: _themed_tag(found[0], used), body)
     return f'<svg {view[0]} role="img" aria-label="{escape(title)}">\n{body.strip()}'
 
 
 def _themed_tag(tag: str, used: set[str]) -> str:
-    """A tag with the page's font and colours, coordinates to a hundredth of a point, and the id only if it is used."""
+    """Return a tag with the page's font and colours, coordinates cut to 0.01 points, and the id only if it is used."""
     tag = re.sub(r"font: (?:\w+ )*([\d.]+)px [^;\"]+", r"font-size: \1px", tag)
     tag = re.sub(r"font-family: [^;\"]+;? ?", "", tag)
     tag = COORDINATES.sub(lambda found: re.sub(r"(\d\.\d\d)\d+", r"\1", found[0]), tag)
@@ -124,7 +124,7 @@ def _themed_tag(tag: str, used: set[str]) -> str:
 
 @contextlib.contextmanager
 def _style(salt: str) -> Iterator[None]:
-    """Our style and no user's; ids that depend on the chart alone."""
+    """Apply our style instead of the user's, with ids that depend on the chart alone."""
     from matplotlib import style
 
     with warnings.catch_warnings(), style.context(["default", {**STYLE, "svg.hashsalt": salt}]):

@@ -1,4 +1,4 @@
-"""Charts of an analysis: violins of norms and angles over blocks, lines of two backbones, places on the grid."""
+"""Charts of an analysis: violins of norms and angles over blocks, cosines of two backbones, places on the grid."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.records import Distribution, PairRecord
 
 
-HALF_WIDTH = 0.42  # of a violin, in blocks
-FULL_LINES = 16  # blocks up to which lines have their full width: beyond, they would hide the violins
+HALF_WIDTH = 0.42  # of half a violin, in blocks
+FULL_LINES = 16  # up to this number of blocks, lines have full width; with more, they would hide the violins
 
 
 def draw_norms(
@@ -28,7 +28,7 @@ def draw_norms(
     norms: Sequence[Distribution | None],
     limits: tuple[float, float],
 ) -> None:
-    """One violin a block on a logarithmic axis; `limits` are shared with the other side of a comparison."""
+    """Draw one violin per block on a logarithmic axis; `limits` are shared with the other side of a comparison."""
     axes = figure.add_subplot(title=title)
     axes.set_yscale("log")
     axes.set_ylim(*limits)
@@ -46,7 +46,7 @@ def draw_angles(
     determined: Sequence[bool],
     observed: Sequence[float | None],
 ) -> None:
-    """One violin a block, grey where the direction is not determined, and the observed direction's angle over it."""
+    """Draw one violin per block, grey if its direction is not determined, and the observed direction's angle."""
     axes = figure.add_subplot(title=title)
     axes.set_ylim(-2, 92)
     axes.set_yticks([0, 15, 30, 45, 60, 75, 90])
@@ -63,14 +63,14 @@ def draw_angles(
         label="observed direction of outlying tokens",
         zorder=4,
     )
-    figure.legend(loc="outside lower right")  # even of an empty line: both sides keep one shape
+    figure.legend(loc="outside lower right")  # even for an empty line, so that both sides have the same shape
     block_axis(axes, len(angles))
 
 
 def draw_violins(
     axes: Axes, curves: Sequence[Curve | None], values: Sequence[Distribution | None], colours: Sequence[str]
 ) -> None:
-    """Each block's distribution as an outline, lines from end to end and from 1 % to 99 %, a dash at the median."""
+    """Draw each block's distribution: an outline, lines from end to end and from 1 % to 99 %, a dash at the median."""
     slim = min(1.0, FULL_LINES / len(values))
     known = [
         (at, curve, value, colour)
@@ -89,7 +89,7 @@ def draw_violins(
 
 
 def _label_decades(axes: Axes, limits: tuple[float, float]) -> None:
-    """1, 2 and 5 × 10ⁿ, or powers of ten alone where those would crowd."""
+    """Label 1, 2 and 5 × 10ⁿ, or powers of ten alone if the labels would be too close."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = limits
@@ -99,7 +99,7 @@ def _label_decades(axes: Axes, limits: tuple[float, float]) -> None:
 
 
 def draw_cosines(figure: Figure, title: str, pairs: Sequence[PairRecord]) -> None:
-    """Medians over the blocks with a band from 1 % to 99 %: patch tokens, and cls where both sides have one."""
+    """Draw medians over the blocks with a band from 1 % to 99 %: patch tokens, and cls if both sides have one."""
     axes = figure.add_subplot(title=title)
     axes.set_ylabel("cosine (no unit)")
     _draw_band(axes, [pair.patch_cosine for pair in pairs], LINE, "patch tokens", "o", "-")
@@ -129,10 +129,10 @@ def _draw_band(
 
 
 def draw_positions(figure: Figure, title: str, shares: Mapping[str, Tensor | None], top: float) -> None:
-    """One map `[H, W]` a rule: of the tokens at each place the share that it marks, and grey where there were none.
+    """Draw one map `[H, W]` per rule: the share of the tokens at each place that it marks; grey without any token.
 
-    Colours go up to `top`, which both sides share. A rule that does not apply to the block has None, and an empty place
-    of the same shape; one rule always applies.
+    Colours go up to `top`, which both sides share. A rule that does not apply to the block has None, and gets an empty
+    map of the same shape; at least one rule always applies.
     """
     import torch
     from matplotlib import colormaps
@@ -156,4 +156,4 @@ def draw_positions(figure: Figure, title: str, shares: Mapping[str, Tensor | Non
     bar = figure.colorbar(drawn, ax=list(axes), label="share of the tokens there, %", shrink=0.85, pad=0.02)
     bar.outline.set_visible(False)
     assert bar.solids is not None
-    bar.solids.set_rasterized(True)  # an image: 256 bands would show seams between them
+    bar.solids.set_rasterized(True)  # drawn as an image: 256 separate bands would show gaps between them

@@ -46,7 +46,7 @@ def line_chart(
 ) -> LineChart | None:
     """Lay out (x, y ≥ 0) points, from 0 on both axes up to the data's maximum or `top`; None without finite points.
 
-    `goal` is a y that is marked, `kept` an x.
+    `goal` is a value of y that is marked, `kept` a value of x.
     """
     finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     if not finite:

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Picture = NDArray[np.uint8]
-    Span = tuple[NDArray[Any], NDArray[Any]]  # the values [3] that take no and full red, green and blue
+    Span = tuple[NDArray[Any], NDArray[Any]]  # the values [3] shown as 0 and as full red, green and blue
 
 CLIP_PERCENTILES = (1.0, 99.0)  # of a principal component, over all maps: beyond them a colour saturates
-MAP_PIXELS = 512  # side that a map of patches is enlarged to, at most
+MAP_PIXELS = 512  # largest side to which a map of patches is enlarged
 
 
 Kind = Literal["png", "jpeg"]
@@ -45,16 +45,16 @@ class ImageFile(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One picture of a page: its caption, its description for who cannot see it, and the image, None for none."""
+    """One picture of a page: its caption, a description for readers who cannot see it, and the image or None."""
 
     caption: str
     alt: str
     image: ImageFile | None
-    sharp: bool = False  # enlarged by the browser, every patch a square
+    sharp: bool = False  # the browser enlarges it without smoothing: every patch is a square
 
 
 class LabelledPicture(NamedTuple):
-    """One picture: its label, what a reader who cannot see it is told, and its colours; None without a map."""
+    """One picture: its label, a description for readers who cannot see it, and its colours or None."""
 
     label: str
     alt: str
@@ -62,7 +62,7 @@ class LabelledPicture(NamedTuple):
 
 
 def pca_maps(before: Tensor, after: Tensor) -> tuple[Picture, Picture]:
-    """Patch tokens `[K, h, w, N]` of both sides → RGB `[K, h, w, 3]` each, in one shared basis and colour range.
+    """Return patch tokens `[K, h, w, N]` of both sides as RGB `[K, h, w, 3]`, in one shared basis and colour range.
 
     Red, green and blue are principal components 1–3 of the tokens of all images and both sides together.
     """
@@ -78,7 +78,7 @@ def pca_maps(before: Tensor, after: Tensor) -> tuple[Picture, Picture]:
 
 
 def clip_range(components: Sequence[Tensor]) -> Span:
-    """The 1st and the 99th percentile of each principal component, over the finite ones of tokens `[…, 3]`."""
+    """Return the 1st and the 99th percentile of each principal component, over the finite tokens `[…, 3]`."""
     import numpy as np
 
     nothing = np.zeros((1, 3))
@@ -89,32 +89,32 @@ def clip_range(components: Sequence[Tensor]) -> Span:
 
 
 def pca_map(components: Tensor, span: Span) -> Picture:
-    """Three principal components `[…, 3]` as red, green and blue; a token that is not finite is grey."""
+    """Return three principal components `[…, 3]` as red, green and blue; a token that is not finite is grey."""
     colours = to_bytes(linear_position(components.nan_to_num(0, 0, 0).numpy(), *span))
     colours[~components.isfinite().all(dim=-1).numpy()] = ABSENT
     return colours
 
 
 def picture(pixels: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Picture:
-    """A normalized input `[3, H, W]` as the image it was, `[H, W, 3]`."""
+    """Return the image `[H, W, 3]` of a normalized input `[3, H, W]`."""
     values = pixels.float() * pixels.new_tensor(std).view(3, 1, 1) + pixels.new_tensor(mean).view(3, 1, 1)
     return to_bytes(values.permute(1, 2, 0).numpy().clip(0, 1))
 
 
 def enlarged(rgb: Picture, side: int = MAP_PIXELS) -> Picture:
-    """Every patch as a square of whole pixels, as large as fits into `side` × `side`; no smoothing."""
+    """Enlarge every patch to a square of whole pixels, as large as fits into `side` × `side`, without smoothing."""
     factor = max(1, side // max(rgb.shape[:2]))
     return rgb.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def reduced(rgb: Picture, side: int = MAP_PIXELS) -> Picture:
-    """A photograph `[H, W, 3]` whose longer side is at most `side`."""
+    """Return a photograph `[H, W, 3]` whose longer side is at most `side`."""
     factor = side / max(rgb.shape[:2])
     return resized(rgb, round(rgb.shape[0] * factor), round(rgb.shape[1] * factor)) if factor < 1 else rgb
 
 
 def resized(rgb: Picture, height: int, width: int) -> Picture:
-    """A photograph of another size, smoothly."""
+    """Return a photograph in another size, smoothly resampled."""
     import numpy as np
     from PIL import Image
 
@@ -123,9 +123,9 @@ def resized(rgb: Picture, height: int, width: int) -> Picture:
 
 
 def encoded(rgb: Picture, kind: Kind = "png", texts: Mapping[str, str] | None = None) -> bytes:
-    """The bytes of an image file: PNG for maps, which keep every colour; JPEG for photographs.
+    """Return the bytes of an image file: PNG for maps, which keeps every colour; JPEG for photographs.
 
-    `texts` are stored inside a PNG, each under its keyword: `tEXt`, or `iTXt` where Latin-1 does not have the letters.
+    `texts` are stored inside a PNG, each under its keyword: as `tEXt`, or as `iTXt` if Latin-1 lacks a letter.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -147,7 +147,7 @@ def image_file(rgb: Picture, kind: Kind = "png") -> ImageFile:
 
 
 def log_position(norms: Tensor, low: float, high: float) -> NDArray[Any]:
-    """Where norms lie between `low` (0) and `high` (1) on a logarithmic scale; 0.5 where there is no range."""
+    """Return where norms lie between `low` (0) and `high` (1) on a log scale; 0.5 if the range is empty."""
     import numpy as np
 
     values = norms.double().numpy().clip(low, high)
@@ -163,6 +163,6 @@ def linear_position(values: NDArray[Any], low: Any, high: Any) -> NDArray[Any]:
 
 
 def to_bytes(values: NDArray[Any]) -> Picture:
-    """Values in 0…1 → 0…255."""
+    """Return values in 0…1 as bytes in 0…255."""
     rounded: Picture = (values * 255).round().astype("uint8")
     return rounded

@@ -1,4 +1,4 @@
-"""Labelled pictures in rows on one, with a colour scale below them: a file that explains itself."""
+"""One picture made of rows of labelled pictures, with a colour scale below them: a file that explains itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
 
 def draw_rows(rows: Sequence[Row], scale: ColourScale | None = None) -> Picture:
-    """All rows under each other on white, the colour scale below them, `[H, W, 3]`."""
+    """Draw all rows below each other on white, with the colour scale at the bottom; return `[H, W, 3]`."""
     import numpy as np
     from PIL import Image, ImageDraw
 
@@ -60,14 +60,14 @@ def _wrapped(row: Row) -> list[Row]:
 
 
 def _size(pictures: Sequence[Picture]) -> tuple[int, int]:
-    """Whole pixels a patch, of the smallest picture: that of a map."""
+    """Return height and width of every picture: those of the smallest, a map, times whole pixels per patch."""
     h, w = min((picture.shape[:2] for picture in pictures), default=(1, 1))
     factor = max(1, SIDE // max(h, w))
     return h * factor, w * factor
 
 
 def _fitted(picture: Picture | None, height: int, width: int) -> Any:
-    """A map with patches as squares, a photograph smoothly; grey where there is no picture."""
+    """Return a map with patches as squares, or a photograph smoothly resized; grey if there is no picture."""
     from PIL import Image
 
     if picture is None:
@@ -90,7 +90,7 @@ def _draw_scale(canvas: Any, draw: Any, y: int, scale: ColourScale) -> None:
 
 
 def _write(draw: Any, place: tuple[int, int], text: str, width: int, colour: str) -> None:
-    """One line, shortened in its middle where it does not fit."""
+    """Write one line, shortened in its middle if it does not fit."""
     font = _font(TEXT)
     shown = text
     for kept in range(len(text) // 2, 0, -1):
@@ -102,7 +102,7 @@ def _write(draw: Any, place: tuple[int, int], text: str, width: int, colour: str
 
 @cache
 def _font(size: int) -> Any:
-    """The letters that matplotlib brings, Greek ones among them."""
+    """Return the font that comes with matplotlib, which includes Greek letters."""
     from matplotlib import get_data_path
     from PIL import ImageFont
 

@@ -1,4 +1,4 @@
-"""Colour scales: from values of a map to colours, and the ticks that say which colour is which value."""
+"""Colour scales: from the values of a map to colours, and the ticks that show which colour is which value."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Spread(Protocol):
-    """A set of numbers, summed up, as a `Distribution` is."""
+    """Summary of a set of numbers, such as a `Distribution`."""
 
     @property
     def min(self) -> float: ...
@@ -38,7 +38,7 @@ class NormSpread(NamedTuple):
 
     @classmethod
     def of(cls, norms: Tensor) -> NormSpread:
-        """Of the finite ones among norms of any shape."""
+        """Return the spread of the finite norms among norms of any shape."""
         finite = norms[norms.isfinite()]
         if not len(finite):
             return cls(0.0, 0.0, 0.0)
@@ -49,7 +49,7 @@ class NormSpread(NamedTuple):
 class ColourScale:
     """A perceptually uniform colour map between two values, which saturates beyond them.
 
-    On every scale what stands out is bright; `colour_map` is a name of matplotlib's.
+    On every scale, values that stand out are bright; `colour_map` is a name that matplotlib knows.
     """
 
     label: str  # what is measured, with its unit
@@ -57,11 +57,11 @@ class ColourScale:
     high: float
     colour_map: str
     logarithmic: bool = False
-    suffix: str = ""  # of a tick: °
-    step: float | None = None  # between ticks; None: a round one
+    suffix: str = ""  # after the number of a tick, such as °
+    step: float | None = None  # distance between ticks; None: a round number
 
     def paint(self, values: Tensor) -> Picture:
-        """Values `[h, w]` → colours `[h, w, 3]`; what is not finite is grey."""
+        """Return the colours `[h, w, 3]` of values `[h, w]`; values that are not finite are grey."""
         from matplotlib import colormaps
 
         absent = ~values.isfinite().numpy()
@@ -75,7 +75,7 @@ class ColourScale:
         return colours
 
     def bar(self, width: int = 256, height: int = 12) -> Picture:
-        """All colours, `[height, width, 3]`: from `low` at the left to `high` at the right."""
+        """Return all colours, `[height, width, 3]`: from `low` at the left to `high` at the right."""
         import numpy as np
         from matplotlib import colormaps
 
@@ -102,7 +102,7 @@ class ColourScale:
 
     @property
     def words(self) -> str:
-        """Which values the colours stand for."""
+        """Range of the values that the colours stand for."""
         low, high = (f"{value}{self.suffix}" for value in numbers([self.low, self.high]))
         return f"{low} to {high}{' (log scale)' if self.logarithmic else ''}"
 
@@ -112,7 +112,7 @@ FIDELITY = ColourScale("cosine to the inpainted original, no unit", 0.5, 1.0, "c
 
 
 def norm_scale(spreads: Iterable[Spread | None]) -> ColourScale:
-    """From the smallest to the largest norm of all spreads, always up to 3 × the largest median.
+    """Return a scale from the smallest to the largest norm of all spreads, at least up to 3 × the largest median.
 
     With 3 × the median on the scale, harmless variation stays dark.
     """
@@ -128,27 +128,27 @@ def norm_scale(spreads: Iterable[Spread | None]) -> ColourScale:
 
 
 def attention_scale(weights: Tensor) -> ColourScale:
-    """From the smallest to the largest weight of one map: images differ too much for a common scale."""
+    """Return a scale over the weights of one map alone: images differ too much for a common scale."""
     finite = weights[weights.isfinite()]
     low, high = (finite.min().item(), finite.max().item()) if len(finite) else (0.0, 0.0)
     return ColourScale("attention of cls, weight", low, high, "cividis")
 
 
 def cosine_scale(distribution: Distribution | None) -> ColourScale:
-    """From the 1st percentile, rounded down, to 1; what differs most is brightest."""
+    """Return a scale from the 1st percentile, rounded down, to 1; the largest differences are brightest."""
     low = math.floor(min(distribution.p01, 0.95) * 10) / 10 if distribution is not None else 0.0
     return ColourScale("cosine between both sides, no unit", low, 1.0, "cividis_r")
 
 
 class Tick(NamedTuple):
-    """A mark on an axis: where, and what it says."""
+    """A mark on an axis: its position and its label."""
 
     at: float
     label: str
 
 
 def round_steps(largest: float, whole: bool = False) -> list[float]:
-    """0 and three to five equal steps of 1, 2, 2.5 or 5 × 10ⁿ that reach `largest`; `whole`: integers only."""
+    """Return 0 and three to five equal steps of 1, 2, 2.5 or 5 × 10ⁿ that reach `largest`; `whole`: integers only."""
     largest = largest if largest > 0 else 1.0
     power = 10.0 ** math.floor(math.log10(largest / 5))
     sizes = [factor * power for factor in (1, 2, 2.5, 5, 10, 20)]
@@ -158,7 +158,7 @@ def round_steps(largest: float, whole: bool = False) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[Tick]:
-    """Marks at 1, 2 and 5 × 10ⁿ between `low` (at 0) and `high` (at 1) on a logarithmic axis; else the two ends."""
+    """Return marks at 1, 2 and 5 × 10ⁿ from `low` (at 0) to `high` (at 1) on a log axis; if too few, the two ends."""
     if not 0 < low < high:
         return [Tick(0.5, f"{high:.3g}")]
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

@@ -1,1 +1,1 @@
-"""What `sinder repair` leaves for people: an offline HTML page and a model card."""
+"""Readable output of a repair: an offline HTML page, pictures, and the facts that page, card and table share."""

@@ -1,7 +1,7 @@
-"""The words and numbers that page, model card and table of a repair share: a verdict, and rows of tables.
+"""Words and numbers that page, model card and table of a repair share: a verdict, and rows of tables.
 
-All but `marked_tokens` is made of `summary.json` and `config.json` alone, so that it can be said of a run that ended
-long ago.
+Everything except `marked_tokens` is made from `summary.json` and `config.json` alone, so that it also works for a
+run that ended long ago.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from sinder_cli.repairing.results import RepairResult
 
 KINDS = {"healthy": "good", "repaired": "good", "improved": "open", "not improved": "bad"}
-AS_IT_WAS = "the weights are equal to the original's to the bit"
+AS_IT_WAS = "the weights are bit-identical to the original's"
 NO_CLS, NONE_MARKED = "no cls token", "none marked"
-NEAR = 0.9  # a cosine at which a marked token counts as having become what the inpainted original says
-UNBOUNDED = 1e12  # σ₁/σ₂ where σ₂ vanishes, as `outliers.json` has it
+NEAR = 0.9  # cosine from which a marked token counts as equal to that of the inpainted original
+UNBOUNDED = 1e12  # σ₁/σ₂ that `outliers.json` contains where σ₂ is 0
 
 
 class RepairVerdict(NamedTuple):
-    """How a repair went: `kind` is `good`, `open`, `bad` or `none`, for colour; `word` opens the sentence."""
+    """Verdict on a repair: `kind` is `good`, `open`, `bad` or `none`, for colour; `word` opens the sentence."""
 
     kind: str
     word: str
@@ -54,11 +54,11 @@ class Compared(NamedTuple):
     name: str
     before: str
     after: str
-    note: str = ""  # what its name does not say
+    note: str = ""  # explanation, if the name needs one
 
 
 class BlockRow(NamedTuple):
-    """One block: its outlying tokens on the guard's images, and what the first look at the original found there."""
+    """One block: its outlying tokens on the guard's images, and what the first look at the original found in it."""
 
     block: int
     before: int  # outlying tokens
@@ -66,20 +66,20 @@ class BlockRow(NamedTuple):
     ratio_before: str  # largest norm ÷ median
     ratio_after: str
     seen: int  # outlying tokens of all images that were looked at, in the original
-    along: str  # how many of them the weights mark: those along the predicted direction
-    angle: str  # from the direction that they share to the predicted one
+    along: str  # how many of them lie along the direction that the weights predict
+    angle: str  # between the direction that they share and the predicted one
     gap: str  # σ₁/σ₂ of the predicted direction
-    predicted: str  # whether the weights predict these outliers: yes or no
-    rule: str  # which one marked them: the weights, their norm, or both
+    predicted: str  # `yes` if the weights predict these outliers, else `no`
+    rule: str  # what marked them: the weights, their norm, or both
 
     @property
     def stands_out(self) -> bool:
-        """Whether the guard's images have an outlying token here, before or after."""
+        """True if the guard's images have an outlying token in this block, before or after."""
         return bool(self.before or self.after)
 
 
 def verdict(result: Recorded) -> RepairVerdict:
-    """What came of a repair, in a sentence made of numbers; terminal, page and card all say this one."""
+    """Return the outcome of a repair as one sentence with numbers; terminal, page and card show the same one."""
     summary, settings = result.summary, result.config["settings"]
     word = str(summary["verdict"])
     if word == "healthy":
@@ -92,7 +92,7 @@ def verdict(result: Recorded) -> RepairVerdict:
         why = (
             "the steps spoilt cls or good tokens, so none of them is kept"
             if summary["stopped_by"] == "fidelity"
-            else "no step led to fewer outlying tokens with cls and good tokens unspoilt"
+            else "no step reduced the outlying tokens without spoiling cls or good tokens"
         )
         found = (
             f"outlying tokens at any block {before['tokens']:,}{_of_all(summary)};"
@@ -108,30 +108,33 @@ def verdict(result: Recorded) -> RepairVerdict:
 
 
 def title(summary: dict[str, Any]) -> str:
-    """What stands behind the model's name: nothing is called repaired that was not improved."""
+    """Return the words behind the model's name; only a model that was improved is called repaired."""
     if not summary["changed_weights"]:
         return ", unchanged"
     return ", changed" if summary["verdict"] == "not improved" else ", repaired"
 
 
 def _elsewhere(summary: dict[str, Any]) -> str:
-    """What is left on images of kinds that the guard does not show, if there are any."""
+    """Return what is left on images with kinds of defects that the guard does not show; empty without any."""
     found = summary.get("kinds_not_on_the_guard")
     if not found:
         return ""
     images = counted(found["images"], "image")
-    return f"; on {images} with a defect of another kind, trained on, {found['before']:,} → {found['after']:,}"
+    return (
+        f"; outlying tokens on {images} trained on, with defects of other kinds:"
+        f" {found['before']:,} → {found['after']:,}"
+    )
 
 
 def _standing(summary: dict[str, Any]) -> str:
-    """Tokens of the guard that stand out though the rule in force does not mark them, if there are any."""
+    """Return how many of the guard's tokens stand out but are not marked by the rule in force; empty without any."""
     after = summary["defects"]["after"]
     unmarked = after.get("standing", 0) - after["tokens"]
-    return f"; {unmarked:,} more stand out by norm, which the rule in force does not mark" if unmarked > 0 else ""
+    return f"; {unmarked:,} more stand out by norm, but the rule in force does not mark them" if unmarked > 0 else ""
 
 
 def _nothing_marked(summary: dict[str, Any], settings: dict[str, Any]) -> RepairVerdict:
-    """Of a model whose outlying tokens the rule in force does not mark."""
+    """Return the verdict on a model whose outlying tokens the rule in force does not mark."""
     scan = summary["scan"]
     worst = max(scan["blocks"], key=lambda each: each["max_ratio"])
     rule = f"--mark {settings['mark']}, --norm-factor {number(settings['norm_factor'])}"
@@ -145,7 +148,10 @@ def _nothing_marked(summary: dict[str, Any], settings: dict[str, Any]) -> Repair
 
 
 def _healthy(summary: dict[str, Any], settings: dict[str, Any]) -> RepairVerdict:
-    """Of a model without a defect; plain, not green, where norms are high that no rule takes for certain."""
+    """Return the verdict on a model without a defect.
+
+    Its kind is `none` instead of `good` if there are high norms that the rule in force does not count as defects.
+    """
     scan = summary["scan"]
     worst = max(scan["blocks"], key=lambda each: each["max_ratio"])
     sentence = (
@@ -157,13 +163,13 @@ def _healthy(summary: dict[str, Any], settings: dict[str, Any]) -> RepairVerdict
     rule = f"--mark {settings['mark']}, --norm-factor {number(settings['norm_factor'])}"
     advice = (
         f"Norms above {number(NORM_FACTOR)} × the median were seen, which the rule in force ({rule}) does not count as"
-        f" defects. Try --mark norm --norm-factor {number(NORM_FACTOR)}; Run sinder analyze to see where they are."
+        f" defects. Try --mark norm --norm-factor {number(NORM_FACTOR)}. Run sinder analyze to see where they are."
     )
     return RepairVerdict("none", "Healthy", sentence, advice)
 
 
 def _advice(summary: dict[str, Any], settings: dict[str, Any]) -> str:
-    """What to try next, what the run was stopped by first."""
+    """Return what to try next, beginning with what the reason for stopping suggests."""
     greedy = settings["step"] == "greedy"
     smaller = {
         "greedy": f"smaller steps (lower --max-drift, now {number(settings['max_drift'])})",
@@ -189,7 +195,7 @@ def _advice(summary: dict[str, Any], settings: dict[str, Any]) -> str:
 
 
 def _spoilt(summary: dict[str, Any]) -> bool:
-    """Whether the state that is kept lies further from the yardstick than the original does."""
+    """Return True if the kept state lies further from the yardstick than the original, by more than `SLACK`."""
     was, now = (summary["fidelity"]["to_inpainted"][side] for side in ("before", "after"))
     return any(now[key] is not None and now[key] < was[key] - SLACK for key in ("cls", "good"))
 
@@ -203,14 +209,14 @@ def _title(word: str) -> str:
 
 
 def _of_all(summary: dict[str, Any]) -> str:
-    """Of how many tokens, and on which images."""
+    """Return the total number of patch tokens and the images that they are from, in words."""
     total = _patch_tokens(summary)
     of = "" if total is None else f" of {total:,}"
     return f"{of} on {guard_images(summary)}"
 
 
 def _patch_tokens(summary: dict[str, Any]) -> int | None:
-    """The patch tokens of the guard's images; None where no share of them is above 0."""
+    """Return the number of the guard's patch tokens; None without any outlying token, before and after."""
     for side in ("before", "after"):
         defects = summary["defects"][side]
         if defects["tokens"]:
@@ -219,7 +225,7 @@ def _patch_tokens(summary: dict[str, Any]) -> int | None:
 
 
 def guard_images(summary: dict[str, Any]) -> str:
-    """The images that a repair is judged on, and whether it has seen any of them."""
+    """Return in words the images that a repair is judged on, and whether it was trained on any of them."""
     count, also = summary["evaluation_images"], summary["also_trained"]
     if also >= count:
         return f"{counted(count, 'image')}, also trained on since no other shows a defect"
@@ -230,7 +236,7 @@ def guard_images(summary: dict[str, Any]) -> str:
 
 
 def _ratio(defects: dict[str, Any]) -> str:
-    """The largest norm over the median of its image, and its block."""
+    """Return the largest norm as a multiple of the median of its image, and its block."""
     block = defects["worst_block"] if "worst_block" in defects else defects["block"]
     return f"{_times(defects['max_ratio'])} × the median (block {block})"
 
@@ -240,7 +246,7 @@ def _times(ratio: float) -> str:
 
 
 def _fidelity(summary: dict[str, Any], both: bool) -> str:
-    """Cosines to the inpainted original, before and after, or before alone."""
+    """Return the cosines to the inpainted original, before and after, or before alone."""
     before, after = (summary["fidelity"]["to_inpainted"][side] for side in ("before", "after"))
     parts = [
         f"{name} {_cosine(before[key])}" + (f" → {_cosine(after[key])}" if both else "")
@@ -255,7 +261,7 @@ def _cosine(value: float | None, missing: str = NOTHING) -> str:
 
 
 def comparison(result: Recorded) -> list[Compared]:
-    """Before and after, measure by measure, over all images of the guard."""
+    """Return the comparison of before and after, measure by measure, over all images of the guard."""
     summary = result.summary
     before, after = (summary["defects"][side] for side in ("before", "after"))
     one, two = (summary["fidelity"]["to_inpainted"][side] for side in ("before", "after"))
@@ -274,13 +280,13 @@ def comparison(result: Recorded) -> list[Compared]:
         Compared("Largest norm ÷ median of its image", ratio(before), ratio(after)),
         cosines("cls to the inpainted original, cosine", "cls", "mean over the images", NO_CLS),
         cosines("Good tokens to it, median cosine", "good", "tokens that the original marks at no block"),
-        *([cosines("Good tokens to it, mean cosine", "good_mean", "of the same")] if "good_mean" in one else []),
+        *([cosines("Good tokens to it, mean cosine", "good_mean", "of the same tokens")] if "good_mean" in one else []),
         cosines("Good tokens to it, 1st percentile", "good_p01", "one in a hundred is lower"),
-        cosines("Marked tokens to it, mean cosine", "marked", "tokens that it marks at some block", NONE_MARKED),
+        cosines("Marked tokens to it, mean cosine", "marked", "marked by the original at some block", NONE_MARKED),
     ]
     shares = list((summary.get("shift_retrieval") or {}).values())  # a run of an earlier version has none
     if shares and all(shares):
-        words = "nearest to the same place of a view shifted by two patches; a ruined model rises too"
+        words = "nearest to the same place of a view shifted by two patches; rises for a ruined model too"
         found = [NOTHING if each["marked"] is None else percent(each["marked"]) for each in shares]
         rows.append(Compared("Marked tokens found again, shifted (no goal)", found[0], found[1], words))
     to_original = summary["fidelity"]["to_original"]["cls"]
@@ -291,7 +297,7 @@ def comparison(result: Recorded) -> list[Compared]:
 
 
 def block_rows(result: Recorded) -> list[BlockRow]:
-    """Every block: outlying tokens and norms of the guard before and after, and what the weights say of them."""
+    """Return one row per block: outlying tokens and norms on the guard, before and after, and what weights predict."""
     summary, settings = result.summary, result.config["settings"]
     sides = (summary["defects"][side]["blocks"] for side in ("before", "after"))
     return [
@@ -313,7 +319,7 @@ def block_rows(result: Recorded) -> list[BlockRow]:
 
 
 def _rule(seen: dict[str, Any], mark: Mark) -> str:
-    """By what the tokens of a block were marked."""
+    """Return what marked the tokens of a block: `weights`, `norm` or `both`."""
     if not seen["tokens"]:
         return NOTHING
     along = 0 if mark == "norm" else seen["marked_by_weights"]
@@ -325,28 +331,28 @@ def _gap(gap: float) -> str:
 
 
 def block_words(result: Recorded) -> str:
-    """What the columns of `block_rows` that are not of the guard mean."""
+    """Return the meaning of the columns of `block_rows` that do not refer to the guard."""
     scan, settings = result.summary["scan"], result.config["settings"]
     weak = any(each["gap"] < settings["min_gap"] for each in scan["blocks"])
     undetermined = f" *: ν is not determined, since σ₁/σ₂ is under {number(settings['min_gap'])}." if weak else ""
     images = counted(scan["images"], "image")
     return (
-        f"The first look was at {images}. Along ν: those that equation (5) marks with the direction ν that the weights"
-        " predict. Angle: from the direction that the tokens share to ν. Predicted: that angle is at most 30°, and ν is"
-        " determined. Trained by: whether a token was marked, and so trained, for lying along ν (weights), for its norm"
-        f" alone (norm), or some for the one and some for the other (both).{undetermined}"
+        f"The first look was at {images}. Along ν: tokens that equation (5) marks with the direction ν that the weights"
+        " predict. Angle: between the direction that the tokens share and ν. Predicted: that angle is at most 30° and ν"
+        " is determined. Trained by: the reason why tokens were marked, and so trained: they lie along ν (weights), by"
+        f" their norm alone (norm), or some for one reason and some for the other (both).{undetermined}"
     )
 
 
 def rule_words(result: Recorded) -> str:
-    """When a token counts as outlying, by the rule in force."""
+    """Return in words when a token counts as outlying by the rule in force."""
     settings = result.config["settings"]
     factor = settings["norm_factor"]
     if factor == 0:
         return "A token counts as outlying at a block where equation (5) marks it, whatever its norm."
     high = (
-        f"its norm is above {number(factor)} × the median of its image, and its share of the median has grown by half"
-        " since the embedding"
+        f"its norm is above {number(factor)} × the median of its image, and this ratio is above 1.5 × its value at the"
+        " embedding"
     )
     more = {
         "norm": "",
@@ -358,7 +364,7 @@ def rule_words(result: Recorded) -> str:
 
 
 def marked_tokens(result: RepairResult) -> list[Compared]:
-    """What became of the tokens that the original marks at some block; nothing where it marks none."""
+    """Return how the tokens changed that the original marks at some block; an empty list if it marks none."""
     ever = result.before.ever
     if not bool(ever.any()):
         return []
@@ -393,7 +399,7 @@ def _median(values: Tensor) -> float:
 
 
 def run_facts(result: Recorded) -> list[Named]:
-    """How long the repair took, why it stopped, what it was judged on and what it changed."""
+    """Return how long the repair took, why it stopped, what it was judged on and what it changed."""
     summary = result.summary
     skipped = [
         f" ({counted(summary[key], noun)} skipped)" if summary[key] else ""
@@ -406,7 +412,7 @@ def run_facts(result: Recorded) -> list[Named]:
         Named("Steps", f"{summary['steps']:,}{skipped[0]}"),
         Named("State that is kept", "the original" if kept is None else f"after step {kept:,}"),
         Named("Stopped by", stop_reason(result)),
-        Named("Images looked at before", f"{scan['images']:,}, {scan['defective_images']:,} with an outlying token"),
+        Named("Images in the first look", f"{scan['images']:,}, {scan['defective_images']:,} with an outlying token"),
         Named("Images seen in steps", f"{summary['images']:,}{skipped[1]}"),
         Named("Judged on", guard_images(summary)),
         Named("Time", duration(summary["seconds"])),
@@ -416,7 +422,7 @@ def run_facts(result: Recorded) -> list[Named]:
 
 
 def recipe_words(settings: dict[str, Any]) -> str:
-    """The name of the recipe, and which of the values that make it one are others."""
+    """Return the name of the recipe, and those of its values that were set differently."""
     plain = RepairSettings.model_validate({"recipe": settings["recipe"]})
     names = dict.fromkeys(name for values in RECIPES.values() for name in values)
     others = [f"{name} {settings[name]}" for name in names if settings[name] != getattr(plain, name)]
@@ -424,7 +430,7 @@ def recipe_words(settings: dict[str, Any]) -> str:
 
 
 def stop_reason(result: Recorded) -> str:
-    """Why no further step was taken, in words."""
+    """Return in words why no further step was taken."""
     summary, settings = result.summary, result.config["settings"]
     greedy = settings["step"] == "greedy"
     share = f"{percent(summary['clean_fraction'])} of the latest images without a defect"
@@ -434,9 +440,9 @@ def stop_reason(result: Recorded) -> str:
     words = {
         "healthy": "nothing to repair: no image has an outlying token",
         "nothing_marked": "the rule in force marks none of the tokens that stand out",
-        "clean": "no outlying token is left on the images that it is judged on",
-        "fidelity": "cls or good tokens were spoilt, at several looks in a row",
-        "no_improvement": "no better state at many looks in a row",
+        "clean": "no outlying token is left on the images that the repair is judged on",
+        "fidelity": "cls or good tokens were spoilt, in several evaluations in a row",
+        "no_improvement": "no better state in many evaluations in a row",
         "no_gain": (f"no step left has a gain of {number(settings['min_gain'])}: " if greedy else "")
         + f"{share} (goal: {goal})",
         "max_steps": f"the step limit of {settings['max_steps']:,}, with {share} (goal: {goal})",
@@ -445,12 +451,12 @@ def stop_reason(result: Recorded) -> str:
 
 
 def setting_facts(result: Recorded) -> list[Named]:
-    """The settings that were in force, each with its help text."""
+    """Return the settings in force, each with its help text."""
     return setting_rows(RepairSettings, result.config["settings"])
 
 
 def image_words(result: Recorded) -> str:
-    """How many images were given, and how many were drawn."""
+    """Return how many images were given, and how many were drawn by the program."""
     images = result.config["images"]
     count, given = images["count"], images["given"]
     if given == count:
@@ -461,7 +467,7 @@ def image_words(result: Recorded) -> str:
 
 
 def origin_facts(result: RepairResult) -> list[Named]:
-    """The model, the images and the program that this result comes from."""
+    """Return the model, the images and the program that this result comes from."""
     config = result.config
     return [
         Named("Model", public_model(result.model)),

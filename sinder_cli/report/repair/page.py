@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def render_repair_page(result: RepairResult) -> str:
-    """The whole page as one string of HTML that loads nothing: styles, drawings and pictures are inside."""
+    """Return the page as one string of HTML that loads nothing: styles, drawings and pictures are inside it."""
     samples = samples_of(result)
     return html_template("repair.html.jinja").render(
         model=public_model(result.model),
@@ -71,14 +71,14 @@ def write_repair(folder: RunFolder, result: RepairResult) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` or `evaluations.jsonl`; none if the file is not there."""
+    """Return the records in `metrics.jsonl` or `evaluations.jsonl`; an empty list if the file does not exist."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def charts(metrics: list[dict[str, Any]], goal: float) -> list[LineChart]:
-    """The loss of the steps that had one, and the share of clean images; none for a run without steps."""
+    """Return charts of the loss, of the steps that had one, and of the share of clean images; none without steps."""
     losses = [(line["step"], line["loss"]) for line in metrics if line["loss"] is not None]
     clean = [(line["step"], 100 * line["clean_fraction"]) for line in metrics]
     drawn = [
@@ -89,7 +89,7 @@ def charts(metrics: list[dict[str, Any]], goal: float) -> list[LineChart]:
 
 
 def guard_charts(evaluations: list[dict[str, Any]], result: Recorded) -> list[LineChart]:
-    """What was seen on the guard's images during the run, from the original on; none where nobody looked."""
+    """Return charts of the evaluations on the guard, beginning with the original; none without evaluations."""
     if not evaluations:
         return []
     summary = result.summary
@@ -105,7 +105,7 @@ def guard_charts(evaluations: list[dict[str, Any]], result: Recorded) -> list[Li
 
 
 class Sample(NamedTuple):
-    """One image: its own numbers, the image itself, and its maps, each before and after, or of the original alone."""
+    """One image: its numbers, the image itself, and its maps, each before and after, or of the original alone."""
 
     name: str
     numbers: list[Named]
@@ -114,7 +114,7 @@ class Sample(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """All images that are shown, and the scales of their maps; `blocks` are those whose norms are shown."""
+    """All images that are shown, and the scales of their maps; `blocks` are the blocks whose norms are shown."""
 
     images: list[Sample]
     blocks: list[int]
@@ -123,7 +123,7 @@ class Samples(NamedTuple):
 
 
 def samples_of(result: RepairResult) -> Samples:
-    """The images with before and after; where no weight was changed, the original alone."""
+    """Return the images before and after the repair; if no weight was changed, of the original alone."""
     sides = {"before": result.before, "after": result.after}
     if not result.summary["changed_weights"]:
         sides = {"original": result.before}
@@ -149,7 +149,7 @@ def samples_of(result: RepairResult) -> Samples:
 
 
 def _ratio_scale(sides: list[Snapshot], blocks: list[int], shown: int) -> ColourScale:
-    """One scale of norms ÷ median for every map on the page."""
+    """Return one scale of norms ÷ median for every map on the page."""
     scale = norm_scale(NormSpread.of(side.ratios[block, :shown]) for side in sides for block in blocks)
     return replace(scale, label="L2 norm ÷ median of the image")
 
@@ -176,7 +176,7 @@ def _panel(what: str, side: str, alt: str, colours: Picture) -> Panel:
 
 
 def _numbers(sides: list[Snapshot], index: int) -> list[Named]:
-    """What one image shows, on each side."""
+    """Return the numbers of one image, on each side."""
     tokens = [f"{int(side.outlying[:, index].any(dim=0).sum()):,}" for side in sides]
     largest = [number(side.ratios[:, index].max().item(), 3) for side in sides]
     rows = {"Outlying tokens": tokens, "Largest norm ÷ median": largest}

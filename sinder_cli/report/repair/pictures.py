@@ -1,4 +1,4 @@
-"""The pictures of a run directory: files, and a list of what each shows."""
+"""The pictures of a run directory: files, and a list with a description of each."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import NamedTuple
 from sinder_cli.files import output_error, replacing_folder, write_json
 from sinder_cli.report.drawing.pictures import Panel
 
-WORDS = "words.json"  # what each picture shows, by its name
+WORDS = "words.json"  # the description of each picture, by its file name
 
 
 class Picture(NamedTuple):
-    """A picture as a file, and what it shows."""
+    """A picture as a file, and a description of it."""
 
     name: str
     words: str
@@ -24,7 +24,7 @@ class Picture(NamedTuple):
 
 
 def write_pictures(folder: Path, panels: Sequence[Panel]) -> None:
-    """Write the images of panels, named after their captions, in place of those that are there.
+    """Write the images of panels, named after their captions; pictures that exist already are replaced.
 
     Raises `StorageError` or `CannotCreateError` for what the file system refuses.
     """
@@ -44,7 +44,7 @@ def write_pictures(folder: Path, panels: Sequence[Panel]) -> None:
 
 
 def read_pictures(folder: Path) -> list[Picture]:
-    """Read the pictures of a run; none where there is no such folder, or it is damaged."""
+    """Read the pictures of a run; return an empty list if the folder is missing or damaged."""
     try:
         words = json.loads((folder / WORDS).read_text(encoding="utf-8"))
         return [Picture(name, str(said), (folder / name).read_bytes()) for name, said in words.items()]

@@ -1,6 +1,6 @@
-"""The templates, compiled: HTML escapes what it is given, Markdown marks it as code.
+"""Compiled templates: those for HTML escape their values, those for Markdown have filters for code and table cells.
 
-They lie in this folder; each is named after the document that it makes.
+The templates are files in this folder, each named after the document that it produces.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def html_template(name: str) -> Template:
-    """A template whose values are escaped for HTML, with the filter `printable`; a misspelt name is an error."""
+    """Return a template that escapes its values for HTML, with the filter `printable`; a missing value is an error."""
     environment = _environment(autoescape=True)
     environment.filters["printable"] = printable
     return environment.get_template(name)
 
 
 def markdown_template(name: str) -> Template:
-    """A template with two filters: `code` makes any text an inline code span, `cell` fits text into a table's row."""
+    """Return a template with two filters: `code` makes text an inline code span, `cell` fits it into a table cell."""
     environment = _environment(autoescape=False)
     environment.filters["code"] = code_span
     environment.filters["cell"] = table_cell
@@ -30,7 +30,7 @@ def markdown_template(name: str) -> Template:
 
 
 def code_span(text: object) -> str:
-    """Text as inline code on one line, fenced by one backtick more than the longest run of them in it."""
+    """Return text as inline code on one line, fenced by one backtick more than its longest run of backticks."""
     line = " ".join(printable(str(text)).split()) or " "
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     padding = " " if "`" in (line[0], line[-1]) else ""
@@ -38,12 +38,12 @@ def code_span(text: object) -> str:
 
 
 def table_cell(text: object) -> str:
-    """Text on one line whose pipes do not end the cell."""
+    """Return text on one line, with pipes escaped so that they do not end the cell."""
     return printable(re.sub(r"[ \t\n]+", " ", str(text)).strip()).replace("|", "\\|")
 
 
 def _without_controls(value: object) -> object:
-    """A plain text with its control characters escaped; lines stay, and so does markup that we have made ourselves."""
+    """Return plain text with control characters escaped, except line breaks and tabs; our own markup unchanged."""
     return printable_lines(value) if type(value) is str else value
 
 

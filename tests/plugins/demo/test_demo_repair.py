@@ -57,7 +57,7 @@ def test_no_outlying_token_is_left_and_no_other_is_spoilt(repaired: Path, capsys
     assert summary["seconds"] > 0
 
 
-def test_features_of_unseen_images_come_back_to_those_of_the_clean_twin(repaired: Path) -> None:
+def test_features_of_unseen_images_return_to_the_clean_twins(repaired: Path) -> None:
     original = final_tokens(ModelRequest("demo_vit"), seed=99)
     healed = final_tokens(ModelRequest("demo_vit", repaired / "model.safetensors"), seed=99)
     clean = final_tokens(ModelRequest("demo_vit_clean"), seed=99)
@@ -69,7 +69,7 @@ def test_features_of_unseen_images_come_back_to_those_of_the_clean_twin(repaired
     assert patches_after > patches_before
 
 
-def test_the_run_directory_holds_what_the_readme_names_and_nothing_else(repaired: Path) -> None:
+def test_the_run_directory_holds_exactly_what_the_readme_names(repaired: Path) -> None:
     assert len(documented_files()) >= 7
     assert sorted(path.name for path in repaired.iterdir()) == sorted(documented_files())
 
@@ -103,7 +103,7 @@ def test_every_file_of_the_run_directory_is_valid(repaired: Path) -> None:
     assert (repaired / "README.md").read_text(encoding="utf-8").lstrip().startswith(("#", "---"))
 
 
-def test_the_clean_twin_comes_out_bit_for_bit_as_it_went_in(repaired_clean: Path) -> None:
+def test_the_clean_twin_comes_out_as_it_went_in(repaired_clean: Path) -> None:
     folder = repaired_clean
     original, written = demo_weights(False), load_file(folder / "model.safetensors")
     assert list(original) == [name for name in original if torch.equal(original[name], written[name])]

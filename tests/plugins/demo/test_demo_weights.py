@@ -18,12 +18,13 @@ from sinder_plugins.demo.planting import BLOCK, NEURON, demo_weights
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sinder_cli import BadInputError, ModelRequest, UsageError, api
+from sinder_cli import BadInputError, ModelRequest, UsageError, api, inputs
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.defects.detection import norm_ratios
 from sinder_cli.defects.spectrum import angle_between
 from sinder_cli.defects.tokens import patch_grid, residual_stream
+from sinder_cli.requests import AnalyzeRequest, PredictRequest
 
 COLUMN = f"blocks.{BLOCK}.down.weight"
 HASH = "import hashlib; from sinder_plugins.demo.planting import demo_weights; " + (
@@ -73,8 +74,8 @@ def test_images_depend_on_the_seed_and_their_number_alone() -> None:
     assert {image.size for image in more} == {(320, 320)}
 
 
-def test_the_predicted_direction_is_near_the_planted_one_from_its_block_on(nu: Tensor) -> None:
-    prediction = api.predict(ModelRequest("demo_vit"), ("cumulative",))
+def test_the_predicted_direction_is_near_the_planted_one(nu: Tensor) -> None:
+    prediction = api.predict_defects(PredictRequest(ModelRequest("demo_vit"), ("cumulative",)))
     angles = [angle_between(direction, nu) for direction in prediction.directions()]
     assert all(angle < 25 for angle in angles[BLOCK:]), angles
     assert all(angle > 45 for angle in angles[:BLOCK]), angles
@@ -101,12 +102,14 @@ def test_outlying_tokens_lie_along_the_planted_direction_in_every_image(nu: Tens
 
 @pytest.fixture
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "DRAWN_IMAGES", 16)
+    monkeypatch.setattr(inputs, "DRAWN_IMAGES", 16)
 
 
 @pytest.mark.usefixtures("few_images")
-def test_the_analysis_shows_outliers_from_the_planted_block_on_and_none_before() -> None:
-    analysis = api.analyze(ModelRequest("demo_vit"), (), AnalyzeSettings(device="cpu", batch_size=16)).analysis
+def test_the_analysis_shows_outliers_only_from_the_planted_block_on() -> None:
+    analysis = api.analyze(
+        AnalyzeRequest(ModelRequest("demo_vit"), (), AnalyzeSettings(device="cpu", batch_size=16))
+    ).analysis
     assert analysis.images == 16
     for row in analysis.blocks:
         assert row.patch_norm is not None
@@ -126,18 +129,18 @@ def test_the_analysis_shows_outliers_from_the_planted_block_on_and_none_before()
 
 
 @pytest.mark.usefixtures("few_images")
-def test_the_clean_twin_has_no_outlying_token_and_no_settled_direction() -> None:
+def test_the_clean_twin_has_no_outlying_token_or_settled_direction() -> None:
     settings = AnalyzeSettings(device="cpu", batch_size=16)
-    analysis = api.analyze(ModelRequest("demo_vit_clean"), (), settings).analysis
+    analysis = api.analyze(AnalyzeRequest(ModelRequest("demo_vit_clean"), (), settings)).analysis
     for row in analysis.blocks:
         assert row.marked["outlying"] is not None
         assert row.marked["outlying"].tokens == 0
         assert row.marked["equation_5"] is None
         assert row.gap["cumulative"] < 1.1
-    assert api.predict(ModelRequest("demo_vit_clean"), ("cumulative",)).settled_from() is None
+    assert api.predict_defects(PredictRequest(ModelRequest("demo_vit_clean"), ("cumulative",))).settled_from() is None
 
 
-def test_a_third_name_is_refused_with_the_two_that_there_are() -> None:
+def test_a_third_name_is_refused_with_the_two_existing_ones() -> None:
     with pytest.raises(UsageError, match=r"did you mean demo_vit or demo_vit_clean\?"):
         api.open_model(ModelRequest("demo_vitamin"))
 
@@ -164,4 +167,4 @@ def test_weights_of_another_model_are_refused_before_anything_is_predicted(
     tensors = {name: tensor for name, tensor in (planted | change).items() if tensor is not None}
     save_file(tensors, tmp_path / "other.safetensors")
     with pytest.raises(BadInputError, match=why):
-        api.predict(ModelRequest("demo_vit", tmp_path / "other.safetensors"), ("attention",))
+        api.predict_defects(PredictRequest(ModelRequest("demo_vit", tmp_path / "other.safetensors"), ("attention",)))

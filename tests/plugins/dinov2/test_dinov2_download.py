@@ -104,7 +104,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub" / "checkpoints"
 
 
-def test_the_file_arrives_in_the_cache_of_torch_hub_with_its_hash(hooks: Any, server: Server, cache: Path) -> None:
+def test_the_file_arrives_in_the_torch_hub_cache(hooks: Any, server: Server, cache: Path) -> None:
     server.answer = whole(b"weights")
     path = hooks.sinder_weights(request=ModelRequest("dinov2_vitb14_reg"))
     assert server.asked == ["/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth"]
@@ -159,7 +159,7 @@ def test_a_download_that_breaks_leaves_nothing_behind(hooks: Any, server: Server
     assert list(cache.iterdir()) == []
 
 
-def test_without_a_network_one_line_names_the_url_and_where_to_put_the_file(
+def test_without_a_network_one_line_names_url_and_place(
     hooks: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as closed:

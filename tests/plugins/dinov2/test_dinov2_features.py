@@ -107,7 +107,7 @@ def transformers_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def test_every_hidden_state_equals_that_of_transformers_at_the_native_size(
+def test_every_hidden_state_equals_that_of_transformers_at_native_size(
     config: Config, describe: Describe, drawn: Draw
 ) -> None:
     tensors, batch = drawn(config), images(5, 5)
@@ -118,7 +118,7 @@ def test_every_hidden_state_equals_that_of_transformers_at_the_native_size(
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(7, 4), (3, 9), (1, 25)])
-def test_every_hidden_state_of_a_register_model_equals_that_of_transformers_at_other_sizes(
+def test_register_models_equal_transformers_at_other_sizes(
     describe: Describe, drawn: Draw, rows: int, columns: int
 ) -> None:
     config = Config(width=128, depth=2, hidden=512, grid=5, registers=4)
@@ -172,9 +172,7 @@ def test_a_plain_model_resizes_its_positions_by_the_official_factor(
     assert relative_error((tokens - unplaced).double(), wanted) <= TOLERANCE
 
 
-def test_at_the_native_grid_the_stored_positions_are_used_as_they_are(
-    config: Config, describe: Describe, drawn: Draw
-) -> None:
+def test_at_the_native_grid_stored_positions_are_used_as_is(config: Config, describe: Describe, drawn: Draw) -> None:
     module = load_module(describe(drawn(config)))
     assert isinstance(module, VisionTransformer)
     assert torch.equal(module.position(5, 5), drawn(config)["pos_embed"])
@@ -190,9 +188,7 @@ def test_positions_of_a_half_precision_module_are_resized_in_float32(
     assert torch.equal(half.position(7, 4), single.position(7, 4).half())
 
 
-def test_an_image_that_breaks_a_patch_is_refused_naming_its_size(
-    tensors: dict[str, Tensor], describe: Describe
-) -> None:
+def test_an_image_that_breaks_a_patch_is_refused(tensors: dict[str, Tensor], describe: Describe) -> None:
     backbone = describe(tensors)
     with pytest.raises(UnavailableError, match="70 × 71 px"):
         backbone.embed(load_module(backbone), torch.zeros(1, 3, 70, 71))
@@ -272,7 +268,7 @@ def test_the_epsilon_of_the_norms_shows_on_faint_tokens(config: Config, describe
 
 
 @pytest.mark.parametrize("part", ["layer_scale", "qkv_bias", "proj_bias", "mlp_bias"])
-def test_a_block_without_a_part_is_what_the_layer_map_says(
+def test_a_block_without_a_part_is_what_the_map_says(
     config: Config, describe: Describe, drawn: Draw, part: str
 ) -> None:
     backbone = describe(drawn(replace(config, **{part: False})))
@@ -281,9 +277,7 @@ def test_a_block_without_a_part_is_what_the_layer_map_says(
     assert relative_error(states[1].double(), wanted) <= TOLERANCE
 
 
-def test_the_position_map_has_one_row_before_the_patches_with_registers_or_without(
-    config: Config, describe: Describe, drawn: Draw
-) -> None:
+def test_the_position_map_has_one_row_before_the_patches(config: Config, describe: Describe, drawn: Draw) -> None:
     backbone = describe(drawn(config))
     assert backbone.layers.position is not None
     assert (backbone.layers.position.weight.name, backbone.layers.position.prefix) == ("pos_embed", 1)

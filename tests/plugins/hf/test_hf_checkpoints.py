@@ -101,7 +101,7 @@ def _references(record: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_what_config_json_may_leave_out_is_what_the_library_takes_for_it(kind: str) -> None:
+def test_what_config_json_leaves_out_is_what_the_library_assumes(kind: str) -> None:
     family = FAMILIES[kind]
     usual = getattr(transformers, family.configuration)()
     assert usual.model_type == kind
@@ -119,7 +119,7 @@ def test_a_tower_may_leave_out_its_type_and_its_sizes(name: str, saved: Saved, o
     assert opened(folder).layers == opened(saved(name)).layers
 
 
-def test_one_tensor_too_few_or_too_many_or_misshaped_is_named(saved: Saved, opened: Opened, tmp_path: Path) -> None:
+def test_a_missing_surplus_or_misshaped_tensor_is_named(saved: Saved, opened: Opened, tmp_path: Path) -> None:
     weights = load_file(saved("ViT") / "model.safetensors")
     name = "encoder.layer.1.attention.attention.key.bias"
     changed = {
@@ -133,9 +133,7 @@ def test_one_tensor_too_few_or_too_many_or_misshaped_is_named(saved: Saved, open
             opened(copied(saved("ViT"), tmp_path / str(number), weights=tensors))
 
 
-def test_a_wrong_size_in_config_json_is_found_before_a_module_is_built(
-    saved: Saved, opened: Opened, tmp_path: Path
-) -> None:
+def test_a_wrong_size_in_config_json_is_found_before_building(saved: Saved, opened: Opened, tmp_path: Path) -> None:
     for key, value in {"hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 4, "image_size": 48}.items():
         folder = copied(saved("ViT"), tmp_path / key, **{key: value})
         with pytest.raises(BadInputError, match="do not fit hf/"):
@@ -154,7 +152,7 @@ def test_xformers_is_refused_before_it_is_needed(saved: Saved, opened: Opened) -
 
 
 @pytest.mark.parametrize("name", ["DINOv2", "DINOv2 with SwiGLU", "DINOv2 with registers"])
-def test_the_official_file_of_the_same_weights_gives_the_same_directions(
+def test_the_official_file_of_the_weights_gives_the_same_directions(
     name: str, saved: Saved, opened: Opened, tmp_path: Path
 ) -> None:
     ours = opened(saved(name))
@@ -194,7 +192,7 @@ def official(backbone: Backbone) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_each_tensor_in_turn_is_used_or_named_or_the_file_is_refused(name: str, saved: Saved) -> None:
+def test_each_tensor_is_used_or_named_or_the_file_refused(name: str, saved: Saved) -> None:
     folder = saved(name)
     described = read_config((folder / "config.json").read_text(), "file")
 

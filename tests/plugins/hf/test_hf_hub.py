@@ -133,7 +133,7 @@ def line(run: Any, code: int) -> str:
     return str(last)
 
 
-def test_only_what_is_needed_is_fetched_once_into_the_cache_of_the_hub(predict: Predict, hub: Hub, cache: Path) -> None:
+def test_only_what_is_needed_is_fetched_once_into_the_cache(predict: Predict, hub: Hub, cache: Path) -> None:
     run = predict("hf/owner/name")
     assert (run.returncode, len(json.loads(run.stdout)["blocks"])) == (0, 3), run.stderr
     fetched = {path.rpartition("/")[2] for method, path, _ in hub.asked if method == "GET"}
@@ -163,7 +163,7 @@ def test_a_revision_is_one_commit_for_all_files(predict: Predict, hub: Hub, cach
     )
 
 
-def test_offline_the_cache_is_enough_and_what_it_lacks_is_told(predict: Predict, hub: Hub) -> None:
+def test_offline_the_cache_is_enough_and_its_gaps_are_told(predict: Predict, hub: Hub) -> None:
     told = line(predict("hf/owner/name", HF_HUB_OFFLINE="1"), 69)
     assert "cannot fetch config.json of owner/name: offline mode is on, and it is not in the cache; run once" in told
     online = predict("hf/owner/name")
@@ -203,7 +203,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize(("refusal", "code", "why"), REFUSALS.values(), ids=REFUSALS)
-def test_a_refusal_of_the_hub_is_told_with_what_to_do(
+def test_a_refusal_of_the_hub_is_told_with_a_remedy(
     refusal: tuple[int, str], code: int, why: str, predict: Predict, hub: Hub
 ) -> None:
     hub.refusal = refusal
@@ -239,7 +239,7 @@ def test_an_index_cannot_have_other_files_fetched(shard: str, predict: Predict, 
 
 def test_a_repository_without_config_is_no_input(predict: Predict, hub: Hub) -> None:
     del hub.files["config.json"]
-    assert "the hub has no config.json in it" in line(predict("hf/owner/name"), 66)
+    assert "the hub has no config.json for it" in line(predict("hf/owner/name"), 66)
 
 
 def test_weights_of_a_file_need_the_description_alone(predict: Predict, hub: Hub, saved: Callable[[str], Path]) -> None:

@@ -67,7 +67,7 @@ SIZES: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize(("values", "size"), SIZES.values(), ids=SIZES)
-def test_the_size_is_that_of_the_crop_or_of_the_resized_image(
+def test_the_size_is_that_of_the_crop_or_resized_image(
     values: dict[str, Any], size: int, folder: Path, opened: Opened
 ) -> None:
     assert said(folder, opened, **values).image_size == size

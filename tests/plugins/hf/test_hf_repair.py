@@ -21,6 +21,7 @@ from sinder_cli import Backbone, ModelRequest, NoInputError, api
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.exporting.settings import ExportSettings
+from sinder_cli.requests import AnalyzeRequest, ExportRequest, PredictRequest, RepairRequest
 
 Saved = Callable[[str], Path]
 Opened = Callable[..., Backbone]
@@ -36,7 +37,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def repaired(folder: Path, photos: Path, out: Path) -> dict[str, Any]:
-    result = api.repair(ModelRequest(f"hf/{folder}"), [str(photos)], out, EAGER)
+    result = api.repair(RepairRequest(ModelRequest(f"hf/{folder}"), [str(photos)], EAGER), out)
     assert result is not None
     return result.summary
 
@@ -73,9 +74,7 @@ def in_library(kind: Any, folder: Path, masked: bool) -> Any:
     return kind.from_pretrained(folder, output_loading_info=True, **family.arguments, **family.settings, **asked)
 
 
-def test_a_run_directory_stands_without_the_folder_that_it_came_from(
-    saved: Saved, photos: Path, tmp_path: Path
-) -> None:
+def test_a_run_directory_stands_without_the_folder_it_came_from(saved: Saved, photos: Path, tmp_path: Path) -> None:
     folder, run = tmp_path / "folder", tmp_path / "run"
     shutil.copytree(saved("DINOv2"), folder)
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "size": 48}')
@@ -85,12 +84,14 @@ def test_a_run_directory_stands_without_the_folder_that_it_came_from(
 
     backbone = api.open_model(ModelRequest(str(run)))
     assert (backbone.name, backbone.image_size, backbone.mean) == (f"hf/{folder}", 48, (0.1, 0.2, 0.3))
-    assert len(api.predict(ModelRequest(str(run)), ("cumulative",)).gaps()) == 3
+    assert len(api.predict_defects(PredictRequest(ModelRequest(str(run)), ("cumulative",))).gaps()) == 3
     out = tmp_path / "out.safetensors"
-    api.export(ModelRequest(str(run)), out, ExportSettings("native"))
+    api.export(ExportRequest(ModelRequest(str(run)), ExportSettings("native")), out)
     assert load_file(out).keys() == backbone.weights.output_infos().keys()
     settings = AnalyzeSettings(workers=0, figures=0)
-    compared = api.analyze(ModelRequest(str(run)), [str(photos)], settings, other=ModelRequest(str(run)))
+    compared = api.analyze(
+        AnalyzeRequest(ModelRequest(str(run)), [str(photos)], settings, compare=ModelRequest(str(run)))
+    )
     assert compared is not None
     (run / "sidecars" / "config.json").unlink()
     with pytest.raises(NoInputError, match="its run directory keeps no config"):
@@ -103,11 +104,11 @@ def test_a_run_with_other_sidecars_replaces_those_of_the_last(saved: Saved, phot
     (folder / "preprocessor_config.json").write_text('{"size": 48}')
     repaired(folder, photos, run)
     (folder / "preprocessor_config.json").unlink()
-    api.repair(ModelRequest(f"hf/{folder}"), [str(photos)], run, EAGER, force=True)
+    api.repair(RepairRequest(ModelRequest(f"hf/{folder}"), [str(photos)], EAGER, force=True), run)
     assert [path.name for path in (run / "sidecars").iterdir()] == ["config.json"]
 
 
-def test_the_command_line_repairs_and_checks_a_folder_in_a_process_of_its_own(
+def test_the_command_line_repairs_a_folder_in_its_own_process(
     saved: Saved, photos: Path, sinder: Callable[..., Any], tmp_path: Path
 ) -> None:
     eager = ("--max-steps", "2", "--min-gap", "0", "--mask-threshold", "0.3", "--min-tokens", "1", "--workers", "0")

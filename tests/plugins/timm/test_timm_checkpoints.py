@@ -55,9 +55,7 @@ def was_converted(backbone: Backbone) -> bool:
     return backbone.weights.source.label.endswith(", converted by timm")
 
 
-def test_timms_own_names_are_read_lazily_and_the_classifier_is_counted_as_ignored(
-    describe: Describe, tmp_path: Path
-) -> None:
+def test_timms_own_names_are_read_lazily_without_the_classifier(describe: Describe, tmp_path: Path) -> None:
     tensors = small("plain", num_classes=7)
     save_file(tensors, tmp_path / "whole.safetensors")
     backbone = describe("plain", tmp_path / "whole.safetensors")
@@ -88,7 +86,7 @@ def test_a_training_checkpoint_of_timms_is_read_lazily(describe: Describe, tmp_p
         ("packed", Config(width=64, depth=3, hidden=176, mlp="SwiGLU", grid=5, registers=4)),
     ],
 )
-def test_an_official_dinov2_is_to_timm_what_it_is_to_the_plugin_dinov2(
+def test_an_official_dinov2_is_the_same_to_timm_and_dinov2(
     describe: Describe, tmp_path: Path, kind: str, config: Config
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -119,10 +117,10 @@ def test_an_official_dinov2_is_to_timm_what_it_is_to_the_plugin_dinov2(
 PERIODS = 100.0 ** (torch.arange(4) / 4)  # of heads of 16 features
 
 
-def test_a_dinov3_of_other_angles_than_those_of_the_model_is_refused(describe: Describe, tmp_path: Path) -> None:
+def test_a_dinov3_of_other_angles_than_the_model_is_refused(describe: Describe, tmp_path: Path) -> None:
     swaps = ((r"^reg_token", "storage_tokens"), (r"gamma_1$", "ls1.gamma"), (r"gamma_2$", "ls2.gamma"))
     official = renamed(small("dinov3"), *swaps) | {"rope_embed.periods": 1.5 * PERIODS}
-    with pytest.raises(BadInputError, match=r"its rope_embed\.periods are others than those of this model"):
+    with pytest.raises(BadInputError, match=r"its rope_embed\.periods differ from those of this model"):
         describe("dinov3", saved(tmp_path / "official.pth", official))
 
 
@@ -141,7 +139,7 @@ def test_an_official_dinov3_is_converted_and_nothing_is_printed(
     assert capsys.readouterr().out == ""
 
 
-def test_of_a_student_and_a_teacher_that_are_converted_both_are_known_of(describe: Describe, tmp_path: Path) -> None:
+def test_a_converted_teacher_is_taken_and_its_student_is_known(describe: Describe, tmp_path: Path) -> None:
     tensors = small("dinov3")
     official = renamed(
         tensors, (r"^reg_token", "storage_tokens"), (r"gamma_1$", "ls1.gamma"), (r"gamma_2$", "ls2.gamma")
@@ -190,7 +188,7 @@ CLIP = (
 )
 
 
-def test_an_official_clip_is_converted_its_text_and_projection_left_out(describe: Describe, tmp_path: Path) -> None:
+def test_an_official_clip_is_converted_without_text_and_projection(describe: Describe, tmp_path: Path) -> None:
     tensors = small("clip")
     official = renamed(tensors, *CLIP)
     official["visual.class_embedding"] = official["visual.class_embedding"][0, 0]
@@ -255,7 +253,7 @@ def test_patches_of_another_size_are_refused_and_never_resampled(describe: Descr
         describe("plain", tmp_path / "finer.safetensors")
 
 
-def test_of_a_file_without_registers_the_name_without_them_is_said(tmp_path: Path) -> None:
+def test_a_file_without_registers_brings_out_the_name_without_them(tmp_path: Path) -> None:
     module = timm.create_model("vit_small_patch14_dinov2", num_classes=0, depth=1)
     stored = module.state_dict() | {"mask_token": torch.zeros(1, 384)}  # as the official file has it
     save_file({name: tensor.contiguous() for name, tensor in stored.items()}, tmp_path / "plain.safetensors")
@@ -263,7 +261,7 @@ def test_of_a_file_without_registers_the_name_without_them_is_said(tmp_path: Pat
         api.open_model(ModelRequest("timm/vit_small_patch14_reg4_dinov2", tmp_path / "plain.safetensors"))
 
 
-def test_of_a_file_with_registers_the_name_with_them_is_said(tmp_path: Path) -> None:
+def test_a_file_with_registers_brings_out_the_name_with_them(tmp_path: Path) -> None:
     module = timm.create_model("vit_small_patch14_dinov2", num_classes=0, depth=1)
     stored = module.state_dict() | {"mask_token": torch.zeros(1, 384), "register_tokens": torch.ones(1, 4, 384)}
     save_file({name: tensor.contiguous() for name, tensor in stored.items()}, tmp_path / "registers.safetensors")
@@ -281,7 +279,7 @@ def test_the_name_that_fits_the_stored_sizes_is_said(tmp_path: Path) -> None:
         api.open_model(ModelRequest("timm/vit_tiny_patch16_224", path))
 
 
-def test_biases_that_the_model_has_no_place_for_are_not_dropped(describe: Describe, tmp_path: Path) -> None:
+def test_biases_without_a_place_in_the_model_are_not_dropped(describe: Describe, tmp_path: Path) -> None:
     official = renamed(
         small("dinov3"), (r"^reg_token", "storage_tokens"), (r"gamma_1$", "ls1.gamma"), (r"gamma_2$", "ls2.gamma")
     )
@@ -343,14 +341,14 @@ def test_a_file_of_something_else_is_refused(describe: Describe, tmp_path: Path)
         describe("plain", tmp_path / "other.safetensors")
 
 
-def test_timms_loader_is_its_own_again_after_it_gave_a_function_away(describe: Describe, tmp_path: Path) -> None:
+def test_timms_loader_is_restored_after_it_gave_a_function_away(describe: Describe, tmp_path: Path) -> None:
     own = _builder.load_pretrained
     describe("layer_scale", saved(tmp_path / "it.pth", renamed(small("layer_scale"), (r"ls(\d)\.gamma", r"gamma_\1"))))
     assert _builder.load_pretrained is own
     assert timm.create_model("small_plain", num_classes=0) is not None
 
 
-def test_each_tensor_in_turn_is_used_or_named_or_the_file_is_refused(kind: str) -> None:
+def test_each_tensor_is_used_or_named_or_the_file_refused(kind: str) -> None:
     """The stem, the first block and the norm of every kind, by timm's own names; all blocks would take long."""
     described = architecture(NAMES[kind])
     tensors = random_tensors(made(NAMES[kind]))

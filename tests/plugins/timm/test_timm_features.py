@@ -57,9 +57,7 @@ def relative_error(x: Tensor, y: Tensor) -> float:
     return ((x - y).norm() / y.norm()).item()
 
 
-def test_every_hidden_state_equals_that_of_timm_at_the_native_size(
-    kind: str, describe: Describe, stored: Stored
-) -> None:
+def test_every_hidden_state_equals_that_of_timm_at_native_size(kind: str, describe: Describe, stored: Stored) -> None:
     backbone = describe(kind)
     batch = images(backbone, 5, 5)
     ours, theirs = hidden_states(backbone, batch), timm_states(stored(kind), kind, batch)
@@ -88,7 +86,7 @@ def test_the_last_tokens_are_those_of_timms_own_intermediates(describe: Describe
     assert relative_error(hidden_states(backbone, batch)[-1], torch.cat([prefix, patches], dim=1)) <= TOLERANCE
 
 
-def test_an_image_that_breaks_a_patch_is_refused_naming_its_size(describe: Describe) -> None:
+def test_an_image_that_breaks_a_patch_is_refused(describe: Describe) -> None:
     backbone = describe("plain")
     with pytest.raises(UnavailableError, match="80 × 81 px"):
         backbone.embed(load_module(backbone), torch.zeros(1, 3, 80, 81))
@@ -166,7 +164,7 @@ class BlockByMap:
         return attended + sum(self.mlp(branch.mlp, x if self.map.parallel else attended) for branch in branches)
 
 
-def test_a_block_that_sees_one_token_is_what_the_layer_map_says(kind: str, describe: Describe) -> None:
+def test_a_one_token_block_is_what_the_map_says(kind: str, describe: Describe) -> None:
     backbone = describe(kind)
     module: Any = load_module(backbone)
     x = torch.randn(2, 1, backbone.width, generator=torch.Generator().manual_seed(2))
@@ -200,7 +198,7 @@ def test_the_map_names_stem_positions_and_final_norm(describe: Describe) -> None
     assert str(registers.registers) == "reg_token"
 
 
-def test_a_stem_of_more_than_a_map_can_say_is_left_out_of_it(describe: Describe) -> None:
+def test_a_stem_that_a_map_cannot_say_is_left_out(describe: Describe) -> None:
     assert describe("swiglu").layers.stem is None  # a norm in front of the positions
     assert describe("distilled").layers.stem is None  # a second class token
 
@@ -209,7 +207,7 @@ def test_a_stem_of_more_than_a_map_can_say_is_left_out_of_it(describe: Describe)
     ("kind", "prefix", "has_cls", "rows"),
     [("plain", 1, True, 1), ("no_cls", 0, False, 0), ("distilled", 2, True, 2), ("registers", 5, True, 0)],
 )
-def test_prefix_tokens_are_counted_and_the_rows_of_positions_that_are_theirs(
+def test_prefix_tokens_and_their_rows_of_positions_are_counted(
     describe: Describe, kind: str, prefix: int, has_cls: bool, rows: int
 ) -> None:
     backbone = describe(kind)
@@ -223,7 +221,7 @@ def test_a_model_without_learned_positions_has_no_map_of_them(describe: Describe
     assert describe(kind).layers.position is None
 
 
-def test_the_norm_behind_a_pool_is_no_final_norm_but_stays_in_the_file(describe: Describe) -> None:
+def test_the_norm_behind_a_pool_is_no_final_norm(describe: Describe) -> None:
     backbone = describe("no_cls")
     assert backbone.layers.norm is None
     assert "fc_norm.weight" in backbone.weights

@@ -112,7 +112,7 @@ def test_a_repository_without_either_is_refused_naming_both(sinder: Sinder, hub:
     assert "it has neither model.safetensors nor pytorch_model.bin; name a file with --weights" in run.stderr
 
 
-def test_a_cache_that_was_made_by_hand_serves_without_a_network(
+def test_a_cache_made_by_hand_serves_without_a_network(
     sinder: Sinder, tensors: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     repository = tmp_path / "hub" / f"models--timm--{NAME}"
@@ -156,7 +156,7 @@ def test_a_name_without_weights_asks_for_a_file(hooks: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(("revision", "wanted"), [(None, "pinned"), ("v2", "v2")])
-def test_the_users_revision_goes_before_the_one_that_timm_has_pinned(
+def test_the_users_revision_goes_before_the_pinned_one(
     monkeypatch: pytest.MonkeyPatch, revision: str | None, wanted: str
 ) -> None:
     from sinder_plugins.timm import hub as place
@@ -167,7 +167,7 @@ def test_the_users_revision_goes_before_the_one_that_timm_has_pinned(
     assert asked == [{"repo_id": "timm/some", "filename": "model.safetensors", "revision": wanted}]
 
 
-def test_a_file_at_an_address_is_downloaded_into_torch_hubs_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_at_an_address_is_downloaded_into_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     from sinder_plugins.timm import hub as place
 
     cfg = timm.get_pretrained_cfg(NAME)

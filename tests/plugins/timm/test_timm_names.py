@@ -58,9 +58,7 @@ def test_an_unknown_name_is_refused_with_near_names(asked: str, near: str) -> No
         api.open_model(ModelRequest(f"timm/{asked}"))
 
 
-def test_a_name_that_timm_has_renamed_is_the_new_one_and_one_that_it_removed_is_unknown(
-    hooks: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_renamed_model_is_found_and_a_removed_one_unknown(hooks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = "vit_small_patch16_224_dino", "vit_small_patch16_224.dino"
     assert timm.models.get_deprecated_models()[old] == new
     asked: list[str] = []
@@ -79,11 +77,11 @@ def test_other_heads_than_timms_are_refused(describe: Describe) -> None:
 
 
 REFUSED = {
-    "vit_base_patch16_rpn_224": r"blocks\.0 is ResPostBlock, which normalizes behind its sub-layers",
-    "eva02_enormous_patch14_clip_224": r"blocks\.0 is EvaBlockPostNorm, which normalizes behind its sub-layers",
+    "vit_base_patch16_rpn_224": r"blocks\.0 is ResPostBlock, which normalizes after its sub-layers",
+    "eva02_enormous_patch14_clip_224": r"blocks\.0 is EvaBlockPostNorm, which normalizes after its sub-layers",
     "vit_dpwee_patch16_reg1_gap_256": r"blocks\.0 is DiffParallelScalingBlock, whose attention is the difference",
     "vit_dlittle_patch16_reg1_gap_256": r"blocks\.0\.attn is DiffAttention, none of Attention",
-    "vit_base_r50_s16_224": r"patch_embed is HybridEmbed, no projection of single patches",
+    "vit_base_r50_s16_224": r"patch_embed is HybridEmbed, not a projection of single patches",
     "vit_5b_patch16_sapiens2": r"blocks\.\d+\.attn shares values between heads \(\d+ value heads for \d+ heads\)",
     "swin_tiny_patch4_window7_224": r"SwinTransformerBlock, and its width grows from 96 to 768",
     "convnext_tiny": r"stages\.0\.blocks\.0 is ConvNeXtBlock, which convolves",
@@ -94,7 +92,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_model_that_no_layer_map_describes_is_refused_in_one_line_before_any_download(name: str, hooks: Any) -> None:
+def test_an_indescribable_model_is_refused_before_any_download(name: str, hooks: Any) -> None:
     with pytest.raises(UsageError, match=rf"cannot describe timm/{name}: .*{REFUSED[name]}") as refused:
         hooks.sinder_weights(request=ModelRequest(f"timm/{name}"))
     assert "\n" not in str(refused.value)
@@ -144,7 +142,7 @@ def test_a_gate_behind_the_values_is_refused() -> None:
 
 
 def test_one_output_of_attention_and_mlp_is_refused() -> None:
-    assert "blocks.0.out_proj is the output of attention and MLP" in refusal(
+    assert "blocks.0.out_proj is a single output projection of attention and MLP" in refusal(
         ParallelScalingBlock(N, 2, fuse_out_proj=True)
     )
 
@@ -177,8 +175,8 @@ def test_an_elementwise_activation_without_a_name_is_handed_over() -> None:
 
 FAMILIES = ("vision_transformer", "eva", "deit", "vision_transformer_hybrid", "vitamin")
 REASONS = (
-    "which normalizes behind its sub-layers",
-    "no projection of single patches",
+    "which normalizes after its sub-layers",
+    "not a projection of single patches",
     "shares values between heads",
     "is DiffAttention",
     "whose attention is the difference of two",
@@ -204,7 +202,7 @@ def outcome(name: str) -> str:
     return "described"
 
 
-def test_every_transformer_of_timms_registry_is_described_or_refused_with_a_reason(
+def test_every_transformer_of_timm_is_described_or_refused_with_reason(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sinder_plugins.timm.architecture.create", shallow)
@@ -216,7 +214,7 @@ def test_every_transformer_of_timms_registry_is_described_or_refused_with_a_reas
     assert set(counts) == {"described", *REASONS}
 
 
-def test_a_module_is_described_without_memory_and_built_as_timm_builds_it(describe: Describe) -> None:
+def test_a_module_is_described_without_memory_as_timm_builds_it(describe: Describe) -> None:
     described = architecture("vit_7b_patch16_dinov3")
     assert {tensor.device.type for tensor in described.module.state_dict().values()} == {"meta"}
     assert described.shapes["blocks.39.mlp.fc1_g.weight"] == (8192, 4096)

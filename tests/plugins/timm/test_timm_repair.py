@@ -17,6 +17,7 @@ from sinder_cli import ModelRequest, api
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.defects.prediction import predict
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.requests import AnalyzeRequest, RepairRequest
 
 Stored = Callable[[str], Path]
 
@@ -50,7 +51,7 @@ def test_three_steps_leave_a_file_that_timm_loads_strictly(
     settings = RepairSettings(
         recipe="paper", keep="last", max_steps=3, lr=0.05, eval_images=2, stop_density=1.0, **EAGER_TO_MARK
     )
-    result = api.repair(request, [str(photos)], tmp_path / "run", settings)
+    result = api.repair(RepairRequest(request, [str(photos)], settings), tmp_path / "run")
     assert result is not None
     assert result.summary["steps"] == 3
 
@@ -73,26 +74,26 @@ def trained_names(request: ModelRequest) -> set[str]:
     return {ref.name for ref in refs if ref is not None}
 
 
-def test_a_repair_leaves_queries_and_keys_of_a_fused_projection_alone(
+def test_a_repair_leaves_queries_and_keys_of_fused_projections_alone(
     stored: Stored, photos: Path, tmp_path: Path
 ) -> None:
     settings = RepairSettings(
         recipe="paper", keep="last", max_steps=3, lr=0.05, eval_images=1, stop_density=1.0, **EAGER_TO_MARK
     )
-    api.repair(ModelRequest("timm/small_plain", stored("plain")), [str(photos)], tmp_path / "run", settings)
+    api.repair(
+        RepairRequest(ModelRequest("timm/small_plain", stored("plain")), [str(photos)], settings), tmp_path / "run"
+    )
     before, after = load_file(stored("plain")), load_file(tmp_path / "run" / "model.safetensors")
     fused = [name for name in before if name.endswith("qkv.weight")]
     assert all(torch.equal(before[name][:128], after[name][:128]) for name in fused)
     assert any(not torch.equal(before[name][128:], after[name][128:]) for name in fused)
 
 
-def test_a_model_with_rotary_positions_is_analyzed_at_the_shape_of_each_image(
-    stored: Stored, photos: Path, tmp_path: Path
-) -> None:
+def test_a_rotary_model_is_analyzed_at_each_image_shape(stored: Stored, photos: Path, tmp_path: Path) -> None:
     with Image.open(photos / "0.png") as photo:
         photo.resize((128, 96)).save(tmp_path / "wide.png")
         photo.resize((96, 128)).save(tmp_path / "tall.png")
     settings = AnalyzeSettings(resize="none", **EAGER_TO_MARK)
-    result = api.analyze(ModelRequest("timm/small_dinov3", stored("dinov3")), [str(tmp_path)], settings)
+    result = api.analyze(AnalyzeRequest(ModelRequest("timm/small_dinov3", stored("dinov3")), [str(tmp_path)], settings))
     assert result is not None
     assert (result.analysis.images, len(result.analysis.blocks)) == (2, 3)

@@ -182,5 +182,4 @@ def name_of(path: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, whose conftest.py would hide another
     serve(sys.argv[1], sys.argv[2])

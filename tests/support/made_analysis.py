@@ -13,8 +13,9 @@ from torch.nn.functional import cosine_similarity, interpolate
 from sinder_cli.analysis.collectors import BlockCollector, PairCollector
 from sinder_cli.analysis.per_image import Portrait, PortraitSide, TargetMaps, shown_blocks
 from sinder_cli.analysis.records import Analysis, Side
+from sinder_cli.analysis.run import AnalysisResult
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.analysis.survey import AnalysisResult, Survey
+from sinder_cli.analysis.survey import Survey
 from sinder_cli.analysis.tokens import BlockTokens
 from sinder_cli.analysis.verdict import judge
 from sinder_cli.defects.detection import DetectionRule, alignments, defect_mask, learning_targets, norm_ratios

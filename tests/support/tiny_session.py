@@ -7,8 +7,8 @@ from contextlib import closing
 from pathlib import Path
 
 import torch
-from conftest import plant
-from runs import RED, Pictures, Run
+from tiny_runs import RED, Pictures, Run
+from tiny_vit import plant
 
 from sinder_cli.backbone.sources import infos_of
 from sinder_cli.backbone.storing import write_safetensors
