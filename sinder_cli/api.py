@@ -22,7 +22,7 @@ from sinder_cli.defects.settings import DetectionSettings
 from sinder_cli.distributed import Ranks, require_alike
 from sinder_cli.errors import SinderError, UsageError
 from sinder_cli.events import Emit, Noted, Warned, silent
-from sinder_cli.exporting.settings import ExportSettings
+from sinder_cli.exporting.targets import ExportSettings
 from sinder_cli.files import require_new_folder, require_writable_file, write_json
 from sinder_cli.images.sources import ImageSource
 from sinder_cli.inputs import drawn_images, images_of_repair, named_images, open_model, preprocessing, run_named
@@ -183,7 +183,7 @@ def _places_of(out: Path | None, ranks: Ranks) -> tuple[Path | None, Path | None
 
 def _analysis_written(result: AnalysisResult, folder: Path | None, file: Path | None, emit: Emit) -> AnalysisResult:
     """Write the result where it belongs, and return it with its figures listed."""
-    from sinder_cli.report.analysis.folder import write_analysis
+    from sinder_cli.report.analysis.page import write_analysis
     from sinder_cli.report.documents import analysis_document
 
     if folder is not None:
@@ -348,7 +348,7 @@ def _read_from(request: ModelRequest) -> list[Path]:
 
 def _export_plan(request: ModelRequest, settings: ExportSettings, of_changes: bool) -> Plan:
     """Return the plan of an export: the backbone as it is written, and how it was repaired."""
-    from sinder_cli.exporting.casting import cast
+    from sinder_cli.exporting.conversion import cast
     from sinder_cli.exporting.targets import Plan, Repaired
     from sinder_cli.repairing.weight_changes import read_change
 

@@ -12,7 +12,7 @@ from sinder_cli.backbone.contract import ModelRequest
 from sinder_cli.defects.settings import STAGES, Stage
 from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.events import Emit, silent
-from sinder_cli.exporting.settings import ExportSettings
+from sinder_cli.exporting.targets import ExportSettings
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.signals import Stop
 

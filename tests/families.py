@@ -23,7 +23,7 @@ import torch
 
 from sinder_cli import Backbone, ModelRequest, SinderError, api, define_torchvision_operators
 from sinder_cli.backbone.opening import load_module
-from sinder_cli.exporting.settings import ExportSettings, TargetName
+from sinder_cli.exporting.targets import ExportSettings, TargetName
 from sinder_cli.exporting.verifying import normalized_tokens, relative_difference
 from sinder_cli.files import write_text
 from sinder_cli.repairing.settings import RepairSettings
@@ -47,7 +47,7 @@ EAGER = RepairSettings(
 IMAGES = 2
 TARGETS: dict[TargetName, str] = {
     "native": ".safetensors", "transformers": "", "timm": "", "dinov2": ".pth", "torchhub": "", "onnx": ".onnx",
-    "adapter": ".safetensors", "delta": ".safetensors",
+    "adapter": ".safetensors", "diff": ".safetensors",
 }  # fmt: skip
 EXPORTED = {
     ("official", "DINOv2"), ("official", "DINOv2 with registers"), ("official", "DINOv2 giant (SwiGLU)"),

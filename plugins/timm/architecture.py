@@ -16,8 +16,7 @@ from torch import nn
 
 from sinder_cli import LayerMap, PositionMap, StemMap, UsageError
 
-from .blocks import block_map
-from .parts import InexpressibleError, Part, optional_norm
+from .blocks import InexpressibleError, Part, block_map, optional_norm
 
 REMEDY = "choose a plain pre-norm ViT of timm's"
 

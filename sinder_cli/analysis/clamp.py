@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from sinder_cli.backbone.contract import Backbone, WeightRef, linear_references
-from sinder_cli.backbone.sources import TensorInfo, TensorSource
 from sinder_cli.backbone.weights import rows_of
 from sinder_cli.events import Emit, Warned, tracked
 
@@ -55,35 +55,13 @@ def largest_part(weight: Tensor, k: int) -> LargestPart:
     return LargestPart(U.float(), (1 - sigma[k - 1] / above).float())
 
 
-@dataclass(frozen=True)
-class ClampedTensors:
-    """A source of tensors in which some rows of some tensors are clamped as they are read."""
-
-    source: TensorSource
-    parts: Mapping[str, tuple[tuple[WeightRef, LargestPart], ...]] = field(repr=False)  # by stored name
-    k: int
-
-    @property
-    def label(self) -> str:
-        return f"{self.source.label}, singular values clamped at K = {self.k}"
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self.source.infos
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read whole tensors, clamped; writing into them changes no file."""
-        found = self.source.read(names)
-        return {name: self._clamped(name, tensor) for name, tensor in found.items()}
-
-    def _clamped(self, name: str, tensor: Tensor) -> Tensor:
-        if name not in self.parts:
-            return tensor
-        tensor = tensor.clone()
-        for ref, part in self.parts[name]:
-            rows = rows_of(tensor, ref)
-            rows.copy_(part.taken_from(rows))
-        return tensor
+def with_clamped_rows(parts: Sequence[tuple[WeightRef, LargestPart]], tensor: Tensor) -> Tensor:
+    """Return a whole tensor with the rows of each reference clamped; the given one stays as it is."""
+    tensor = tensor.clone()
+    for ref, part in parts:
+        rows = rows_of(tensor, ref)
+        rows.copy_(part.taken_from(rows))
+    return tensor
 
 
 def clamped(backbone: Backbone, k: int, emit: Emit) -> Backbone:
@@ -98,8 +76,9 @@ def clamped(backbone: Backbone, k: int, emit: Emit) -> Backbone:
         stored = weights.read({ref.name for ref in refs})
         for ref in refs:
             part = largest_part(rows_of(stored[ref.name], ref), k)
-            parts.setdefault(weights.stored_names[ref.name], []).append((ref, part))
+            parts.setdefault(ref.name, []).append((ref, part))
     if not any(part.U.shape[1] for each in parts.values() for _, part in each):
         emit(Warned(f"clamping to singular value {k} changes nothing: no layer has a larger one"))
-    source = ClampedTensors(weights.source, {name: tuple(each) for name, each in parts.items()}, k)
-    return replace(backbone, weights=replace(weights, source=source))
+    label = f"{weights.source.label}, singular values clamped at K = {k}"
+    changes = {name: partial(with_clamped_rows, each) for name, each in parts.items()}
+    return replace(backbone, weights=weights.mapped(label, changes))

@@ -137,13 +137,11 @@ def _shape_of(ref: WeightRef, weights: Weights, place: str) -> tuple[int, ...]:
     shape, dtype = weights.shape(ref.name), weights.info(ref.name).dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise _bad_map(place, f"{ref.name!r} holds {dtype}: quantized weights cannot be decomposed")
-    if ref.rows is None:
-        return shape
-    start, stop = ref.rows
+    start, stop = ref.rows or (0, 1)
     held = shape[0] if shape else 0
-    if not 0 <= start < stop <= held:
+    if ref.rows and not 0 <= start < stop <= held:
         raise _bad_map(place, f"rows {start}:{stop} are out of range of {ref.name!r}, which has {held}")
-    return (stop - start, *shape[1:])
+    return weights.shape_of(ref)
 
 
 def _check_shape(shape: tuple[int, ...], symbols: tuple[str, ...] | None, sizes: dict[str, int], place: str) -> None:

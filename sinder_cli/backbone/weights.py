@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sinder_cli.backbone.contract import BlockMap, WeightRef, references
@@ -53,6 +54,35 @@ def unwrapped(name: str) -> str:
 
 
 @dataclass(frozen=True)
+class MappedTensors:
+    """A source whose tensors are those of another, some of them changed as they are read; nothing is kept.
+
+    `changes` are functions by stored name, each from the whole tensor to what takes its place; they may write into it.
+    `dtypes` are those of the tensors whose dtype is changed.
+    """
+
+    source: TensorSource
+    label: str
+    changes: Mapping[str, Callable[[Tensor], Tensor]] = field(repr=False)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Shapes and dtypes by name."""
+        return {
+            name: TensorInfo(info.shape, self.dtypes.get(name, info.dtype)) for name, info in self.source.infos.items()
+        }
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read whole tensors, changed; writing into them changes no file."""
+        found = self.source.read(names)
+        for name in found:  # one at a time: no two copies of all
+            if name in self.changes:
+                found[name] = self.changes[name](found[name])
+        return found
+
+
+@dataclass(frozen=True)
 class Weights:
     """The tensors of one backbone inside a source, by canonical name (the module's), in the order of the source."""
 
@@ -80,6 +110,22 @@ class Weights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.info(name).shape
+
+    def shape_of(self, ref: WeightRef) -> tuple[int, ...]:
+        """Return the shape of what a reference means: a tensor, or some of its rows."""
+        shape = self.shape(ref.name)
+        return shape if ref.rows is None else (ref.rows[1] - ref.rows[0], *shape[1:])
+
+    def mapped(
+        self,
+        label: str,
+        changes: Mapping[str, Callable[[Tensor], Tensor]],
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> Weights:
+        """Return the same weights with some tensors, by canonical name, changed as they are read (`MappedTensors`)."""
+        stored = {self.stored_names[name]: change for name, change in changes.items()}
+        cast = {self.stored_names[name]: dtype for name, dtype in (dtypes or {}).items()}
+        return replace(self, source=MappedTensors(self.source, label, stored, cast))
 
     def __contains__(self, name: str) -> bool:
         return name in self.stored_names

@@ -1,14 +1,19 @@
-"""`sinder backbones`: what is installed."""
+"""`sinder backbones` lists what is installed, and `sinder check-backbone` checks a plugin."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from sinder_cli import api
-from sinder_cli.cli.options import Format
+from sinder_cli.cli.options import Branch, Format, Heads, WeightsFile, model_request
 from sinder_cli.cli.output import show
+from sinder_cli.errors import BadInputError
 from sinder_cli.report.progress import display
 
 
-def command(format: Format = None) -> None:
+def listing(format: Format = None) -> None:
     """List the models that the installed plugins offer."""
     from sinder_cli.report.documents import backbones_document
     from sinder_cli.report.tables import backbones_table
@@ -16,3 +21,22 @@ def command(format: Format = None) -> None:
     with display() as emit:
         rows = api.backbones(emit)
     show(format, lambda: backbones_table(rows), lambda: backbones_document(rows))
+
+
+def check(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A model's name, as `sinder backbones` lists them.")],
+    weights: WeightsFile = None,
+    heads: Heads = None,
+    branch: Branch = None,
+    format: Format = None,
+) -> None:
+    """Check that a plugin describes a model as sinder needs it; exit 65 if it does not."""
+    from sinder_cli.report.documents import conformance_document
+    from sinder_cli.report.tables import conformance_table
+
+    with display() as emit:
+        result = api.check_backbone(model_request(name, weights, None, heads, emit, branch=branch), emit)
+    show(format, lambda: conformance_table(result), lambda: conformance_document(result))
+    if result.failed:
+        names = ", ".join(check.name for check in result.failed)
+        raise BadInputError(f"{result.model} does not conform", f"failed: {names}", "mend its plugin")

@@ -4,28 +4,46 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
 import typer
 
 from sinder_cli import api
 from sinder_cli.cli.options import AdapterFile, Branch, Data, Format, Heads, Revision, WeightsFile, model_request
 from sinder_cli.cli.output import show
-from sinder_cli.exporting.settings import DtypeName, ExportSettings, TargetName, parse_size
+from sinder_cli.exporting.targets import OLD_NAMES, DtypeName, ExportSettings, TargetName, parse_size
 from sinder_cli.report.progress import display
 from sinder_cli.requests import ExportRequest, Process
+
+TARGETS = get_args(TargetName)
+
+
+def target_name(text: str) -> str:
+    """Return the present name of a format; the old name of one is accepted."""
+    name = OLD_NAMES.get(text, text)
+    if name not in TARGETS:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(TARGETS)}.")
+    return name
+
+
+def complete_target(incomplete: str) -> list[str]:
+    """Return the formats whose names begin so."""
+    return [name for name in TARGETS if name.startswith(incomplete)]
 
 
 def command(
     source: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run directory of `repair`, or a model's name.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="PATH", help="The file or the folder to be written.")],
     to: Annotated[
-        TargetName,
+        str,
         typer.Option(
             "--to",
+            metavar=f"<{'|'.join(TARGETS)}>",
+            parser=target_name,
+            autocompletion=complete_target,
             help="native: .safetensors, .pth or .pt with the backbone's own keys; dinov2: DINOv2's official keys; "
             "transformers, timm, torchhub: a folder that the library loads; onnx: one file; adapter: the deltas; "
-            "delta: the changed tensors.",
+            "diff: the changed tensors.",
         ),
     ],
     weights: WeightsFile = None,
@@ -57,7 +75,7 @@ def command(
     from sinder_cli.report.tables import export_table
 
     shard = None if max_shard_size is None else parse_size(max_shard_size)
-    settings = ExportSettings(to, dtype, image_size, dynamic_size, shard, verify, force)
+    settings = ExportSettings(cast("TargetName", to), dtype, image_size, dynamic_size, shard, verify, force)
     with display() as emit:
         request = model_request(source, weights, adapter, heads, emit, revision=revision, branch=branch)
         asked = ExportRequest(request, settings, data or ())

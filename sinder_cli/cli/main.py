@@ -1,4 +1,4 @@
-"""The entry point: run one command, and turn whatever goes wrong into one line and an exit code."""
+"""The command tree, and the entry point: run one command; an error becomes one line and an exit code."""
 
 from __future__ import annotations
 
@@ -9,17 +9,68 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
-from sinder_cli.cli.app import Invocation, command
+from sinder_cli import __version__
+from sinder_cli.cli import analyze, backbones, export, predict, repair
 from sinder_cli.cli.output import tell
 from sinder_cli.distributed import launched
 from sinder_cli.errors import SinderError, StorageError, TryAgainError, UsageError
 from sinder_cli.faults import first_fault
 from sinder_cli.memory import is_out_of_memory
 from sinder_cli.signals import Ended, Stop
+
+HELP = """Predict, show and repair the singular defects of pre-trained Vision Transformers.
+
+Results go to standard output, progress and messages to standard error."""
+
+
+@dataclass
+class Invocation:
+    """What the global options of one call said; kept outside the parser so that error handling can see it."""
+
+    debug: bool = False
+    stop: Stop = field(default_factory=Stop)
+
+
+def build_app() -> typer.Typer:
+    """All subcommands on one application."""
+    app = typer.Typer(name="sinder", help=HELP, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    app.callback()(_global_options)
+    app.command("predict-defects")(predict.command)
+    app.command("analyze")(analyze.command)
+    app.command("repair")(repair.command)
+    app.command("export")(export.command)
+    app.command("backbones")(backbones.listing)
+    app.command("check-backbone")(backbones.check)
+    return app
+
+
+def command() -> Any:
+    """The command tree as Typer's parser object."""
+    return typer.main.get_command(build_app())
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sinder {__version__}")
+        raise typer.Exit
+
+
+def _global_options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    if isinstance(context.obj, Invocation):
+        context.obj.debug = debug
+
 
 ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sinder_cli.cli.app import HELP, command
+from sinder_cli.cli.main import HELP, command
 from sinder_cli.files import write_text
 from sinder_cli.report.manual import NAME, escape, head, schema_page
 

@@ -40,7 +40,7 @@ AdapterFile = Annotated[
     typer.Option(
         "--adapter",
         metavar="FILE",
-        help="adapter.safetensors of a repair of these weights, or a delta; it is applied to them.",
+        help="adapter.safetensors of a repair of these weights, or a diff; it is applied to them.",
     ),
 ]
 Heads = Annotated[

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from sinder_cli.backbone.contract import Backbone
 from sinder_cli.backbone.opening import load_module
-from sinder_cli.conformance import blocks, changes, passes
+from sinder_cli.conformance import blocks, passes
+from sinder_cli.conformance import passes as changes
 from sinder_cli.conformance.subject import Check, Conformance, NonconformityError, Subject
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.memory import is_out_of_memory

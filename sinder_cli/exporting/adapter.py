@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sinder_cli.errors import BadInputError, UsageError
 from sinder_cli.events import silent
-from sinder_cli.exporting.delta import require_repaired
+from sinder_cli.exporting.diff import require_repaired
 from sinder_cli.exporting.targets import Check, Plan, Target
 from sinder_cli.repairing.weight_changes import Adapter, read_adapter
 
@@ -18,7 +18,7 @@ def _require(plan: Plan) -> None:
     change = require_repaired(plan).change
     if not isinstance(change, Adapter):
         why = f"{change.path} holds whole tensors, not singular values"
-        raise UsageError("cannot export an adapter", why, "use --to delta")
+        raise UsageError("cannot export an adapter", why, "use --to diff")
 
 
 def _write(plan: Plan, path: Path) -> None:

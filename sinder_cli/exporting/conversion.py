@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from math import prod
 from typing import TYPE_CHECKING
 
-from sinder_cli.backbone.contract import WeightRef
+from sinder_cli.backbone.contract import Backbone, WeightRef
 from sinder_cli.backbone.sources import TensorInfo
+from sinder_cli.backbone.storing import stored_as
 from sinder_cli.backbone.weights import Weights, rows_of
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from sinder_cli.exporting.targets import DtypeName
 
 
 def stacked(*parts: Tensor) -> Tensor:
@@ -36,20 +39,15 @@ class Recipe:
 
 def part(weights: Weights, *parts: WeightRef) -> Recipe:
     """Return the recipe that stacks parts below each other, in the resulting shape."""
-    shapes = [_shape(weights, ref) for ref in parts]
+    shapes = [weights.shape_of(ref) for ref in parts]
     return Recipe((sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0], parts)
 
 
 def reshaped(weights: Weights, ref: WeightRef, *shape: int) -> Recipe:
     """Return the recipe of one tensor in another shape. Raises `ValueError` if the number of values differs."""
-    if prod(_shape(weights, ref)) != prod(shape):
-        raise ValueError(f"{ref} has shape {_shape(weights, ref)}, which does not make {shape}")
+    if prod(weights.shape_of(ref)) != prod(shape):
+        raise ValueError(f"{ref} has shape {weights.shape_of(ref)}, which does not make {shape}")
     return Recipe(shape, (ref,))
-
-
-def _shape(weights: Weights, ref: WeightRef) -> tuple[int, ...]:
-    shape = weights.shape(ref.name)
-    return shape if ref.rows is None else (ref.rows[1] - ref.rows[0], *shape[1:])
 
 
 @dataclass(frozen=True)
@@ -87,3 +85,21 @@ class ConvertedTensors:
 
     def _dtype(self, recipe: Recipe) -> torch.dtype:
         return self.weights.info(recipe.parts[0].name).dtype if recipe.parts else self.dtype
+
+
+def cast(backbone: Backbone, name: DtypeName) -> Backbone:
+    """Return the backbone with its floating-point weights in the dtype of that name; integers stay.
+
+    Reading raises `BadInputError` naming the first tensor that the dtype cannot hold.
+    """
+    import torch
+
+    weights = backbone.weights
+    dtype: torch.dtype = getattr(torch, name)
+    floating = [name for name in weights.names if weights.info(name).dtype.is_floating_point]
+    changes = {name: partial(_stored_as, weights.stored_names[name], dtype) for name in floating}
+    return replace(backbone, weights=weights.mapped(weights.source.label, changes, dict.fromkeys(floating, dtype)))
+
+
+def _stored_as(name: str, dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    return stored_as(tensor, name, dtype)

@@ -11,9 +11,8 @@ from pathlib import Path
 from sinder_cli.backbone.contract import Backbone
 from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError
-from sinder_cli.exporting.architecture import architecture_of
 from sinder_cli.exporting.conversion import ConvertedTensors
-from sinder_cli.exporting.layouts import Layout, recipes
+from sinder_cli.exporting.layouts import Layout, architecture_of, recipes
 from sinder_cli.exporting.native import read_back, write_weights
 from sinder_cli.exporting.targets import Check, Plan, Target
 

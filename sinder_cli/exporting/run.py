@@ -12,7 +12,7 @@ from sinder_cli.files import json_text, public_model, sha256_of
 from sinder_cli.folders import FORMAT, MANIFEST
 
 if TYPE_CHECKING:
-    from sinder_cli.exporting.settings import TargetName
+    from sinder_cli.exporting.targets import TargetName
 
 
 @dataclass(frozen=True)

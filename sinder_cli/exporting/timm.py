@@ -18,9 +18,8 @@ from sinder_cli.backbone.storing import METADATA, write_safetensors
 from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Warned
-from sinder_cli.exporting.architecture import Architecture, architecture_of
 from sinder_cli.exporting.conversion import ConvertedTensors
-from sinder_cli.exporting.layouts import Layout, recipes
+from sinder_cli.exporting.layouts import Architecture, Layout, architecture_of, recipes
 from sinder_cli.exporting.targets import Check, Plan, Target
 from sinder_cli.exporting.verifying import normalized_tokens, verify_features
 from sinder_cli.files import write_json

@@ -76,7 +76,7 @@ def foreign_imports(files: Mapping[str, str]) -> list[str]:
 
 
 def _write(plan: Plan, path: Path) -> None:
-    from sinder_cli.exporting.torchfile import write_torch_file
+    from sinder_cli.exporting.native import write_torch_file
 
     backbone = plan.backbone
     assert backbone.hub_source is not None

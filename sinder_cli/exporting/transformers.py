@@ -17,11 +17,9 @@ from sinder_cli.backbone.contract import Backbone
 from sinder_cli.backbone.storing import write_sharded
 from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError
-from sinder_cli.exporting.architecture import Architecture, architecture_of
 from sinder_cli.exporting.conversion import ConvertedTensors
-from sinder_cli.exporting.layouts import Layout, recipes
-from sinder_cli.exporting.settings import SHARD_BYTES
-from sinder_cli.exporting.targets import Check, Plan, Target
+from sinder_cli.exporting.layouts import Architecture, Layout, architecture_of, recipes
+from sinder_cli.exporting.targets import SHARD_BYTES, Check, Plan, Target
 from sinder_cli.exporting.verifying import verify_features
 from sinder_cli.files import write_json
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from sinder_cli.backbone.contract import Backbone, LayerMap, WeightRef, trained_references
-from sinder_cli.backbone.sources import SafetensorsFile, TensorInfo, TensorSource, infos_of, open_checkpoint
+from sinder_cli.backbone.sources import SafetensorsFile, TensorSource, infos_of, open_checkpoint
 from sinder_cli.backbone.storing import stored_as, write_safetensors
 from sinder_cli.backbone.weights import Weights, rows_of
 from sinder_cli.errors import BadInputError, ConflictError, NoInputError
@@ -95,33 +96,8 @@ def read_adapter(path: Path) -> Adapter:
         raise BadInputError(what, f"its header has no {error}", REMEDY) from error
     for name, delta in adapter.deltas.items():
         if delta.dtype != torch.float32 or not bool(delta.isfinite().all()):
-            raise BadInputError(what, f"{name} is not of finite float32 values", "is it whole? fetch it again")
+            raise BadInputError(what, f"{name} is not of finite float32 values", "is it complete? fetch it again")
     return adapter
-
-
-@dataclass(frozen=True)
-class AdaptedTensors:
-    """A source of tensors, of which some rows are repaired as they are read; the repaired rows are kept in memory."""
-
-    source: TensorSource
-    rows: Mapping[str, tuple[tuple[WeightRef, Tensor], ...]] = field(repr=False)  # by stored name
-    adapter: Path
-
-    @property
-    def label(self) -> str:
-        return f"{self.source.label}, adapted by {self.adapter}"
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self.source.infos
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read whole tensors, repaired; changing them in memory changes no file."""
-        found = self.source.read(names)
-        for name, tensor in found.items():
-            for ref, rows in self.rows.get(name, ()):
-                rows_of(tensor, ref).copy_(rows)
-        return found
 
 
 def adapted(backbone: Backbone, adapter: Adapter, emit: Emit) -> Backbone:
@@ -139,11 +115,18 @@ def adapted(backbone: Backbone, adapter: Adapter, emit: Emit) -> Backbone:
         stored = rows_of(weights.read([ref.name])[ref.name], ref)
         wide = stored.to(torch.float32, copy=True)  # as the module of a repair holds it
         repaired = wide + singular_basis(wide).change(adapter.deltas[name])
-        rows.setdefault(weights.stored_names[ref.name], []).append((ref, stored_as(repaired, str(ref), stored.dtype)))
+        rows.setdefault(ref.name, []).append((ref, stored_as(repaired, str(ref), stored.dtype)))
     values = sum(len(delta) for delta in adapter.deltas.values())
     emit(Noted(f"{adapter.path}: changed {values:,} singular values of {len(references)} weights"))
-    source = AdaptedTensors(weights.source, {name: tuple(each) for name, each in rows.items()}, adapter.path)
-    return replace(backbone, weights=replace(weights, source=source))
+    label = f"{weights.source.label}, adapted by {adapter.path}"
+    return replace(backbone, weights=weights.mapped(label, {name: partial(_with_rows, rows[name]) for name in rows}))
+
+
+def _with_rows(rows: Sequence[tuple[WeightRef, Tensor]], tensor: Tensor) -> Tensor:
+    """Return a whole tensor with the rows of each reference replaced."""
+    for ref, part in rows:
+        rows_of(tensor, ref).copy_(part)
+    return tensor
 
 
 def target_references(layers: LayerMap) -> dict[str, WeightRef]:
@@ -171,18 +154,19 @@ def _adapted_references(layers: LayerMap, weights: Weights, adapter: Adapter) ->
         if name not in references:
             raise BadInputError(what, f"{name} is no target weight of this model")
         ref = references[name]
-        rank = min(rows_of(torch.empty(weights.shape(ref.name), device="meta"), ref).shape)
+        rank = min(weights.shape_of(ref))
         if delta.shape != (rank,):
             raise BadInputError(what, f"{name} has shape {list(delta.shape)}, and the weight {rank} singular values")
     return {name: references[name] for name in adapter.deltas}
 
 
-DELTA_FORMAT = "sinder-delta-1"
+DIFF_FORMAT = "sinder-diff-1"
+OLD_DIFF_FORMAT = "sinder-delta-1"  # the same under its old name
 
 
 @dataclass(frozen=True)
-class Patch:
-    """A patch file: whole tensors by canonical name, and the fingerprints of the weights before and after."""
+class Diff:
+    """A diff file: whole tensors by canonical name, and the fingerprints of the weights before and after."""
 
     path: Path
     model: str
@@ -197,58 +181,38 @@ class Patch:
     def applied(self, backbone: Backbone, emit: Emit) -> Backbone:
         """Return the backbone with these tensors in place of its own, with the same bits as written.
 
-        Raises `ConflictError` for weights that the patch was not made for, and `BadInputError` for a file that has
+        Raises `ConflictError` for weights that the diff was not made for, and `BadInputError` for a file that has
         changed since.
         """
         weights = backbone.weights
         found = weights.fingerprint()
         if found != self.base_fingerprint:
             raise ConflictError(
-                f"delta {self.path} does not fit {weights.source.label}",
+                f"diff {self.path} does not fit {weights.source.label}",
                 f"it was made for weights of {self.model} with fingerprint {self.base_fingerprint}, "
                 f"and these have {found}",
                 "give the weights that were repaired",
             )
-        what, remedy = f"cannot use delta {self.path}", "is it whole? fetch it again"
+        what, remedy = f"cannot use diff {self.path}", "is it complete? fetch it again"
         for name, info in self.tensors.infos.items():
             if name not in weights or weights.info(name) != info:
                 raise BadInputError(what, f"{name} is no tensor of this model, or of another shape or dtype", remedy)
-        stored = {weights.stored_names[name]: name for name in self.tensors.infos}
-        patched = replace(weights, source=PatchedTensors(weights.source, self.tensors, stored))
-        if patched.fingerprint() != self.fingerprint:
+        names = list(self.tensors.infos)
+        label = f"{weights.source.label}, changed by {self.tensors.label}"
+        changed = weights.mapped(label, {name: partial(self._tensor, name) for name in names})
+        if changed.fingerprint() != self.fingerprint:
             raise BadInputError(what, "its tensors are not those that were written", remedy)
-        emit(Noted(f"{self.path}: replaced {len(stored)} tensors"))
-        return replace(backbone, weights=patched)
+        emit(Noted(f"{self.path}: replaced {len(names)} tensors"))
+        return replace(backbone, weights=changed)
+
+    def _tensor(self, name: str, original: Tensor) -> Tensor:  # noqa: ARG002 - it is replaced as a whole
+        return self.tensors.read([name])[name]
 
 
-@dataclass(frozen=True)
-class PatchedTensors:
-    """A source of tensors, some of which are read from a patch instead."""
-
-    source: TensorSource
-    patch: TensorSource
-    names: Mapping[str, str] = field(repr=False)  # stored name → name in the patch
-
-    @property
-    def label(self) -> str:
-        return f"{self.source.label}, patched by {self.patch.label}"
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self.source.infos
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read whole tensors, in the requested order."""
-        wanted = list(names)
-        changed = self.patch.read(self.names[name] for name in wanted if name in self.names)
-        own = self.source.read(name for name in wanted if name not in self.names)
-        return {name: changed[self.names[name]] if name in self.names else own[name] for name in wanted}
-
-
-def write_patch(path: Path, model: str, base_fingerprint: str, weights: Weights, names: list[str]) -> None:
+def write_diff(path: Path, model: str, base_fingerprint: str, weights: Weights, names: list[str]) -> None:
     """Write the named tensors, one at a time, with the fingerprint of the weights before and after."""
     metadata = {
-        "format": DELTA_FORMAT,
+        "format": DIFF_FORMAT,
         "model": model,
         "base_fingerprint": base_fingerprint,
         "fingerprint": weights.fingerprint(),
@@ -257,14 +221,14 @@ def write_patch(path: Path, model: str, base_fingerprint: str, weights: Weights,
     write_safetensors(path, infos, (tensor for _, tensor in weights.stream(names)), metadata)
 
 
-def read_patch(path: Path, metadata: Mapping[str, str]) -> Patch:
-    """Open a patch whose header has been read; its tensors are read on demand. Raises `BadInputError`."""
+def read_diff(path: Path, metadata: Mapping[str, str]) -> Diff:
+    """Open a diff whose header has been read; its tensors are read on demand. Raises `BadInputError`."""
     tensors = open_checkpoint(path)
     assert isinstance(tensors, SafetensorsFile)
     try:
-        return Patch(path, metadata["model"], metadata["base_fingerprint"], metadata["fingerprint"], tensors)
+        return Diff(path, metadata["model"], metadata["base_fingerprint"], metadata["fingerprint"], tensors)
     except KeyError as error:
-        raise BadInputError(f"cannot read delta {path}", f"its header has no {error}", "export it again") from error
+        raise BadInputError(f"cannot read diff {path}", f"its header has no {error}", "export it again") from error
 
 
 class Change(Protocol):
@@ -289,7 +253,7 @@ class Change(Protocol):
 
 
 def read_change(path: Path) -> Change:
-    """Read an adapter, or open a delta; of a file that is neither, only the header is read.
+    """Read an adapter, or open a diff; of a file that is neither, only the header is read.
 
     Raises `NoInputError` if there is no file, and `BadInputError` for a file of another format.
     """
@@ -297,7 +261,7 @@ def read_change(path: Path) -> Change:
     kind = metadata.get("format")
     if kind == ADAPTER_FORMAT:
         return read_adapter(path)
-    if kind == DELTA_FORMAT:
-        return read_patch(path, metadata)
-    why = f"its format is {kind!r}, neither {ADAPTER_FORMAT!r} nor {DELTA_FORMAT!r}"
+    if kind in (DIFF_FORMAT, OLD_DIFF_FORMAT):
+        return read_diff(path, metadata)
+    why = f"its format is {kind!r}, neither {ADAPTER_FORMAT!r} nor {DIFF_FORMAT!r}"
     raise BadInputError(f"cannot read adapter {path}", why, REMEDY)

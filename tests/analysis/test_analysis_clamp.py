@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from sinder_cli import ModelRequest, api
-from sinder_cli.analysis.clamp import ClampedTensors, clamped, largest_part
+from sinder_cli.analysis.clamp import clamped, largest_part, with_clamped_rows
 from sinder_cli.analysis.tokens import Subject
 from sinder_cli.backbone.contract import Backbone, WeightRef, linear_references, references
 from sinder_cli.backbone.opening import load_module
-from sinder_cli.backbone.sources import TensorInfo, infos_of
 from sinder_cli.backbone.weights import rows_of
 from sinder_cli.events import silent
 
@@ -141,27 +140,9 @@ def test_reading_twice_clamps_once(checkpoint: Callable[..., Path]) -> None:
     assert lowered.weights.source.infos == clamped(lowered, 4, silent).weights.source.source.infos  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
-class Lent:
-    """A source that hands out the tensors themselves, as one of a file with tied weights may."""
-
-    tensors: dict[str, Tensor]
-    label: str = "lent"
-
-    @property
-    def infos(self) -> dict[str, TensorInfo]:
-        return infos_of(self.tensors)
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self.tensors[name] for name in names}
-
-
 def test_the_tensors_of_the_source_are_not_written_into() -> None:
     weight = drawn(12, 30)
-    source = ClampedTensors(
-        Lent({"w": weight}), {"w": ((WeightRef(name="w", rows=(0, 6)), largest_part(weight[:6], 2)),)}, 2
-    )
-    found = source.read(["w"])["w"]
+    found = with_clamped_rows([(WeightRef(name="w", rows=(0, 6)), largest_part(weight[:6], 2))], weight)
     assert torch.equal(weight, drawn(12, 30))
     assert not torch.equal(found[:6], weight[:6])
     assert torch.equal(found[6:], weight[6:])

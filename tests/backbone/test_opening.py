@@ -32,7 +32,7 @@ from sinder_cli import (
 )
 from sinder_cli.backbone.isolation import Hooks, PluginEntry
 from sinder_cli.backbone.opening import load_module, open_backbone, require_loadable
-from sinder_cli.exporting.settings import ExportSettings
+from sinder_cli.exporting.targets import ExportSettings
 from sinder_cli.requests import ExportRequest
 
 N = 4

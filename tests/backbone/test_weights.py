@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sinder_cli import BadInputError, MemoryTensors, Weights, require_matching
+from sinder_cli import BadInputError, MemoryTensors, TensorInfo, WeightRef, Weights, require_matching
 from sinder_cli.backbone import weights as module
 from sinder_cli.backbone.sources import open_checkpoint
 
@@ -194,3 +194,32 @@ def test_nothing_is_read_until_it_is_asked_for() -> None:
     assert source.asked == []
     weights.read(["A.BIAS"])
     assert source.asked == [["a.bias"]]
+
+
+def test_mapped_weights_change_some_tensors_as_they_are_read_and_keep_the_rest() -> None:
+    stored = {"model.a": torch.arange(6.0).view(3, 2), "model.b": torch.ones(2), "model.n": torch.tensor([3])}
+    weights = Weights.of(MemoryTensors("memory", stored)).renamed(lambda name: name.removeprefix("model."))
+    read: list[str] = []
+
+    def halved(tensor: Tensor) -> Tensor:
+        read.append("a")
+        return (tensor / 2).half()
+
+    mapped = weights.mapped("halved", {"a": halved}, {"a": torch.float16})
+    assert read == []  # nothing before it is asked for
+    assert mapped.source.label == "halved"
+    assert mapped.names == weights.names
+    assert [mapped.info(name) for name in "bn"] == [weights.info(name) for name in "bn"]
+    assert mapped.info("a") == TensorInfo((3, 2), torch.float16)
+    found = mapped.read(["n", "a"])
+    assert list(found) == ["n", "a"]
+    assert torch.equal(found["a"], (stored["model.a"] / 2).half())
+    assert torch.equal(found["n"], stored["model.n"])
+    assert read == ["a"]
+    assert torch.equal(stored["model.a"], torch.arange(6.0).view(3, 2))
+
+
+def test_the_shape_of_a_reference_is_that_of_its_rows() -> None:
+    weights = Weights.of(MemoryTensors("memory", {"w": torch.zeros(6, 2, 3)}))
+    assert weights.shape_of(WeightRef(name="w")) == (6, 2, 3)
+    assert weights.shape_of(WeightRef(name="w", rows=(2, 5))) == (3, 2, 3)

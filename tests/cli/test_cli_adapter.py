@@ -98,7 +98,7 @@ def test_offloading_changes_no_result(
         (
             "checkpoint.safetensors",
             65,
-            "cannot read adapter {path}: its format is None, neither 'sinder-adapter-1' nor 'sinder-delta-1'; ",
+            "cannot read adapter {path}: its format is None, neither 'sinder-adapter-1' nor 'sinder-diff-1'; ",
         ),
         ("text.safetensors", 65, "cannot read adapter {path}: "),
         ("adapter.safetensors", 78, "adapter {path} does not fit {other}: it was made for weights of dinov2_custom "),

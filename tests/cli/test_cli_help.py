@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from sinder_cli import __version__, errors
-from sinder_cli.cli.app import command
+from sinder_cli.cli.main import command
 from sinder_cli.cli.manpage import EXIT_CODES, pages
 
 Sinder = Callable[..., subprocess.CompletedProcess[str]]

@@ -13,8 +13,8 @@ from drawn_vit import Shape, Vit, norm_map, random_state, read, ref, vit
 from torch import Tensor, nn
 
 from sinder_cli import Backbone, BlockMap, MemoryTensors, Weights
-from sinder_cli.conformance import changes
-from sinder_cli.conformance import changes as maps
+from sinder_cli.conformance import passes as changes
+from sinder_cli.conformance import passes as maps
 from sinder_cli.conformance.subject import NonconformityError, Subject
 
 Make = Callable[..., Subject]

@@ -14,10 +14,9 @@ from PIL import Image
 from sinder_cli import ModelRequest, api
 from sinder_cli.events import silent
 from sinder_cli.exporting.run import ExportResult
-from sinder_cli.exporting.settings import ExportSettings
-from sinder_cli.exporting.targets import Check, Plan
+from sinder_cli.exporting.targets import Check, ExportSettings, Plan
 from sinder_cli.exporting.torchhub import TARGET
-from sinder_cli.repairing.weight_changes import write_patch
+from sinder_cli.repairing.weight_changes import write_diff
 from sinder_cli.report.cards import render_export_card
 from sinder_cli.report.formatting import CITATION
 from sinder_cli.report.repair.pictures import WORDS, read_pictures
@@ -116,7 +115,7 @@ def test_every_table_row_has_the_columns_of_its_head(export: Export, run: Path, 
 def test_a_run_changed_further_does_not_show_its_own_table(export: Export, run: Path, tmp_path: Path) -> None:
     weights = api.open_model(ModelRequest(str(run))).weights
     delta = tmp_path / "delta.safetensors"
-    write_patch(delta, "demo_vit", weights.fingerprint(), weights, ["norm.weight"])
+    write_diff(delta, "demo_vit", weights.fingerprint(), weights, ["norm.weight"])
     for change, shown in ((None, True), (delta, False)):
         export(run, "torchhub", tmp_path / "hub", adapter=change, verify=False, force=True)
         card = (tmp_path / "hub" / "README.md").read_text()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sinder_cli.backbone.sources import infos_of
 from sinder_cli.backbone.storing import write_sharded
 from sinder_cli.errors import UsageError
-from sinder_cli.exporting.settings import parse_size
+from sinder_cli.exporting.targets import parse_size
 
 
 class Layers(nn.Module):

@@ -14,8 +14,7 @@ from sinder_cli import ModelRequest, api
 from sinder_cli.errors import BadInputError, SinderError, TryAgainError, UnavailableError
 from sinder_cli.events import silent
 from sinder_cli.exporting import verifying
-from sinder_cli.exporting.settings import ExportSettings
-from sinder_cli.exporting.targets import Plan
+from sinder_cli.exporting.targets import ExportSettings, Plan
 from sinder_cli.exporting.verifying import by_kind, relative_difference, square_images
 from sinder_cli.images.sources import find_images
 

@@ -14,7 +14,7 @@ from sinder_plugins.dinov2.config import OFFICIAL, tensor_shapes
 from torch import Tensor
 
 from sinder_cli import ModelRequest, api
-from sinder_cli.exporting.settings import ExportSettings
+from sinder_cli.exporting.targets import ExportSettings
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.requests import ExportRequest, PredictRequest, RepairRequest
 

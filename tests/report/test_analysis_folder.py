@@ -19,8 +19,7 @@ from sinder_cli.analysis.per_image import Portrait
 from sinder_cli.analysis.records import Analysis
 from sinder_cli.errors import CannotCreateError
 from sinder_cli.events import Advanced, Finished, Started, silent
-from sinder_cli.report.analysis.folder import SCALED_BY, write_analysis
-from sinder_cli.report.analysis.page import EMBEDDED_IMAGES
+from sinder_cli.report.analysis.page import EMBEDDED_IMAGES, SCALED_BY, write_analysis
 
 STAGES = ("attention", "mlp", "block", "cumulative")
 KINDS = {

@@ -13,7 +13,7 @@ from sinder_cli.analysis.records import VerdictKind
 from sinder_cli.escaping import printable_lines
 from sinder_cli.events import silent
 from sinder_cli.report.analysis.facts import COLOUR_OF
-from sinder_cli.report.analysis.folder import write_analysis
+from sinder_cli.report.analysis.page import write_analysis
 
 
 def page_of(made: Made, folder: Path) -> tuple[str, Page]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sinder_cli.events import silent
 from sinder_cli.repairing.results import RepairResult
-from sinder_cli.report.analysis.folder import write_analysis
+from sinder_cli.report.analysis.page import write_analysis
 from sinder_cli.report.repair.page import render_repair_page
 
 pytestmark = pytest.mark.slow

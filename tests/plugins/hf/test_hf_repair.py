@@ -20,7 +20,7 @@ from sinder_plugins.hf.families import FAMILIES
 from sinder_cli import Backbone, ModelRequest, NoInputError, api
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.opening import load_module
-from sinder_cli.exporting.settings import ExportSettings
+from sinder_cli.exporting.targets import ExportSettings
 from sinder_cli.requests import AnalyzeRequest, ExportRequest, PredictRequest, RepairRequest
 
 Saved = Callable[[str], Path]

@@ -13,8 +13,7 @@ import pytest
 import timm
 import torch
 from sinder_plugins.timm.architecture import architecture, create
-from sinder_plugins.timm.blocks import block_map
-from sinder_plugins.timm.parts import InexpressibleError, Part, activation
+from sinder_plugins.timm.blocks import InexpressibleError, Part, activation, block_map
 from timm.layers import Attention, GELUTanh, GlobalResponseNormMlp, GroupNorm1, PReLU
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block, ParallelScalingBlock

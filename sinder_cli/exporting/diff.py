@@ -1,4 +1,4 @@
-"""Target `delta`: a safetensors patch of the changed tensors, which names its base; `--adapter` applies it."""
+"""Target `diff`: a safetensors file of the changed tensors, which names its base; `--adapter` applies it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from sinder_cli.errors import UsageError
 from sinder_cli.events import silent
 from sinder_cli.exporting.targets import Check, Plan, Repaired, Target
-from sinder_cli.repairing.weight_changes import read_change, write_patch
+from sinder_cli.repairing.weight_changes import read_change, write_diff
 
 
 def require_repaired(plan: Plan) -> Repaired:
@@ -25,7 +25,7 @@ def _require(plan: Plan) -> None:
 def _write(plan: Plan, path: Path) -> None:
     change = require_repaired(plan).change
     names = change.changed_names(plan.backbone.layers)
-    write_patch(path, plan.backbone.name, change.base_fingerprint, plan.backbone.weights, names)
+    write_diff(path, plan.backbone.name, change.base_fingerprint, plan.backbone.weights, names)
 
 
 def _verify(plan: Plan, path: Path) -> Check:
