@@ -33,6 +33,34 @@ if TYPE_CHECKING:
     from sinder_cli.repairing.loop import StepRecord
 
 
+# Every file and folder of a run directory, and what it holds; README and the model card list them from here.
+RUN_FILES = {
+    "model.safetensors": "the repaired backbone, in the key order, names and dtypes of the input",
+    "adapter.safetensors": "the changes of singular values alone, and the fingerprint of the weights they belong to",
+    "report.html": "before and after, side by side, in one offline file",
+    "pictures/": "the first image and its maps, before and after; `words.json` describes each",
+    "summary.json": (
+        "`verdict`, `defects.before/after` by block (`fraction`, `tokens`, `max_norm`, `median_norm`, …), "
+        "`fidelity` to the inpainted original and to the original, `shift_retrieval` (shown, never decided "
+        "by), `scan`, `steps`, `stopped_by`, `seconds`, `data`, `settings`, …"
+    ),
+    "metrics.jsonl": (
+        "one line per step: images, first defective block, masked tokens, loss, what was shrunk and its "
+        "gain, share of clean images"
+    ),
+    "evaluations.jsonl": (
+        "one line per look at the guard: outlying tokens, cosines to the inpainted original, whether it is "
+        "the best state"
+    ),
+    "outliers.json": "the original: defective tokens of each image by block, and whether the weights predict them",
+    "config.json": "how it was called, resolved settings, versions, seed, fingerprints of weights and image list",
+    "images.jsonl": "with image files: one line each, its path, size, time and hash when the run began",
+    "sidecars/": "with a model that takes more than weights to describe: its small text files, such as `config.json`",
+    "README.md": "a model card",
+    "checkpoints/": "the newest two states, from which the run can be resumed; kept when it has ended",
+}
+
+
 @dataclass(frozen=True)
 class FinishedRun:
     """A finished repair, as described by its records."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sinder_cli import __version__
 from sinder_cli.files import public_model, public_place, public_source
-from sinder_cli.repairing.folder import FinishedRun
+from sinder_cli.repairing.folder import RUN_FILES, FinishedRun
 from sinder_cli.report import formatting
 from sinder_cli.report.formatting import Named
 from sinder_cli.report.repair import facts
@@ -24,21 +24,7 @@ if TYPE_CHECKING:
     from sinder_cli.repairing.results import RepairResult
 
 
-WRITTEN_WITH_THE_CARD = ("pictures", "report.html", "README.md")
-FILES = {
-    "model.safetensors": "the repaired weights, in the key order, names and dtypes of the input",
-    "adapter.safetensors": "the changes of singular values alone, and the fingerprint of the weights they belong to",
-    "summary.json": "before and after in numbers",
-    "config.json": "resolved settings, versions, and fingerprints of the weights and the image list",
-    "outliers.json": "defective tokens of each image in the original, by block",
-    "metrics.jsonl": "one line per step: images, first defective block, loss, changed weight, share of clean images",
-    "evaluations.jsonl": "one line per evaluation on the guard's images: outlying tokens, cosines",
-    "images.jsonl": "one line per image file: its path, size, time and hash when the repair began",
-    "checkpoints": "the state of the repair, from which it can be resumed",
-    "pictures": "the first image and its maps, before and after, and `words.json`: a description of each",
-    "report.html": "before and after in pictures, in one offline file",
-    "README.md": "this card",
-}
+WRITTEN_WITH_THE_CARD = ("pictures/", "report.html", "README.md")
 
 
 def render_card(result: RepairResult) -> str:
@@ -72,7 +58,7 @@ def files_in(folder: Path) -> list[formatting.Named]:
     """Return the files of a run directory that exist, or that are written together with the card."""
     return [
         formatting.Named(name, meaning)
-        for name, meaning in FILES.items()
+        for name, meaning in RUN_FILES.items()
         if name in WRITTEN_WITH_THE_CARD or (folder / name).exists()
     ]
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sinder_cli.escaping import printable_lines
-from sinder_cli.repairing.folder import RunFolder
+from sinder_cli.repairing.folder import RUN_FILES, RunFolder
 from sinder_cli.repairing.results import RepairResult
-from sinder_cli.report.cards import FILES, render_card
+from sinder_cli.report.cards import render_card
 from sinder_cli.report.repair.page import render_repair_page
 from sinder_cli.report.templates import code_span, table_cell
 
@@ -82,10 +84,21 @@ def test_only_files_that_are_there_are_listed(make_result: MakeResult) -> None:
     assert "| `adapter.safetensors` | the changes" in render_card(result)
 
 
-def test_every_file_of_a_run_has_its_line(make_result: MakeResult) -> None:
+def test_every_place_in_a_run_directory_is_listed_once(make_result: MakeResult) -> None:
     folder = RunFolder(make_result().folder)
-    places = (*folder.written, *folder.lines, folder.images, folder.outliers)
-    assert {place.name for place in places} <= set(FILES)
+    found = []
+    for name in (name for name, kind in vars(RunFolder).items() if isinstance(kind, property)):
+        with suppress(OSError):  # properties that read a file which is not there
+            found.append(getattr(folder, name))
+    paths = [getattr(place, "folder", place) for place in found]  # of checkpoints
+    inside = {path.name for path in paths if isinstance(path, Path) and path.parent == folder.path}
+    assert inside == {name.rstrip("/") for name in RUN_FILES}
+
+
+def test_the_readme_lists_the_files_of_a_run_directory() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for name, meaning in RUN_FILES.items():
+        assert f"| `{name}` | {meaning} |" in readme
 
 
 def test_a_backbone_without_cls_and_a_folder_with_a_space(make_result: MakeResult) -> None:
