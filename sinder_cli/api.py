@@ -19,7 +19,7 @@ from sinder_cli.backbone.device import exact_device, require_attention, resolve_
 from sinder_cli.backbone.opening import describe, require_loadable
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
 from sinder_cli.defects.settings import DetectionSettings
-from sinder_cli.distributed import Ranks, require_alike
+from sinder_cli.distributed import ALONE, Ranks, require_alike
 from sinder_cli.errors import SinderError, UsageError
 from sinder_cli.events import Emit, Noted, Warned, silent
 from sinder_cli.exporting.targets import ExportSettings
@@ -30,6 +30,7 @@ from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.requests import (
     AnalyzeRequest,
     ExportRequest,
+    Named,
     Place,
     PredictRequest,
     Process,
@@ -113,7 +114,7 @@ def predict_defects(
     `out` is a file, or an open one, for the directions as safetensors: one `[blocks, N]` float32 tensor per stage.
     """
     place = Path(out) if isinstance(out, str | Path) else out
-    with _reporting(process, progress) as emit:
+    with _reporting(process, progress, request.model) as emit:
         if isinstance(place, Path):
             require_writable_file(place)
         backbone = open_model(model_named(request.model, emit))  # before torch is imported: the name may be unknown
@@ -144,14 +145,17 @@ def analyze(
     made = "clamped" if settings.clamp is not None else "inpainted" if settings.method == "inpaint" else None
     if request.compare is not None and made is not None:
         raise UsageError("cannot compare with two models", f"one is named, one is {made}", "leave one of them out")
-    with _reporting(process, progress) as emit:
+    with _reporting(process, progress, request.model) as emit:
         named = named_images(places_named(request.data), replace(process, emit=emit))  # before anything is downloaded
+        from sinder_cli.analysis.features import require_new_features
         from sinder_cli.analysis.run import AnalysisInput, run_analysis
 
+        if request.features is not None and ranks.writes:
+            require_new_features(request.features)
         device = exact_device(_device(settings, ranks, emit))
         model = model_named(request.model, emit)
         require_attention(model.attention, device)
-        backbones = _sides(open_model(model), request, emit)
+        backbones = _compared(open_model(model), request, emit)
         preprocess = preprocessing(backbones[0], settings.image_size, settings.resize, settings.max_tokens)
         source = named or drawn_images(backbones[0], settings.seed)
         draw = request.portraits or folder is not None
@@ -193,7 +197,7 @@ def _analysis_written(result: AnalysisResult, folder: Path | None, file: Path | 
     return result
 
 
-def _sides(first: Backbone, request: AnalyzeRequest, emit: Emit) -> list[Backbone]:
+def _compared(first: Backbone, request: AnalyzeRequest, emit: Emit) -> list[Backbone]:
     """Return the backbone, followed by the one that it is compared with: a second model, or itself clamped."""
     if request.compare is not None:
         return [first, open_model(model_named(request.compare, emit))]
@@ -221,7 +225,7 @@ def repair(
     if settings.batch_size < ranks.size:
         why = f"each of the {ranks.size} processes takes its share of every batch"
         raise UsageError(f"batch size {settings.batch_size} is too small", why, f"use --batch-size {ranks.size}")
-    with _reporting(process, progress) as emit:
+    with _reporting(process, progress, request.model) as emit:
         named = named_images(places_named(request.data), replace(process, emit=emit))  # before anything is downloaded
         from sinder_cli.repairing.folder import RunFolder
         from sinder_cli.repairing.run import run_repair
@@ -260,7 +264,7 @@ def try_repair(request: RepairRequest, out: Place, process: Process = HERE) -> T
 
     Nothing is written, and no existing file is changed.
     """
-    named = named_images(places_named(request.data), process)
+    named = named_images(places_named(request.data), replace(process, ranks=ALONE))  # rank 0 alone calls this
     from sinder_cli.repairing.dry_run import trial
     from sinder_cli.repairing.folder import RunFolder
 
@@ -272,7 +276,7 @@ def try_repair(request: RepairRequest, out: Place, process: Process = HERE) -> T
 
 def finished_repair(request: RepairRequest, out: Place, process: Process = HERE) -> FinishedRun:
     """Return the records of a finished run. Raises `ConflictError` where the request is of another run."""
-    named = named_images(places_named(request.data), process)
+    named = named_images(places_named(request.data), replace(process, ranks=ALONE))  # rank 0 alone calls this
     from sinder_cli.repairing.folder import RunFolder
     from sinder_cli.repairing.run_identity import images_of
 
@@ -324,7 +328,7 @@ def export(request: ExportRequest, out: Place, *, progress: bool = False, proces
     target = target_of(settings.to)
     require_options(settings.to, target, settings)
     require_suffix(target, place)
-    with _reporting(process, progress) as emit:
+    with _reporting(process, progress, request.source) as emit:
         model = model_named(request.source, emit)
         require_place(place, target.kind, settings.force, _read_from(model))
         images = named_images(places_named(request.data), replace(process, emit=emit))
@@ -398,12 +402,14 @@ def _device(settings: DetectionSettings, ranks: Ranks, emit: Emit) -> str:
 
 
 @contextmanager
-def _reporting(process: Process, progress: bool) -> Iterator[Emit]:
-    """Yield what receives progress and warnings: a display on standard error, or what the process gives."""
-    if not progress:
-        yield process.emit
-        return
-    from sinder_cli.report.progress import display
+def _reporting(process: Process, progress: bool, named: Named) -> Iterator[Emit]:
+    """Yield what receives progress and warnings: a display, or the listener of the process or of the model."""
+    if progress:
+        from sinder_cli.report.progress import display
 
-    with display() as emit:
-        yield emit
+        with display() as emit:
+            yield emit
+    elif process.emit is silent and isinstance(named, ModelRequest):
+        yield named.emit
+    else:
+        yield process.emit

@@ -51,11 +51,11 @@ class Warned:
     text: str
 
 
-class Record:
+class Measured:
     """Base class of the records that a run keeps, such as a step; listeners follow the run by them."""
 
 
-Event = Started | Advanced | Finished | Noted | Warned | Record
+Event = Started | Advanced | Finished | Noted | Warned | Measured
 Emit = Callable[[Event], None]
 
 

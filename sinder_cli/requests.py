@@ -47,7 +47,7 @@ class AnalyzeRequest:
     settings: AnalyzeSettings = field(default_factory=lambda: AnalyzeSettings.model_validate({}))
     compare: Named | None = None  # another model, or a run of this one
     features: Path | None = None  # a new folder for the tokens of the last block, one file per image
-    portraits: bool = False  # prepare pictures of images though nothing is written: `AnalysisResult.portraits`
+    portraits: bool = False  # prepare pictures of images though nothing is written; they are made when iterated over
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,8 @@ class ExportRequest:
 
 
 def model_named(named: Named, emit: Emit) -> ModelRequest:
-    """Return the request for a model; `emit`, unless silent, receives what is reported while it is opened."""
-    request = named if isinstance(named, ModelRequest) else ModelRequest(str(named))
-    return request if emit is silent else replace(request, emit=emit)
+    """Return the request for a model; `emit` receives what is reported while it is opened."""
+    return replace(named if isinstance(named, ModelRequest) else ModelRequest(str(named)), emit=emit)
 
 
 def places_named(data: Sequence[Place]) -> list[str]:

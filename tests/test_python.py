@@ -14,6 +14,7 @@ from sinder_plugins.demo.drawing import draw_images
 
 import sinder_cli
 from sinder_cli import ModelRequest, NoInputError, PredictRequest, predict_defects
+from sinder_cli.requests import Process
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "python.md"
 pytestmark = pytest.mark.slow
@@ -77,3 +78,15 @@ def test_what_the_document_names_is_public() -> None:
         assert getattr(sinder_cli, name) is not None
     with pytest.raises(AttributeError):
         _ = sinder_cli.nothing_of_this_name
+
+
+def test_events_go_to_the_process_or_else_to_the_model_of_the_request(tmp_path: Path) -> None:
+    of_model: list[object] = []
+    of_process: list[object] = []
+    request = PredictRequest(ModelRequest("demo_vit", emit=of_model.append), ("mlp",))
+    predict_defects(request)
+    assert of_model
+    of_model.clear()
+    predict_defects(request, tmp_path / "directions.safetensors", process=Process(of_process.append))
+    assert of_process
+    assert not of_model

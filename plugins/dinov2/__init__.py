@@ -19,8 +19,8 @@ from sinder_cli import (
     require_matching,
 )
 
-from .checkpoints import canonical, infer_config
-from .config import HEAD_WIDTH, OFFICIAL, Config, differences, hub_source, parameter_count, tensor_shapes
+from .checkpoints import canonical, hub_source, infer_config
+from .config import HEAD_WIDTH, OFFICIAL, Config, differences, parameter_count, tensor_shapes
 from .layers import layer_map
 
 if TYPE_CHECKING:

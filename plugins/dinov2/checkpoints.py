@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from typing import TYPE_CHECKING, Literal
 
 from sinder_cli import BadInputError, TensorInfo, TensorSource, Weights
@@ -271,3 +272,21 @@ def _factors(weights: Weights, layer: str, suffix: str) -> tuple[str, str, str, 
         raise BadInputError(what, f"the factors of {layer}weight do not fit: {shapes}", "is the file complete?")
     first, second, third, fourth = (weights.stored_names[name] for name in names)
     return first, second, third, fourth
+
+
+MODEL = """from torch.nn.functional import scaled_dot_product_attention
+
+from .config import Config
+from .module import VisionTransformer
+
+
+def build():
+    config = {config!r}
+    return VisionTransformer(config, {heads}, scaled_dot_product_attention)
+"""
+
+
+def hub_source(config: Config, heads: int) -> dict[str, str]:
+    """Return the module's own two files, and one that builds it with these sizes."""
+    own = {name: files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("config.py", "module.py")}
+    return own | {"model.py": MODEL.format(config=config, heads=heads)}

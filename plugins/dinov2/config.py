@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from importlib.resources import files
 from math import prod
 from typing import Literal
 
@@ -91,21 +90,3 @@ def _word(value: object) -> str:
     if isinstance(value, bool):
         return "present" if value else "absent"
     return str(value)
-
-
-MODEL = """from torch.nn.functional import scaled_dot_product_attention
-
-from .config import Config
-from .module import VisionTransformer
-
-
-def build():
-    config = {config!r}
-    return VisionTransformer(config, {heads}, scaled_dot_product_attention)
-"""
-
-
-def hub_source(config: Config, heads: int) -> dict[str, str]:
-    """Return the module's own two files, and one that builds it with these sizes."""
-    own = {name: files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("config.py", "module.py")}
-    return own | {"model.py": MODEL.format(config=config, heads=heads)}

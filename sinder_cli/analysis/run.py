@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinder_cli import __version__
-from sinder_cli.analysis.features import FeatureFiles, require_new_features
+from sinder_cli.analysis.features import FeatureFiles
 from sinder_cli.analysis.per_image import Portrait, portraits, shown_blocks
 from sinder_cli.analysis.records import Analysis, Side
 from sinder_cli.analysis.settings import AnalyzeSettings
@@ -98,8 +98,6 @@ def run_analysis(given: AnalysisInput, settings: AnalyzeSettings, emit: Emit, ra
     where there is one, else of the first. Raises `UsageError` for two backbones that do not compare.
     """
     require_comparable(given.backbones)
-    if given.features is not None and ranks.writes:
-        require_new_features(given.features)
     first, preprocess, device = given.backbones[0], given.preprocess, given.device
     shown = shown_blocks(first.depth, settings.blocks)
     require_alike({"images": given.source.fingerprint()}, ranks)

@@ -137,10 +137,10 @@ def _shape_of(ref: WeightRef, weights: Weights, place: str) -> tuple[int, ...]:
     shape, dtype = weights.shape(ref.name), weights.info(ref.name).dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise _bad_map(place, f"{ref.name!r} holds {dtype}: quantized weights cannot be decomposed")
-    start, stop = ref.rows or (0, 1)
-    held = shape[0] if shape else 0
-    if ref.rows and not 0 <= start < stop <= held:
-        raise _bad_map(place, f"rows {start}:{stop} are out of range of {ref.name!r}, which has {held}")
+    if ref.rows:
+        (start, stop), held = ref.rows, shape[0] if shape else 0
+        if not 0 <= start < stop <= held:
+            raise _bad_map(place, f"rows {start}:{stop} are out of range of {ref.name!r}, which has {held}")
     return weights.shape_of(ref)
 
 

@@ -34,8 +34,6 @@ def _write(plan: Plan, path: Path) -> None:
 
 def write_weights(path: Path, weights: Weights) -> None:
     """Write all tensors under their export names, one at a time, in the format that the suffix indicates."""
-    from sinder_cli.exporting.native import write_torch_file
-
     write = write_safetensors if path.suffix == ".safetensors" else write_torch_file
     write(path, weights.output_infos(), (tensor for _, tensor in weights.stream(weights.names)))
 
@@ -49,8 +47,6 @@ def read_back(path: Path, weights: Weights) -> Check:
 
     Raises `BadInputError` for a difference.
     """
-    import torch
-
     what = f"export of {weights.source.label} failed"
     written = Weights.of(open_checkpoint(path))
     if list(written.output_infos().items()) != list(weights.output_infos().items()):
@@ -64,19 +60,7 @@ def read_back(path: Path, weights: Weights) -> Check:
 
 def _bits(tensor: Tensor) -> Tensor:
     """Return the raw bytes of a tensor, so that NaN equals itself."""
-    import torch
-
     return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-TARGET = Target(
-    kind="file",
-    summary="the backbone's own keys, order and dtype",
-    write=_write,
-    verify=_verify,
-    suffixes=(".safetensors", ".pth", ".pt"),
-    options=frozenset({"--dtype"}),
-)
 
 
 ALIGNMENT = 64  # bytes; as torch does, for files that are memory-mapped
@@ -147,3 +131,13 @@ def _description(infos: Mapping[str, TensorInfo]) -> bytes:
     described = OrderedDict((name, _Described(number, info)) for number, (name, info) in enumerate(infos.items()))
     _Pickler(file, protocol=2).dump(described)
     return file.getvalue()
+
+
+TARGET = Target(
+    kind="file",
+    summary="the backbone's own keys, order and dtype",
+    write=_write,
+    verify=_verify,
+    suffixes=(".safetensors", ".pth", ".pt"),
+    options=frozenset({"--dtype"}),
+)

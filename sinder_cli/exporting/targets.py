@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from sinder_cli.errors import UsageError
 
@@ -105,7 +105,11 @@ class Target:
 
 
 def target_of(name: TargetName) -> Target:
-    """Return the target of that name; only its module is imported."""
+    """Return the target of that name; only its module is imported. Raises `UsageError` for an unknown name."""
+    name = OLD_NAMES.get(name, name)
+    known = get_args(TargetName)
+    if name not in known:
+        raise UsageError(f"no export format {name!r}", f"there are {', '.join(known)}", "name one of them")
     target: Target = import_module(f"{__package__}.{name}").TARGET
     return target
 

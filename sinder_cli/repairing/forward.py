@@ -143,7 +143,9 @@ def first_defects(
             continue
         batch.keep(torch.tensor([each.onward for each in wanted], device=asked.device) | ~found.defective)
         found = replace(found, defective=asked)
-        yield found.alone() if asked.float().mean() < RECORDED_SHARE else found
+        if asked.float().mean() < RECORDED_SHARE:
+            found = found.alone()  # under the same name: the graphs of all images must not live on here
+        yield found
         if not len(batch.tokens):
             return
 

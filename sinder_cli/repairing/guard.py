@@ -22,7 +22,7 @@ from sinder_cli.defects.settings import SLACK
 from sinder_cli.defects.shift import CELLS, Retrieval, found_again, shifted
 from sinder_cli.defects.tokens import last_tokens, patch_grid
 from sinder_cli.errors import BadInputError
-from sinder_cli.events import Emit, Record, silent, tracked
+from sinder_cli.events import Emit, Measured, silent, tracked
 from sinder_cli.images.loading import shuffled
 from sinder_cli.repairing.forward import Directions
 from sinder_cli.repairing.scan import Seen, see
@@ -149,7 +149,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Evaluation(Record):
+class Evaluation(Measured):
     """One line of `evaluations.jsonl`: the guard's images after a step."""
 
     step: int

@@ -15,7 +15,7 @@ import torch
 from sinder_cli.backbone.contract import Backbone
 from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import BadInputError
-from sinder_cli.events import Emit, Record, Warned, silent
+from sinder_cli.events import Emit, Measured, Warned, silent
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import ImageSource, whole_of
 from sinder_cli.memory import told_when_it_runs_out
@@ -46,7 +46,7 @@ class DivergedError(BadInputError):
 
 
 @dataclass(frozen=True)
-class StepRecord(Record):
+class StepRecord(Measured):
     """One line of `metrics.jsonl`."""
 
     step: int
@@ -140,7 +140,7 @@ class Progress:
         return bool(self.stopped) or self.steps >= settings.max_steps or self.clean_fraction >= settings.stop_density
 
     def judge(self, look: Evaluation, values: dict[str, Tensor], stops: bool = True) -> None:
-        """Record a look at the guard; keep the state (`values`: its ε) if it is the best.
+        """Measured a look at the guard; keep the state (`values`: its ε) if it is the best.
 
         If `stops`, the repair ends after enough looks in a row that are spoilt, clean, or without a new best state.
         """

@@ -151,9 +151,12 @@ def ready(prepared: Prepared, folder: RunFolder, resume: bool) -> Repair:
     else:
         found = _scanned(prepared, chosen, unreadable)
     found.require_finite()
-    if flooded := [image.name for image in found.images if image.flooded]:
+    flooded = [image.name for image in found.images if image.flooded]
+    if flooded and not found.healthy:
         which = flooded[0] if len(flooded) == 1 else f"{len(flooded)} images, such as {flooded[0]}"
-        prepared.emit(Noted(f"most patch tokens, or cls, of {which} are outlying: unsuitable for judging the repair"))
+        prepared.emit(
+            Noted(f"most tokens, or cls, of {which} have far larger norms than usual: no repair is judged by it")
+        )
     images = list(found.images)
     indices = [image.place for image in images]
     guard_indices, also = _guard_indices(start, found, images, indices)
@@ -161,7 +164,9 @@ def ready(prepared: Prepared, folder: RunFolder, resume: bool) -> Repair:
     if found.healthy:
         training: Sequence[int] = ()
     elif settings.visit == "all":
-        training = [index for index in range(len(source)) if index not in held]
+        flooded_places = {image.place for image in images if image.flooded}
+        training = [index for index in range(len(source)) if index not in held | flooded_places]
+        training = training or [index for index in range(len(source)) if index not in held]
     else:
         chosen_images = to_train_on([image for image in images if image.place not in held])
         training = rarest_first(chosen_images, [image.place for image in chosen_images])

@@ -40,6 +40,7 @@ from sinder_cli.repairing.settings import RepairSettings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+ENOUGH_TO_COMPARE = 5  # images: among fewer, the usual norm is not known
 FLOODED = 2.0  # × the usual norm at a block: in a healthy DINOv2, the median patch and cls stay below 1.4 ×
 PREDICTED_DEGREES = 30.0  # an observed direction within this angle of a determined predicted one counts as that one
 
@@ -54,7 +55,7 @@ class ImageOutliers:
     finite: bool
     blocks: dict[int, tuple[int, ...]]
     standing: int = 0  # tokens that stand out by norm at some block, marked or not (`standing_out`)
-    flooded: bool = False  # at some block, most of its patch tokens are outlying, or cls is
+    flooded: bool = False  # at some block, the median norm of its patches, or the norm of cls, is far above others'
 
     @property
     def kind(self) -> tuple[int, ...]:
@@ -325,9 +326,9 @@ def flooded_images(levels: Mapping[int, Tensor]) -> set[int]:
     most tokens are outlying, so is the median, and hardly any token exceeds 3 × the median; but it is far above the
     medians of other images.
     """
-    if not levels:
+    if len(levels) < ENOUGH_TO_COMPARE:
         return set()
-    usual = torch.stack(list(levels.values())).median(dim=0).values
+    usual = torch.stack(list(levels.values())).quantile(0.5, dim=0)
     return {place for place, norms in levels.items() if bool((norms > FLOODED * usual).any())}
 
 

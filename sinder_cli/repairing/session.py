@@ -31,7 +31,7 @@ def checkpointed(
     raised again; what they had reached is saved before, unless they have diverged.
     """
     with stop.deferred():
-        asked = yield from _until_asked(steps, save, progress, settings, stop, ranks)
+        asked = yield from _steps_with_saves(steps, save, progress, settings, stop, ranks)
         if progress.steps:
             save()
     if asked := asked or stop.asked or 0:
@@ -40,7 +40,7 @@ def checkpointed(
         raise Ended(asked)
 
 
-def _until_asked(
+def _steps_with_saves(
     steps: Generator[StepRecord, None, None],
     save: Callable[[], None],
     progress: Progress,

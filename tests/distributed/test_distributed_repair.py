@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -230,6 +231,29 @@ def test_two_ranks_shrink_the_singular_values_that_one_shrinks(
     assert_near(one, two)
     of_one, of_two = ((tmp_path / size / "outliers.json").read_text() for size in "12")
     assert json.loads(of_one)["images"] == json.loads(of_two)["images"]
+
+
+def test_a_dry_run_and_a_finished_run_read_standard_input_on_the_first_rank_alone(
+    forked: Any, small: Path, photographs: Path, tmp_path: Path
+) -> None:
+    """The command line calls them on rank 0 only: a broadcast there would wait for ranks that never come."""
+    listed = "\n".join(str(path) for path in sorted(photographs.iterdir()))
+    settings = RepairSettings(image_size=168, batch_size=2, workers=0, recipe="paper", keep="last", max_steps=1)
+    request = RepairRequest(ModelRequest("dinov2_custom", small), ["-"], settings)
+    api.repair(request, tmp_path / "run", process=Process(stdin=StringIO(listed)))
+
+    def asked(ranks: Ranks) -> tuple[int, str] | None:
+        if not ranks.writes:
+            return None
+        process = Process(stdin=StringIO(listed), ranks=ranks)
+        trial = api.try_repair(request, tmp_path / "other", process)
+        process = Process(stdin=StringIO(listed), ranks=ranks)
+        return trial.values, str(api.finished_repair(request, tmp_path / "run", process).folder)
+
+    first, second = forked(asked).answers(120)
+    assert first[0] > 0
+    assert first[1] == str(tmp_path / "run")
+    assert second is None
 
 
 def settings_of(small: Path, photographs: Path, out: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import weakref
 from dataclasses import replace
@@ -403,3 +404,20 @@ def test_products_are_in_tf32_only_where_asked(tf32: bool, precision: str, singl
     gradient_of(watching, [single.image(0, torch.float32, red=RED)], tf32=tf32)
     assert seen == {(precision, precision)}
     assert (cuda.matmul.fp32_precision, cudnn.conv.fp32_precision) == before
+
+
+def test_a_pass_keeps_no_graph_of_images_that_were_left_out(planted: Any) -> None:
+    """What few images of a batch are asked for is recorded again alone; the pass must not hold the whole batch's."""
+    images = torch.stack([planted.image(0, red=RED), *(planted.image(index) for index in range(1, 6))])
+    graphs: list[weakref.ref[Any]] = []
+
+    def seen(found: forward.BlockDefects) -> list[Interest]:
+        graphs.extend(weakref.ref(passed.leaving) for passed in found.window if passed.leaving is not None)
+        return [FIRST_ALONE] * len(found.images)
+
+    passing = first_defects(planted.backbone, planted.module, planted.directions, images, RULE, 2, None, seen)
+    found = next(passing)
+    assert all(passed.leaving is None for passed in found.window)
+    assert graphs
+    gc.collect()
+    assert all(graph() is None for graph in graphs)
