@@ -13,7 +13,7 @@ this contract that it is written for, and has up to three functions, each marked
     sinder_backbone(request, weights) -> Backbone           the layer map, and the functions that run the model
 
 `request` is a `ModelRequest`, `weights` a `Weights`. Any `SinderError` that they raise ends the command with its line
-and exit code; any other exception is told as a failure of the plugin. The README shows a whole plugin, and
+and exit code; any other exception is reported as a failure of the plugin. The README shows a whole plugin, and
 `sinder check-backbone` runs one through all that the engine relies on.
 """
 

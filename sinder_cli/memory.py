@@ -41,7 +41,7 @@ def peak_memory(device: str = "cpu") -> int:
 
 
 @contextmanager
-def told_when_it_runs_out(why: str, remedy: str) -> Iterator[None]:
+def out_of_memory_reported(why: str, remedy: str) -> Iterator[None]:
     """Raise `TryAgainError` with this reason and remedy for any error inside that means lack of memory."""
     try:
         yield

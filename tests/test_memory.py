@@ -11,7 +11,7 @@ import torch
 from sinder_cli import ModelRequest, api
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.errors import TryAgainError
-from sinder_cli.memory import is_out_of_memory, told_when_it_runs_out
+from sinder_cli.memory import is_out_of_memory, out_of_memory_reported
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.requests import AnalyzeRequest, RepairRequest
 
@@ -34,7 +34,7 @@ def test_it_is_told_with_what_to_do(error: Exception) -> None:
     assert is_out_of_memory(error)
     with (
         pytest.raises(TryAgainError, match="out of memory: at 3 pixels; take 2") as caught,
-        told_when_it_runs_out("at 3 pixels", "take 2"),
+        out_of_memory_reported("at 3 pixels", "take 2"),
     ):
         raise error
     assert caught.value.exit_code == 75
@@ -43,12 +43,12 @@ def test_it_is_told_with_what_to_do(error: Exception) -> None:
 @pytest.mark.parametrize("error", OTHER, ids=repr)
 def test_nothing_else_is_taken_for_it(error: Exception) -> None:
     assert not is_out_of_memory(error)
-    with pytest.raises(type(error)), told_when_it_runs_out("at 3 pixels", "take 2"):
+    with pytest.raises(type(error)), out_of_memory_reported("at 3 pixels", "take 2"):
         raise error
 
 
 def test_an_allocation_that_really_fails_is_recognized() -> None:
-    with pytest.raises(TryAgainError), told_when_it_runs_out("at 3 pixels", "take 2"):
+    with pytest.raises(TryAgainError), out_of_memory_reported("at 3 pixels", "take 2"):
         torch.empty(1 << 55)
 
 

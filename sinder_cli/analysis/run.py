@@ -25,7 +25,7 @@ from sinder_cli.events import Emit
 from sinder_cli.images.loading import require_some, sampled
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import ImageSource
-from sinder_cli.memory import told_when_it_runs_out
+from sinder_cli.memory import out_of_memory_reported
 
 if TYPE_CHECKING:
     from sinder_cli.defects.prediction import Prediction
@@ -110,7 +110,7 @@ def run_analysis(given: AnalysisInput, settings: AnalyzeSettings, emit: Emit, ra
     files = None if given.features is None else FeatureFiles.made(given.features, images.names, written)
     grid = (preprocess.size // first.patch_size,) * 2
     sizes = f"at image size {preprocess.size}, resize {settings.resize} and batch size {settings.batch_size}"
-    with told_when_it_runs_out(sizes, "lower --image-size or --batch-size, or use --resize square"):
+    with out_of_memory_reported(sizes, "lower --image-size or --batch-size, or use --resize square"):
         draw = given.draw and settings.figures != 0
         kept = files.write if files is not None else None
         surveys = survey(subjects, images.share(), grid, settings, device, draw, ranks, kept)

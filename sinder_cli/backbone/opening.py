@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sinder_cli.backbone.contract import Backbone, BlockMap, GatedMlpMap, ModelRequest, WeightRef, references
 from sinder_cli.backbone.isolation import Hooks
 from sinder_cli.backbone.sources import open_checkpoint
-from sinder_cli.backbone.weights import Weights, is_branch, told_by_names
+from sinder_cli.backbone.weights import Weights, is_branch, recognized_by_names
 from sinder_cli.errors import BadInputError, UsageError
 from sinder_cli.events import Noted
 
@@ -174,7 +174,7 @@ def require_matching(expected: Mapping[str, tuple[int, ...]], weights: Weights, 
     if problems:
         matched = len(expected) - len(missing) - len(misshaped)
         counted = f"{matched} tensors match, {'; '.join(problems)}".replace(";", ",")
-        why, remedy = told_by_names(weights) or (counted, "give the checkpoint of this model")
+        why, remedy = recognized_by_names(weights) or (counted, "give the checkpoint of this model")
         raise BadInputError(f"weights {weights.source.label} do not fit {model}", why, remedy)
 
 

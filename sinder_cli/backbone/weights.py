@@ -26,7 +26,7 @@ AVERAGED = ("teacher", "ema", "model_ema", "ema_model", "state_dict_ema", "targe
 BATCH_BYTES = 128 << 20  # about one block of a ViT-g; each read of a .pth file lists it again, so few reads are better
 
 
-def told_by_names(weights: Weights) -> tuple[str, str] | None:
+def recognized_by_names(weights: Weights) -> tuple[str, str] | None:
     """Return why weights of a known kind fit no backbone, and what to do; None if their names show no such kind."""
     names = weights.source.infos
     if any(".lora_" in name or name.startswith("base_model.") for name in names):
@@ -39,7 +39,7 @@ def told_by_names(weights: Weights) -> tuple[str, str] | None:
 
 def unusable(weights: Weights, why: str, remedy: str) -> BadInputError:
     """Return the error for weights without the backbone; it says what they are instead, if their names show it."""
-    why, remedy = told_by_names(weights) or (why, remedy)
+    why, remedy = recognized_by_names(weights) or (why, remedy)
     return BadInputError(f"cannot use weights {weights.source.label}", why, remedy)
 
 

@@ -91,7 +91,7 @@ def command(
             return
         finished = ranks.from_rank0(lambda: resume and run.complete)
         result: FinishedRun | RepairResult | None
-        with _told_how_to_resume(run, settings, ranks, emit):
+        with _how_to_resume_printed(run, settings, ranks, emit):
             if finished:
                 result = api.finished_repair(asked, run.path, process) if ranks.writes else None
             else:
@@ -113,7 +113,7 @@ def _require_one_intent(resume: bool, force: bool, dry_run: bool) -> None:
 
 
 @contextmanager
-def _told_how_to_resume(run: RunFolder, settings: RepairSettings, ranks: Ranks, emit: Emit) -> Iterator[None]:
+def _how_to_resume_printed(run: RunFolder, settings: RepairSettings, ranks: Ranks, emit: Emit) -> Iterator[None]:
     """Print the command that resumes the run where a signal ends it."""
     try:
         yield

@@ -48,10 +48,10 @@ def write_draft(plan: Plan, target: Target, draft: Path) -> Check:
     target.write(plan, draft)
     if not plan.settings.verify:
         check = Check("not checked: --no-verify", verified=False)
-        plan.emit(Noted(check.told))
+        plan.emit(Noted(check.line))
         return check
     check = target.verify(plan, draft)
-    plan.emit(Noted(check.told) if check.verified else Warned(check.told))
+    plan.emit(Noted(check.line) if check.verified else Warned(check.line))
     return check
 
 
@@ -77,7 +77,7 @@ def _manifest(plan: Plan, check: Check, files: tuple[Written, ...]) -> dict[str,
         "target": plan.settings.to,
         "model": public_model(plan.backbone.name),
         "verified": check.verified,
-        "check": check.told,
+        "check": check.line,
         "versions": dict(check.versions),
         "files": {file.name: {"bytes": file.bytes, "sha256": file.sha256} for file in files},
     }

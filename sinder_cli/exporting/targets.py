@@ -70,7 +70,7 @@ class Check:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def told(self) -> str:
+    def line(self) -> str:
         """The result on one line, with what was measured."""
         if self.difference is None or self.tolerance is None:
             return self.sentence

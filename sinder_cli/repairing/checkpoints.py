@@ -159,7 +159,7 @@ class Checkpoints:
 
         Raises one of `TORN` if its files are not those of its manifest, and `StorageError` if the disk fails.
         """
-        with _told_from_torn(folder):
+        with _separated_from_damaged(folder):
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             for name in (STATE, COUNTERS):
                 if sha256_of(folder / name) != manifest[name]:
@@ -179,7 +179,7 @@ class Checkpoints:
         """
         path = self._basis_file(digest)
         try:
-            with _told_from_torn(path):
+            with _separated_from_damaged(path):
                 tensors = _tensors_of(path)
         except TORN:
             tensors = {}
@@ -246,7 +246,7 @@ def _replace(folder: Path, other: Path) -> Path:
 
 
 @contextmanager
-def _told_from_torn(path: Path) -> Iterator[None]:
+def _separated_from_damaged(path: Path) -> Iterator[None]:
     """Raise `StorageError`, and none of `TORN`, if the disk fails while a file is read: the file may be intact."""
     try:
         yield

@@ -14,7 +14,7 @@ from sinder_cli.backbone.contract import WeightRef, trained_references
 from sinder_cli.backbone.weights import rows_of
 from sinder_cli.distributed import ALONE
 from sinder_cli.events import Emit, Noted, silent
-from sinder_cli.memory import peak_memory, told_when_it_runs_out
+from sinder_cli.memory import out_of_memory_reported, peak_memory
 from sinder_cli.repairing.batches import step_batches
 from sinder_cli.repairing.deltas import SingularBasis, blank_basis
 from sinder_cli.repairing.forward import Directions
@@ -65,7 +65,7 @@ def trial(start: Start, emit: Emit) -> Trial:
 
     Bases are placeholders of the right size, since decomposing a weight takes longer than a step.
     """
-    with told_when_it_runs_out(*size_of_step(start.preprocess, start.settings)):
+    with out_of_memory_reported(*size_of_step(start.preprocess, start.settings)):
         return _tried(prepared(start, emit, ALONE, decompose=_nothing_decomposed), emit)
 
 

@@ -18,7 +18,7 @@ from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, Measured, Warned, silent
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import ImageSource, whole_of
-from sinder_cli.memory import told_when_it_runs_out
+from sinder_cli.memory import out_of_memory_reported
 from sinder_cli.repairing.batches import Batch, require_readable, step_batches
 from sinder_cli.repairing.deltas import Deltas
 from sinder_cli.repairing.forward import FIRST_ALONE, Directions, Interest
@@ -204,7 +204,7 @@ def repair_steps(
     began = time.monotonic() - progress.seconds
     batches = step_batches(source, preprocess, settings, progress.steps, progress.unreadable, emit, ranks)
     while not progress.finished(settings):
-        with told_when_it_runs_out(*size_of_step(preprocess, settings)):
+        with out_of_memory_reported(*size_of_step(preprocess, settings)):
             batch = next(batches)
             local = NOTHING
             if len(batch.pixels):  # none where no image of the batch could be decoded

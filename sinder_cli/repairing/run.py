@@ -21,7 +21,7 @@ from sinder_cli.files import write_json, write_text
 from sinder_cli.images.loading import load_in_order, readable, require_some, sampled
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import ImageSource, SomeImages, files_of
-from sinder_cli.memory import told_when_it_runs_out
+from sinder_cli.memory import out_of_memory_reported
 from sinder_cli.repairing.batches import forget_mended, require_readable
 from sinder_cli.repairing.deltas import Deltas, SingularBasis, singular_basis
 from sinder_cli.repairing.folder import RunFolder
@@ -110,7 +110,7 @@ def run_repair(
     began = time.monotonic()
     if resume and ranks.writes:
         folder.require_same(start.config, start.source, emit)
-    with told_when_it_runs_out(*size_of_step(start.preprocess, start.settings)):
+    with out_of_memory_reported(*size_of_step(start.preprocess, start.settings)):
         repair = ready(prepared(start, emit, ranks), folder, resume)
         _go_on_or_begin(repair, folder, resume)
         earlier = repair.progress.seconds

@@ -229,7 +229,7 @@ def export_table(result: ExportResult) -> RenderableType:
     """Return the path and size of what was written, and how it was checked."""
     return Group(
         f"{printable(str(result.path))}: {counted(len(result.files), 'file')}, {result.bytes:,} bytes",
-        ("verified" if result.check.verified else "not verified") + f": {result.check.told}",
+        ("verified" if result.check.verified else "not verified") + f": {result.check.line}",
     )
 
 

@@ -55,7 +55,7 @@ def test_the_card_of_a_repaired_model_tells_the_repair(export: Export, reported:
     config = json.loads((reported / "config.json").read_text())
     for words in (
         "# `demo_vit`, repaired",
-        f"Verified: {result.check.told}.",
+        f"Verified: {result.check.line}.",
         "| | before | after |",
         "| Outlying tokens at any block |",
         "64 images, all drawn by the program; labels are not used.",

@@ -117,7 +117,7 @@ def test_a_forged_delta_is_refused(
 def test_an_adapter_is_that_of_the_run_and_applied_again(export: Export, run: Path, tmp_path: Path) -> None:
     result = export(run, "adapter", tmp_path / "adapter.safetensors")
     assert (tmp_path / "adapter.safetensors").read_bytes() == (run / "adapter.safetensors").read_bytes()
-    assert result.check.told == "applied again to demo_vit: no difference"
+    assert result.check.line == "applied again to demo_vit: no difference"
 
 
 def test_an_adapter_of_other_weights_leaves_nothing(export: Export, run: Path, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_missing_base_is_named_and_can_be_given(
     assert export(moved, target, tmp_path / "out.safetensors", force=True).check.verified
     save_file(load_file(base) | {"cls": torch.zeros(1, 1, 192)}, base)
     result = export(moved, target, tmp_path / "out.safetensors", force=True)
-    assert f"{base} holds other weights now" in result.check.told
+    assert f"{base} holds other weights now" in result.check.line
     with pytest.raises(ConflictError, match="does not fit"):
         export(moved, target, tmp_path / "out.safetensors", base, force=True)
 

@@ -97,7 +97,7 @@ def test_without_a_check_the_result_says_so(
     monkeypatch.setattr(native, "read_back", lambda *_: pytest.fail("it was checked"))
     result = export(CUSTOM, "native", tmp_path / "out.pth", plain, verify=False)
     assert not result.check.verified
-    assert result.check.told == "not checked: --no-verify"
+    assert result.check.line == "not checked: --no-verify"
 
 
 @pytest.mark.parametrize(
