@@ -16,7 +16,7 @@ from sinder_cli.defects.detection import DetectionRule, alignments, defect_mask,
 from sinder_cli.defects.inpainting import inpainted, outlying_factor
 from sinder_cli.defects.prediction import Prediction
 from sinder_cli.defects.settings import STAGES
-from sinder_cli.defects.tokens import in_precision, patch_grid
+from sinder_cli.defects.tokens import in_precision, patch_grid, stream_from_embedding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,10 +76,9 @@ class BlockTokens:
 def block_by_block(subject: Subject, images: Tensor, nu: Tensor, settings: AnalyzeSettings) -> Iterator[BlockTokens]:
     """Run normalized images `[B, 3, H, W]` and yield the tokens after each block; `nu` is `[blocks, 4, N]`."""
     running = subject.running(settings)
-    tokens, context = running.embed(subject.module, images)
-    start = norm_ratios(patch_grid(running, tokens, images).float().norm(dim=-1))
-    for block in range(running.depth):
-        tokens = running.run_block(subject.module, block, tokens, context)
+    stream = stream_from_embedding(running, subject.module, images)
+    start = norm_ratios(patch_grid(running, next(stream), images).float().norm(dim=-1))
+    for block, tokens in enumerate(stream):
         yield block_tokens(subject, tokens, images, block, nu[block], start, settings)
 
 

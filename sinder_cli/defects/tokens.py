@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +18,18 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def residual_stream(backbone: Backbone, module: nn.Module, images: Tensor) -> Iterator[Tensor]:
-    """Yield the tokens after each block in turn, `[B, prefix + h·w, N]`, for normalized images `[B, 3, H, W]`."""
+def stream_from_embedding(backbone: Backbone, module: nn.Module, images: Tensor) -> Iterator[Tensor]:
+    """Yield the embedded tokens, then those after each block, `[B, prefix + h·w, N]`, for images `[B, 3, H, W]`."""
     tokens, context = backbone.embed(module, images)
+    yield tokens
     for index in range(backbone.depth):
         tokens = backbone.run_block(module, index, tokens, context)
         yield tokens
+
+
+def residual_stream(backbone: Backbone, module: nn.Module, images: Tensor) -> Iterator[Tensor]:
+    """Yield the tokens after each block in turn, `[B, prefix + h·w, N]`, for normalized images `[B, 3, H, W]`."""
+    return islice(stream_from_embedding(backbone, module, images), 1, None)
 
 
 def in_precision(backbone: Backbone, dtype: str, tf32: bool = False) -> Backbone:
@@ -47,8 +55,7 @@ def in_precision(backbone: Backbone, dtype: str, tf32: bool = False) -> Backbone
 @torch.no_grad()
 def last_tokens(backbone: Backbone, module: nn.Module, images: Tensor) -> Tensor:
     """Return the tokens after the last block, before the final norm, in float32."""
-    for tokens in residual_stream(backbone, module, images):
-        last = tokens
+    (last,) = deque(residual_stream(backbone, module, images), maxlen=1)
     return last.float()
 
 

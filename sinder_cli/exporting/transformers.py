@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from sinder_cli.backbone.contract import Backbone
 from sinder_cli.backbone.storing import write_sharded
 from sinder_cli.backbone.weights import Weights
+from sinder_cli.defects.tokens import stream_from_embedding
 from sinder_cli.errors import BadInputError
 from sinder_cli.exporting.conversion import ConvertedTensors
 from sinder_cli.exporting.layouts import Architecture, Layout, architecture_of, recipes
@@ -203,12 +204,9 @@ def _verify(plan: Plan, path: Path) -> Check:
 
 def hidden_states(backbone: Backbone, module: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Return the residual stream before the first block and after each one, and the tokens after the final norm."""
-    tokens, context = backbone.embed(module, images)
-    states = {"hidden_states.0": tokens}
-    for index in range(backbone.depth):
-        tokens = backbone.run_block(module, index, tokens, context)
-        states[f"hidden_states.{index + 1}"] = tokens
-    return states | {"last_hidden_state": backbone.finish(module, tokens)}
+    stream = list(stream_from_embedding(backbone, module, images))
+    states = {f"hidden_states.{index}": tokens for index, tokens in enumerate(stream)}
+    return states | {"last_hidden_state": backbone.finish(module, stream[-1])}
 
 
 def _usage(_: Plan, folder: str) -> str:

@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.backbone.sources import infos_of
 from sinder_cli.backbone.storing import write_safetensors
+from sinder_cli.defects.tokens import residual_stream
 from sinder_cli.errors import BadInputError, SinderError, TryAgainError, UnavailableError, excerpt
 from sinder_cli.events import Finished, Started
 from sinder_cli.exporting.targets import Check, Plan
@@ -98,10 +100,8 @@ def relative_difference(theirs: Tensor, ours: Tensor) -> float:
 
 def normalized_tokens(backbone: Backbone, module: nn.Module, images: Tensor) -> Tensor:
     """Return the tokens after the final norm, `[B, prefix + patches, N]`, of images `[B, 3, H, W]`."""
-    tokens, context = backbone.embed(module, images)
-    for index in range(backbone.depth):
-        tokens = backbone.run_block(module, index, tokens, context)
-    return backbone.finish(module, tokens)
+    (last,) = deque(residual_stream(backbone, module, images), maxlen=1)
+    return backbone.finish(module, last)
 
 
 def by_kind(backbone: Backbone, tokens: Tensor) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from sinder_cli.defects.detection import (
 )
 from sinder_cli.defects.settings import NORM_FACTOR
 from sinder_cli.defects.spectrum import angle_between, leading_left
-from sinder_cli.defects.tokens import in_precision, patch_grid
+from sinder_cli.defects.tokens import in_precision, patch_grid, stream_from_embedding
 from sinder_cli.distributed import Ranks
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, tracked
@@ -182,11 +182,11 @@ def see(
 
     All tokens above the norm factor, marked or not, are added to `shared`, which gives the direction that they share.
     """
-    tokens, context = backbone.embed(module, images)
-    start = norm_ratios(patch_grid(backbone, tokens, images).float().norm(dim=-1))
+    stream = stream_from_embedding(backbone, module, images)
+    start = norm_ratios(patch_grid(backbone, next(stream), images).float().norm(dim=-1))
     norms, predicted, levels = [], [], []
-    for block in range(backbone.depth):
-        tokens = backbone.run_block(module, block, tokens, context)
+    for block, tokens in enumerate(stream):
+        last = tokens
         patches = patch_grid(backbone, tokens, images).float()
         norms.append(patches.norm(dim=-1))
         levels.append(norms[-1].flatten(1).median(dim=1).values)
@@ -200,7 +200,7 @@ def see(
     marks = torch.stack(predicted)
     defective = defective_somewhere(ratios, start, marks, rule)
     standing = defective_somewhere(ratios, start, marks, standing_out(rule)).any(dim=0)
-    return Seen(ratios, torch.stack(norms), marks, defective, standing, tokens.float(), torch.stack(levels))
+    return Seen(ratios, torch.stack(norms), marks, defective, standing, last.float(), torch.stack(levels))
 
 
 def standing_out(rule: DetectionRule) -> DetectionRule:
