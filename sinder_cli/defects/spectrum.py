@@ -7,6 +7,7 @@ Matrix–vector products only: on a CPU one costs a tenth of a product with a th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -82,36 +83,85 @@ def _lanczos(
     """Return the two leading left singular vectors of `matrix`, or of (I − uuᵀ) `matrix` where `deflated` is u, and σ₁.
 
     `largest` is the σ of the deflated u: rounding leaves residuals relative to it, and smaller ones have no meaning.
-
-    Rows of Q `[m, N]` are an orthonormal basis, rows of P `[m, M]` its images Mᵀq; (PPᵀ) is M Mᵀ seen from the basis.
     """
-    whole = matrix.shape[0] - (deflated is not None)  # a basis of so many vectors spans everything
-    size = min(KRYLOV_SIZE, whole)
     floor = 8 * torch.finfo(matrix.dtype).eps
-    Q, P = matrix.new_zeros(size, matrix.shape[0]), matrix.new_zeros(size, matrix.shape[1])
-    filled, q = 0, start
-    for _ in range(MAX_RESTARTS):
-        while filled < size:
-            q = _orthonormal(q, Q[:filled], deflated)
-            Q[filled], P[filled] = q, q @ matrix
-            q = matrix @ P[filled]
-            filled += 1
-            if filled % KEPT == 0 or filled == size:
-                theta, V = _ritz(P[:filled])
-                u, sigma2 = V[0] @ Q[:filled], theta[0].item()
-                residual = matrix @ (V[0] @ P[:filled]) - sigma2 * u
-                if deflated is not None:
-                    residual -= (deflated @ residual) * deflated
-                error = residual.norm().item()
-                below = sigma2 - theta[1].item() if filled > 1 else sigma2
-                # only the value is searched in the complement, and it converges twice as fast as the vector
-                enough = error <= 1e-3 * sigma2 if deflated is not None else error <= ANGLE_TOLERANCE * below
-                if enough or error <= floor * max(sigma2, largest**2) or filled == whole:
-                    return u, V[min(1, filled - 1)] @ Q[:filled], math.sqrt(max(sigma2, 0.0))
-        keep = min(KEPT, size - 1)
-        Q[:keep], P[:keep] = V[:keep] @ Q, V[:keep] @ P
-        filled, q = keep, residual
-    return u, Q[min(1, size - 1)], math.sqrt(max(sigma2, 0.0))
+
+    def is_enough(found: _Ritz) -> bool:
+        error = found.residual.norm().item()
+        # the complement is searched for its value alone, which converges twice as fast as the vector
+        bound = 1e-3 * found.sigma2 if deflated is not None else ANGLE_TOLERANCE * found.below
+        return error <= bound or error <= floor * max(found.sigma2, largest**2)
+
+    space = _KrylovSpace(matrix, deflated)
+    q, restarts = start, 0
+    while True:
+        found = space.search(q, is_enough)
+        restarts += 1
+        if is_enough(found) or space.spans_all or restarts == MAX_RESTARTS:
+            return found.vector, found.runner_up, math.sqrt(max(found.sigma2, 0.0))
+        q = space.restart(found)
+
+
+@dataclass(frozen=True)
+class _Ritz:
+    """The leading left singular pair as a Krylov space approximates it."""
+
+    vector: Tensor  # [N]
+    runner_up: Tensor  # [N]: the second Ritz vector, or the first if there is no second
+    sigma2: float  # σ₁²
+    below: float  # σ₁² − σ₂²
+    residual: Tensor  # [N]: M Mᵀu − σ₁²u
+    coefficients: Tensor  # [m, m]: rows give the Ritz vectors in the basis
+
+
+class _KrylovSpace:
+    """Rows of Q `[m, N]` are an orthonormal basis, rows of P `[m, M]` its images Mᵀq; PPᵀ is M Mᵀ in this basis."""
+
+    def __init__(self, matrix: Tensor, deflated: Tensor | None) -> None:
+        self.matrix, self.deflated = matrix, deflated
+        self.whole = matrix.shape[0] - (deflated is not None)  # a basis of so many vectors spans everything
+        self.size = min(KRYLOV_SIZE, self.whole)
+        self.Q, self.P = matrix.new_zeros(self.size, matrix.shape[0]), matrix.new_zeros(self.size, matrix.shape[1])
+        self.filled = 0
+
+    @property
+    def spans_all(self) -> bool:
+        """True if nothing lies outside the basis."""
+        return self.filled == self.whole
+
+    def search(self, q: Tensor, is_enough: Callable[[_Ritz], bool]) -> _Ritz:
+        """Extend the basis from `q` until the leading pair is good enough, or the basis is full."""
+        while True:
+            q = self._extend(q)
+            if self.filled % KEPT == 0 or self.filled == self.size:
+                found = self._leading()
+                if self.filled == self.size or is_enough(found):
+                    return found
+
+    def restart(self, found: _Ritz) -> Tensor:
+        """Keep the best Ritz vectors alone as the basis, and return the direction to go on with."""
+        keep = min(KEPT, self.size - 1)
+        V = found.coefficients
+        self.Q[:keep], self.P[:keep] = V[:keep] @ self.Q, V[:keep] @ self.P
+        self.filled = keep
+        return found.residual
+
+    def _extend(self, q: Tensor) -> Tensor:
+        """Add a direction to the basis, made orthogonal to it, and return the next one, M Mᵀq."""
+        q = _orthonormal(q, self.Q[: self.filled], self.deflated)
+        self.Q[self.filled], self.P[self.filled] = q, q @ self.matrix
+        self.filled += 1
+        return self.matrix @ self.P[self.filled - 1]
+
+    def _leading(self) -> _Ritz:
+        theta, V = _ritz(self.P[: self.filled])
+        Q, sigma2 = self.Q[: self.filled], theta[0].item()
+        u = V[0] @ Q
+        residual = self.matrix @ (V[0] @ self.P[: self.filled]) - sigma2 * u
+        if self.deflated is not None:
+            residual -= (self.deflated @ residual) * self.deflated
+        second = theta[1].item() if self.filled > 1 else 0.0
+        return _Ritz(u, V[min(1, self.filled - 1)] @ Q, sigma2, sigma2 - second, residual, V)
 
 
 def _ritz(P: Tensor) -> tuple[Tensor, Tensor]:
