@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.run import AnalysisResult
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import Prediction
-    from sinder_cli.exporting.run import ExportResult
+    from sinder_cli.exporting.drafts import ExportResult
     from sinder_cli.exporting.targets import Plan
     from sinder_cli.repairing.dry_run import Trial
     from sinder_cli.repairing.folder import FinishedRun, RunFolder
@@ -319,7 +319,7 @@ def export(request: ExportRequest, out: Place, *, progress: bool = False, proces
     `request.data` are images for the check. A folder gets a model card. For a run whose deltas are exported, the
     weights in the request are those that it repaired.
     """
-    from sinder_cli.exporting.run import finished_export, write_draft
+    from sinder_cli.exporting.drafts import finished_export, write_draft
     from sinder_cli.exporting.targets import require_options, require_suffix, target_of
     from sinder_cli.folders import placed, require_place
     from sinder_cli.report.cards import write_export_card

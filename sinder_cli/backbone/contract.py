@@ -149,13 +149,13 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu", "leaky_relu", "tanh", "sigmoid", "softplus"]
 
 
-class Record(BaseModel):
+class LayerRecord(BaseModel):
     """A frozen record that refuses unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
 
-class WeightRef(Record):
+class WeightRef(LayerRecord):
     """One tensor of the checkpoint by name, or the rows [start, stop) of it when a projection is fused."""
 
     name: str
@@ -165,7 +165,7 @@ class WeightRef(Record):
         return self.name if self.rows is None else f"{self.name}[{self.rows[0]}:{self.rows[1]}]"
 
 
-class NormMap(Record):
+class NormMap(LayerRecord):
     """A normalization; only LayerNorm centres its input. `eps` is added to the variance."""
 
     kind: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -174,7 +174,7 @@ class NormMap(Record):
     eps: float = Field(default=1e-6, ge=0)
 
 
-class AttentionMap(Record):
+class AttentionMap(LayerRecord):
     """`x ← x + scale ⊙ (output · inner_norm(mix(value · norm(x))))`; weights are stored `[out, in]`.
 
     `heads` and `mixing` are used only to convert a model; nothing else in the engine depends on them. Mixing is
@@ -197,7 +197,7 @@ class AttentionMap(Record):
     mixing: Literal["plain", "other"] = "plain"
 
 
-class _Mlp(Record):
+class _Mlp(LayerRecord):
     norm: NormMap
     activation: Annotated[Activation | Any, Field(description="a name, or any function of one tensor, elementwise")]
     up: WeightRef
@@ -229,7 +229,7 @@ class GatedMlpMap(_Mlp):
     gate_bias: WeightRef | None = None
 
 
-class BlockMap(Record):
+class BlockMap(LayerRecord):
     """One transformer block. In a parallel block both sub-layers read the same input.
 
     `beside` is a second pair of sub-layers whose outputs are added to those of the first, as in timm's 18×2 models:
@@ -247,14 +247,14 @@ class BlockMap(Record):
         return (self, *(self.beside.branches if self.beside else ()))
 
 
-class PositionMap(Record):
+class PositionMap(LayerRecord):
     """A learned position embedding `[…, tokens, width]`, whose first `prefix` rows do not belong to patches."""
 
     weight: WeightRef
     prefix: int = Field(0, ge=0)
 
 
-class StemMap(Record):
+class StemMap(LayerRecord):
     """Parts that turn an image into tokens: patch projection `[N, 3, P, P]`, cls, registers, mask token, final norm.
 
     They are used only to convert a model to another library; nothing else depends on them.
@@ -268,7 +268,7 @@ class StemMap(Record):
     norm: NormMap | None = None
 
 
-class LayerMap(Record):
+class LayerMap(LayerRecord):
     """All blocks of a backbone in the order they run, and the width N of its residual stream.
 
     `stem` and the final `norm` are used only for conversions to other libraries.
@@ -281,14 +281,14 @@ class LayerMap(Record):
     norm: NormMap | None = None
 
 
-def references(record: Record, path: str = "") -> Iterator[tuple[str, WeightRef]]:
+def references(record: LayerRecord, path: str = "") -> Iterator[tuple[str, WeightRef]]:
     """Yield every weight reference inside a map with its role, the path to it, such as `attention.norm.weight`."""
     for name in type(record).model_fields:
         value = getattr(record, name)
         role = f"{path}.{name}" if path else name
         if isinstance(value, WeightRef):
             yield role, value
-        elif isinstance(value, Record):
+        elif isinstance(value, LayerRecord):
             yield from references(value, role)
 
 

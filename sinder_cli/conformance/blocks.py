@@ -21,7 +21,7 @@ import torch
 
 from sinder_cli.backbone.contract import BlockMap, GatedMlpMap, NormMap, WeightRef
 from sinder_cli.backbone.weights import BlockTensors, read_block
-from sinder_cli.conformance.subject import GRID, NonconformityError, Subject, altered, gaussian, relative_error
+from sinder_cli.conformance.subject import GRID, Candidate, NonconformityError, altered, gaussian, relative_error
 from sinder_cli.defects.gaussian import ACTIVATIONS
 from sinder_cli.defects.linearize import attention_part, mlp_part
 from sinder_cli.events import Emit, tracked
@@ -87,7 +87,7 @@ INNER_BIAS = 0.1  # the same for a norm inside, whose features are not Gaussian
 ERRORS = 2.0  # standard errors of ‖mean − expected‖, which hardly varies with hundreds of features
 
 
-def blocks_follow_the_map(subject: Subject, emit: Emit) -> str:
+def blocks_follow_the_map(subject: Candidate, emit: Emit) -> str:
     """Check that each sub-layer adds what the map's formula says: right tensors, rows, activation, scale, biases."""
     worst = 0.0
     for index, block in _blocks(subject, emit, "blocks against their map"):
@@ -106,7 +106,7 @@ def blocks_follow_the_map(subject: Subject, emit: Emit) -> str:
     return f"relative error {worst:.1e}"
 
 
-def linearization_agrees(subject: Subject, emit: Emit) -> str:
+def linearization_agrees(subject: Candidate, emit: Emit) -> str:
     """Check that wᵀA and wᵀC of each block, in closed form, are autograd's mean over Gaussian inputs, for random w."""
     worst = 0.0
     for index, block in _blocks(subject, emit, "linearization against autograd"):
@@ -130,7 +130,7 @@ class _Difference:
     allowed: float
 
 
-def _difference(subject: Subject, index: int, block: BlockMap, part: Part, closed: Tensor) -> _Difference:
+def _difference(subject: Candidate, index: int, block: BlockMap, part: Part, closed: Tensor) -> _Difference:
     """Measure the difference, with more samples until it is small enough or the last round is over."""
     w = gaussian(PROBES, subject.backbone.width, seed=index)
     expected = w @ closed  # [K, N]
@@ -151,7 +151,7 @@ def _difference(subject: Subject, index: int, block: BlockMap, part: Part, close
     return _Difference(float(errors[at]), float(allowed[at]))
 
 
-def _gradients(subject: Subject, index: int, part: Part, w: Tensor, rounds: int, seed: int) -> Iterator[Tensor]:
+def _gradients(subject: Candidate, index: int, part: Part, w: Tensor, rounds: int, seed: int) -> Iterator[Tensor]:
     """Yield ∂(w · sub-layer)/∂x at each sample, for every probe: `[K, samples, N]` in float64, in portions."""
     tokens = subject.backbone.prefix_tokens + prod(GRID)
     images = rounds * (FIRST_IMAGES if part == "attention" else -(-FIRST_TOKENS // tokens))
@@ -168,7 +168,7 @@ def _gradients(subject: Subject, index: int, part: Part, w: Tensor, rounds: int,
         yield stacked.mean(dim=2) if part == "attention" else stacked.flatten(1, 2)
 
 
-def _inputs(subject: Subject, part: Part, images: int, seed: int) -> tuple[Tensor, Any]:
+def _inputs(subject: Candidate, part: Part, images: int, seed: int) -> tuple[Tensor, Any]:
     """Draw Gaussian tokens `[B, T, N]` of small images, equal inside an image for attention; return the context too."""
     tokens, context = subject.embedded(subject.images(images))
     B, T, N = tokens.shape
@@ -178,7 +178,7 @@ def _inputs(subject: Subject, part: Part, images: int, seed: int) -> tuple[Tenso
 
 
 @contextmanager
-def _alone(subject: Subject, block: BlockMap, part: Part, plain_norms: bool = False) -> Iterator[None]:
+def _alone(subject: Candidate, block: BlockMap, part: Part, plain_norms: bool = False) -> Iterator[None]:
     """Silence the other sub-layer of a block inside the context; with `plain_norms`, norms in front only normalize."""
     values: list[tuple[WeightRef, float]] = []
     for branch in block.branches:
@@ -209,6 +209,6 @@ def _bias(block: BlockMap, part: Part, width: int) -> float:
     return NORM_BIAS / width + (INNER_BIAS if inner else 0.0)
 
 
-def _blocks(subject: Subject, emit: Emit, phase: str) -> Iterator[tuple[int, BlockMap]]:
+def _blocks(subject: Candidate, emit: Emit, phase: str) -> Iterator[tuple[int, BlockMap]]:
     blocks = subject.backbone.layers.blocks
     yield from tracked(enumerate(blocks), emit, phase, len(blocks), "blocks")

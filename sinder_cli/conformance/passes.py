@@ -18,7 +18,7 @@ from torch import Tensor
 from sinder_cli.backbone.contract import Backbone, BlockMap, LayerMap, WeightRef, references, trained_references
 from sinder_cli.backbone.opening import check_layer_map
 from sinder_cli.backbone.weights import Weights, rows_of
-from sinder_cli.conformance.subject import GRID, NonconformityError, Subject, gaussian, relative_error
+from sinder_cli.conformance.subject import GRID, Candidate, NonconformityError, gaussian, relative_error
 from sinder_cli.defects.tokens import last_tokens
 from sinder_cli.exporting.native import write_weights
 from sinder_cli.repairing.deltas import Deltas
@@ -29,7 +29,7 @@ from sinder_cli.repairing.step import step_gradient
 SAME = 1e-4  # relative error of two ways to compute one thing in float32, over the depth of a model
 
 
-def forward_agrees(subject: Subject, forward: Callable[[object, Tensor], Tensor]) -> str:
+def forward_agrees(subject: Candidate, forward: Callable[[object, Tensor], Tensor]) -> str:
     """Check that blocks one by one, then the final norm, give what the library's own forward gives, at two sizes."""
     backbone = subject.backbone
     native = backbone.image_size // backbone.patch_size
@@ -46,7 +46,7 @@ def forward_agrees(subject: Subject, forward: Callable[[object, Tensor], Tensor]
     return f"relative error {max(errors):.1e}, at {native} × {native} and {GRID[0]} × {GRID[1]} patches"
 
 
-def images_are_apart(subject: Subject) -> str:
+def images_are_apart(subject: Candidate) -> str:
     """Check that a batch of two equals two batches of one, and that a second pass gives the same bits as the first."""
     both = subject.images(2)
     together = _normalized(subject, both)
@@ -57,7 +57,7 @@ def images_are_apart(subject: Subject) -> str:
     return f"relative error {error:.1e}"
 
 
-def blocks_keep_their_input(subject: Subject) -> str:
+def blocks_keep_their_input(subject: Candidate) -> str:
     """Check that no block writes into its input tokens: a repair needs them again."""
     tokens, context = subject.embedded(subject.images(1))
     for index in range(subject.backbone.depth):
@@ -72,7 +72,7 @@ def blocks_keep_their_input(subject: Subject) -> str:
     return f"{subject.backbone.depth} blocks"
 
 
-def gradients_arrive(subject: Subject) -> str:
+def gradients_arrive(subject: Candidate) -> str:
     """Check that a loss after each block has a gradient at its input, and one other than 0 at every trained weight."""
     backbone, module = subject.backbone, subject.module
     tokens, context = subject.embedded(subject.images(1))
@@ -102,7 +102,7 @@ def gradients_arrive(subject: Subject) -> str:
 
 
 @torch.no_grad()
-def _normalized(subject: Subject, images: Tensor) -> Tensor:
+def _normalized(subject: Candidate, images: Tensor) -> Tensor:
     return subject.backbone.finish(subject.module, last_tokens(subject.backbone, subject.module, images))
 
 
@@ -117,7 +117,7 @@ PROBED = ((0, 0), (1, 3), (3, 1), (4, 6))  # patches of the 5 × 7 whose pixels 
 NEAR = 1  # patches: how far the stem may mix, as overlapping convolutions do
 
 
-def tokens_are_counted(subject: Subject) -> str:
+def tokens_are_counted(subject: Candidate) -> str:
     """Check that there are prefix + h · w tokens, and that the prefix, with cls in it, is the same for every image."""
     backbone = subject.backbone
     images = subject.images(2)
@@ -135,7 +135,7 @@ def tokens_are_counted(subject: Subject) -> str:
     return f"{backbone.prefix_tokens} prefix tokens" + (", cls first" if backbone.has_cls else ", no cls")
 
 
-def patches_lie_row_by_row(subject: Subject) -> str:
+def patches_lie_row_by_row(subject: Candidate) -> str:
     """Check that other pixels in one patch move token prefix + row · w + column most, and others only beside it."""
     backbone, P = subject.backbone, subject.backbone.patch_size
     image, other = subject.images(1), subject.images(1, seed=1)
@@ -202,7 +202,7 @@ MARKING = RepairSettings.model_validate(  # marks tokens of noise, in blocks who
 STEP = 0.1  # learning rate relative to σ₁ over the largest gradient: far above rounding
 
 
-def repair_keeps_to_the_map(subject: Subject) -> str:
+def repair_keeps_to_the_map(subject: Candidate) -> str:
     """Check that one step on noise changes every trained weight of its window, and no bit elsewhere."""
     backbone, module = subject.backbone, subject.module
     gaps = [1.0] * (backbone.depth - 1) + [float("inf")]  # only the last block's direction counts as determined
@@ -220,7 +220,7 @@ def repair_keeps_to_the_map(subject: Subject) -> str:
     return f"{changed} weights of the last {min(WINDOW, backbone.depth)} blocks, and nothing else"
 
 
-def _require_changed(subject: Subject, refs: list[WeightRef]) -> int:
+def _require_changed(subject: Candidate, refs: list[WeightRef]) -> int:
     """Check that the module differs from its weights in each of these references, and in no bit elsewhere."""
     state = subject.module.state_dict()
     for name, stored in subject.backbone.weights.stream(state):
@@ -236,7 +236,7 @@ def _require_changed(subject: Subject, refs: list[WeightRef]) -> int:
     return len(refs)
 
 
-def export_reads_back(subject: Subject) -> str:
+def export_reads_back(subject: Candidate) -> str:
     """Check that the native format keeps names, dtypes and bits, and that its plugin finds the same map in it."""
     weights = subject.backbone.weights
     with tempfile.TemporaryDirectory(prefix="sinder-check-") as folder:

@@ -10,11 +10,11 @@ from sinder_cli.backbone.contract import Backbone
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.conformance import blocks, passes
 from sinder_cli.conformance import passes as changes
-from sinder_cli.conformance.subject import Check, Conformance, NonconformityError, Subject
+from sinder_cli.conformance.subject import Candidate, CheckedPoint, Conformance, NonconformityError
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.memory import is_out_of_memory
 
-Question = Callable[[Subject], str]
+Question = Callable[[Candidate], str]
 
 
 def conformance(backbone: Backbone, describe: Callable[[Path], Backbone], emit: Emit = silent) -> Conformance:
@@ -26,11 +26,11 @@ def conformance(backbone: Backbone, describe: Callable[[Path], Backbone], emit: 
     return Conformance(backbone.name, backbone.weights.source.label, checks)
 
 
-def _checks(backbone: Backbone, describe: Callable[[Path], Backbone], emit: Emit) -> Iterator[Check]:
-    subjects: list[Subject] = []
+def _checks(backbone: Backbone, describe: Callable[[Path], Backbone], emit: Emit) -> Iterator[CheckedPoint]:
+    subjects: list[Candidate] = []
 
     def load() -> str:
-        subjects.append(Subject(backbone, load_module(backbone), describe))
+        subjects.append(Candidate(backbone, load_module(backbone), describe))
         return f"{len(backbone.weights.names)} tensors"
 
     fits = _asked("map: tensors", lambda: changes.map_fits_weights(backbone), emit)
@@ -38,15 +38,15 @@ def _checks(backbone: Backbone, describe: Callable[[Path], Backbone], emit: Emit
     yield _asked("module: weights", load, emit) if fits.outcome == "passed" else _not_run("module: weights")
     for name, question in _questions(backbone, emit):
         if question is None:
-            yield Check(name, "not given", "the plugin gives no `forward` to compare with")
+            yield CheckedPoint(name, "not given", "the plugin gives no `forward` to compare with")
         elif subjects:
             yield _asked(name, partial(question, subjects[0]), emit)
         else:
             yield _not_run(name)
 
 
-def _not_run(name: str) -> Check:
-    return Check(name, "not run", "it needs a module with its weights")
+def _not_run(name: str) -> CheckedPoint:
+    return CheckedPoint(name, "not run", "it needs a module with its weights")
 
 
 def _questions(backbone: Backbone, emit: Emit) -> list[tuple[str, Question | None]]:
@@ -67,13 +67,13 @@ def _questions(backbone: Backbone, emit: Emit) -> list[tuple[str, Question | Non
     ]
 
 
-def _asked(name: str, ask: Callable[[], str], emit: Emit) -> Check:
+def _asked(name: str, ask: Callable[[], str], emit: Emit) -> CheckedPoint:
     emit(Noted(f"checking {name}"))
     try:
-        return Check(name, "passed", ask())
+        return CheckedPoint(name, "passed", ask())
     except NonconformityError as error:
-        return Check(name, "failed", str(error))
+        return CheckedPoint(name, "failed", str(error))
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return Check(name, "failed", " ".join(f"{type(error).__name__}: {error}".split()))
+        return CheckedPoint(name, "failed", " ".join(f"{type(error).__name__}: {error}".split()))

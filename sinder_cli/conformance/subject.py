@@ -25,7 +25,7 @@ class NonconformityError(Exception):
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckedPoint:
     """One check of a plugin: passed, failed, not given (by the plugin), or not run after an earlier failure.
 
     `detail` is the measurement, or the fault.
@@ -42,10 +42,10 @@ class Conformance:
 
     model: str
     weights: str
-    checks: tuple[Check, ...]
+    checks: tuple[CheckedPoint, ...]
 
     @property
-    def failed(self) -> tuple[Check, ...]:
+    def failed(self) -> tuple[CheckedPoint, ...]:
         return tuple(check for check in self.checks if check.outcome == "failed")
 
 
@@ -54,7 +54,7 @@ SEED = 0
 
 
 @dataclass(frozen=True)
-class Subject:
+class Candidate:
     """A backbone, its module with frozen weights, and the function of its plugin that describes a file of weights."""
 
     backbone: Backbone

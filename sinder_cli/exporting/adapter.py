@@ -8,7 +8,7 @@ from pathlib import Path
 from sinder_cli.errors import BadInputError, UsageError
 from sinder_cli.events import silent
 from sinder_cli.exporting.diff import require_repaired
-from sinder_cli.exporting.targets import Check, Plan, Target
+from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
 from sinder_cli.repairing.weight_changes import Adapter, read_adapter
 
 TOLERANCE = 1e-5  # for float32: singular vectors from another machine differ in their last bits
@@ -25,12 +25,12 @@ def _write(plan: Plan, path: Path) -> None:
     shutil.copyfile(require_repaired(plan).change.path, path)
 
 
-def _verify(plan: Plan, path: Path) -> Check:
+def _verify(plan: Plan, path: Path) -> ExportCheck:
     import torch
 
     base, why = require_repaired(plan).open_base()
     if base is None:
-        return Check(f"not applied again: {why}", verified=False)
+        return ExportCheck(f"not applied again: {why}", verified=False)
     found, weights = read_adapter(path).applied(base, silent).weights, plan.backbone.weights
     difference, tolerance = 0.0, TOLERANCE
     for name, again in found.stream(found.names):
@@ -41,10 +41,10 @@ def _verify(plan: Plan, path: Path) -> Check:
     if not difference <= tolerance:
         why = f"applied again, it differs by {difference:.1e}, and the tolerance is {tolerance:.1e}"
         raise BadInputError(f"export of {plan.backbone.name} failed", why, "check that the adapter belongs to this run")
-    return Check(f"applied again to {base.weights.source.label}", difference=difference, tolerance=tolerance)
+    return ExportCheck(f"applied again to {base.weights.source.label}", difference=difference, tolerance=tolerance)
 
 
-TARGET = Target(
+TARGET = ExportTarget(
     kind="file",
     summary="only the deltas, to be passed as --adapter",
     write=_write,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sinder_cli.errors import UsageError
 from sinder_cli.events import silent
-from sinder_cli.exporting.targets import Check, Plan, Repaired, Target
+from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan, Repaired
 from sinder_cli.repairing.weight_changes import read_change, write_diff
 
 
@@ -28,16 +28,16 @@ def _write(plan: Plan, path: Path) -> None:
     write_diff(path, plan.backbone.name, change.base_fingerprint, plan.backbone.weights, names)
 
 
-def _verify(plan: Plan, path: Path) -> Check:
+def _verify(plan: Plan, path: Path) -> ExportCheck:
     repaired = require_repaired(plan)
     base, why = repaired.open_base()
     if base is None:
-        return Check(f"not applied again: {why}", verified=False)
+        return ExportCheck(f"not applied again: {why}", verified=False)
     read_change(path).applied(base, silent)  # this compares the fingerprint of all tensors with the one in the file
-    return Check(f"applied again to {base.weights.source.label}", difference=0.0, tolerance=0.0)
+    return ExportCheck(f"applied again to {base.weights.source.label}", difference=0.0, tolerance=0.0)
 
 
-TARGET = Target(
+TARGET = ExportTarget(
     kind="file",
     summary="only the changed tensors, to be passed as --adapter",
     write=_write,

@@ -14,7 +14,7 @@ from sinder_cli.errors import BadInputError
 from sinder_cli.exporting.conversion import ConvertedTensors
 from sinder_cli.exporting.layouts import Layout, architecture_of, recipes
 from sinder_cli.exporting.native import read_back, write_weights
-from sinder_cli.exporting.targets import Check, Plan, Target
+from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
 
 NORM_EPS = 1e-6  # of DINOv2: it is in its code, not in its files
 
@@ -65,11 +65,11 @@ def _write(plan: Plan, path: Path) -> None:
     write_weights(path, converted(plan.backbone))
 
 
-def _verify(plan: Plan, path: Path) -> Check:
+def _verify(plan: Plan, path: Path) -> ExportCheck:
     return read_back(path, converted(plan.backbone))
 
 
-TARGET = Target(
+TARGET = ExportTarget(
     kind="file",
     summary="DINOv2's official keys, whatever library the backbone is from",
     write=_write,

@@ -25,7 +25,7 @@ from sinder_cli.backbone.sources import TensorInfo, open_checkpoint
 from sinder_cli.backbone.storing import write_safetensors
 from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError
-from sinder_cli.exporting.targets import Check, Plan, Target
+from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
 
 
 def _write(plan: Plan, path: Path) -> None:
@@ -38,11 +38,11 @@ def write_weights(path: Path, weights: Weights) -> None:
     write(path, weights.output_infos(), (tensor for _, tensor in weights.stream(weights.names)))
 
 
-def _verify(plan: Plan, path: Path) -> Check:
+def _verify(plan: Plan, path: Path) -> ExportCheck:
     return read_back(path, plan.backbone.weights)
 
 
-def read_back(path: Path, weights: Weights) -> Check:
+def read_back(path: Path, weights: Weights) -> ExportCheck:
     """Compare names, order, shapes, dtypes and bits of a file with the weights.
 
     Raises `BadInputError` for a difference.
@@ -55,7 +55,7 @@ def read_back(path: Path, weights: Weights) -> Check:
     for (_, original), (output, copy) in pairs:
         if not torch.equal(_bits(original), _bits(copy)):
             raise BadInputError(what, f"{output} differs when it is read back", "check the disk")
-    return Check("read back bit for bit", difference=0.0, tolerance=0.0, versions={"torch": torch.__version__})
+    return ExportCheck("read back bit for bit", difference=0.0, tolerance=0.0, versions={"torch": torch.__version__})
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def _description(infos: Mapping[str, TensorInfo]) -> bytes:
     return file.getvalue()
 
 
-TARGET = Target(
+TARGET = ExportTarget(
     kind="file",
     summary="the backbone's own keys, order and dtype",
     write=_write,

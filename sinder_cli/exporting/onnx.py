@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.errors import BadInputError, SinderError, UnavailableError, UsageError, excerpt
-from sinder_cli.exporting.targets import Check, Plan, Target
+from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
 from sinder_cli.exporting.verifying import NOT_LOADED, by_kind, normalized_tokens, square_images, verify_features
 from sinder_cli.memory import is_out_of_memory
 
@@ -128,7 +128,7 @@ def _ours(backbone: Backbone, module: nn.Module, images: Tensor) -> dict[str, Te
     return by_kind(backbone, normalized_tokens(backbone, module, images))
 
 
-def _verify(plan: Plan, path: Path) -> Check:
+def _verify(plan: Plan, path: Path) -> ExportCheck:
     images = square_images(plan)
     batches = [images, images[:1]]  # the number of images is dynamic
     if not plan.settings.dynamic_size:
@@ -142,7 +142,7 @@ def _verify(plan: Plan, path: Path) -> Check:
         raise _refused(plan, f"the graph is not right at three sizes that were tried: {detail}") from error
 
 
-TARGET = Target(
+TARGET = ExportTarget(
     kind="file",
     summary="one file for onnxruntime and similar runtimes, of one image size and any batch size",
     write=_write,

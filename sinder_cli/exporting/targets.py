@@ -57,7 +57,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Check:
+class ExportCheck:
     """Result of loading the written files again; `verified` is False if this was not possible.
 
     `difference` and `tolerance` are relative; 0 means bit-identical.
@@ -84,7 +84,7 @@ def nothing_to_refuse(plan: Plan) -> None:
 
 
 @dataclass(frozen=True)
-class Target:
+class ExportTarget:
     """One format.
 
     `require` refuses, before anything is written, what the format cannot hold: it raises `UsageError` or
@@ -96,7 +96,7 @@ class Target:
     kind: Literal["file", "folder"]
     summary: str
     write: Callable[[Plan, Path], None]
-    verify: Callable[[Plan, Path], Check]
+    verify: Callable[[Plan, Path], ExportCheck]
     require: Callable[[Plan], None] = nothing_to_refuse
     suffixes: tuple[str, ...] = ()
     options: frozenset[str] = frozenset()
@@ -104,24 +104,24 @@ class Target:
     usage: Callable[[Plan, str], str] | None = None  # (plan, name of the folder) → Python that loads it, for the card
 
 
-def target_of(name: TargetName) -> Target:
+def target_of(name: TargetName) -> ExportTarget:
     """Return the target of that name; only its module is imported. Raises `UsageError` for an unknown name."""
     name = OLD_NAMES.get(name, name)
     known = get_args(TargetName)
     if name not in known:
         raise UsageError(f"no export format {name!r}", f"there are {', '.join(known)}", "name one of them")
-    target: Target = import_module(f"{__package__}.{name}").TARGET
+    target: ExportTarget = import_module(f"{__package__}.{name}").TARGET
     return target
 
 
-def require_suffix(target: Target, out: Path) -> None:
+def require_suffix(target: ExportTarget, out: Path) -> None:
     """Raise `UsageError` for a file name with the suffix of another format."""
     if target.suffixes and out.suffix not in target.suffixes:
         remedy = f"use {' or '.join(target.suffixes)}"
         raise UsageError(f"cannot export to {out}", f"unknown suffix {out.suffix!r}", remedy)
 
 
-def require_options(name: str, target: Target, settings: ExportSettings) -> None:
+def require_options(name: str, target: ExportTarget, settings: ExportSettings) -> None:
     """Raise `UsageError` for an option that has no effect on the target."""
     for option, given in settings.given.items():
         if given and option not in target.options:

@@ -20,7 +20,7 @@ from sinder_cli.errors import BadInputError
 from sinder_cli.events import Warned
 from sinder_cli.exporting.conversion import ConvertedTensors
 from sinder_cli.exporting.layouts import Architecture, Layout, architecture_of, recipes
-from sinder_cli.exporting.targets import Check, Plan, Target
+from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
 from sinder_cli.exporting.verifying import normalized_tokens, verify_features
 from sinder_cli.files import write_json
 
@@ -56,14 +56,14 @@ LAYOUT = Layout(
 
 
 @dataclass(frozen=True)
-class Converted:
+class TimmModel:
     """A backbone as a timm model."""
 
     config: Mapping[str, Any]
     weights: Weights
 
 
-def converted(backbone: Backbone) -> Converted:
+def converted(backbone: Backbone) -> TimmModel:
     """Return a `VisionTransformer` of timm. Raises `BadInputError` with the reason if none holds the backbone."""
     refuse = partial(_refuse, backbone)
     architecture = architecture_of(backbone, "timm")
@@ -79,7 +79,7 @@ def converted(backbone: Backbone) -> Converted:
     dtype = backbone.weights.info(backbone.weights.names[0]).dtype
     source = ConvertedTensors(backbone.weights, recipes(layout, backbone, architecture), dtype)
     arguments = _arguments(architecture, apart)
-    return Converted(_config(backbone, architecture, arguments), Weights.of(source))
+    return TimmModel(_config(backbone, architecture, arguments), Weights.of(source))
 
 
 def _arguments(architecture: Architecture, apart: bool) -> dict[str, Any]:
@@ -139,11 +139,11 @@ def _refuse(backbone: Backbone, why: str) -> NoReturn:
     raise BadInputError(f"cannot export {backbone.name} to timm", why, "use --to native")
 
 
-def own(backbone: Backbone) -> Converted | None:
+def own(backbone: Backbone) -> TimmModel | None:
     """Return a model made by timm as it is; None for any other backbone."""
     text = backbone.sidecars.get(CONFIG)
     config = json.loads(text) if text else {}
-    return Converted(config, backbone.weights) if "architecture" in config else None
+    return TimmModel(config, backbone.weights) if "architecture" in config else None
 
 
 def _require(plan: Plan) -> None:
@@ -162,7 +162,7 @@ def _write(plan: Plan, path: Path) -> None:
     write_safetensors(path / WEIGHTS, made.weights.output_infos(), tensors, METADATA)  # timm expects a single file
 
 
-def _verify(plan: Plan, path: Path) -> Check:
+def _verify(plan: Plan, path: Path) -> ExportCheck:
     return verify_features(plan, path, "load_timm.py", ("timm",), _ours)
 
 
@@ -174,7 +174,7 @@ def _usage(_: Plan, folder: str) -> str:
     return f'import timm\n\nmodel = timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0)'
 
 
-TARGET = Target(
+TARGET = ExportTarget(
     kind="folder",
     summary="a folder for `timm.create_model('local-dir:…')`, ready for a hub",
     write=_write,

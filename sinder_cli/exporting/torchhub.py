@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinder_cli.errors import BadInputError
-from sinder_cli.exporting.targets import Check, Plan, Target
+from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
 from sinder_cli.exporting.verifying import normalized_tokens, verify_features
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _ours(backbone: Backbone, module: nn.Module, images: Tensor) -> dict[str, Te
     return {"tokens": normalized_tokens(backbone, module, images)}
 
 
-def _verify(plan: Plan, path: Path) -> Check:
+def _verify(plan: Plan, path: Path) -> ExportCheck:
     return verify_features(plan, path, "load_torchhub.py", ("torch",), _ours)
 
 
@@ -126,7 +126,7 @@ def _usage(plan: Plan, folder: str) -> str:
     )
 
 
-TARGET = Target(
+TARGET = ExportTarget(
     kind="folder",
     summary="a folder for `torch.hub.load(…, source='local')`, which needs only torch",
     write=_write,

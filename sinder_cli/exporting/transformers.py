@@ -20,7 +20,7 @@ from sinder_cli.defects.tokens import stream_from_embedding
 from sinder_cli.errors import BadInputError
 from sinder_cli.exporting.conversion import ConvertedTensors
 from sinder_cli.exporting.layouts import Architecture, Layout, architecture_of, recipes
-from sinder_cli.exporting.targets import SHARD_BYTES, Check, Plan, Target
+from sinder_cli.exporting.targets import SHARD_BYTES, ExportCheck, ExportTarget, Plan
 from sinder_cli.exporting.verifying import verify_features
 from sinder_cli.files import write_json
 
@@ -69,7 +69,7 @@ DINOV2_GATED = replace(DINOV2, gate="mlp.weights_in", up="mlp.weights_in", down=
 
 
 @dataclass(frozen=True)
-class Converted:
+class TransformersModel:
     """A backbone as one of transformers' families."""
 
     config: Mapping[str, Any]
@@ -95,7 +95,7 @@ def _config(architecture: Architecture, dtype: str) -> dict[str, Any]:
     }
 
 
-def converted(backbone: Backbone) -> Converted:
+def converted(backbone: Backbone) -> TransformersModel:
     """Return the backbone in the family that holds it. Raises `BadInputError` with the reason if none does."""
     refuse = partial(_refuse, backbone)
     architecture = architecture_of(backbone, "transformers")
@@ -111,7 +111,7 @@ def converted(backbone: Backbone) -> Converted:
         more = {"architectures": ["ViTModel"], "model_type": "vit", "intermediate_size": architecture.hidden}
         layout, config = VIT, config | more
     source = ConvertedTensors(backbone.weights, recipes(layout, backbone, architecture), dtype)
-    return Converted(config, Weights.of(source))
+    return TransformersModel(config, Weights.of(source))
 
 
 def _dinov2(backbone: Backbone, architecture: Architecture, config: dict[str, Any]) -> tuple[Layout, dict[str, Any]]:
@@ -152,12 +152,12 @@ def _refuse(backbone: Backbone, why: str) -> NoReturn:
     raise BadInputError(f"cannot export {backbone.name} to transformers", why, "use --to native")
 
 
-def own(backbone: Backbone) -> Converted | None:
+def own(backbone: Backbone) -> TransformersModel | None:
     """Return a model made by transformers as it is; None for any other backbone."""
     text = backbone.sidecars.get(CONFIG)
     whole = json.loads(text) if text else {}
     config = whole.get("vision_config", whole)  # for a vision tower that was stored with its text model
-    return Converted(config, backbone.weights) if "model_type" in config else None
+    return TransformersModel(config, backbone.weights) if "model_type" in config else None
 
 
 def preprocessor(backbone: Backbone) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _write(plan: Plan, path: Path) -> None:
     write_sharded(path, made.weights.output_infos(), tensors, plan.settings.max_shard_size or SHARD_BYTES)
 
 
-def _verify(plan: Plan, path: Path) -> Check:
+def _verify(plan: Plan, path: Path) -> ExportCheck:
     return verify_features(plan, path, "load_transformers.py", ("transformers",), hidden_states)
 
 
@@ -217,7 +217,7 @@ def _usage(_: Plan, folder: str) -> str:
     )
 
 
-TARGET = Target(
+TARGET = ExportTarget(
     kind="folder",
     summary="a folder for transformers' `from_pretrained`, ready for a hub",
     write=_write,

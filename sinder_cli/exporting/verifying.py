@@ -29,7 +29,7 @@ from sinder_cli.backbone.storing import write_safetensors
 from sinder_cli.defects.tokens import residual_stream
 from sinder_cli.errors import BadInputError, SinderError, TryAgainError, UnavailableError, excerpt
 from sinder_cli.events import Finished, Started
-from sinder_cli.exporting.targets import Check, Plan
+from sinder_cli.exporting.targets import ExportCheck, Plan
 from sinder_cli.images.decoding import UnreadableImageError
 from sinder_cli.images.drawn import DrawnPictures
 from sinder_cli.images.preprocessing import Preprocessing
@@ -58,7 +58,7 @@ def verify_features(
     ours: Ours,
     batches: Sequence[Tensor] | None = None,
     tolerance: float = TOLERANCE,
-) -> Check:
+) -> ExportCheck:
     """Compare our features with those of a target's library, token by token.
 
     `ours(backbone, module, images)` returns named features `[B, …, N]`; the weights are in float32, whatever is stored.
@@ -67,7 +67,7 @@ def verify_features(
     is not installed, the returned check is not verified.
     """
     if missing := [name for name in libraries if find_spec(name) is None]:
-        return Check(f"not checked: {' and '.join(missing)} not installed", verified=False)
+        return ExportCheck(f"not checked: {' and '.join(missing)} not installed", verified=False)
     given = list(batches) if batches is not None else [square_images(plan)]
     expected = _our_features(plan, given, ours)
     plan.emit(Started("checking what was written"))
@@ -89,7 +89,7 @@ def verify_features(
         why = f"features of {using} differ by {difference:.1e}, and the tolerance is {tolerance:.0e}"
         raise BadInputError(what, why, "report it")
     sentence = f"features of {using} agree on {sum(map(len, given))} images"
-    return Check(sentence, difference=difference, tolerance=tolerance, versions=versions)
+    return ExportCheck(sentence, difference=difference, tolerance=tolerance, versions=versions)
 
 
 def relative_difference(theirs: Tensor, ours: Tensor) -> float:

@@ -30,7 +30,7 @@ from sinder_cli.events import Emit, Warned
 from sinder_cli.files import replacing_folder, require_writable_folder, sha256_of, write_json
 from sinder_cli.memory import is_out_of_memory
 from sinder_cli.repairing.deltas import Deltas, SingularBasis, Target, TargetState
-from sinder_cli.repairing.greedy import Observed
+from sinder_cli.repairing.greedy import BlockObservation
 from sinder_cli.repairing.loop import ANEW, Best, DivergedError, Progress
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Checkpoints:
     def _basis_file(self, digest: str) -> Path:
         return self.bases / f"{digest}.safetensors"
 
-    def _read(self, folder: Path, deltas: Deltas, emit: Emit) -> _Stored:
+    def _read(self, folder: Path, deltas: Deltas, emit: Emit) -> _StoredState:
         """Read a checkpoint.
 
         Raises one of `TORN` if its files are not those of its manifest, and `StorageError` if the disk fails.
@@ -170,7 +170,7 @@ class Checkpoints:
         for name, digest in counters["bases"].items():
             basis = self._read_basis(name, digest, deltas, emit)
             targets[name] = TargetState(tensors[f"delta.{name}"], tensors[f"velocity.{name}"], basis)
-        return _Stored(folder, counters, tensors, targets)
+        return _StoredState(folder, counters, tensors, targets)
 
     def _read_basis(self, name: str, digest: str, deltas: Deltas, emit: Emit) -> SingularBasis:
         """Read the basis of a target; if its file is damaged, decompose the weight again.
@@ -191,7 +191,7 @@ class Checkpoints:
             write_safetensors(path, infos_of(tensors), tensors.values())
         return SingularBasis(**tensors)
 
-    def _apply(self, stored: _Stored, deltas: Deltas, progress: Progress) -> None:
+    def _apply(self, stored: _StoredState, deltas: Deltas, progress: Progress) -> None:
         for block in stored.counters["blocks"]:
             deltas.restore(block, stored.targets)
         self.hashes.update(stored.counters["bases"])
@@ -200,7 +200,7 @@ class Checkpoints:
         progress.unreadable.update(stored.counters["unreadable"])
         device = next(deltas.module.parameters()).device
         progress.observed.by_block = {
-            int(block): Observed(
+            int(block): BlockObservation(
                 shares=stored.tensors[f"observed.{block}.shares"].to(device),
                 squares=stored.tensors[f"observed.{block}.squares"].to(device),
                 weight=numbers["weight"],
@@ -220,7 +220,7 @@ class Checkpoints:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _StoredState:
     """One checkpoint as read from disk."""
 
     folder: Path

@@ -39,7 +39,7 @@ LEAST_EXCESS = 0.05  # smallest excess per image that shares are divided by, so 
 
 
 @dataclass(frozen=True)
-class Observed:
+class BlockObservation:
     """The observations of steps at one block, for the singular values of its window in one row: `[R]` each."""
 
     shares: Tensor  # weighted sum of the shares of the loss
@@ -52,7 +52,7 @@ class Observed:
         """Return True if `least` steps have been observed, or one per image if there are fewer images to visit."""
         return self.weight >= _weight_after(min(least, images)) - 1e-6
 
-    def anew(self) -> Observed:
+    def anew(self) -> BlockObservation:
         """Return the same without the shares: once a cause of the defect is gone, they have to be observed again."""
         nothing = torch.zeros_like(self.shares)
         return replace(self, shares=nothing, squares=nothing, weight=0.0)
@@ -85,11 +85,11 @@ class Shrinkage:
 class Observations:
     """The state of greedy steps, by first defective block."""
 
-    by_block: dict[int, Observed] = field(default_factory=dict)
+    by_block: dict[int, BlockObservation] = field(default_factory=dict)
 
     def step(
         self, part: BlockGradient, targets: Sequence[Target], images: int, settings: RepairSettings
-    ) -> tuple[Observed, Shrinkage | None, float]:
+    ) -> tuple[BlockObservation, Shrinkage | None, float]:
         """Return the observations with one more step, the move, if there is one, and the gain; change nothing yet.
 
         No move is made at a gain below `min_gain`, nor before enough steps have been observed. `targets` are those of
@@ -127,7 +127,7 @@ class Observations:
             return FIRST_ALONE
         return Interest(gradient=excess > NEARLY_SETTLED, onward=True)
 
-    def _with(self, part: BlockGradient, targets: Sequence[Target]) -> Observed:
+    def _with(self, part: BlockGradient, targets: Sequence[Target]) -> BlockObservation:
         loss = max(part.excess, LEAST_EXCESS * len(part.losses))
         slopes = _flat(part.gradients, targets) * _left(targets) / loss
         shares = torch.where(slopes > 1, 1 / slopes, slopes.clamp_min(-1))
@@ -136,8 +136,8 @@ class Observations:
             responses = _flat(part.responses, targets).square().sum(dim=0) / part.probed
         before = self.by_block.get(part.block)
         if before is None:
-            return Observed(shares, shares.square(), 1.0, responses, part.probes)
-        return Observed(
+            return BlockObservation(shares, shares.square(), 1.0, responses, part.probes)
+        return BlockObservation(
             before.shares * KEPT + shares,
             before.squares * KEPT + shares.square(),
             before.weight * KEPT + 1.0,
@@ -183,13 +183,13 @@ def _flat(parts: Mapping[str, Tensor], targets: Sequence[Target]) -> Tensor:
     return torch.cat([parts[target.name] * scale_of(target) for target in targets], dim=-1)
 
 
-def _responses(seen: Observed) -> Tensor:
+def _responses(seen: BlockObservation) -> Tensor:
     """Return the mean square movement of ordinary tokens per unit of each δ, `[R]`, relative to their mean norm."""
     measured = seen.responses / max(seen.probes, 1)
     return (measured + FLOOR * measured.mean()).clamp_min(1e-12)
 
 
-def _shares(seen: Observed) -> Tensor:
+def _shares(seen: BlockObservation) -> Tensor:
     """Return the share of the loss of each singular value, less its standard error, `[R]`."""
     mean = seen.shares / max(seen.weight, 1e-12)
     if seen.weight <= 1.5:
@@ -198,7 +198,7 @@ def _shares(seen: Observed) -> Tensor:
     return mean - (spread / max(seen.weight - 1, 0.5)).sqrt()
 
 
-def _best(seen: Observed, targets: Sequence[Target], excess: float) -> tuple[int, float, float]:
+def _best(seen: BlockObservation, targets: Sequence[Target], excess: float) -> tuple[int, float, float]:
     """Return the place in the row of the largest gain, that gain for a mean excess, and its ratio to the next one."""
     left = _left(targets)
     gains = _shares(seen).clamp_min(0) * max(excess, 0.0) / (_responses(seen).sqrt() * left)

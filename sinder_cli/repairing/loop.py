@@ -22,7 +22,7 @@ from sinder_cli.memory import out_of_memory_reported
 from sinder_cli.repairing.batches import Batch, require_readable, step_batches
 from sinder_cli.repairing.deltas import Deltas
 from sinder_cli.repairing.forward import FIRST_ALONE, Directions, Interest
-from sinder_cli.repairing.greedy import Observations, Observed, polyak_deltas, scale_of
+from sinder_cli.repairing.greedy import BlockObservation, Observations, polyak_deltas, scale_of
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.repairing.shared import gathered
 from sinder_cli.repairing.step import Probes, StepGradient, step_gradient
@@ -176,7 +176,7 @@ class Move:
     """The result of a step: new deltas and new observations."""
 
     deltas: dict[str, Tensor]  # the new ε of the targets that change
-    observed: dict[int, Observed]
+    observed: dict[int, BlockObservation]
     moved: str | None = None
     gain: float | None = None
     helpless: int = 0  # images with a defect that no step can reduce
@@ -288,7 +288,7 @@ def _move(gradient: StepGradient, deltas: Deltas, progress: Progress, images: in
         loss = sum(gradient.losses) / len(gradient.losses)
         return Move(polyak_deltas(targets, gradients, loss, settings.trust), {})
     changed: dict[str, Tensor] = {}
-    observed: dict[int, Observed] = {}
+    observed: dict[int, BlockObservation] = {}
     moved, best, helpless = None, None, 0
     for part in gradient.parts:
         targets = deltas.of_window(part.block, settings.window)

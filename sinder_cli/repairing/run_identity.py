@@ -186,7 +186,7 @@ class _Call(BaseModel):
     branch: str | None = None
 
 
-class _Stored(BaseModel):
+class _StoredCall(BaseModel):
     """The parts of a `config.json` that are needed to resume a run."""
 
     call: _Call
@@ -196,11 +196,11 @@ class _Stored(BaseModel):
     settings: RepairSettings
 
 
-def _stored(folder: RunFolder) -> _Stored:
+def _stored(folder: RunFolder) -> _StoredCall:
     """Read these parts. Raises `ConflictError`, naming the part, if one is missing or of another type."""
     config = folder.read_config()
     try:
-        return _Stored.model_validate(config)
+        return _StoredCall.model_validate(config)
     except ValidationError as error:
         place, why = first_fault(error)
         what = f"its config.json is of another version of sinder, or damaged ({'.'.join(place)}: {why})"

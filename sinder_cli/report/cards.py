@@ -19,7 +19,7 @@ from sinder_cli.report.repair.pictures import read_pictures
 from sinder_cli.report.templates import markdown_template
 
 if TYPE_CHECKING:
-    from sinder_cli.exporting.targets import Check, Plan, Target
+    from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
     from sinder_cli.repairing.folder import RunFolder
     from sinder_cli.repairing.results import RepairResult
 
@@ -63,7 +63,7 @@ def files_in(folder: Path) -> list[formatting.Named]:
     ]
 
 
-def write_export_card(draft: Path, plan: Plan, target: Target, check: Check, name: str) -> None:
+def write_export_card(draft: Path, plan: Plan, target: ExportTarget, check: ExportCheck, name: str) -> None:
     """Write `README.md` and the pictures of the run that it shows into a folder that will have the given name."""
     run = _folder_of(plan)
     pictures = {f"pictures/{each.name}": each for each in read_pictures(run.pictures)} if run else {}
@@ -75,7 +75,7 @@ def write_export_card(draft: Path, plan: Plan, target: Target, check: Check, nam
 
 
 def render_export_card(
-    plan: Plan, target: Target, check: Check, folder: str, pictures: Mapping[str, str] | None = None
+    plan: Plan, target: ExportTarget, check: ExportCheck, folder: str, pictures: Mapping[str, str] | None = None
 ) -> str:
     """Return the card in Markdown, with the metadata that a hub reads.
 
@@ -108,7 +108,7 @@ def render_export_card(
     )
 
 
-def _metadata(plan: Plan, check: Check) -> list[str]:
+def _metadata(plan: Plan, check: ExportCheck) -> list[str]:
     """Return the lines of the YAML header; strings are written as in JSON, which YAML reads too."""
     backbone = plan.backbone
     return [

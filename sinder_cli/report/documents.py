@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import Prediction
-    from sinder_cli.exporting.run import ExportResult
+    from sinder_cli.exporting.drafts import ExportResult
     from sinder_cli.repairing.dry_run import Trial
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis, Distribution, Marked, Side
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import BlockSpectrum, PositionCheck, Prediction
-    from sinder_cli.exporting.run import ExportResult
+    from sinder_cli.exporting.drafts import ExportResult
     from sinder_cli.repairing.dry_run import Trial, TrialStep
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -210,7 +210,7 @@ def repair_table(result: facts.Recorded) -> RenderableType:
     )
 
 
-def _repaired_blocks(rows: Sequence[facts.BlockRow]) -> RenderableType:
+def _repaired_blocks(rows: Sequence[facts.BlockComparison]) -> RenderableType:
     """Return one row per block: outlying tokens, largest norm ÷ median, and what the weights predict of them."""
     table = _table("")
     table.padding = (0, 1, 0, 0)

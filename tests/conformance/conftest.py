@@ -12,7 +12,7 @@ from drawn_vit import Shape, read, vit
 
 from sinder_cli import Backbone, BlockMap
 from sinder_cli.backbone.opening import load_module
-from sinder_cli.conformance.subject import Subject
+from sinder_cli.conformance.subject import Candidate
 
 
 @pytest.fixture(autouse=True)
@@ -21,12 +21,12 @@ def one_thread() -> None:
 
 
 @pytest.fixture
-def subject() -> Callable[..., Subject]:
+def subject() -> Callable[..., Candidate]:
     """The backbone of a shape; its module has the right weights, whatever is replaced in what the plugin says."""
 
-    def made(shape: Shape = Shape(), **wrong: Any) -> Subject:  # noqa: B008 - it is frozen
+    def made(shape: Shape = Shape(), **wrong: Any) -> Candidate:  # noqa: B008 - it is frozen
         backbone = vit(shape)
-        return Subject(replace(backbone, **wrong), load_module(backbone), lambda path: read(path, shape))
+        return Candidate(replace(backbone, **wrong), load_module(backbone), lambda path: read(path, shape))
 
     return made
 

@@ -13,7 +13,7 @@ from drawn_vit import H, Shape, norm_map, ref, vit
 from sinder_cli import Backbone, BlockMap, MemoryTensors, Weights
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.conformance.blocks import blocks_follow_the_map, linearization_agrees
-from sinder_cli.conformance.subject import NonconformityError, Subject
+from sinder_cli.conformance.subject import Candidate, NonconformityError
 from sinder_cli.events import silent
 
 SHAPES = {
@@ -26,7 +26,7 @@ SHAPES = {
     "sub-layers beside others": Shape(beside=True),
     "gated ones beside others, in parallel": Shape(gated=True, beside=True, parallel=True),
 }
-Make = Callable[..., Subject]
+Make = Callable[..., Candidate]
 Mapped = Callable[..., Any]
 Change = Callable[[BlockMap], BlockMap]
 AT = "blocks.1.branches.0"
@@ -99,7 +99,7 @@ def test_sub_layers_of_tiny_scale_are_held_against_the_map(subject: Make, mapped
         return replace(backbone, weights=Weights.of(MemoryTensors("memory", scaled)))
 
     backbone = tiny(vit(Shape()))
-    right = Subject(backbone, load_module(backbone), subject().describe)
+    right = Candidate(backbone, load_module(backbone), subject().describe)
     assert blocks_follow_the_map(right, silent)
     layers = mapped(backbone, with_("mlp", down_bias=None))
     with pytest.raises(NonconformityError, match=r"block 1, (attention|mlp): the map's formula is off by "):

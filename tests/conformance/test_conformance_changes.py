@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from sinder_cli import Backbone, BlockMap, MemoryTensors, Weights
 from sinder_cli.conformance import passes as changes
 from sinder_cli.conformance import passes as maps
-from sinder_cli.conformance.subject import NonconformityError, Subject
+from sinder_cli.conformance.subject import Candidate, NonconformityError
 
-Make = Callable[..., Subject]
+Make = Callable[..., Candidate]
 Mapped = Callable[..., Any]
 AT = "blocks.1.branches.0"
 

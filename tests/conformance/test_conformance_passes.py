@@ -13,17 +13,17 @@ from torch.nn import functional
 
 from sinder_cli.conformance import passes
 from sinder_cli.conformance import passes as tokens
-from sinder_cli.conformance.subject import NonconformityError, Subject
+from sinder_cli.conformance.subject import Candidate, NonconformityError
 
-Make = Callable[..., Subject]
+Make = Callable[..., Candidate]
 
 
-def forward_of(subject: Subject) -> str:
+def forward_of(subject: Candidate) -> str:
     assert subject.backbone.forward is not None
     return passes.forward_agrees(subject, subject.backbone.forward)
 
 
-CHECKS: dict[str, Callable[[Subject], str]] = {
+CHECKS: dict[str, Callable[[Candidate], str]] = {
     "prefix": tokens.tokens_are_counted,
     "patches": tokens.patches_lie_row_by_row,
     "forward": forward_of,
@@ -114,7 +114,7 @@ BREACHES: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
-def test_a_right_plugin_passes(check: Callable[[Subject], str], subject: Make) -> None:
+def test_a_right_plugin_passes(check: Callable[[Candidate], str], subject: Make) -> None:
     assert check(subject())
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from sinder_cli import ModelRequest, api
 from sinder_cli.events import Event, Warned
-from sinder_cli.exporting.run import ExportResult
+from sinder_cli.exporting.drafts import ExportResult
 from sinder_cli.exporting.targets import ExportSettings, TargetName
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.requests import ExportRequest, RepairRequest

@@ -13,8 +13,8 @@ from PIL import Image
 
 from sinder_cli import ModelRequest, api
 from sinder_cli.events import silent
-from sinder_cli.exporting.run import ExportResult
-from sinder_cli.exporting.targets import Check, ExportSettings, Plan
+from sinder_cli.exporting.drafts import ExportResult
+from sinder_cli.exporting.targets import ExportCheck, ExportSettings, Plan
 from sinder_cli.exporting.torchhub import TARGET
 from sinder_cli.repairing.weight_changes import write_diff
 from sinder_cli.report.cards import render_export_card
@@ -90,7 +90,7 @@ def test_a_licence_is_carried_over(tmp_path: Path) -> None:
 
     for licence in ("apache-2.0", None):
         plan = Plan(replace(backbone, license=licence), ExportSettings("torchhub"), silent)
-        card = render_export_card(plan, TARGET, Check("looked at", True, 2.5e-7, 1e-5), tmp_path.name)
+        card = render_export_card(plan, TARGET, ExportCheck("looked at", True, 2.5e-7, 1e-5), tmp_path.name)
         assert header(card).get("license") == licence
         assert "largest relative difference 2.5e-07, tolerance 1e-05" in card
 
@@ -140,7 +140,7 @@ def test_only_a_model_of_a_hub_is_a_base_model(name: str, base: str | None, tmp_
 
     backbone = replace(api.open_model(ModelRequest("demo_vit")), name=name)
     card = render_export_card(
-        Plan(backbone, ExportSettings("transformers"), silent), TARGET, Check("x", True), tmp_path.name
+        Plan(backbone, ExportSettings("transformers"), silent), TARGET, ExportCheck("x", True), tmp_path.name
     )
     assert header(card).get("base_model") == base
     assert "/home/me" not in card

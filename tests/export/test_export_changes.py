@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sinder_cli import ModelRequest, api
 from sinder_cli.cli.export import complete_target, target_name
 from sinder_cli.errors import BadInputError, ConflictError, UsageError
-from sinder_cli.exporting.run import ExportResult
+from sinder_cli.exporting.drafts import ExportResult
 from sinder_cli.exporting.targets import target_of
 from sinder_cli.repairing.weight_changes import DIFF_FORMAT, Diff, read_change
 

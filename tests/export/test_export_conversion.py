@@ -17,8 +17,8 @@ from sinder_cli import BadInputError, MemoryTensors, ModelRequest, WeightRef, We
 from sinder_cli.backbone.contract import NormMap
 from sinder_cli.exporting import dinov2, timm, transformers
 from sinder_cli.exporting.conversion import ConvertedTensors, Recipe, part, reshaped
+from sinder_cli.exporting.drafts import ExportResult
 from sinder_cli.exporting.layouts import architecture_of
-from sinder_cli.exporting.run import ExportResult
 from sinder_cli.exporting.targets import TargetName
 from sinder_cli.files import json_text
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from sinder_cli.backbone.sources import infos_of
 from sinder_cli.errors import BadInputError, UsageError
 from sinder_cli.exporting import native
+from sinder_cli.exporting.drafts import ExportResult
 from sinder_cli.exporting.native import write_torch_file
-from sinder_cli.exporting.run import ExportResult
 
 Export = Callable[..., ExportResult]
 CUSTOM = "dinov2_custom"

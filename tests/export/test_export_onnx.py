@@ -15,7 +15,7 @@ from sinder_cli.backbone.opening import load_module
 from sinder_cli.errors import BadInputError, UnavailableError, UsageError
 from sinder_cli.exporting import onnx as target
 from sinder_cli.exporting import verifying
-from sinder_cli.exporting.run import ExportResult
+from sinder_cli.exporting.drafts import ExportResult
 from sinder_cli.exporting.verifying import by_kind, normalized_tokens
 
 Export = Callable[..., ExportResult]

@@ -18,7 +18,7 @@ from sinder_cli import Backbone, ModelRequest, api
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.errors import BadInputError
 from sinder_cli.exporting import torchhub, verifying
-from sinder_cli.exporting.run import ExportResult
+from sinder_cli.exporting.drafts import ExportResult
 from sinder_cli.exporting.torchhub import foreign_imports, hub_name
 from sinder_cli.exporting.verifying import normalized_tokens
 from sinder_cli.folders import MANIFEST

@@ -57,7 +57,7 @@ class Compared(NamedTuple):
     note: str = ""  # explanation, if the name needs one
 
 
-class BlockRow(NamedTuple):
+class BlockComparison(NamedTuple):
     """One block: its outlying tokens on the guard's images, and what the first look at the original found in it."""
 
     block: int
@@ -296,12 +296,12 @@ def comparison(result: Recorded) -> list[Compared]:
     return [*rows, Compared("cls to the original, cosine (no goal)", "1", _cosine(to_original), note)]
 
 
-def block_rows(result: Recorded) -> list[BlockRow]:
+def block_rows(result: Recorded) -> list[BlockComparison]:
     """Return one row per block: outlying tokens and norms on the guard, before and after, and what weights predict."""
     summary, settings = result.summary, result.config["settings"]
     sides = (summary["defects"][side]["blocks"] for side in ("before", "after"))
     return [
-        BlockRow(
+        BlockComparison(
             block=before["block"],
             before=before["tokens"],
             after=after["tokens"],

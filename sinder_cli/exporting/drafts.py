@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinder_cli.events import Noted, Warned
-from sinder_cli.exporting.targets import Check, Plan, Target
+from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
 from sinder_cli.files import json_text, public_model, sha256_of
 from sinder_cli.folders import FORMAT, MANIFEST
 
@@ -32,7 +32,7 @@ class ExportResult:
     target: TargetName
     model: str
     files: tuple[Written, ...]
-    check: Check
+    check: ExportCheck
 
     @property
     def bytes(self) -> int:
@@ -40,14 +40,14 @@ class ExportResult:
         return sum(file.bytes for file in self.files)
 
 
-def write_draft(plan: Plan, target: Target, draft: Path) -> Check:
+def write_draft(plan: Plan, target: ExportTarget, draft: Path) -> ExportCheck:
     """Write what a target writes to a path that is not the final one, and check it.
 
     Raises `BadInputError` for a check that fails.
     """
     target.write(plan, draft)
     if not plan.settings.verify:
-        check = Check("not checked: --no-verify", verified=False)
+        check = ExportCheck("not checked: --no-verify", verified=False)
         plan.emit(Noted(check.line))
         return check
     check = target.verify(plan, draft)
@@ -55,7 +55,7 @@ def write_draft(plan: Plan, target: Target, draft: Path) -> Check:
     return check
 
 
-def finished_export(plan: Plan, target: Target, check: Check, draft: Path, out: Path) -> ExportResult:
+def finished_export(plan: Plan, target: ExportTarget, check: ExportCheck, draft: Path, out: Path) -> ExportResult:
     """Return the record of a draft that is complete; a folder gets a list of its files."""
     files = _files(draft)
     if target.kind == "folder":
@@ -70,7 +70,7 @@ def _files(draft: Path) -> tuple[Written, ...]:
     return tuple(Written(path.relative_to(draft).as_posix(), path.stat().st_size, sha256_of(path)) for path in found)
 
 
-def _manifest(plan: Plan, check: Check, files: tuple[Written, ...]) -> dict[str, object]:
+def _manifest(plan: Plan, check: ExportCheck, files: tuple[Written, ...]) -> dict[str, object]:
     """Return the list of files by which a folder is known as an export of sinder."""
     return {
         "format": FORMAT,
