@@ -32,6 +32,7 @@ TO_GATHER = 8  # steps observed at a block before a move there, or one pass if t
 SURE = 4  # the same if the choice is clear: a gain `LEAD` times the next, a share `ALL`, or a value shrunk before
 LEAD = 3.0  # more than chance in the probes makes of two equal singular values
 ALL = 0.95  # of the loss, the same in all images: the share of a singular value that causes the defect alone
+PREFERRED = 10.0  # × its gain counts what has that share: others may undo the defect in these images alone
 FLOOR = 0.1  # of the mean response, added to each: a response that seems to be 0 is not that certain
 NEARLY_SETTLED = 0.5  # of the mean ordinary norm: a small excess; that of tokens of three median norms is far larger
 GONE = 0.999  # of a singular value: shrunk to 0, up to rounding
@@ -199,13 +200,22 @@ def _shares(seen: BlockObservation) -> Tensor:
 
 
 def _best(seen: BlockObservation, targets: Sequence[Target], excess: float) -> tuple[int, float, float]:
-    """Return the place in the row of the largest gain, that gain for a mean excess, and its ratio to the next one."""
+    """Return the place in the row of the singular value to choose, its gain for a mean excess, and its lead.
+
+    It has the largest gain, where the gain of what answers for all of the loss in every image counts more. The lead is
+    the ratio to the next one. What causes the defect does so in any image; what merely prevents it may do so in the
+    images at hand, and fail in others, which the guard cannot tell if it has the same kind of images.
+    """
     left = _left(targets)
-    gains = _shares(seen).clamp_min(0) * max(excess, 0.0) / (_responses(seen).sqrt() * left)
+    shares = _shares(seen)
+    gains = shares.clamp_min(0) * max(excess, 0.0) / (_responses(seen).sqrt() * left)
     gains[left <= 1 - GONE] = 0  # shrunk to 0 already
-    largest = gains.topk(min(2, len(gains)))
+    certain = (shares >= ALL) & (seen.weight > 1.5)  # one image alone proves nothing
+    weighted = torch.where(certain, PREFERRED * gains, gains)
+    largest = weighted.topk(min(2, len(gains)))
     first, second = largest.values[0].item(), largest.values[-1].item()
-    return int(largest.indices[0]), first, first / max(second, 1e-12)
+    at = int(largest.indices[0])
+    return at, gains[at].item(), first / max(second, 1e-12)
 
 
 def _place(targets: Sequence[Target], at: int) -> tuple[Target, int]:
