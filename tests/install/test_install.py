@@ -69,7 +69,7 @@ def test_the_installed_command_finds_the_plugins_by_their_entry_points(installed
 def test_the_installed_command_works_far_from_the_repository(installed: Path, python: Python) -> None:
     document = json.loads(python("-m", "sinder_cli", "predict-defects", "demo_vit", "--stage", "cumulative").stdout)
     assert document["settled_from"] == {"cumulative": 5}
-    templates = "import sinder_cli.report.templates as t; print(t.html_template('analysis/page.html.jinja').name)"
+    templates = "import sinder_cli.report.templates as t; print(t.html_template('analysis.html.jinja').name)"
     assert python("-c", templates).stdout.split() == ["analysis.html.jinja"]
     assert {path.name for path in (installed / "share" / "man").rglob("*.?")} == PAGES | FORMATS
 

@@ -400,7 +400,7 @@ def printed(result: RepairResult, colours: bool = False) -> str:
 
 
 def test_importing_the_pages_is_cheap() -> None:
-    modules = ("repair.page", "repair.pictures", "cards", "analysis.folder", "manual")
+    modules = ("repair.page", "repair.pictures", "cards", "analysis.page", "manual")
     code = f"import sys; {'; '.join(f'import sinder_cli.report.{name}' for name in modules)}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "matplotlib", "PIL", "jinja2"} & set(loaded)
