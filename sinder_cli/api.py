@@ -286,7 +286,7 @@ def finished_repair(request: RepairRequest, out: Place, process: Process = HERE)
     return folder.read_finished()
 
 
-def _start(request: RepairRequest, named: ImageSource | None, emit: Emit, ranks: Ranks = HERE.ranks) -> Start:
+def _start(request: RepairRequest, named: ImageSource | None, emit: Emit, ranks: Ranks = ALONE) -> Start:
     """Return what a repair starts from; on all ranks the same."""
     from sinder_cli.repairing.results import run_config
     from sinder_cli.repairing.run import Start

@@ -7,7 +7,9 @@ already. A share above 1 comes from the steepness of the defect's trigger, does 
 from token to token: it counts as 1/s. The share is averaged over the latest steps and lowered by its standard error, so
 that a chance effect on one image counts little. How far a unit of δ = ε/σ moves ordinary tokens is measured by random
 probes (`step.Probes`). The gain of a singular value is its share, times the mean excess of the loss, over the distance
-by which ordinary tokens would move if the whole remainder were removed. Singular values only shrink, at most to 0.
+by which ordinary tokens would move if the whole remainder were removed. A singular value that is responsible for all of
+the loss in every image goes before others of a somewhat larger gain: these may only blunt a trigger, in the images at
+hand. Singular values only shrink, at most to 0.
 """
 
 from __future__ import annotations

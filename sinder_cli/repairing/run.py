@@ -164,9 +164,9 @@ def ready(prepared: Prepared, folder: RunFolder, resume: bool) -> Repair:
     if found.healthy:
         training: Sequence[int] = ()
     elif settings.visit == "all":
-        flooded_places = {image.place for image in images if image.flooded}
-        training = [index for index in range(len(source)) if index not in held | flooded_places]
-        training = training or [index for index in range(len(source)) if index not in held]
+        offered = [index for index in range(len(source)) if index not in held]
+        unfit = {image.place for image in images if image.flooded}
+        training = [index for index in offered if index not in unfit] or offered
     else:
         chosen_images = to_train_on([image for image in images if image.place not in held])
         training = rarest_first(chosen_images, [image.place for image in chosen_images])

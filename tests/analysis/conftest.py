@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from planted_dinov2 import random_tensors
 from safetensors.torch import save_file
-from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
+from sinder_plugins.dinov2.config import OFFICIAL, Config
 from torch import Tensor
 
 from sinder_cli import Backbone, ModelRequest, api
@@ -44,25 +45,6 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in PHOTOGRAPHS:
         shutil.copy(Path(skimage.__file__).parent / "data" / name, folder / name)
     return folder
-
-
-def random_tensors(config: Config, seed: int = 0) -> dict[str, Tensor]:
-    """Gaussian weights at scales that keep tokens distinct, LayerScale of ones."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for name, shape in tensor_shapes(config).items():
-        drawn = torch.randn(shape, generator=generator)
-        if name.endswith("gamma") or ("norm" in name and name.endswith("weight")):
-            state[name] = torch.ones(shape)
-        elif name.endswith("bias"):
-            state[name] = torch.zeros(shape)
-        elif name.endswith(("proj.weight", "fc2.weight", "w3.weight")) and name.startswith("blocks"):
-            state[name] = drawn * 0.25 / shape[1] ** 0.5
-        elif name == "patch_embed.proj.weight":
-            state[name] = drawn * 4 / drawn[0].numel() ** 0.5
-        else:
-            state[name] = drawn / shape[-1] ** 0.5 if len(shape) == 2 else drawn * 4
-    return state
 
 
 @dataclass(frozen=True)

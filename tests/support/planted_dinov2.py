@@ -34,9 +34,9 @@ def chunked(name: str) -> str:
     return ".".join([parts[0], str(int(parts[1]) // 2), *parts[1:]]) if parts[0] == "blocks" else name
 
 
-def random_tensors(config: Config) -> dict[str, Tensor]:
-    """Gaussian weights, LayerScale of ones, in the official order."""
-    generator = torch.Generator().manual_seed(0)
+def random_tensors(config: Config, seed: int = 0) -> dict[str, Tensor]:
+    """Gaussian weights at scales that keep tokens distinct, LayerScale of ones, in the official order."""
+    generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in tensor_shapes(config).items():
         drawn = torch.randn(shape, generator=generator)
@@ -44,7 +44,7 @@ def random_tensors(config: Config) -> dict[str, Tensor]:
             state[name] = torch.ones(shape)
         elif name.endswith("bias"):
             state[name] = torch.zeros(shape)
-        elif name.endswith(("proj.weight", "fc2.weight")) and name.startswith("blocks"):
+        elif name.endswith(("proj.weight", "fc2.weight", "w3.weight")) and name.startswith("blocks"):
             state[name] = drawn * 0.25 / shape[1] ** 0.5
         elif name == "patch_embed.proj.weight":
             state[name] = drawn * 4 / drawn[0].numel() ** 0.5

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from sinder_plugins.dinov2.config import Config, tensor_shapes
+from export_models import random_tensors
+from sinder_plugins.dinov2.config import Config
 from torch import Tensor
 
 from sinder_cli import Backbone, MemoryTensors, ModelRequest
@@ -21,17 +21,6 @@ TINY = {
     "plain with registers": Config(width=128, depth=3, hidden=512, grid=5, registers=4),
     "gated with registers": Config(width=128, depth=3, hidden=344, mlp="SwiGLU", grid=5, registers=2),
 }
-
-
-def random_tensors(config: Config, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    drawn = {name: torch.randn(shape, generator=generator) for name, shape in tensor_shapes(config).items()}
-    for name, tensor in drawn.items():
-        if "norm" in name and name.endswith("weight"):
-            tensor.mul_(0.2).add_(1)
-        elif name.endswith("weight"):
-            tensor.mul_(tensor[0].numel() ** -0.5)
-    return drawn
 
 
 @pytest.fixture(scope="session")
