@@ -36,7 +36,7 @@ WAITING_BATCHES = 4  # images that wait for others of their shape, in batches: m
 
 @dataclass
 class ImageBatches:
-    """Images of a source, which can be gone through more than once; those that cannot be decoded are told once."""
+    """Images of a source, which can be gone through more than once; those that cannot be decoded are reported once."""
 
     source: ImageSource
     preprocess: Preprocessing
@@ -106,7 +106,7 @@ def _stacked(group: list[tuple[Key, Tensor]]) -> tuple[list[Key], Tensor]:
     return [key for key, _ in group], torch.stack([image for _, image in group])
 
 
-MOST_GAP = 1e12  # σ₁/σ₂ is told no larger: JSON knows no infinity
+MOST_GAP = 1e12  # σ₁/σ₂ is given as no larger: JSON knows no infinity
 
 Keep = Callable[[Sequence[str], Subject, BlockTokens], None]  # names of a batch, and its tokens after the last block
 

@@ -318,7 +318,7 @@ def weights_in(folder: Path) -> Path:
     """Return the weights file or the index in a folder. Raises `NoInputError` if there is neither."""
     found = next((folder / name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
     if found is None:
-        why, remedy = _told(folder)
+        why, remedy = _why_refused(folder)
         raise NoInputError(f"cannot read weights {folder}", why, remedy)
     return found
 
@@ -328,7 +328,7 @@ def _distributed(folder: Path) -> tuple[str, str]:
     return "it is a distributed checkpoint of torch", f"turn its folder into one file: {turn}"
 
 
-def _told(folder: Path) -> tuple[str, str]:
+def _why_refused(folder: Path) -> tuple[str, str]:
     """Return why a folder has no readable weights, and what to do."""
     if (folder / ".metadata").is_file() or any(folder.glob(f"*{DISTRIBUTED_SUFFIX}")):
         return _distributed(folder)

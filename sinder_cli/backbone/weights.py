@@ -261,6 +261,14 @@ class BlockTensors:
             yield from BlockTensors(self.map.beside, beside).branches
 
 
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors of one shape and dtype hold the same bytes; NaN equals itself."""
+    import torch
+
+    one, other = (each.contiguous().reshape(-1).view(torch.uint8) for each in (first, second))
+    return torch.equal(one, other)
+
+
 def rows_of(tensor: Tensor, ref: WeightRef) -> Tensor:
     """Return the part of a stored tensor that a reference names, as a view."""
     return tensor if ref.rows is None else tensor[ref.rows[0] : ref.rows[1]]

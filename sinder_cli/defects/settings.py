@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -18,7 +18,7 @@ NORM_FACTOR = 3.0  # × the median patch norm of the image: the rule of thumb fo
 
 Mark = Literal["auto", "weights", "norm"]
 Stage = Literal["attention", "mlp", "block", "cumulative"]
-STAGES: tuple[Stage, ...] = ("attention", "mlp", "block", "cumulative")
+STAGES: tuple[Stage, ...] = get_args(Stage)
 SLACK = 0.005  # of a cosine: how much further a state may be from the inpainted original than the original is
 
 

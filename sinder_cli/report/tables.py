@@ -271,9 +271,9 @@ def conformance_table(result: Conformance) -> RenderableType:
     for check in result.checks:
         table.add_row(check.name, Text(check.outcome, OUTCOMES[check.outcome]), check.detail)
     counts = Counter(check.outcome for check in result.checks)
-    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if outcome != "passed")
+    others = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if outcome != "passed")
     verdict = "does not conform" if result.failed else "conforms"
-    words = f"{result.model} {verdict}: {counted(counts['passed'], 'check')} passed" + (f", {told}" if told else "")
+    words = f"{result.model} {verdict}: {counted(counts['passed'], 'check')} passed" + (f", {others}" if others else "")
     return Group(f"{result.model} ({result.weights})", table, f"{words}.")
 
 

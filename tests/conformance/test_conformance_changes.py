@@ -34,7 +34,7 @@ def test_a_step_changes_only_the_trained_weights_of_its_window(subject: Make) ->
     assert torch.equal(after[f"{AT}.qkv.weight"][qk], before[f"{AT}.qkv.weight"][qk])
 
 
-def test_a_module_that_writes_into_itself_is_told(subject: Make) -> None:
+def test_a_module_that_writes_into_itself_is_reported(subject: Make) -> None:
     def counting(module: Vit, index: int, x: Tensor, _: object) -> Tensor:
         module.get_parameter("norm.bias").data[0] += 1
         y: Tensor = module.blocks[index](x)
@@ -44,7 +44,7 @@ def test_a_module_that_writes_into_itself_is_told(subject: Make) -> None:
         changes.repair_keeps_to_the_map(subject(run_block=counting))
 
 
-def test_a_weight_that_the_blocks_do_not_use_is_told(subject: Make) -> None:
+def test_a_weight_that_the_blocks_do_not_use_is_reported(subject: Make) -> None:
     def idle(module: Vit, index: int, x: Tensor, _: object) -> Tensor:
         branch = module.blocks[index].branches[0]  # type: ignore[index, union-attr]
         y: Tensor = x + branch.attention(x) + branch.mlp(x) * 0  # type: ignore[operator]
@@ -98,7 +98,7 @@ def fickle(path: Path) -> Backbone:
         (fickle, "describes the exported file with another layer map"),
     ],
 )
-def test_a_plugin_that_reads_its_own_export_otherwise_is_told(
+def test_a_plugin_that_reads_its_own_export_otherwise_is_reported(
     describe: Callable[[Path], Backbone], told: str, subject: Make
 ) -> None:
     with pytest.raises(NonconformityError, match=told):
@@ -111,7 +111,7 @@ def overlapping(block: BlockMap) -> BlockMap:
     return block.model_copy(update={"attention": block.attention.model_copy(update={"key": key})})
 
 
-def test_roles_that_share_rows_are_told(mapped: Mapped) -> None:
+def test_roles_that_share_rows_are_reported(mapped: Mapped) -> None:
     backbone = vit()
     assert maps.roles_are_apart(backbone) == "32 roles"
     wrong = replace(backbone, layers=mapped(backbone, overlapping))
@@ -120,7 +120,7 @@ def test_roles_that_share_rows_are_told(mapped: Mapped) -> None:
         maps.roles_are_apart(wrong)
 
 
-def test_blocks_that_share_a_tensor_are_told(mapped: Mapped) -> None:
+def test_blocks_that_share_a_tensor_are_reported(mapped: Mapped) -> None:
     backbone = vit()
     wrong = replace(backbone, layers=mapped(backbone, lambda _: backbone.layers.blocks[0]))
     with pytest.raises(NonconformityError, match=r"block 0, .* and block 1, .* both mean"):

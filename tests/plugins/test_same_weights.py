@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 
 import pytest
-import skimage
 import torch
+from photographs import copied_photographs
 from safetensors.torch import load_file
 from sinder_plugins.dinov2.config import OFFICIAL, tensor_shapes
 from torch import Tensor
@@ -37,10 +36,8 @@ def requests(tmp_path_factory: pytest.TempPathFactory) -> Requests:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photographs")
-    for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg"):
-        shutil.copy(Path(skimage.__file__).parent / "data" / name, folder)
-    return folder
+    names = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+    return copied_photographs(tmp_path_factory.mktemp("photographs"), names)
 
 
 def random_tensors() -> dict[str, Tensor]:

@@ -498,7 +498,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert restored(single, tmp_path).progress.steps == 3
 
 
-def test_a_place_where_no_checkpoint_can_be_is_told(single: Any, tmp_path: Path) -> None:
+def test_a_place_where_no_checkpoint_can_be_is_reported(single: Any, tmp_path: Path) -> None:
     run = Run(single, pictures(single), **SETTINGS)
     run.take(1)
     (tmp_path / "checkpoints").write_text("a file")

@@ -180,7 +180,7 @@ def test_images_none_of_which_can_be_decoded_are_bad_input(single: Any) -> None:
     assert caught.value.exit_code == 65
 
 
-def test_memory_that_runs_out_in_a_step_is_told(single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_in_a_step_is_reported(single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
 

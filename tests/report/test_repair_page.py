@@ -167,7 +167,7 @@ def test_it_is_not_healthy_where_the_rule_marks_nothing(
     assert "marks none of the tokens that stand out" in text_of(result)
 
 
-def test_tokens_that_stand_out_unmarked_and_drawn_images_are_told(make_result: MakeResult) -> None:
+def test_tokens_that_stand_out_unmarked_and_drawn_images_are_reported(make_result: MakeResult) -> None:
     result = make_result()
     result.summary["defects"]["after"]["standing"] = 7
     result.summary["drawn_on_the_guard"] = 1
@@ -319,7 +319,7 @@ def test_names_cannot_break_out_of_the_page(make_result: MakeResult) -> None:
     assert any(name in (picture["alt"] or "") for picture in page.all("img"))
 
 
-def test_folders_of_the_images_are_not_told(make_result: MakeResult) -> None:
+def test_folders_of_the_images_are_not_reported(make_result: MakeResult) -> None:
     assert "somewhere" not in render_repair_page(make_result(names=["/somewhere/private/a.png", "somewhere/b.png"]))
 
 

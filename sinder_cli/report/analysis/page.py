@@ -97,7 +97,7 @@ def render_analysis_page(
             for label, side in zip(labels, sides_of(analysis), strict=True)
         ],
         analysis=analysis,
-        images_told=facts.images_told(analysis),
+        images_sentence=facts.images_sentence(analysis),
         measures=facts.key_measures(analysis),
         norm_factor=facts.norm_factor(analysis),
         gains=facts.gain_sentences(analysis),
