@@ -118,6 +118,7 @@ class Backbone:
 
 PROJECT = "sinder"
 ENTRY_POINT_GROUP = "sinder.backbones"
+TASK_GROUP = "sinder.tasks"  # of the tasks of `sinder evaluate`
 SINDER_API = 1
 
 hookspec = pluggy.HookspecMarker(PROJECT)

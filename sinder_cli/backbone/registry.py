@@ -47,10 +47,10 @@ def _is_there(module: str) -> bool:
         return False
 
 
-def installed_plugins() -> dict[str, PluginEntry]:
+def installed_plugins(group: str = contract.ENTRY_POINT_GROUP) -> dict[str, PluginEntry]:
     """Return every plugin by name without importing any; of several with one name, the first has the rest as rivals."""
     found: dict[str, PluginEntry] = {}
-    for entry in sorted(entry_points(group=contract.ENTRY_POINT_GROUP), key=lambda e: e.name):
+    for entry in sorted(entry_points(group=group), key=lambda e: e.name):
         distribution = entry.dist.name if entry.dist else "unknown"
         known = found.get(entry.name)
         if known is None:
@@ -62,11 +62,17 @@ def installed_plugins() -> dict[str, PluginEntry]:
 
 def allowed_plugins(plugins: Mapping[str, PluginEntry]) -> dict[str, PluginEntry]:
     """Return the plugins named in `SINDER_PLUGINS`, or all if it is unset. Raises `UsageError` for an unknown name."""
-    named = [name.strip() for name in os.environ.get(ALLOWED, "").split(",") if name.strip()]
-    if unknown := [name for name in named if name not in plugins]:
+    named = allowed_names()
+    tasks = [entry.name for entry in entry_points(group=contract.TASK_GROUP)]
+    if unknown := [name for name in named if name not in plugins and name not in tasks]:
         why = f"no plugin {unknown[0]!r} is installed"
         raise UsageError(f"{ALLOWED} names an unknown plugin", why, f"there are {', '.join(plugins)}")
     return {name: plugin for name, plugin in plugins.items() if not named or name in named}
+
+
+def allowed_names() -> list[str]:
+    """Return the names in `SINDER_PLUGINS`; none if all plugins may load."""
+    return [name.strip() for name in os.environ.get(ALLOWED, "").split(",") if name.strip()]
 
 
 def owner_of(model: str, plugins: Mapping[str, PluginEntry]) -> PluginEntry | None:
@@ -76,7 +82,7 @@ def owner_of(model: str, plugins: Mapping[str, PluginEntry]) -> PluginEntry | No
     models from `demo`. Among other plugins the longest name owns the model.
     """
     owners = [name for name in plugins if _begins_with(model, name)]
-    built_in = [name for name in owners if _is_built_in(plugins[name])]
+    built_in = [name for name in owners if is_built_in(plugins[name])]
     return plugins[max(built_in or owners, key=len)] if owners else None
 
 
@@ -84,7 +90,8 @@ def _begins_with(model: str, plugin: str) -> bool:
     return re.match(rf"{re.escape(plugin)}($|[_/])", model) is not None
 
 
-def _is_built_in(plugin: PluginEntry) -> bool:
+def is_built_in(plugin: PluginEntry) -> bool:
+    """Return whether a plugin comes with sinder itself."""
     return OWN_DISTRIBUTION in (plugin.distribution, *plugin.rivals)
 
 
@@ -97,7 +104,12 @@ def require_unrivalled(plugin: PluginEntry) -> None:
 
 
 def load_plugin(plugin: PluginEntry) -> Hooks:
-    """Import one plugin and return its hooks.
+    """Import one backbone plugin and return its hooks. Raises the errors of `hooks_of`."""
+    return Hooks(plugin, hooks_of(plugin, contract))
+
+
+def hooks_of(plugin: PluginEntry, specifications: Any) -> Any:
+    """Import one plugin and return what calls its hooks, as the module `specifications` specifies them.
 
     Raises `UnavailableError`, which names the distribution, and `ConflictError` if another plugin has the same name.
     """
@@ -112,13 +124,13 @@ def load_plugin(plugin: PluginEntry) -> Hooks:
         why = f"it is written for SINDER_API {api}, this is {contract.SINDER_API}"
         raise UnavailableError(where, why, f"install a version of {plugin.distribution} for this sinder")
     manager = pluggy.PluginManager(contract.PROJECT)
-    manager.add_hookspecs(contract)
+    manager.add_hookspecs(specifications)
     try:
         manager.register(module, plugin.name)
         manager.check_pending()
     except pluggy.PluginValidationError as error:
         raise UnavailableError(where, str(error)) from error
-    return Hooks(plugin, manager.hook)
+    return manager.hook
 
 
 def hooks_for(model: str) -> Hooks:
@@ -196,7 +208,7 @@ def _hint(model: str, listings: list[Listing]) -> str:
 def _near_listings(model: str, plugins: Mapping[str, PluginEntry]) -> list[Listing]:
     """Return the listings of built-in plugins, and of those named like the start of the model's name, if they load."""
     near = difflib.get_close_matches(re.split("[_/]", model.lower())[0], list(plugins), cutoff=0.5)
-    asked = [plugin for name, plugin in plugins.items() if name in near or _is_built_in(plugin)]
+    asked = [plugin for name, plugin in plugins.items() if name in near or is_built_in(plugin)]
     return [row.listing for plugin in asked for row in _rows_of(plugin) if row.listing]
 
 
@@ -210,7 +222,7 @@ def installed_backbones() -> Iterator[InstalledBackbone]:
         require_unrivalled(plugin)
     for plugin in plugins.values():
         owner = owner_of(plugin.name, plugins)
-        if owner is not None and owner != plugin and _is_built_in(owner):
+        if owner is not None and owner != plugin and is_built_in(owner):
             why = f"names that begin with {owner.name!r} belong to {owner}"
             yield InstalledBackbone(plugin, None, f"cannot use {plugin}: {why}; rename it")
             continue

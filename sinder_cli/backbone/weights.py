@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from sinder_cli.backbone.contract import BlockMap, WeightRef, references
+from sinder_cli.backbone.contract import BlockMap, NormMap, WeightRef, references
 from sinder_cli.backbone.sources import TensorInfo, TensorSource
 from sinder_cli.errors import BadInputError
 
@@ -252,6 +252,21 @@ class BlockTensors:
     def __getitem__(self, role: str) -> Tensor:
         return self.by_role[role]
 
+    def linear(self, x: Tensor, role: str) -> Tensor:
+        """Apply a linear layer, and its bias if there is one: `[…, in]` → `[…, out]`."""
+        y = x @ self[role].T
+        bias = self.get(f"{role}_bias")
+        return y if bias is None else y + bias
+
+    def normed(self, x: Tensor, norm: NormMap, role: str) -> Tensor:
+        """Apply a normalization whose weight and bias have roles below `role`."""
+        if norm.kind == "layernorm":
+            x = x - x.mean(dim=-1, keepdim=True)
+        y = x * (x.square().mean(dim=-1, keepdim=True) + norm.eps).rsqrt()
+        weight, bias = self.get(f"{role}.weight"), self.get(f"{role}.bias")
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
+
     @property
     def branches(self) -> Iterator[BlockTensors]:
         """The sub-layers of this block, and those beside them."""
@@ -278,15 +293,21 @@ _MIXING_ROLES = re.compile(r"(beside\.)*attention\.(query|key)")  # the lineariz
 
 
 def read_block(
-    weights: Weights, block: BlockMap, dtype: torch.dtype | None = None, device: str = "cpu"
+    weights: Weights,
+    block: BlockMap,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    roles: Callable[[str], bool] = lambda role: not _MIXING_ROLES.match(role),
 ) -> BlockTensors:
-    """Read the mapped tensors of one block, except queries and keys, as float32 unless `dtype` says otherwise.
+    """Read the mapped tensors of one block, as float32 unless `dtype` says otherwise.
+
+    `roles` chooses among the mapped roles; by default all but queries and keys are read.
 
     They are copied at once: a thread that reads ahead then waits for the disk, so that the computation need not.
     """
     import torch
 
-    roles = {role: ref for role, ref in references(block) if not _MIXING_ROLES.match(role)}
-    stored = weights.read({ref.name for ref in roles.values()})
+    chosen = {role: ref for role, ref in references(block) if roles(role)}
+    stored = weights.read({ref.name for ref in chosen.values()})
     wide = {name: tensor.to(device, dtype or torch.float32, copy=True) for name, tensor in stored.items()}
-    return BlockTensors(block, {role: rows_of(wide[ref.name], ref) for role, ref in roles.items()})
+    return BlockTensors(block, {role: rows_of(wide[ref.name], ref) for role, ref in chosen.items()})

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from sinder_cli.backbone.contract import BlockMap, GatedMlpMap, NormMap, WeightRef
+from sinder_cli.backbone.contract import BlockMap, GatedMlpMap, WeightRef
 from sinder_cli.backbone.weights import BlockTensors, read_block
 from sinder_cli.conformance.subject import GRID, Candidate, NonconformityError, altered, gaussian, relative_error
 from sinder_cli.defects.gaussian import ACTIVATIONS
@@ -40,38 +40,23 @@ def sublayer(block: BlockTensors, part: Part, x: Tensor) -> Tensor:
         hidden = _values(branch, x) if part == "attention" else _hidden(branch, x)
         inner = branch.map.attention.inner_norm if part == "attention" else branch.map.mlp.inner_norm
         if inner is not None:
-            hidden = _normed(hidden, inner, branch, f"{part}.inner_norm")
-        y = _linear(hidden, branch, "attention.output" if part == "attention" else "mlp.down")
+            hidden = branch.normed(hidden, inner, f"{part}.inner_norm")
+        y = branch.linear(hidden, "attention.output" if part == "attention" else "mlp.down")
         scale = branch.get(f"{part}.scale")
         total = total + (y if scale is None else y * scale)
     return total
 
 
 def _values(block: BlockTensors, x: Tensor) -> Tensor:
-    return _linear(_normed(x, block.map.attention.norm, block, "attention.norm"), block, "attention.value")
+    return block.linear(block.normed(x, block.map.attention.norm, "attention.norm"), "attention.value")
 
 
 def _hidden(block: BlockTensors, x: Tensor) -> Tensor:
     phi = block.map.mlp.activation
     function = ACTIVATIONS[phi] if isinstance(phi, str) else phi
-    read = _normed(x, block.map.mlp.norm, block, "mlp.norm")
-    up = _linear(read, block, "mlp.up")
-    return function(_linear(read, block, "mlp.gate")) * up if isinstance(block.map.mlp, GatedMlpMap) else function(up)
-
-
-def _linear(x: Tensor, block: BlockTensors, role: str) -> Tensor:
-    y = x @ block[role].T
-    bias = block.get(f"{role}_bias")
-    return y if bias is None else y + bias
-
-
-def _normed(x: Tensor, norm: NormMap, block: BlockTensors, role: str) -> Tensor:
-    if norm.kind == "layernorm":
-        x = x - x.mean(dim=-1, keepdim=True)
-    y = x * (x.square().mean(dim=-1, keepdim=True) + norm.eps).rsqrt()
-    weight, bias = block.get(f"{role}.weight"), block.get(f"{role}.bias")
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
+    read = block.normed(x, block.map.mlp.norm, "mlp.norm")
+    up = block.linear(read, "mlp.up")
+    return function(block.linear(read, "mlp.gate")) * up if isinstance(block.map.mlp, GatedMlpMap) else function(up)
 
 
 PARTS: tuple[Part, ...] = ("attention", "mlp")

@@ -25,28 +25,11 @@ SLACK = 0.005  # of a cosine: how much further a state may be from the inpainted
 MOST = 10**9  # upper limit of every count, which PyTorch and the operating system accept
 
 
-class DetectionSettings(BaseModel):
-    """Settings of passes over images, and when a token counts as defective (SINDER, sections 4, 5; the norms: ours)."""
+class PassSettings(BaseModel):
+    """Settings of passes over images: what is run, where, and in which precision."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    mark: Mark = Field(
-        "auto",
-        description="weights: tokens along the predicted direction; norm: by norm alone; auto: either, if certain.",
-    )
-    norm_factor: float = Field(
-        NORM_FACTOR,
-        ge=0,
-        description="Multiple of the median norm above which a token is outlying; 0: the paper's rule, by angle alone.",
-    )
-    mask_threshold: float = Field(
-        4.0, gt=0, description="Standard deviations of equation (5) beyond which a token is marked."
-    )
-    min_tokens: int = Field(3, ge=1, le=MOST, description="Marked tokens that make a block defective.")
-    min_gap: float = Field(
-        MIN_GAP, ge=0, description="σ₁/σ₂ that a direction needs to be trusted; 0: the paper's rule."
-    )
-    kernel: Literal[3, 5] = Field(3, description="Side of the neighbourhood, in patches; half of it is the border.")
     image_size: int | None = Field(
         None, ge=1, le=MOST, description="Side of the images in pixels; default: the model's."
     )
@@ -72,7 +55,29 @@ class DetectionSettings(BaseModel):
         return value
 
 
-Settings = TypeVar("Settings", bound=DetectionSettings)
+class DetectionSettings(PassSettings):
+    """Settings of passes over images, and when a token counts as defective (SINDER, sections 4, 5; the norms: ours)."""
+
+    mark: Mark = Field(
+        "auto",
+        description="weights: tokens along the predicted direction; norm: by norm alone; auto: either, if certain.",
+    )
+    norm_factor: float = Field(
+        NORM_FACTOR,
+        ge=0,
+        description="Multiple of the median norm above which a token is outlying; 0: the paper's rule, by angle alone.",
+    )
+    mask_threshold: float = Field(
+        4.0, gt=0, description="Standard deviations of equation (5) beyond which a token is marked."
+    )
+    min_tokens: int = Field(3, ge=1, le=MOST, description="Marked tokens that make a block defective.")
+    min_gap: float = Field(
+        MIN_GAP, ge=0, description="σ₁/σ₂ that a direction needs to be trusted; 0: the paper's rule."
+    )
+    kernel: Literal[3, 5] = Field(3, description="Side of the neighbourhood, in patches; half of it is the border.")
+
+
+Settings = TypeVar("Settings", bound=PassSettings)
 
 
 def read_settings(kind: type[Settings], given: dict[str, object], file: Path | None = None) -> Settings:

@@ -1,0 +1,108 @@
+"""The document of an evaluation: what `evaluation.json` holds, and what table and page are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sinder_cli.evaluation.contract import SideName
+from sinder_cli.evaluation.statistics import Standing
+
+SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    """A frozen record that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DifferenceRecord(Record):
+    """A paired difference between two sides, in the unit of the figure."""
+
+    value: float
+    low: float = Field(description="2.5th percentile over resamples of the images.")
+    high: float = Field(description="97.5th percentile.")
+    standing: Standing
+
+
+class ValueRecord(Record):
+    """One figure of one side."""
+
+    side: SideName
+    value: float | None = Field(description="None where there is nothing to measure.")
+    to_original: DifferenceRecord | None = None
+    to_smoothed: DifferenceRecord | None = None
+
+
+class FigureRecord(Record):
+    """One figure of all sides."""
+
+    name: str
+    unit: Literal["%", ""]
+    better: Literal["higher", "lower", "neither"]
+    noise: float = Field(description="Difference that published repetitions of the protocol have, in the unit.")
+    values: tuple[ValueRecord, ...]
+
+    def of(self, side: SideName) -> ValueRecord | None:
+        """Return the value of a side, or None if the figure has none of it."""
+        return next((value for value in self.values if value.side == side), None)
+
+
+class TaskRecord(Record):
+    """One task: how it was run, on what, and what it found."""
+
+    task: str
+    protocol: str
+    data: str = Field(description="How the data were read and split.")
+    images: int = Field(description="Images that were scored.")
+    trained_on: int
+    classes: tuple[str, ...] = ()
+    settings: dict[str, Any]
+    figures: tuple[FigureRecord, ...]
+    notes: dict[SideName, tuple[str, ...]]
+    sentences: tuple[str, ...] = Field(description="What the figures say, in words.")
+    skipped: dict[str, str] = Field(description="Images that could not be read, with the reason.")
+    seconds: float
+
+
+class SideRecord(Record):
+    """One side: the model that it stands for, and how its features are made."""
+
+    side: SideName
+    label: str
+    made: str
+    model: str
+    weights: str
+    fingerprint: str
+
+
+class Evaluation(Record):
+    """The whole document."""
+
+    schema_version: Literal[1] = Field(SCHEMA_VERSION, description="Version of this schema.")
+    sinder: str
+    sides: tuple[SideRecord, ...]
+    tasks: tuple[TaskRecord, ...]
+    settings: dict[str, Any]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of the table of all values, as `evaluation.csv` has them."""
+        for task in self.tasks:
+            for figure in task.figures:
+                for value in figure.values:
+                    to_original = value.to_original
+                    yield {
+                        "task": task.task,
+                        "figure": figure.name,
+                        "unit": figure.unit,
+                        "better": figure.better,
+                        "side": value.side,
+                        "value": value.value,
+                        "difference": to_original and to_original.value,
+                        "low": to_original and to_original.low,
+                        "high": to_original and to_original.high,
+                        "standing": to_original and to_original.standing,
+                    }

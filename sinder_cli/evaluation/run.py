@@ -1,0 +1,410 @@
+"""One evaluation: sides, tasks and their data in; the compared figures, and what pictures are drawn from, out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sinder_cli import __version__
+from sinder_cli.backbone.contract import Backbone
+from sinder_cli.backbone.opening import load_module
+from sinder_cli.defects.inpainting import inpainted
+from sinder_cli.distributed import Ranks, require_alike
+from sinder_cli.errors import BadInputError, ConflictError, SinderError, UnavailableError
+from sinder_cli.escaping import printable
+from sinder_cli.evaluation.contract import (
+    OF_PATCHES,
+    Dataset,
+    Features,
+    Places,
+    Scores,
+    Scoring,
+    SideFeatures,
+    SideName,
+    Task,
+    View,
+)
+from sinder_cli.evaluation.features import Extraction, Store, StoredFeatures
+from sinder_cli.evaluation.records import (
+    DifferenceRecord,
+    Evaluation,
+    FigureRecord,
+    SideRecord,
+    TaskRecord,
+    ValueRecord,
+)
+from sinder_cli.evaluation.sentences import sentences_of
+from sinder_cli.evaluation.settings import EvaluateSettings
+from sinder_cli.evaluation.statistics import compared, resamples
+from sinder_cli.evaluation.views import DERIVED, Observer, ViewPreprocessing
+from sinder_cli.events import Emit, Finished, Noted, Started, Warned
+from sinder_cli.images.loading import sampled
+from sinder_cli.images.processes import worker_count
+from sinder_cli.images.sources import SomeImages, files_of, whole_of
+from sinder_cli.memory import is_out_of_memory, out_of_memory_reported
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sinder_cli.images.sources import ImageSource
+
+PASSES: tuple[SideName, ...] = ("original", "repaired", "inpainted")  # sides that run the backbone
+PLACEBOS: tuple[SideName, ...] = ("inpainted", "smoothed", "blurred")
+MADE: dict[SideName, str] = {
+    "original": "as it is",
+    "repaired": "as it is",
+    "inpainted": "placebo: outlying tokens replaced, where they appear, by their unmarked neighbours' average",
+    "smoothed": "placebo: the original's marked tokens replaced, at the end, by their unmarked neighbours' average",
+    "blurred": "placebo: every patch token of the original replaced, at the end, by the average of 3 × 3",
+}
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """A task with its settings and where its data lie."""
+
+    task: Task
+    settings: Any
+    places: Places
+
+
+@dataclass(frozen=True)
+class EvaluationInput:
+    """The models and tasks of an evaluation; `features` is a folder that exists."""
+
+    original: Backbone
+    repaired: Backbone | None
+    label: str  # of the second model: repaired, or its name
+    tasks: Sequence[TaskRun]
+    features: Path
+    device: str
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One task with what its pictures are drawn from."""
+
+    task: Task
+    dataset: Dataset
+    indices: Sequence[int]  # of the dataset's test images that were scored
+    scores: Mapping[SideName, Scores]
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """The document, and what its pictures are drawn from; the features must still be there."""
+
+    evaluation: Evaluation
+    scored: tuple[Scored, ...]
+    folder: Path | None = None  # that it was written into
+
+
+def run_evaluation(
+    given: EvaluationInput, settings: EvaluateSettings, emit: Emit, ranks: Ranks
+) -> EvaluationResult | None:
+    """Run all tasks; each of several ranks extracts its share of the features, and rank 0 alone gets the result.
+
+    Raises `ConflictError` for two models whose tokens do not compare, and the errors of tasks for malformed data.
+    """
+    if given.repaired is not None:
+        _require_comparable(given.original, given.repaired)
+    read = [_Task.read(run, given.original, settings) for run in given.tasks]  # all of them, before anything is run
+    for each in read:
+        require_alike({f"data of {each.task.name}": each.dataset.test.fingerprint()}, ranks)
+    for each in read:
+        _extract_all(each, given, settings, emit, ranks)
+    if not ranks.writes:
+        return None
+    finished = [_scored(each, given, settings, emit) for each in read]
+    evaluation = Evaluation(
+        sinder=__version__,
+        sides=_side_records(given, settings),
+        tasks=tuple(record for record, _ in finished),
+        settings=settings.model_dump(exclude={"workers"}) | {"device": given.device},
+    )
+    return EvaluationResult(evaluation, tuple(scored for _, scored in finished))
+
+
+def _require_comparable(first: Backbone, second: Backbone) -> None:
+    for name in ("patch_size", "width", "has_cls"):
+        one, other = getattr(first, name), getattr(second, name)
+        if one != other:
+            why = f"{name.replace('_', ' ')} is {one} and {other}"
+            raise ConflictError(f"cannot compare {first.name} and {second.name}", why, "name models of one shape")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A task with its data and views."""
+
+    task: Task
+    settings: Any
+    dataset: Dataset
+    views: Mapping[str, View]
+
+    @classmethod
+    def read(cls, run: TaskRun, backbone: Backbone, settings: EvaluateSettings) -> _Task:
+        with _blamed(run.task):
+            views = run.task.views(backbone, settings.image_size, run.settings)
+            dataset = run.task.read(run.places, run.settings)
+        for name, source, truth in (("test", dataset.test, dataset.truth), ("train", dataset.train, dataset.train_truth)):
+            if source is not None and len(source) != len(truth):
+                why = f"{len(source)} {name} images have {len(truth)} truths"
+                raise UnavailableError(f"task {run.task.name!r} failed", why, "tell its author")
+        for view in views.values():
+            ViewPreprocessing.of(view, backbone)  # sizes that do not fit, before anything is run
+        return cls(run.task, run.settings, _limited(dataset, settings), views)
+
+    @property
+    def patches_matter(self) -> bool:
+        return any(OF_PATCHES & set(view.parts) for view in self.views.values())
+
+    def splits(self) -> Iterator[tuple[str, ImageSource]]:
+        yield "test", self.dataset.test
+        if self.dataset.train is not None:
+            yield "train", self.dataset.train
+
+
+def _limited(dataset: Dataset, settings: EvaluateSettings) -> Dataset:
+    """Return at most `settings.limit` images of each split."""
+    if settings.limit is None:
+        return dataset
+    test = sampled(len(dataset.test), settings.limit, settings.seed)
+    dataset = replace(dataset, test=SomeImages(dataset.test, test), truth=[dataset.truth[at] for at in test])
+    if dataset.train is None:
+        return dataset
+    train = sampled(len(dataset.train), settings.limit, settings.seed)
+    truth = [dataset.train_truth[at] for at in train]
+    return replace(dataset, train=SomeImages(dataset.train, train), train_truth=truth)
+
+
+def sides_of(given: EvaluationInput, settings: EvaluateSettings, patches_matter: bool = True) -> tuple[SideName, ...]:
+    """Return the sides in their order; the two that only change patches at the end are left out where none matter."""
+    second: tuple[SideName, ...] = ("repaired",) if given.repaired is not None else ()
+    placebos = [side for side in PLACEBOS if patches_matter or side not in DERIVED] if settings.placebos else []
+    return ("original", *second, *placebos)
+
+
+def _passes(given: EvaluationInput, settings: EvaluateSettings) -> Iterator[tuple[SideName, Backbone]]:
+    """Yield the sides that run a backbone."""
+    yield "original", given.original
+    if given.repaired is not None:
+        yield "repaired", given.repaired
+    if settings.placebos:
+        yield "inpainted", inpainted(given.original, settings.norm_factor)
+
+
+def _stores(
+    each: _Task, side: SideName, backbone: Backbone, given: EvaluationInput, settings: EvaluateSettings
+) -> dict[tuple[str, str], Extraction]:
+    """Return the features that a task needs of a side that runs a backbone, by split and view."""
+    found = {}
+    for split, source in each.splits():
+        for name, view in each.views.items():
+            about = _about(side, backbone, view, source, given, settings)
+            store = Store.of(given.features, about, len(source), view.parts)
+            found[split, name] = Extraction(store, about, source, ViewPreprocessing.of(view, backbone))
+    return found
+
+
+def _about(
+    side: SideName,
+    backbone: Backbone,
+    view: View,
+    source: ImageSource,
+    given: EvaluationInput,
+    settings: EvaluateSettings,
+) -> dict[str, Any]:
+    """Return all that features depend on. A repaired model has the same features under whatever name it is given."""
+    return {
+        "side": side,
+        "pass": "inpainted" if side == "inpainted" else "plain",
+        "model": backbone.name,
+        "fingerprint": backbone.weights.fingerprint(),
+        "norm_factor": settings.norm_factor,
+        "view": asdict(view),
+        "images": source.fingerprint(),
+        "states": _states(source),
+        "dtype": settings.dtype,
+        "tf32": settings.tf32,
+        "device": given.device.split(":")[0],
+    }
+
+
+def _states(source: ImageSource) -> list[tuple[int, int]] | None:
+    """Return size and time of every file, so that changed images have other features; None for images in memory."""
+    files = files_of(whole_of(source))
+    return None if files is None else list(files.states)
+
+
+def _extract_all(
+    each: _Task, given: EvaluationInput, settings: EvaluateSettings, emit: Emit, ranks: Ranks
+) -> None:
+    """Extract all features of a task that are not on disk yet; one module at a time is in memory."""
+    workers = worker_count(settings.workers, ranks.local_size)
+    module: tuple[Backbone, nn.Module] | None = None
+    for side, backbone in _passes(given, settings):
+        for extraction in _stores(each, side, backbone, given, settings).values():
+            if not ranks.from_rank0(extraction.store.missing):
+                continue
+            of = given.repaired if side == "repaired" and given.repaired is not None else given.original
+            if module is None or module[0] is not of:
+                module = None
+                module = (of, load_module(of, given.device))
+            view = extraction.preprocess.view
+            observer = Observer.of(
+                backbone, module[1], view, settings.norm_factor, settings.dtype, settings.tf32, given.device
+            )
+            sizes = f"at {view.size} pixels and batch size {settings.batch_size}"
+            with out_of_memory_reported(sizes, "lower --image-size or --batch-size"):
+                extraction.run(observer, settings.batch_size, workers, given.device, emit, ranks)
+
+
+def _scored(
+    each: _Task, given: EvaluationInput, settings: EvaluateSettings, emit: Emit
+) -> tuple[TaskRecord, Scored]:
+    """Score every side of a task and compare them."""
+    began = time.monotonic()
+    task = each.task
+    stores = {side: _stores(each, side, backbone, given, settings) for side, backbone in _passes(given, settings)}
+    usable, skipped = _usable(each, stores, emit)
+    dataset = _some(each.dataset, usable)
+    features = {
+        side: _features_of(side, stores, each, usable) for side in sides_of(given, settings, each.patches_matter)
+    }
+    scores = {}
+    for side, own in features.items():
+        label = f"{task.name}: {side}"
+        emit(Started(label))
+        scoring = Scoring(
+            own, dataset, each.settings, features["original"], features.get("inpainted"), settings.seed, given.device, emit
+        )
+        with _blamed(task):
+            scores[side] = task.score(scoring)
+        emit(Finished(label))
+    figures = _figures(scores, len(usable["test"]), settings)
+    notes = {side: found.notes for side, found in scores.items()}
+    record = TaskRecord(
+        task=task.name,
+        protocol=task.protocol,
+        data=dataset.note,
+        images=len(usable["test"]),
+        trained_on=len(usable.get("train", ())),
+        classes=dataset.classes,
+        settings=each.settings.model_dump(mode="json"),
+        figures=figures,
+        notes=notes,
+        sentences=sentences_of(figures, given.label),
+        skipped=skipped,
+        seconds=time.monotonic() - began,
+    )
+    return record, Scored(task, dataset, usable["test"], scores)
+
+
+def _usable(
+    each: _Task, stores: Mapping[SideName, Mapping[tuple[str, str], Extraction]], emit: Emit
+) -> tuple[dict[str, list[int]], dict[str, str]]:
+    """Return the images of each split that could be read, and the others by name; a warning names each of these.
+
+    Raises `BadInputError` if none of a split could be read.
+    """
+    usable: dict[str, list[int]] = {}
+    skipped: dict[str, str] = {}
+    for split, source in each.splits():
+        problems: dict[int, str] = {}
+        for name in each.views:
+            problems |= stores["original"][split, name].store.problems()
+        for index, why in sorted(problems.items()):
+            name = printable(source.name(index))
+            emit(Warned(f"skipped {name}: {why}"))
+            skipped[name] = why
+        usable[split] = [index for index in range(len(source)) if index not in problems]
+        if not usable[split]:
+            raise BadInputError("no image could be decoded", f"all {len(problems)} failed", "check --data")
+    return usable, skipped
+
+
+def _some(dataset: Dataset, usable: Mapping[str, Sequence[int]]) -> Dataset:
+    """Return the dataset without the images that could not be read."""
+    test = usable["test"]
+    dataset = replace(dataset, test=SomeImages(dataset.test, test), truth=[dataset.truth[at] for at in test])
+    if dataset.train is None:
+        return dataset
+    train = usable["train"]
+    truth = [dataset.train_truth[at] for at in train]
+    return replace(dataset, train=SomeImages(dataset.train, train), train_truth=truth)
+
+
+def _features_of(
+    side: SideName,
+    stores: Mapping[SideName, Mapping[tuple[str, str], Extraction]],
+    each: _Task,
+    usable: Mapping[str, Sequence[int]],
+) -> SideFeatures:
+    """Return a side's features; a placebo that changes patches at the end reads the original's."""
+    of = stores["original" if side in DERIVED else side]
+    by_split: dict[str, dict[str, Features]] = {
+        split: {name: StoredFeatures(of[split, name].store, side, usable[split]) for name in each.views}
+        for split, _ in each.splits()
+    }
+    return SideFeatures(by_split["test"], by_split.get("train", {}))
+
+
+def _figures(
+    scores: Mapping[SideName, Scores], images: int, settings: EvaluateSettings
+) -> tuple[FigureRecord, ...]:
+    """Return every figure with all sides compared."""
+    counts = resamples(images, settings.resamples, settings.seed)
+    records = []
+    for name in dict.fromkeys(figure.name for found in scores.values() for figure in found.figures):
+        of_sides = {side: figure for side, found in scores.items() for figure in found.figures if figure.name == name}
+        first = next(iter(of_sides.values()))
+        values = tuple(
+            ValueRecord(
+                side=side,
+                value=measured.value,
+                to_original=measured.to_original and DifferenceRecord(**asdict(measured.to_original)),
+                to_smoothed=measured.to_smoothed and DifferenceRecord(**asdict(measured.to_smoothed)),
+            )
+            for side, measured in compared(of_sides, counts).items()
+        )
+        records.append(
+            FigureRecord(name=name, unit=first.unit, better=first.better, noise=first.noise, values=values)
+        )
+    return tuple(records)
+
+
+def _side_records(given: EvaluationInput, settings: EvaluateSettings) -> tuple[SideRecord, ...]:
+    records = []
+    for side in sides_of(given, settings):
+        backbone = given.repaired if side == "repaired" and given.repaired is not None else given.original
+        records.append(
+            SideRecord(
+                side=side,
+                label=given.label if side == "repaired" else side,
+                made=MADE[side],
+                model=backbone.name,
+                weights=printable(backbone.weights.source.label),
+                fingerprint=backbone.weights.fingerprint(),
+            )
+        )
+    return tuple(records)
+
+
+class _blamed:  # noqa: N801  (a context manager, used as a function)
+    """Report an exception in a task's own code as that task's failure; our errors and the machine's pass."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, SinderError | OSError) or is_out_of_memory(error):
+            return
+        why = f"{type(error).__name__}: {error}"
+        raise UnavailableError(f"task {self.task.name!r} failed", why, "tell its author") from error
