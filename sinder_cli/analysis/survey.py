@@ -36,7 +36,7 @@ WAITING_BATCHES = 4  # images that wait for others of their shape, in batches: m
 
 @dataclass
 class ImageBatches:
-    """Images of a source, which can be gone through more than once; those that cannot be decoded are reported once."""
+    """The images of a source, to be run more than once; those that cannot be decoded are reported once."""
 
     source: ImageSource
     preprocess: Preprocessing
@@ -133,7 +133,7 @@ class Surveys:
 
 
 def require_comparable(backbones: Sequence[Backbone]) -> None:
-    """Refuse backbones whose tokens cannot be held against each other. Raises `UsageError` naming what differs."""
+    """Refuse backbones whose tokens cannot be compared. Raises `UsageError` naming what differs."""
     first = backbones[0]
     for other in backbones[1:]:
         facts = {
@@ -207,14 +207,16 @@ def _collected(
                 seen.add(block, side)
             if pairs:
                 pairs[block].add(sides)
-            if moments is not None and block == depth - 1:
+            if block < depth - 1:
+                continue
+            if moments is not None:
                 for side in sides:
                     moments.add(side.patches[in_basis(side, settings)])
-        if keep is not None:
-            keep(names, subjects[kept], sides[kept])
-        for subject, collector, seen, side in zip(subjects, inpainted, outliers, sides, strict=True):
-            if collector is not None:
-                collector.add(names, subject, images, seen, side, settings)
+            if keep is not None:
+                keep(names, subjects[kept], sides[kept])
+            for subject, collector, seen, side in zip(subjects, inpainted, outliers, sides, strict=True):
+                if collector is not None:
+                    collector.add(names, subject, images, seen, side, settings)
     return Collected(count, collectors, pairs, moments, inpainted)
 
 

@@ -9,7 +9,7 @@ from sinder_cli.analysis.records import BlockRecord, Marked, Rule, Verdict
 from sinder_cli.defects.settings import NORM_FACTOR
 
 PREDICTED_DEGREES = 30.0  # up to this angle to a determined predicted direction, an observed one counts as predicted
-STRAY_SHARE = 1e-4  # share of all tokens: fewer are strays, however many images are run
+STRAY_SHARE = 1e-4  # share of all tokens: fewer are too few to count, however many images are run
 CLEAR_GAP, CLEAR_TOKENS = 2.0, 30  # σ₁/σ₂ and number of tokens from which there is little doubt
 
 
@@ -157,7 +157,7 @@ def _nothing(blocks: Sequence[BlockRecord], rule: Norms, min_tokens: int) -> str
         return f"healthy: no token is outlying in any block, none has {words}."
     most = _strongest(blocks, rule.rule)
     if _marked(most, rule.rule).tokens >= min_tokens:
-        return f"no defects: tokens that have {rule.words} are strays, at most {_counted(most, rule.rule)}."
+        return f"no defects: tokens that have {rule.words} are too few to count, at most {_counted(most, rule.rule)}."
     return f"no defects: in no block do {min_tokens} tokens or more have {rule.words}."
 
 

@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -45,6 +46,18 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """The size of the tensor."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Return the raw bytes of a tensor, `[bytes]` uint8 on the CPU; a view where that is possible."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def infos_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:

@@ -72,7 +72,7 @@ def command(
         typer.Option(
             "--features",
             metavar="DIR",
-            help="Write a safetensors file an image into a new folder: patches and cls of the last block after the"
+            help="Write one safetensors file per image into a new folder: patches and cls of the last block after the"
             " final norm; with --method inpaint, of the inpainted pass.",
         ),
     ] = None,
@@ -87,8 +87,8 @@ def command(
     """Show token norms, defects, and observed against predicted directions."""
     second = (compare_weights, compare_adapter, compare_heads)
     if any(second) and compare is None:
-        why = "--compare-weights, --compare-adapter and --compare-heads belong to one"
-        raise UsageError("no second model", why, "add --compare")
+        why = "--compare-weights, --compare-adapter and --compare-heads need one"
+        raise UsageError("no second model", why, "name it with --compare")
     if out == "":
         raise UsageError("no folder to write to", "--out is empty", "name one, or - for standard output")
     problem: SinderError | None = None

@@ -22,7 +22,7 @@ import torch
 from sinder_cli.backbone.contract import BlockMap, GatedMlpMap, WeightRef
 from sinder_cli.backbone.weights import BlockTensors, read_block
 from sinder_cli.conformance.subject import GRID, Candidate, NonconformityError, altered, gaussian, relative_error
-from sinder_cli.defects.gaussian import ACTIVATIONS
+from sinder_cli.defects.gaussian import activation
 from sinder_cli.defects.linearize import attention_part, mlp_part
 from sinder_cli.events import Emit, tracked
 
@@ -52,11 +52,33 @@ def _values(block: BlockTensors, x: Tensor) -> Tensor:
 
 
 def _hidden(block: BlockTensors, x: Tensor) -> Tensor:
+<<<<<<< HEAD
     phi = block.map.mlp.activation
     function = ACTIVATIONS[phi] if isinstance(phi, str) else phi
     read = block.normed(x, block.map.mlp.norm, "mlp.norm")
     up = block.linear(read, "mlp.up")
     return function(block.linear(read, "mlp.gate")) * up if isinstance(block.map.mlp, GatedMlpMap) else function(up)
+=======
+    function = activation(block.map.mlp.activation)
+    read = _normed(x, block.map.mlp.norm, block, "mlp.norm")
+    up = _linear(read, block, "mlp.up")
+    return function(_linear(read, block, "mlp.gate")) * up if isinstance(block.map.mlp, GatedMlpMap) else function(up)
+
+
+def _linear(x: Tensor, block: BlockTensors, role: str) -> Tensor:
+    y = x @ block[role].T
+    bias = block.get(f"{role}_bias")
+    return y if bias is None else y + bias
+
+
+def _normed(x: Tensor, norm: NormMap, block: BlockTensors, role: str) -> Tensor:
+    if norm.kind == "layernorm":
+        x = x - x.mean(dim=-1, keepdim=True)
+    y = x * (x.square().mean(dim=-1, keepdim=True) + norm.eps).rsqrt()
+    weight, bias = block.get(f"{role}.weight"), block.get(f"{role}.bias")
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+>>>>>>> main
 
 
 PARTS: tuple[Part, ...] = ("attention", "mlp")
@@ -131,9 +153,9 @@ def _difference(subject: Candidate, index: int, block: BlockMap, part: Part, clo
         errors = (mean - expected).norm(dim=1) / scale
         allowed = ERRORS * noise + _bias(block, part, subject.backbone.width)
         at = int((errors - allowed).argmax())
-        if errors[at] <= allowed[at]:
-            break
-    return _Difference(float(errors[at]), float(allowed[at]))
+        if errors[at] <= allowed[at] or rounds == ROUNDS[-1]:
+            return _Difference(float(errors[at]), float(allowed[at]))
+    raise AssertionError("there are no rounds")
 
 
 def _gradients(subject: Candidate, index: int, part: Part, w: Tensor, rounds: int, seed: int) -> Iterator[Tensor]:

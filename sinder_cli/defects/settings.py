@@ -38,8 +38,10 @@ class PassSettings(BaseModel):
         "float32", description="Precision of the forward passes; deltas and weights stay float32."
     )
     tf32: bool = Field(False, description="Allow TF32 in the float32 products of a pass, on CUDA devices that have it.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of the order or choice of images, and of drawn ones.")
+    device: str = Field("auto", description="Device to run on: auto, cpu, cuda, cuda:N or mps.")
+    seed: int = Field(
+        0, ge=0, le=2**63 - 1, description="Random seed for the order and choice of images, and for generated images."
+    )
     workers: int | None = Field(
         None,
         ge=0,
@@ -60,7 +62,8 @@ class DetectionSettings(PassSettings):
 
     mark: Mark = Field(
         "auto",
-        description="weights: tokens along the predicted direction; norm: by norm alone; auto: either, if certain.",
+        description="norm: every token of outlying norm; weights: those of them that the weights predict; auto: those"
+        " that the weights predict, whose norm is very high, or which are outlying in the next block too.",
     )
     norm_factor: float = Field(
         NORM_FACTOR,
@@ -74,7 +77,11 @@ class DetectionSettings(PassSettings):
     min_gap: float = Field(
         MIN_GAP, ge=0, description="σ₁/σ₂ that a direction needs to be trusted; 0: the paper's rule."
     )
-    kernel: Literal[3, 5] = Field(3, description="Side of the neighbourhood, in patches; half of it is the border.")
+    kernel: Literal[3, 5] = Field(
+        3,
+        description="Side of the neighbourhood, in patches; equation (5) marks no token nearer to the"
+        " border than half of it.",
+    )
 
 
 Settings = TypeVar("Settings", bound=PassSettings)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinder_cli.backbone.sources import TensorInfo, open_checkpoint
+from sinder_cli.backbone.sources import TensorInfo, bytes_of, open_checkpoint
 from sinder_cli.backbone.storing import write_safetensors
 from sinder_cli.backbone.weights import Weights, same_bits
 from sinder_cli.errors import BadInputError
@@ -73,8 +73,7 @@ def write_torch_file(path: Path, infos: Mapping[str, TensorInfo], tensors: Itera
         for number, ((name, info), tensor) in enumerate(zip(infos.items(), tensors, strict=True)):
             if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
                 raise AssertionError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, announced as {info}")
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            _add(archive, f"data/{number}", flat.view(torch.uint8).numpy().data)
+            _add(archive, f"data/{number}", bytes_of(tensor).numpy().data)
         _add(archive, "version", b"3\n")
 
 

@@ -45,7 +45,11 @@ WITHOUT_EFFECT = frozenset({"workers", "checkpoint_every", "strict", "offload", 
 class RepairSettings(DetectionSettings):
     """Settings of a repair; the defaults are those of the recipe `sinder`, and another recipe has other defaults."""
 
-    recipe: Recipe = Field("sinder", description="A named set of all values below: sinder, polyak, or paper.")
+    recipe: Recipe = Field(
+        "sinder",
+        description="Set of defaults for many options: sinder, polyak, or paper. Options that are given"
+        " take precedence.",
+    )
     min_tokens: int = Field(1, ge=1, le=MOST, description="Defective tokens that make a block of an image defective.")
     step: Literal["greedy", "polyak", "sgd"] = Field(
         "greedy",
@@ -74,10 +78,13 @@ class RepairSettings(DetectionSettings):
         10, ge=1, le=MOST, description="Blocks, ending at the first defective one, that a step may change."
     )
     visit: Literal["defective", "all"] = Field(
-        "defective", description="Images to take steps on: those with a defect before the repair, or all."
+        "defective", description="Images to train on: those with a defect before the repair, or all."
     )
     scan_images: int = Field(
-        1000, ge=1, le=MOST, description="Largest number of images examined before the first step, drawn by the seed."
+        1000,
+        ge=1,
+        le=MOST,
+        description="Largest number of images examined before the first step, chosen at random (--seed).",
     )
     max_steps: int = Field(1000, ge=1, le=MOST, description="Largest number of steps; the images are used repeatedly.")
     stop_density: float = Field(
@@ -90,9 +97,12 @@ class RepairSettings(DetectionSettings):
         None,
         ge=1,
         le=MOST,
-        description="Images of the guard, never trained on; default: a tenth, at least 4, at most 64.",
+        description="Number of images in the guard, which are never trained on; default: a tenth, at least"
+        " 4, at most 64.",
     )
-    eval_every: int = Field(5, ge=0, le=MOST, description="Steps between two looks at the guard; 0: only at the end.")
+    eval_every: int = Field(
+        5, ge=0, le=MOST, description="Steps between two evaluations on the guard's images; 0: only at the end."
+    )
     min_fidelity: float = Field(
         0.95,
         ge=0,

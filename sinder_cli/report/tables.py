@@ -202,7 +202,7 @@ def repair_table(result: facts.Recorded) -> RenderableType:
         *([verdict.advice] if verdict.advice else []),
         table,
         Text("Good tokens: marked at no block of the original; marked tokens: at one or more.", "dim"),
-        Text("Nearness to the original is no goal: outliers spoil its cls.", "dim"),
+        Text("Similarity to the original is not a goal: outliers spoil its cls.", "dim"),
         *([_repaired_blocks(rows)] if rows else []),
         f"run directory: {printable(str(result.folder))}",
         f"outlying tokens {defects['before']['tokens']:,} → {defects['after']['tokens']:,},"

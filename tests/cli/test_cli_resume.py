@@ -510,11 +510,11 @@ def test_a_signal_finishes_and_saves_the_step(
     assert answer == "sinder: stopping after this step, with a checkpoint; a second signal ends at once"
     (step,) = steps_of(run)
     assert wrote == f"sinder: wrote a checkpoint after step {step}"
-    assert how.startswith("sinder: to go on: ")
+    assert how.startswith("sinder: to resume, run: ")
     assert last == f"sinder: {said}"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == step
     assert temporaries(run) == []
-    again = shlex.split(how.removeprefix("sinder: to go on: "))
+    again = shlex.split(how.removeprefix("sinder: to resume, run: "))
     resumed = warm.run(*again[1:], cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert finished(run) == finished(uninterrupted)
@@ -533,7 +533,7 @@ def test_the_command_that_resumes_is_the_one_that_was_called(
         process.terminate()
         _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGTERM
-    pasted = errors.splitlines()[-2].removeprefix("sinder: to go on: ")
+    pasted = errors.splitlines()[-2].removeprefix("sinder: to resume, run: ")
     again = subprocess.run(pasted, shell=True, env=environment, cwd=tmp_path, capture_output=True, check=False)
     assert again.returncode == 0, again.stderr
     assert finished(run) == finished(uninterrupted)
@@ -550,7 +550,7 @@ def test_a_second_signal_ends_at_once_with_a_good_checkpoint(
     ended = running.wait()
     assert ended.returncode in (-signal.SIGINT, -signal.SIGTERM)  # both may come between two instructions
     assert "Traceback" not in ended.stderr
-    assert "to go on: " in ended.stderr
+    assert "to resume, run: " in ended.stderr
     assert temporaries(run) == []
     resumed = warm.run(*repair, "--out", "run", "--resume", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
@@ -565,7 +565,7 @@ def test_a_signal_before_the_first_step_leaves_no_folder(warm: Server, repair: t
     ended = running.wait()
     assert ended.returncode == -signal.SIGTERM
     assert ended.stderr.splitlines()[-1] == "sinder: terminated"
-    assert "to go on" not in ended.stderr
+    assert "to resume" not in ended.stderr
     assert list(tmp_path.iterdir()) == []
 
 

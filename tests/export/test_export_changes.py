@@ -193,7 +193,7 @@ def test_the_old_name_of_a_format_means_its_present_one() -> None:
         target_name("deltas")
 
 
-def test_an_export_from_python_knows_the_old_name_and_refuses_unknown_ones() -> None:
+def test_python_knows_old_names_of_formats() -> None:
     assert ExportSettings("delta").to == "diff"  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no export format 'layouts': there are native, "):
         target_of("layouts")  # type: ignore[arg-type]

@@ -218,11 +218,13 @@ def write_analysis(folder: Path, result: AnalysisResult, emit: Emit) -> Analysis
         _write_directions(temporary / "directions.safetensors", result)
         groups = analysis_charts(result)
         figures = [_write_chart(temporary, chart) for group in groups for chart in group.charts]
-        shown, scales = [], None
-        for index, (image, scales) in enumerate(_painted(result, emit)):
-            figures += _write_figures(temporary, index, image, scales, result.analysis)
+        shown: list[PageImage] = []
+        scales: Scales | None = None  # the same for all images
+        for index, (image, shared) in enumerate(_painted(result, emit)):
+            scales = shared
+            figures += _write_figures(temporary, index, image, shared, result.analysis)
             if index < EMBEDDED_IMAGES:
-                shown.append(embedded(image, scales, _side_labels(result.analysis)))
+                shown.append(embedded(image, shared, _side_labels(result.analysis)))
         analysis = result.analysis.model_copy(update={"figures": tuple(figures)})
         write_json(temporary / "report.json", analysis_document(analysis))
         write_text(temporary / "report.html", render_analysis_page(analysis, groups, shown, result.drawn, scales))
