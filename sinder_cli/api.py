@@ -7,28 +7,39 @@ command writes, and returns a record. Nothing is printed except with `progress=T
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, overload
+from typing import IO, TYPE_CHECKING, Any, overload
 
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.contract import Backbone, ModelRequest
 from sinder_cli.backbone.device import exact_device, require_attention, resolve_device
 from sinder_cli.backbone.opening import describe, require_loadable
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
-from sinder_cli.defects.settings import DetectionSettings
+from sinder_cli.defects.settings import PassSettings
 from sinder_cli.distributed import ALONE, Ranks, require_alike
-from sinder_cli.errors import SinderError, UsageError
+from sinder_cli.errors import NoInputError, SinderError, UsageError
+from sinder_cli.evaluation.settings import EvaluateSettings, task_settings
 from sinder_cli.events import Emit, Noted, Warned, silent
 from sinder_cli.exporting.targets import ExportSettings
 from sinder_cli.files import require_new_folder, require_writable_file, write_json
 from sinder_cli.images.sources import ImageSource
-from sinder_cli.inputs import drawn_images, images_of_repair, named_images, open_model, preprocessing, run_named
+from sinder_cli.inputs import (
+    drawn_images,
+    images_of_repair,
+    named_images,
+    open_model,
+    places_of_task,
+    preprocessing,
+    require_places,
+    run_named,
+)
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.requests import (
     AnalyzeRequest,
+    EvaluateRequest,
     ExportRequest,
     ModelOrRun,
     Place,
@@ -44,6 +55,9 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.run import AnalysisResult
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import Prediction
+    from sinder_cli.evaluation.contract import Task
+    from sinder_cli.evaluation.run import EvaluationResult
+    from sinder_cli.evaluation.settings import TaskSettings
     from sinder_cli.exporting.drafts import ExportResult
     from sinder_cli.exporting.targets import Plan
     from sinder_cli.repairing.dry_run import Trial
@@ -54,6 +68,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AnalyzeRequest",
     "AnalyzeSettings",
+    "EvaluateRequest",
+    "EvaluateSettings",
     "ExportRequest",
     "ExportSettings",
     "PredictRequest",
@@ -64,6 +80,7 @@ __all__ = [
     "backbones",
     "check_backbone",
     "drawn_images",
+    "evaluate",
     "export",
     "open_model",
     "predict_defects",
@@ -71,6 +88,7 @@ __all__ = [
     "repair",
     "repair_place",
     "try_repair",
+    "with_flags",
 ]
 
 FEW_IMAGES = 16  # a repair that is given fewer gets drawn pictures as well
@@ -400,7 +418,100 @@ def _base_of(run: RunFolder, request: ModelRequest) -> tuple[Backbone | None, st
     return base, ""
 
 
-def _device(settings: DetectionSettings, ranks: Ranks, emit: Emit) -> str:
+@overload
+def evaluate(request: EvaluateRequest, out: Place | None = ..., *, progress: bool = ...) -> EvaluationResult: ...
+@overload
+def evaluate(request: EvaluateRequest, out: Place | None = ..., *, process: Process) -> EvaluationResult | None: ...
+def evaluate(
+    request: EvaluateRequest, out: Place | None = None, *, progress: bool = False, process: Process = HERE
+) -> EvaluationResult | None:
+    """Measure by tasks whether a repair helps: the original, the repaired model and placebos, side by side.
+
+    `out` is a folder for the document, a table, a page with pictures, and the features, from which an interrupted
+    evaluation goes on. Each of several ranks extracts its share of the features; rank 0 gets the result, the others
+    None. Raises `UsageError` for unknown tasks and settings, `BadInputError` for malformed data, naming the file.
+    """
+    settings, ranks = request.settings, process.ranks
+    folder = None if out is None else Path(out)
+    with _reporting(process, progress, request.model) as emit:
+        from sinder_cli.evaluation.folder import features_folder, require_evaluation_place
+        from sinder_cli.evaluation.run import EvaluationInput, TaskRun, run_evaluation
+        from sinder_cli.report.evaluation.page import write_evaluation
+
+        if folder is not None and ranks.writes:
+            require_evaluation_place(folder, request.force)
+        tasks = _tasks_named(request)  # before anything is downloaded
+        require_places(request)
+        device = exact_device(_device(settings, ranks, emit))
+        original, second, label = _evaluated(request, emit, ranks)
+        require_attention(model_named(request.model).attention, device)
+        inner = replace(process, emit=emit)
+        runs = [TaskRun(task, own, places_of_task(task.name, request, original, inner)) for task, own in tasks]
+        with features_folder(request.features, folder, ranks) as features:
+            given = EvaluationInput(original, second, label, runs, features, device)
+            result = run_evaluation(given, settings, emit, ranks)
+            if result is not None and folder is not None:
+                write_evaluation(folder, result, settings, emit)
+                return replace(result, folder=folder)
+            return result
+
+
+def _tasks_named(request: EvaluateRequest) -> list[tuple[Task, TaskSettings]]:
+    """Return the tasks with their settings. Raises `UsageError` for unknown ones."""
+    from sinder_cli.evaluation.registry import task_named
+
+    if not request.tasks:
+        raise UsageError("no task", "nothing is to be evaluated", "name one, such as dense")
+    unknown = [name for name in request.options if name not in request.tasks]
+    if unknown:
+        raise UsageError(f"bad settings of {unknown[0]!r}", "that task is not run", f"name {', '.join(request.tasks)}")
+    tasks = [task_named(name) for name in dict.fromkeys(request.tasks)]
+    return [(task, task_settings(task.settings, request.options.get(task.name, {}), task.name)) for task in tasks]
+
+
+def with_flags(options: Mapping[str, Mapping[str, Any]], flags: Mapping[str, bool]) -> dict[str, dict[str, Any]]:
+    """Return settings of tasks with those flags that are set, in every task that has a setting of that name.
+
+    Raises `UsageError` for a flag that none of the tasks has.
+    """
+    from sinder_cli.evaluation.registry import task_named
+
+    found: dict[str, dict[str, Any]] = {task: dict(given) for task, given in options.items()}
+    for name in (name for name, given in flags.items() if given):
+        having = [task for task in found if name in task_named(task).settings.model_fields]
+        if not having:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"cannot use {option}", f"it has no effect on {', '.join(found)}", "leave it out")
+        for task in having:
+            found[task][name] = True
+    return found
+
+
+def _evaluated(request: EvaluateRequest, emit: Emit, ranks: Ranks) -> tuple[Backbone, Backbone | None, str]:
+    """Return the original, the model that it is compared with, if any, and what that one is called.
+
+    A run stands for the model that it repaired, compared with the result. Raises `UsageError` for a run that is to be
+    compared with something else, and `NoInputError` if the weights that it repaired are gone.
+    """
+    model = model_named(request.model, emit)
+    run = run_named(model)
+    if run is None:
+        original = ranks.machine_first(lambda: open_model(model))
+        if request.compare is None:
+            return original, None, ""
+        second = model_named(request.compare, emit)
+        return original, ranks.machine_first(lambda: open_model(second)), second.model
+    if request.compare is not None:
+        why = "a run is compared with the model that it repaired"
+        raise UsageError(f"cannot compare {model.model}", why, "name a model, or leave --compare out")
+    repaired = open_model(replace(model, weights=None))
+    base, gone = _base_of(run, model)
+    if base is None:
+        raise NoInputError(f"cannot evaluate {model.model} before its repair", gone)
+    return base, repaired, "repaired"
+
+
+def _device(settings: PassSettings, ranks: Ranks, emit: Emit) -> str:
     """Return the device of the settings; warn of settings that have no effect on it."""
     device = resolve_device(settings.device, ranks)
     if settings.tf32 and not device.startswith("cuda"):

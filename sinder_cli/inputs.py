@@ -19,8 +19,9 @@ from sinder_cli.images.preprocessing import MIN_PATCHES, Preprocessing, Resize
 from sinder_cli.images.sources import DrawnImages, ImageSource, JoinedImages, find_images, read_bytes
 
 if TYPE_CHECKING:
+    from sinder_cli.evaluation.contract import Places
     from sinder_cli.repairing.folder import RunFolder
-    from sinder_cli.requests import Process
+    from sinder_cli.requests import EvaluateRequest, Process
 
 DRAWN_IMAGES = 64  # drawn by a backbone that brings its own
 TO_TRAIN_ON = 32  # images of a repair, where some have to be drawn
@@ -112,3 +113,34 @@ def preprocessing(
     if resize == "short" and max_tokens is None:
         max_tokens = max(MOST_CHEAP, MOST_SQUARES * (rounded // backbone.patch_size) ** 2)
     return Preprocessing(rounded, backbone.mean, backbone.std, resize, backbone.patch_size, max_tokens)
+
+
+def places_of_task(task: str, request: EvaluateRequest, backbone: Backbone, process: Process) -> Places:
+    """Return where the data of one task lie: what is named for it, and what is named for all."""
+    from sinder_cli.evaluation.contract import Places
+
+    data, train = (_of_task(task, places, request.tasks) for places in (request.data, request.train))
+
+    def images() -> ImageSource:
+        return named_images(data, process) or drawn_images(backbone, request.settings.seed)
+
+    return Places(data, train, request.settings.seed, process.emit, images)
+
+
+def _of_task(task: str, places: Sequence[str | Path], tasks: Sequence[str]) -> tuple[str, ...]:
+    """Return the places that are for a task; `TASK=PATH` is for that task alone."""
+    named = [(str(place).partition("="), str(place)) for place in places]
+    return tuple(
+        parts[2] if parts[1] and parts[0] in tasks else place
+        for parts, place in named
+        if not parts[1] or parts[0] not in tasks or parts[0] == task
+    )
+
+
+def require_places(request: EvaluateRequest) -> None:
+    """Raise `NoInputError` for a place that does not exist, before anything is downloaded."""
+    for task in request.tasks:
+        for option, places in (("--data", request.data), ("--train", request.train)):
+            for place in _of_task(task, places, request.tasks):
+                if place != "-" and not Path(place).exists():
+                    raise NoInputError(f"cannot read {place}", "there is no such file or folder", f"check {option}")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.contract import ModelRequest
 from sinder_cli.defects.settings import STAGES, Stage
 from sinder_cli.distributed import ALONE, Ranks
+from sinder_cli.evaluation.settings import EvaluateSettings
 from sinder_cli.events import Emit, silent
 from sinder_cli.exporting.targets import ExportSettings
 from sinder_cli.repairing.settings import RepairSettings
@@ -59,6 +60,24 @@ class RepairRequest:
     settings: RepairSettings = field(default_factory=lambda: RepairSettings.model_validate({}))
     resume: bool = False  # resume an unfinished run in `out`
     force: bool = False  # replace a run in `out`
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """Request of `sinder evaluate`: tasks on a model, or on a run before and after.
+
+    A place in `data` or `train` that begins with `TASK=` is for that task alone.
+    """
+
+    model: ModelOrRun
+    tasks: Sequence[str]
+    data: Sequence[Place] = ()
+    settings: EvaluateSettings = field(default_factory=lambda: EvaluateSettings.model_validate({}))
+    train: Sequence[Place] = ()  # data to train on, where they do not lie beside the others
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # settings of tasks: task → name → value
+    compare: ModelOrRun | None = None  # a second model of the same shape
+    features: Path | None = None  # a folder that keeps features between calls
+    force: bool = False  # replace an evaluation in `out`
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-<<<<<<< HEAD
 from sinder_cli.backbone.contract import BlockMap, NormMap, WeightRef, references
-from sinder_cli.backbone.sources import TensorInfo, TensorSource
-=======
-from sinder_cli.backbone.contract import BlockMap, WeightRef, references
 from sinder_cli.backbone.sources import TensorInfo, TensorSource, bytes_of
->>>>>>> main
 from sinder_cli.errors import BadInputError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import typer
 from pydantic import ValidationError
 
 from sinder_cli import __version__
-from sinder_cli.cli import analyze, backbones, export, predict, repair
+from sinder_cli.cli import analyze, backbones, evaluate, export, predict, repair
 from sinder_cli.cli.output import tell
 from sinder_cli.distributed import launched
 from sinder_cli.errors import SinderError, StorageError, TryAgainError, UsageError
@@ -44,6 +44,7 @@ def build_app() -> typer.Typer:
     app.command("predict-defects")(predict.command)
     app.command("analyze")(analyze.command)
     app.command("repair")(repair.command)
+    app.command("evaluate")(evaluate.command)
     app.command("export")(export.command)
     app.command("backbones")(backbones.listing)
     app.command("check-backbone")(backbones.check)

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from sinder_cli.backbone.contract import ModelRequest
 from sinder_cli.backbone.device import AttentionName
-from sinder_cli.defects.settings import DetectionSettings, read_settings
+from sinder_cli.defects.settings import PassSettings, read_settings
 from sinder_cli.events import Emit
 
 OutputFormat = Literal["table", "json"]
@@ -78,7 +78,7 @@ def model_request(
     return ModelRequest(model, weights, heads, attention, emit, adapter, revision, branch=branch)
 
 
-def with_settings(kind: type[DetectionSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_settings(kind: type[PassSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replace a command's parameter `settings` by `--config` and one option per field of the settings model."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:

@@ -52,33 +52,10 @@ def _values(block: BlockTensors, x: Tensor) -> Tensor:
 
 
 def _hidden(block: BlockTensors, x: Tensor) -> Tensor:
-<<<<<<< HEAD
-    phi = block.map.mlp.activation
-    function = ACTIVATIONS[phi] if isinstance(phi, str) else phi
+    function = activation(block.map.mlp.activation)
     read = block.normed(x, block.map.mlp.norm, "mlp.norm")
     up = block.linear(read, "mlp.up")
     return function(block.linear(read, "mlp.gate")) * up if isinstance(block.map.mlp, GatedMlpMap) else function(up)
-=======
-    function = activation(block.map.mlp.activation)
-    read = _normed(x, block.map.mlp.norm, block, "mlp.norm")
-    up = _linear(read, block, "mlp.up")
-    return function(_linear(read, block, "mlp.gate")) * up if isinstance(block.map.mlp, GatedMlpMap) else function(up)
-
-
-def _linear(x: Tensor, block: BlockTensors, role: str) -> Tensor:
-    y = x @ block[role].T
-    bias = block.get(f"{role}_bias")
-    return y if bias is None else y + bias
-
-
-def _normed(x: Tensor, norm: NormMap, block: BlockTensors, role: str) -> Tensor:
-    if norm.kind == "layernorm":
-        x = x - x.mean(dim=-1, keepdim=True)
-    y = x * (x.square().mean(dim=-1, keepdim=True) + norm.eps).rsqrt()
-    weight, bias = block.get(f"{role}.weight"), block.get(f"{role}.bias")
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
->>>>>>> main
 
 
 PARTS: tuple[Part, ...] = ("attention", "mlp")

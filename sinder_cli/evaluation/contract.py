@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import pluggy
 
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
     from sinder_cli.backbone.contract import Backbone
     from sinder_cli.images.sources import ImageSource
 
-    Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
+Pixels: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"  # a picture, [H, W, 3]
 hookspec = pluggy.HookspecMarker(PROJECT)
 
 
@@ -93,9 +92,9 @@ class Places:
 
     data: tuple[str, ...]
     train: tuple[str, ...] = ()
-    find: Callable[[Sequence[str]], ImageSource] = field(repr=False, default=NotImplemented)
     seed: int = 0
     emit: Emit = silent
+    images: Callable[[], ImageSource] = field(repr=False, default=NotImplemented)  # all images in `data`, or drawn ones
 
 
 class Features(Protocol):
@@ -129,6 +128,7 @@ class Scoring:
     settings: Any  # the task's own
     original: SideFeatures  # of the original, whatever side is scored
     inpainted: SideFeatures | None = None  # of the inpainted original, if it is evaluated
+    has_cls: bool = True
     seed: int = 0
     device: str = "cpu"
     emit: Emit = silent

@@ -158,9 +158,7 @@ class _Observed:
     problem: str = ""
 
 
-def _observed(
-    observer: Observer, images: Iterable[LoadedImage], batch_size: int, device: str
-) -> Iterator[_Observed]:
+def _observed(observer: Observer, images: Iterable[LoadedImage], batch_size: int, device: str) -> Iterator[_Observed]:
     """Observe images in batches of equal shape that follow one another; the order is kept."""
     shape = lambda image: None if image.pixels is None else tuple(image.pixels.shape)  # noqa: E731
     for key, group in groupby(images, key=shape):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from sinder_cli.evaluation.contract import SideName
-from sinder_cli.evaluation.statistics import Standing
-
-SCHEMA_VERSION = 1
+from sinder_cli.evaluation.statistics import Difference, Standing
 
 
 class Record(BaseModel):
@@ -26,6 +25,11 @@ class DifferenceRecord(Record):
     low: float = Field(description="2.5th percentile over resamples of the images.")
     high: float = Field(description="97.5th percentile.")
     standing: Standing
+
+
+def difference_record(difference: Difference | None) -> DifferenceRecord | None:
+    """Return a difference as a record."""
+    return None if difference is None else DifferenceRecord(**asdict(difference))
 
 
 class ValueRecord(Record):
@@ -82,7 +86,7 @@ class SideRecord(Record):
 class Evaluation(Record):
     """The whole document."""
 
-    schema_version: Literal[1] = Field(SCHEMA_VERSION, description="Version of this schema.")
+    schema_version: Literal[1] = Field(default=1, description="Version of this schema.")
     sinder: str
     sides: tuple[SideRecord, ...]
     tasks: tuple[TaskRecord, ...]

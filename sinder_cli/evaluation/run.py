@@ -29,18 +29,18 @@ from sinder_cli.evaluation.contract import (
 )
 from sinder_cli.evaluation.features import Extraction, Store, StoredFeatures
 from sinder_cli.evaluation.records import (
-    DifferenceRecord,
     Evaluation,
     FigureRecord,
     SideRecord,
     TaskRecord,
     ValueRecord,
+    difference_record,
 )
 from sinder_cli.evaluation.sentences import sentences_of
 from sinder_cli.evaluation.settings import EvaluateSettings
 from sinder_cli.evaluation.statistics import compared, resamples
 from sinder_cli.evaluation.views import DERIVED, Observer, ViewPreprocessing
-from sinder_cli.events import Emit, Finished, Noted, Started, Warned
+from sinder_cli.events import Emit, Finished, Started, Warned
 from sinder_cli.images.loading import sampled
 from sinder_cli.images.processes import worker_count
 from sinder_cli.images.sources import SomeImages, files_of, whole_of
@@ -150,7 +150,10 @@ class _Task:
         with _blamed(run.task):
             views = run.task.views(backbone, settings.image_size, run.settings)
             dataset = run.task.read(run.places, run.settings)
-        for name, source, truth in (("test", dataset.test, dataset.truth), ("train", dataset.train, dataset.train_truth)):
+        for name, source, truth in (
+            ("test", dataset.test, dataset.truth),
+            ("train", dataset.train, dataset.train_truth),
+        ):
             if source is not None and len(source) != len(truth):
                 why = f"{len(source)} {name} images have {len(truth)} truths"
                 raise UnavailableError(f"task {run.task.name!r} failed", why, "tell its author")
@@ -240,9 +243,7 @@ def _states(source: ImageSource) -> list[tuple[int, int]] | None:
     return None if files is None else list(files.states)
 
 
-def _extract_all(
-    each: _Task, given: EvaluationInput, settings: EvaluateSettings, emit: Emit, ranks: Ranks
-) -> None:
+def _extract_all(each: _Task, given: EvaluationInput, settings: EvaluateSettings, emit: Emit, ranks: Ranks) -> None:
     """Extract all features of a task that are not on disk yet; one module at a time is in memory."""
     workers = worker_count(settings.workers, ranks.local_size)
     module: tuple[Backbone, nn.Module] | None = None
@@ -263,9 +264,7 @@ def _extract_all(
                 extraction.run(observer, settings.batch_size, workers, given.device, emit, ranks)
 
 
-def _scored(
-    each: _Task, given: EvaluationInput, settings: EvaluateSettings, emit: Emit
-) -> tuple[TaskRecord, Scored]:
+def _scored(each: _Task, given: EvaluationInput, settings: EvaluateSettings, emit: Emit) -> tuple[TaskRecord, Scored]:
     """Score every side of a task and compare them."""
     began = time.monotonic()
     task = each.task
@@ -280,7 +279,15 @@ def _scored(
         label = f"{task.name}: {side}"
         emit(Started(label))
         scoring = Scoring(
-            own, dataset, each.settings, features["original"], features.get("inpainted"), settings.seed, given.device, emit
+            features=own,
+            dataset=dataset,
+            settings=each.settings,
+            original=features["original"],
+            inpainted=features.get("inpainted"),
+            has_cls=given.original.has_cls,
+            seed=settings.seed,
+            device=given.device,
+            emit=emit,
         )
         with _blamed(task):
             scores[side] = task.score(scoring)
@@ -353,9 +360,7 @@ def _features_of(
     return SideFeatures(by_split["test"], by_split.get("train", {}))
 
 
-def _figures(
-    scores: Mapping[SideName, Scores], images: int, settings: EvaluateSettings
-) -> tuple[FigureRecord, ...]:
+def _figures(scores: Mapping[SideName, Scores], images: int, settings: EvaluateSettings) -> tuple[FigureRecord, ...]:
     """Return every figure with all sides compared."""
     counts = resamples(images, settings.resamples, settings.seed)
     records = []
@@ -366,14 +371,12 @@ def _figures(
             ValueRecord(
                 side=side,
                 value=measured.value,
-                to_original=measured.to_original and DifferenceRecord(**asdict(measured.to_original)),
-                to_smoothed=measured.to_smoothed and DifferenceRecord(**asdict(measured.to_smoothed)),
+                to_original=difference_record(measured.to_original),
+                to_smoothed=difference_record(measured.to_smoothed),
             )
             for side, measured in compared(of_sides, counts).items()
         )
-        records.append(
-            FigureRecord(name=name, unit=first.unit, better=first.better, noise=first.noise, values=values)
-        )
+        records.append(FigureRecord(name=name, unit=first.unit, better=first.better, noise=first.noise, values=values))
     return tuple(records)
 
 

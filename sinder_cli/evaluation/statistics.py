@@ -56,11 +56,14 @@ def compared(figures: Mapping[SideName, Figure], counts: Tensor) -> dict[SideNam
     values = {side: _value(figure) for side, figure in figures.items()}
 
     def difference(side: SideName, base: SideName) -> Difference | None:
-        if side == base or base not in figures or values[side] is None or values[base] is None:
+        own, other = values[side], values.get(base)
+        if side == base or own is None or other is None:
             return None
-        return _difference(figures[side], values[side] - values[base], resampled[side] - resampled[base])
+        return _difference(figures[side], own - other, resampled[side] - resampled[base])
 
-    return {side: Measured(values[side], difference(side, "original"), difference(side, "smoothed")) for side in figures}
+    return {
+        side: Measured(values[side], difference(side, "original"), difference(side, "smoothed")) for side in figures
+    }
 
 
 def _scale(figure: Figure) -> float:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import avg_pool2d
@@ -19,8 +18,6 @@ from sinder_cli.images.decoding import MAX_PIXELS, UnreadableImageError
 from sinder_cli.images.preprocessing import MIN_PATCHES, Preprocessing, whole_patches
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from PIL.Image import Image
     from torch import Tensor, nn
 
@@ -34,7 +31,7 @@ DERIVED_MEANS = {"smoothed": "mean.smoothed", "blurred": "mean.blurred"}  # kept
 class ViewPreprocessing(Preprocessing):
     """Conversion of an RGB image to the input of a backbone, as a view says."""
 
-    view: View = View((), 0)
+    view: View = field(default_factory=lambda: View((), 0))
 
     @classmethod
     def of(cls, view: View, backbone: Backbone) -> ViewPreprocessing:
@@ -46,7 +43,9 @@ class ViewPreprocessing(Preprocessing):
         for name, side in sides.items():
             least = patch if name == "stride" else MIN_PATCHES * patch
             if side is not None and (side % patch or side < least):
-                raise UsageError(f"{name} {side} does not fit", f"patches are {patch} pixels", f"use {_near(side, patch)}")
+                raise UsageError(
+                    f"{name} {side} does not fit", f"patches are {patch} pixels", f"use {_near(side, patch)}"
+                )
         return cls(view.size, backbone.mean, backbone.std, patch=patch, view=view)
 
     def fit(self, image: Image) -> Pixels:
@@ -132,7 +131,9 @@ class Observer:
         sums: dict[str, Tensor] = {}
         for top, left in places:
             found = self._whole(image[None, :, top : top + side_h, left : left + side_w])
-            rows, columns = (slice(at // patch, (at + length) // patch) for at, length in ((top, side_h), (left, side_w)))
+            rows, columns = (
+                slice(at // patch, (at + length) // patch) for at, length in ((top, side_h), (left, side_w))
+            )
             counts[rows, columns] += 1
             for name, value in found.items():
                 _add(sums, name, value[0].float(), (h, w), rows, columns, len(places))
@@ -146,7 +147,8 @@ class Observer:
         for stream in stream_from_embedding(backbone, self.module, images):
             before, tokens = tokens, stream
             norms.append(stream[:, prefix:].float().norm(dim=-1).unflatten(1, grid))
-        assert before is not None and tokens is not None  # a backbone has a block
+        assert before is not None  # a backbone has a block
+        assert tokens is not None
         start, found = norm_ratios(norms[0]), norms[1:]
         marked = torch.stack([outlying(norm_ratios(each), start, self.factor) for each in found]).any(dim=0)
         kept: dict[str, Tensor] = {"outlying": marked}  # in every view: the placebos need it
@@ -177,7 +179,9 @@ class Observer:
         if "mean" in parts:
             kept["mean"] = patches.mean(dim=(1, 2))
             for kind, name in DERIVED_MEANS.items():
-                derived = [DERIVED[kind](each, mask).mean(dim=(0, 1)) for each, mask in zip(patches, marked, strict=True)]
+                derived = [
+                    DERIVED[kind](each, mask).mean(dim=(0, 1)) for each, mask in zip(patches, marked, strict=True)
+                ]
                 kept[name] = torch.stack(derived)
         return kept
 
@@ -228,7 +232,9 @@ def _averaged(name: str, sums: Tensor, counts: Tensor) -> Tensor:
 
 def smoothed(patches: Tensor, marked: Tensor) -> Tensor:
     """Return patches `[h, w, N]` with marked ones, bool `[h, w]`, replaced by their unmarked neighbours' average."""
-    return torch.where(marked[..., None], neighbour_averages(patches, marked), patches) if bool(marked.any()) else patches
+    return (
+        torch.where(marked[..., None], neighbour_averages(patches, marked), patches) if bool(marked.any()) else patches
+    )
 
 
 def blurred(patches: Tensor, marked: Tensor) -> Tensor:  # noqa: ARG001  # every token, marked or not

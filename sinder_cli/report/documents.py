@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import Prediction
+    from sinder_cli.evaluation.records import Evaluation
     from sinder_cli.exporting.drafts import ExportResult
     from sinder_cli.repairing.dry_run import Trial
 
@@ -76,6 +77,11 @@ def export_document(result: ExportResult) -> dict[str, Any]:
             "check": check,
         }
     )
+
+
+def evaluation_document(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the document of `sinder evaluate --format json`, which `evaluation.json` holds too."""
+    return finite(evaluation.model_dump(mode="json"))
 
 
 def trial_document(trial: Trial) -> dict[str, Any]:

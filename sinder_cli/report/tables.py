@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis, Distribution, Marked, Side
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import BlockSpectrum, PositionCheck, Prediction
+    from sinder_cli.evaluation.records import Evaluation, ValueRecord
     from sinder_cli.exporting.drafts import ExportResult
     from sinder_cli.repairing.dry_run import Trial, TrialStep
 
@@ -223,6 +224,40 @@ def _repaired_blocks(rows: Sequence[facts.BlockComparison]) -> RenderableType:
         table.add_row(str(row.block), *cells, row.along, row.angle, row.gap, row.predicted, row.rule)
     words = "seen: in all images of the first look; along ν: those marked by the predicted direction ν."
     return Group("", table, Text(words, "dim"))
+
+
+STANDINGS = {"better": "green", "worse": "red", "within noise": "dim", "higher": "", "lower": ""}  # as a style
+
+
+def evaluation_table(evaluation: Evaluation, folder: Path | None = None) -> RenderableType:
+    """Return a table per task, a row per figure and a column per side, and what the figures say in words."""
+    parts: list[RenderableType] = []
+    for task in evaluation.tasks:
+        table = _table(f"{task.task}: {counted(task.images, 'image')}")
+        table.add_column("")
+        for side in evaluation.sides:
+            if any(figure.of(side.side) for figure in task.figures):
+                table.add_column(side.label, justify="right")
+        for figure in task.figures:
+            cells = [value for side in evaluation.sides if (value := figure.of(side.side))]
+            unit = f", {figure.unit}" if figure.unit else ""
+            table.add_row(f"{figure.name}{unit}", *(_evaluated(value) for value in cells))
+        notes = [f"{side}: {note}" for side, texts in task.notes.items() for note in texts]
+        parts += [table, *notes, *task.sentences, ""]
+    parts.append("Differences are to the original, with 95 % intervals over images; (≈) is within noise.")
+    if folder is not None:
+        parts.append(f"Written to {folder}")
+    return Group(*parts)
+
+
+def _evaluated(value: ValueRecord) -> Text:
+    if value.value is None:
+        return Text("–", "dim")
+    shown = f"{value.value:.2f}" if abs(value.value) >= 10 else f"{value.value:.4f}"
+    if value.to_original is None:
+        return Text(shown)
+    noise = " ≈" if value.to_original.standing == "within noise" else ""
+    return Text(f"{shown}{noise}", STANDINGS[value.to_original.standing])
 
 
 def export_table(result: ExportResult) -> RenderableType:

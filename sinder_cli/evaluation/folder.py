@@ -1,0 +1,55 @@
+"""Where an evaluation lies: its folder, and the folder of its features."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sinder_cli.distributed import Ranks
+from sinder_cli.errors import CannotCreateError
+from sinder_cli.files import make_folder, output_error, require_creatable_folder, require_writable_folder
+
+FEATURES = "features"  # kept, and used again by later calls
+WRITTEN = ("evaluation.json", "evaluation.csv", "report.html", "pictures")
+
+
+def require_evaluation_place(folder: Path, force: bool) -> None:
+    """Check, before any work, that an evaluation can be written to a folder, which may hold features already.
+
+    Raises `CannotCreateError` for a folder that holds anything else, or an evaluation without `force`.
+    """
+    if not folder.is_dir():
+        require_creatable_folder(folder)
+        return
+    names = {path.name for path in folder.iterdir()} - {FEATURES}
+    if names and not names <= set(WRITTEN):
+        raise CannotCreateError(f"cannot create {folder}", "it holds other files", "choose another --out")
+    if names and not force:
+        raise CannotCreateError(f"cannot create {folder}", "it holds an evaluation", "add --force to replace it")
+    require_writable_folder(folder)
+
+
+@contextmanager
+def features_folder(named: Path | None, out: Path | None, ranks: Ranks) -> Iterator[Path]:
+    """Yield the folder for features: the named one, or that of the evaluation, or a temporary one, removed at the end.
+
+    Raises `CannotCreateError` or `StorageError` for what the file system refuses.
+    """
+    kept = named or (out / FEATURES if out is not None else None)
+    if kept is not None:
+        if ranks.writes:
+            try:
+                make_folder(kept)
+            except OSError as error:
+                raise output_error(kept, error) from error
+        yield kept
+        return
+    temporary = tempfile.TemporaryDirectory(prefix="sinder-features-") if ranks.writes else None
+    try:
+        yield ranks.from_rank0(lambda: Path(temporary.name if temporary else ""))
+        ranks.all_gather(None)  # nobody reads any more
+    finally:
+        if temporary is not None:
+            temporary.cleanup()

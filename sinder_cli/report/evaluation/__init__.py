@@ -1,0 +1,1 @@
+"""The page, the table of values and the pictures of an evaluation."""

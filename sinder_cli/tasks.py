@@ -1,0 +1,64 @@
+"""What the author of a task plugin imports: the contract of tasks, and helpers to read data and to draw.
+
+A plugin is a module that an entry point of the group `sinder.tasks` names by the name of its task. It says
+`SINDER_API = 1`, and its `sinder_task()`, marked with `hookimpl`, returns a `Task`; it must not import torch for that.
+docs/evaluate.md shows a whole one.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from sinder_cli.evaluation.contract import (
+    Dataset,
+    Features,
+    Figure,
+    Part,
+    Pixels,
+    Places,
+    Scores,
+    Scoring,
+    SideFeatures,
+    Task,
+    View,
+    mean_figure,
+)
+from sinder_cli.evaluation.layouts import class_folders
+from sinder_cli.evaluation.settings import TaskSettings
+from sinder_cli.images.sources import ImageFiles, ImageSource
+
+if TYPE_CHECKING:
+    from sinder_cli.defects.shift import found_again
+    from sinder_cli.evaluation.drawing import pca_picture
+
+__all__ = [
+    "Dataset",
+    "Features",
+    "Figure",
+    "ImageFiles",
+    "ImageSource",
+    "Part",
+    "Pixels",
+    "Places",
+    "Scores",
+    "Scoring",
+    "SideFeatures",
+    "Task",
+    "TaskSettings",
+    "View",
+    "class_folders",
+    "found_again",
+    "mean_figure",
+    "pca_picture",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is first used."""
+    if name == "found_again":
+        from sinder_cli.defects.shift import found_again
+
+        return found_again
+    if name == "pca_picture":
+        from sinder_cli.evaluation.drawing import pca_picture
+
+        return pca_picture
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
