@@ -238,6 +238,23 @@ def upright(image: Image) -> Image:
     return image if turned is None else image.transpose(turned)
 
 
+def upright_size(path: Path) -> tuple[int, int]:
+    """Return width and height of the image that `decode` returns, from the file's header alone where that can be read.
+
+    Raises `UnreadableImageError`, as `decode` does.
+    """
+    from PIL import Image as pillow
+
+    try:
+        with pillow.open(path, formats=_formats(path)) as file:
+            turned = _orientation(file) in {5, 6, 7, 8}
+            return (file.height, file.width) if turned else file.size
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return decode(path).size
+
+
 def _orientation(image: Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
