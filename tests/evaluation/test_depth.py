@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -510,17 +511,23 @@ def crops(folder: Path, count: int, side: int) -> None:
 
 @pytest.mark.slow
 def test_real_depth_is_learnt(tmp_path: Path, weights: Path) -> None:
-    crops(tmp_path / "data", 12, 140)
-    settings = EvaluateSettings(image_size=140, workers=0, resamples=100, placebos=False)
+    crops(tmp_path / "data", 8, 112)
+    settings = EvaluateSettings(image_size=112, workers=0, resamples=100, placebos=False)
     request = EvaluateRequest(ModelRequest("dinov2_custom", weights), ["depth"], [tmp_path / "data"], settings)
     values = []
-    for steps in (1, 150):
+    for steps in (1, 60):
         options = {"depth": {"steps": steps, "rate": 0.01, "max_depth": 20}}
         result = api.evaluate(replace(request, options=options, features=tmp_path / "features"))
         values.append({figure.name: figure.values[0].value for figure in result.evaluation.tasks[0].figures})
     untrained, trained = values
     assert trained["RMSE"] < 0.7 * untrained["RMSE"]
     assert trained["δ₁"] > untrained["δ₁"]
+
+
+def ended(arguments: list[str]) -> Any:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    return end.value.code
 
 
 @pytest.mark.slow
@@ -534,11 +541,12 @@ def test_depth_is_evaluated_whole(
         map_of(tmp_path / "data" / "depth" / path.name, 3, (image.height, image.width))
     arguments = ["evaluate", "dinov2_custom", "depth", "--weights", str(weights), "--data", str(tmp_path / "data")]
     options = ["--image-size", "84", "--workers", "0", "--resamples", "100", "--set", "depth.steps=3"]
-    assert main([*arguments, *options, "--set", "depth.scale=1000", "--format", "json"]) == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in ("RMSE", "AbsRel", "smoothed"))
-    assert main([*arguments, *options]) == 2
+    assert ended([*arguments, *options, "--set", "depth.scale=1000", "--format", "json"]) == 0
+    (task,) = json.loads(capsys.readouterr().out)["tasks"]
+    assert [figure["name"] for figure in task["figures"]] == ["RMSE", "AbsRel", "δ₁"]
+    assert (task["images"], task["trained_on"]) == (1, 4)
+    assert ended([*arguments, *options]) == 2
     map_of(tmp_path / "data" / "depth" / "0.png", 0, (84, 90))
-    assert main([*arguments, *options, "--set", "depth.scale=1000"]) == 65
+    assert ended([*arguments, *options, "--set", "depth.scale=1000"]) == 65
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "depth/0.png" in error
