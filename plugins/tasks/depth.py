@@ -158,17 +158,16 @@ class Head:
 
     def depth(self, patches: Tensor, cls: Tensor | None, size: tuple[int, int]) -> Tensor:
         """Return depth in metres, `[H, W]`, from patches `[h, w, N]` and cls `[N]`."""
+        import torch
         from torch.nn.functional import interpolate
 
         scores = patches @ self.weight.T + self.bias
         if self.cls_weight is not None and cls is not None:
             scores = scores + cls @ self.cls_weight.T
-        scores = interpolate(
-            scores.permute(2, 0, 1)[None], scale_factor=UPSAMPLED, mode="bilinear", align_corners=False
-        )[0]
-        weights = scores.relu()
-        total = weights.sum(dim=0) + WEIGHT * BINS
-        mean = ((weights * self.depths[:, None, None]).sum(dim=0) + WEIGHT * self.depths.sum()) / total
+        grid = scores[None].permute(0, 3, 1, 2)  # its channels stay last in memory, which is faster
+        large = interpolate(grid, scale_factor=UPSAMPLED, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+        summed, total = (large.relu() @ torch.stack([self.depths, torch.ones_like(self.depths)], dim=1)).unbind(dim=-1)
+        mean = (summed + WEIGHT * self.depths.sum()) / (total + WEIGHT * BINS)
         return interpolate(mean[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
 
 
