@@ -330,7 +330,9 @@ def _usable(
             skipped[name] = why
         usable[split] = [index for index in range(len(source)) if index not in problems]
         if not usable[split]:
-            raise BadInputError("no image could be decoded", f"all {len(problems)} failed", "check --data")
+            first, why = min(problems.items())
+            why = f"all {len(problems)} failed, the first, {source.name(first)}, since {why}"
+            raise BadInputError("no image can be used", why, "check --data and --image-size")
     return usable, skipped
 
 
