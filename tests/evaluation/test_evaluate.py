@@ -154,7 +154,7 @@ def test_a_run_is_compared_with_what_it_repaired(tmp_path: Path, capsys: pytest.
 def test_one_model_alone_has_placebos_only(request_: EvaluateRequest) -> None:
     result = api.evaluate(replace(request_, compare=None))
     assert [side.side for side in result.evaluation.sides] == ["original", "inpainted", "smoothed", "blurred"]
-    settings = request_.settings.model_copy(update={"placebos": False})
+    settings = request_.settings.model_copy(update={"no_placebos": True})
     alone = api.evaluate(replace(request_, compare=None, settings=settings))
     assert [side.side for side in alone.evaluation.sides] == ["original"]
 
