@@ -512,7 +512,7 @@ def crops(folder: Path, count: int, side: int) -> None:
 @pytest.mark.slow
 def test_real_depth_is_learnt(tmp_path: Path, weights: Path) -> None:
     crops(tmp_path / "data", 8, 112)
-    settings = EvaluateSettings(image_size=112, workers=0, resamples=100, placebos=False)
+    settings = EvaluateSettings(image_size=112, workers=0, resamples=100, no_placebos=True)
     request = EvaluateRequest(ModelRequest("dinov2_custom", weights), ["depth"], [tmp_path / "data"], settings)
     values = []
     for steps in (1, 60):
