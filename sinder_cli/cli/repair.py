@@ -35,6 +35,7 @@ from sinder_cli.errors import UsageError
 from sinder_cli.escaping import printable
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.repairing.verdict import is_no
 from sinder_cli.report.progress import display
 from sinder_cli.requests import Process, RepairRequest
 from sinder_cli.signals import Ended, Stop
@@ -100,8 +101,8 @@ def command(
         return
     said = [f"{printable(str(run.path))}: finished already, nothing to resume"] if finished else []
     show(format, lambda: Group(*said, repair_table(result)), lambda: repair_document(result.summary, run.path))
-    if result.summary["verdict"] == "not improved":
-        raise typer.Exit(1)  # the answer is no
+    if is_no(result.summary):
+        raise typer.Exit(1)
 
 
 def _require_one_intent(resume: bool, force: bool, dry_run: bool) -> None:

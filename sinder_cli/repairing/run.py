@@ -37,11 +37,12 @@ from sinder_cli.repairing.loop import (
     repair_steps,
     size_of_step,
 )
-from sinder_cli.repairing.results import Elsewhere, RepairResult, run_summary, write_model
+from sinder_cli.repairing.results import RepairResult, run_summary, write_model
 from sinder_cli.repairing.run_identity import listed_images
 from sinder_cli.repairing.scan import ImageOutliers, Scan, rarest_first, scan, see, to_train_on
 from sinder_cli.repairing.session import checkpointed, restored, saved_if_it_fails
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.repairing.verdict import Elsewhere
 from sinder_cli.repairing.weight_changes import write_adapter
 from sinder_cli.signals import Stop
 

@@ -10,7 +10,7 @@ import torch
 
 from sinder_cli.defects.settings import SLACK
 from sinder_cli.repairing.guard import Fidelity
-from sinder_cli.repairing.results import Elsewhere, stop_reason, verdict_of
+from sinder_cli.repairing.verdict import Elsewhere, stop_reason, verdict_of
 
 FLOOR = 0.95
 WAS = Fidelity(0.9, 0.97, 0.97, 0.9, 0.3)
