@@ -88,9 +88,11 @@ def run_summary(
     """Return `summary.json`, except for the seconds that the run took."""
     changed = deltas.changed
     to_original = after.fidelity("original")
+    verdict = verdict_of(scan, before, after, bool(changed), settings.min_fidelity, elsewhere)
     return {
         "model": backbone.name,
-        "verdict": verdict_of(scan, before, after, bool(changed), settings.min_fidelity, elsewhere),
+        "verdict": verdict.word,
+        "verdict_reason": verdict.reason,
         "recipe": settings.recipe,
         "defects": {"before": before.defects(), "after": after.defects()},
         "fidelity": {

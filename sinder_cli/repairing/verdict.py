@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sinder_cli.defects.settings import SLACK
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from sinder_cli.repairing.settings import RepairSettings
 
 VerdictWord = Literal["healthy", "repaired", "improved", "not improved"]
+# reasons against calling a model improved, and against calling an improved one repaired
+Against = Literal["nothing_marked", "unchanged", "spoilt", "no_fewer", "more_elsewhere"]
+Remaining = Literal["left", "standing", "left_elsewhere", "farther"]
 
 
 @dataclass(frozen=True)
@@ -29,27 +32,55 @@ class Elsewhere:
     after: int
 
 
+class Verdict(NamedTuple):
+    """The verdict, and the reason why it is no better; None for `healthy` and `repaired`, which nothing exceeds."""
+
+    word: VerdictWord
+    reason: Against | Remaining | None
+
+
 def verdict_of(
     scan: Scan, before: Snapshot, after: Snapshot, changed: bool, floor: float, elsewhere: Elsewhere | None = None
-) -> VerdictWord:
+) -> Verdict:
     """Return the verdict on a repair, judged by the outlying tokens of the guard's images at any block.
 
-    It is "not improved" if nothing was changed, if there are no fewer outlying tokens, if cls or good tokens are spoilt
-    (`Fidelity.holds`), or if there are more defective tokens of a kind that the guard does not show. Otherwise it is
+    It is "not improved" if nothing was changed, if cls or good tokens are spoilt (`Fidelity.holds`), if there are no
+    fewer outlying tokens, or if there are more defective tokens of a kind that the guard does not show. Otherwise it is
     only "improved" if anything is left: outlying tokens, tokens that stand out by norm although the current rule does
     not mark them, or tokens of a kind that the guard does not show; or if marked tokens are further from the yardstick
     than before. A model in which that rule marks nothing is "healthy" only if no norm stands out.
     """
     if scan.healthy:
-        return "not improved" if scan.standing else "healthy"
-    was, now = before.fidelity(), after.fidelity()
-    if not changed or after.left >= before.left or not now.holds(was, floor):
-        return "not improved"
-    if elsewhere and elsewhere.after > elsewhere.before:
-        return "not improved"
-    left = after.left or bool(after.standing.any()) or (elsewhere and elsewhere.after)
-    farther = now.marked is not None and was.marked is not None and now.marked < was.marked - SLACK
-    return "improved" if left or farther else "repaired"
+        return Verdict("not improved", "nothing_marked") if scan.standing else Verdict("healthy", None)
+    if against := _against(before, after, changed, floor, elsewhere):
+        return Verdict("not improved", against)
+    remaining = _remaining(before, after, elsewhere)
+    return Verdict("improved" if remaining else "repaired", remaining)
+
+
+def _against(
+    before: Snapshot, after: Snapshot, changed: bool, floor: float, elsewhere: Elsewhere | None
+) -> Against | None:
+    """Return the first reason against calling the model improved; None if there is none."""
+    if not changed:
+        return "unchanged"
+    if not after.fidelity().holds(before.fidelity(), floor):
+        return "spoilt"
+    if after.left >= before.left:
+        return "no_fewer"
+    return "more_elsewhere" if elsewhere and elsewhere.after > elsewhere.before else None
+
+
+def _remaining(before: Snapshot, after: Snapshot, elsewhere: Elsewhere | None) -> Remaining | None:
+    """Return the first reason against calling an improved model repaired; None if there is none."""
+    if after.left:
+        return "left"
+    if bool(after.standing.any()):
+        return "standing"
+    if elsewhere and elsewhere.after:
+        return "left_elsewhere"
+    was, now = before.fidelity().marked, after.fidelity().marked
+    return "farther" if now is not None and was is not None and now < was - SLACK else None
 
 
 def stop_reason(scan: Scan, after: Snapshot, progress: Progress, settings: RepairSettings) -> str:
@@ -72,3 +103,12 @@ def verdict_in(summary: Mapping[str, Any]) -> VerdictWord:
 def is_no(summary: Mapping[str, Any]) -> bool:
     """Return True if the answer of a repair is no: the model is not better than it was, and not healthy either."""
     return verdict_in(summary) == "not improved"
+
+
+def is_spoilt(summary: Mapping[str, Any]) -> bool:
+    """Return True if a repair is no improvement since cls or good tokens are spoilt.
+
+    A `summary.json` of an earlier version has no reason: False.
+    """
+    reason: str | None = summary.get("verdict_reason")
+    return reason == "spoilt"

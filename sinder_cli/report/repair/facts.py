@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from sinder_cli.defects.settings import NORM_FACTOR, SLACK, Mark
+from sinder_cli.defects.settings import NORM_FACTOR, Mark
 from sinder_cli.files import public_model, public_source
 from sinder_cli.repairing.settings import RECIPES, RepairSettings
-from sinder_cli.repairing.verdict import VerdictWord, is_no, verdict_in
+from sinder_cli.repairing.verdict import VerdictWord, is_no, is_spoilt, verdict_in
 from sinder_cli.report.formatting import NOTHING, Named, counted, degrees, duration, number, percent, setting_rows
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def _advice(summary: dict[str, Any], settings: dict[str, Any]) -> str:
         if greedy
         else f"a higher --stop-density (now {number(settings['stop_density'])})",
     }
-    stopped = "fidelity" if _spoilt(summary) else summary["stopped_by"]
+    stopped = "fidelity" if is_spoilt(summary) else summary["stopped_by"]
     by_norm = "--mark norm" + ("" if settings["norm_factor"] else f" --norm-factor {number(NORM_FACTOR)}")
     ways = [
         *([first[stopped]] if stopped in first else []),
@@ -193,12 +193,6 @@ def _advice(summary: dict[str, Any], settings: dict[str, Any]) -> str:
         *([] if settings["mark"] == "norm" else [by_norm]),
     ]
     return f"Try {_listed(ways)}. Run sinder analyze to see which tokens stand out, and at which blocks."
-
-
-def _spoilt(summary: dict[str, Any]) -> bool:
-    """Return True if the kept state lies further from the yardstick than the original, by more than `SLACK`."""
-    was, now = (summary["fidelity"]["to_inpainted"][side] for side in ("before", "after"))
-    return any(now[key] is not None and now[key] < was[key] - SLACK for key in ("cls", "good"))
 
 
 def _listed(parts: list[str]) -> str:
