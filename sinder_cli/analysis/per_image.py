@@ -117,7 +117,7 @@ def _run(
     outliers = Outliers(settings)
     with ClsAttention() as watched:
         for block, side in enumerate(block_by_block(subject, images, nu, settings)):
-            outliers.add(block, side)
+            outliers.add(side)
             found = side.masks.get("equation_5")
             if block in shown:
                 angles[block] = side.degrees[..., CUMULATIVE].cpu()

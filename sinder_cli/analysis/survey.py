@@ -204,7 +204,7 @@ def _collected(
         for block, sides in enumerate(zip(*streams, strict=True)):
             for side, blocks, seen in zip(sides, collectors, outliers, strict=True):
                 blocks[block].add(side)
-                seen.add(block, side)
+                seen.add(side)
             if pairs:
                 pairs[block].add(sides)
             if moments is not None and block == depth - 1:

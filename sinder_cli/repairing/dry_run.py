@@ -12,6 +12,7 @@ import torch
 
 from sinder_cli.backbone.contract import WeightRef, trained_references
 from sinder_cli.backbone.weights import rows_of
+from sinder_cli.defects.detection import DetectionRule
 from sinder_cli.distributed import ALONE
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.memory import out_of_memory_reported, peak_memory
@@ -73,8 +74,8 @@ def _tried(repair: Prepared, emit: Emit) -> Trial:
     start = repair.start
     repair.deltas.emit = silent  # it would report decompositions, which are skipped here
     directions, settings = repair.directions, start.settings
-    by_norm = settings.norm_factor > 0 and settings.mark != "weights"
-    judged = [block for block, gap in enumerate(directions.gaps) if by_norm or gap >= settings.min_gap]
+    rule = DetectionRule.of(settings)
+    judged = [block for block, gap in enumerate(directions.gaps) if rule.can_mark(gap)]
     blocks = _reachable(judged, settings.window)
     images = _first_images(repair, emit)
     emit(Noted("taking two steps that change nothing"))

@@ -18,7 +18,7 @@ from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import (
     DetectionRule,
     alignment_logits,
-    defect_mask,
+    block_evidence,
     defective_now,
     norm_ratios,
     unsettled,
@@ -128,8 +128,7 @@ def first_defects(
     removes a block from the window when it is done with it.
     """
     last = backbone.depth - 1
-    by_norm = rule.norm_factor > 0 and rule.mark != "weights"
-    judged = {block for block in range(last) if by_norm or rule.trusts(directions.gaps[block])} | {last}
+    judged = {block for block in range(last) if rule.can_mark(directions.gaps[block])} | {last}
     earliest = min(judged) - window + 1  # first block of any window
     batch = _Batch.entering(backbone, module, directions, rule, images, known)
     for block in range(backbone.depth):
@@ -197,8 +196,8 @@ class _Batch:
         """Return the images that are defective after a block; None if there are none."""
         patches = patch_grid(self.backbone, self.tokens, self.images)
         logits = alignment_logits(patches, self.directions.nu[block])
-        predicted = defect_mask(logits, self.rule) & self.rule.trusts(self.directions.gaps[block])
-        masks = defective_now(norm_ratios(patches.float().norm(dim=-1)), self.start, predicted, self.rule)
+        evidence = block_evidence(patches, logits, self.directions.gaps[block], self.rule)
+        masks = defective_now(evidence.ratios, self.start, evidence.predicted, self.rule)
         if self.known is not None:
             masks |= _still_defective(patches, masks, self.known[:, block])
         broken = ~logits.isfinite().flatten(1).all(dim=1)

@@ -129,8 +129,8 @@ def prepared(
     device = exact_device(start.device)
     prediction = ranks.from_rank0(lambda: predict(backbone, ("cumulative",), emit, device))
     directions = Directions(prediction.directions().to(start.device), prediction.gaps())
-    by_weights = settings.mark == "weights" or settings.norm_factor == 0
-    if by_weights and not any(gap >= settings.min_gap for gap in directions.gaps):
+    rule = DetectionRule.of(settings)
+    if not any(rule.can_mark(gap) for gap in directions.gaps):
         emit(Warned(f"no direction is determined (σ₁/σ₂ < {settings.min_gap} in every block): no token can be marked"))
     module = load_module(backbone, start.device)
     deltas = Deltas(backbone, module, emit, settings.offload, decompose=decompose)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,13 @@ from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import (
     DetectionRule,
     alignment_logits,
-    defect_mask,
+    block_evidence,
     defective_somewhere,
+    flooded_images,
     norm_ratios,
+    standing_out,
 )
-from sinder_cli.defects.settings import NORM_FACTOR
+from sinder_cli.defects.settings import NORM_FACTOR, PREDICTED_DEGREES
 from sinder_cli.defects.spectrum import angle_between, leading_left
 from sinder_cli.defects.tokens import in_precision, patch_grid, stream_from_embedding
 from sinder_cli.distributed import Ranks
@@ -39,10 +41,6 @@ from sinder_cli.repairing.settings import RepairSettings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-ENOUGH_TO_COMPARE = 5  # images: among fewer, the usual norm is not known
-FLOODED = 2.0  # × the usual norm at a block: in a healthy DINOv2, the median patch and cls stay below 1.4 ×
-PREDICTED_DEGREES = 30.0  # an observed direction within this angle of a determined predicted one counts as that one
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class Scan:
 
     @property
     def healthy(self) -> bool:
-        """True if no image has a defective token in any block."""
+        """True if no image has a defective token in any block; `defects.detection` tells it from other meanings."""
         return not any(image.blocks for image in self.images)
 
     @property
@@ -183,29 +181,25 @@ def see(
     All tokens above the norm factor, marked or not, are added to `shared`, which gives the direction that they share.
     """
     stream = stream_from_embedding(backbone, module, images)
-    start = norm_ratios(patch_grid(backbone, next(stream), images).float().norm(dim=-1))
-    norms, predicted, levels = [], [], []
-    for block, tokens in enumerate(stream):
-        last = tokens
+    tokens = next(stream)
+    start = norm_ratios(patch_grid(backbone, tokens, images).float().norm(dim=-1))
+    found, levels = [], []
+    for block in range(backbone.depth):
+        tokens = next(stream)
         patches = patch_grid(backbone, tokens, images).float()
-        norms.append(patches.norm(dim=-1))
-        levels.append(norms[-1].flatten(1).median(dim=1).values)
+        logits = alignment_logits(patches, directions.nu[block])
+        found.append(block_evidence(patches, logits, directions.gaps[block], rule))
+        levels.append(found[-1].norms.flatten(1).median(dim=1).values)
         if backbone.has_cls:
             levels.append(tokens[:, 0].float().norm(dim=-1))
-        marked = defect_mask(alignment_logits(patches, directions.nu[block]), rule)
-        predicted.append(marked & rule.trusts(directions.gaps[block]))
         if shared is not None:
-            shared.add(block, patches, norm_ratios(norms[-1]), rule)
-    ratios = torch.stack([norm_ratios(each) for each in norms])
-    marks = torch.stack(predicted)
-    defective = defective_somewhere(ratios, start, marks, rule)
-    standing = defective_somewhere(ratios, start, marks, standing_out(rule)).any(dim=0)
-    return Seen(ratios, torch.stack(norms), marks, defective, standing, last.float(), torch.stack(levels))
-
-
-def standing_out(rule: DetectionRule) -> DetectionRule:
-    """Return the rule for verdicts: tokens that surely stand out by norm count, whatever marks tokens for training."""
-    return replace(rule, mark="norm" if rule.mark == "norm" else "auto", norm_factor=rule.norm_factor or NORM_FACTOR)
+            shared.add(block, patches, found[-1].ratios, rule)
+    norms, ratios, predicted = (
+        torch.stack([getattr(each, name) for each in found]) for name in ("norms", "ratios", "predicted")
+    )
+    defective = defective_somewhere(ratios, start, predicted, rule)
+    standing = defective_somewhere(ratios, start, predicted, standing_out(rule)).any(dim=0)
+    return Seen(ratios, norms, predicted, defective, standing, tokens.float(), torch.stack(levels))
 
 
 @dataclass
@@ -216,7 +210,7 @@ class Shared:
 
     def add(self, block: int, patches: Tensor, ratios: Tensor, rule: DetectionRule) -> None:
         """Add the tokens of a batch `[B, h, w, N]` that are above the norm factor."""
-        far = patches[ratios > (rule.norm_factor or DetectionRule().norm_factor)]  # [M, N]
+        far = patches[ratios > (rule.norm_factor or NORM_FACTOR)]  # [M, N]
         if len(far):
             units = torch.nn.functional.normalize(far, dim=-1)
             moment = (units.T @ units).cpu()
@@ -317,19 +311,6 @@ def _outliers(name: str, place: int, masks: Tensor, finite: bool, standing: int)
     found = {block: tuple(mask.flatten().nonzero()[:, 0].tolist()) for block, mask in enumerate(masks.cpu())}
     blocks = {block: places for block, places in found.items() if places}
     return ImageOutliers(name, place, (masks.shape[1], masks.shape[2]), finite, blocks, standing)
-
-
-def flooded_images(levels: Mapping[int, Tensor]) -> set[int]:
-    """Find the images, by place, in which most patch tokens are outlying, or cls is.
-
-    `levels` has of each image the median norm of its patches, and the norm of its cls, after each block: `[levels]`. If
-    most tokens are outlying, so is the median, and hardly any token exceeds 3 × the median; but it is far above the
-    medians of other images.
-    """
-    if len(levels) < ENOUGH_TO_COMPARE:
-        return set()
-    usual = torch.stack(list(levels.values())).quantile(0.5, dim=0)
-    return {place for place, norms in levels.items() if bool((norms > FLOODED * usual).any())}
 
 
 def _block(

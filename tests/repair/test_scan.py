@@ -18,11 +18,9 @@ from sinder_cli.errors import BadInputError
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.repairing.forward import Directions
 from sinder_cli.repairing.scan import (
-    FLOODED,
     BlockOutliers,
     ImageOutliers,
     Scan,
-    flooded_images,
     rarest_first,
     scan,
     to_train_on,
@@ -222,15 +220,6 @@ def test_a_file_of_another_form_is_bad_input(place: str, value: object, tmp_path
     path.write_text(json.dumps(json.loads(path.read_text()) | {place: value}))
     with pytest.raises(BadInputError, match="cannot read"):
         Scan.read(path)
-
-
-@pytest.mark.parametrize("factor", [0.5, 1.3, FLOODED * 0.99])
-def test_an_image_of_far_higher_median_norm_is_flooded(factor: float) -> None:
-    usual = torch.tensor([1.0, 5.0, 3.0])
-    medians = {at: usual * (1 + 0.01 * at) for at in range(9)}
-    assert flooded_images(medians | {20: usual * factor}) == set()
-    assert flooded_images(medians | {20: usual * torch.tensor([1.0, 2 * FLOODED, 1.0])}) == {20}
-    assert flooded_images({}) == flooded_images({0: usual, 1: usual * 9, 2: usual, 3: usual}) == set()  # too few
 
 
 def test_flooded_images_are_trained_on_only_without_others() -> None:
