@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from sinder_cli.exporting.targets import Plan
     from sinder_cli.repairing.dry_run import Trial
     from sinder_cli.repairing.folder import FinishedRun, RunFolder
+    from sinder_cli.repairing.preparing import Start
     from sinder_cli.repairing.results import RepairResult
-    from sinder_cli.repairing.run import Start
 
 __all__ = [
     "AnalyzeRequest",
@@ -288,8 +288,8 @@ def finished_repair(request: RepairRequest, out: Place, process: Process = HERE)
 
 def _start(request: RepairRequest, named: ImageSource | None, emit: Emit, ranks: Ranks = ALONE) -> Start:
     """Return what a repair starts from; on all ranks the same."""
+    from sinder_cli.repairing.preparing import Start
     from sinder_cli.repairing.results import run_config
-    from sinder_cli.repairing.run import Start
 
     model, settings = model_named(request.model, emit), request.settings
     device = _device(settings, ranks, emit)

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from sinder_cli.analysis.components import Basis
+from sinder_cli.analysis.directions import Basis
 from sinder_cli.analysis.gain import Outliers, inpainted_cosines
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import BlockTokens, Subject, block_by_block, in_basis

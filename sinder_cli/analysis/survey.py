@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 
 from sinder_cli.analysis.collectors import BlockCollector, BlockCurves, Collected, PairCollector
-from sinder_cli.analysis.components import Basis, Moments
+from sinder_cli.analysis.directions import Basis, Moments
 from sinder_cli.analysis.gain import InpaintingCollector, Outliers
 from sinder_cli.analysis.records import BlockRecord, Inpainting, PairRecord, Rule
 from sinder_cli.analysis.settings import AnalyzeSettings

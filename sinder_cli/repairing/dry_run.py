@@ -12,16 +12,14 @@ import torch
 
 from sinder_cli.backbone.contract import WeightRef, trained_references
 from sinder_cli.backbone.weights import rows_of
-from sinder_cli.defects.detection import DetectionRule
 from sinder_cli.distributed import ALONE
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.memory import out_of_memory_reported, peak_memory
-from sinder_cli.repairing.batches import step_batches
+from sinder_cli.repairing.choosing import guard_sizes, step_batches
 from sinder_cli.repairing.deltas import SingularBasis, blank_basis
 from sinder_cli.repairing.forward import Directions
-from sinder_cli.repairing.guard import guard_sizes
 from sinder_cli.repairing.loop import size_of_step
-from sinder_cli.repairing.run import Prepared, Start, prepared
+from sinder_cli.repairing.preparing import Prepared, Start, prepare
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.repairing.step import Probes, StepGradient, step_gradient
 
@@ -67,15 +65,14 @@ def trial(start: Start, emit: Emit) -> Trial:
     Bases are placeholders of the right size, since decomposing a weight takes longer than a step.
     """
     with out_of_memory_reported(*size_of_step(start.preprocess, start.settings)):
-        return _tried(prepared(start, emit, ALONE, decompose=_nothing_decomposed), emit)
+        return _tried(prepare(start, emit, ALONE, decompose=_nothing_decomposed), emit)
 
 
 def _tried(repair: Prepared, emit: Emit) -> Trial:
     start = repair.start
     repair.deltas.emit = silent  # it would report decompositions, which are skipped here
     directions, settings = repair.directions, start.settings
-    rule = DetectionRule.of(settings)
-    judged = [block for block, gap in enumerate(directions.gaps) if rule.can_mark(gap)]
+    judged = [block for block, gap in enumerate(directions.gaps) if start.rule.can_mark(gap)]
     blocks = _reachable(judged, settings.window)
     images = _first_images(repair, emit)
     emit(Noted("taking two steps that change nothing"))

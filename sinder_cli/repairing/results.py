@@ -25,7 +25,9 @@ from sinder_cli.repairing.verdict import Elsewhere, stop_reason, verdict_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sinder_cli.repairing.choosing import Chosen
     from sinder_cli.repairing.loop import Progress
+    from sinder_cli.repairing.preparing import Prepared
 
 
 @dataclass(frozen=True)
@@ -71,26 +73,26 @@ def run_config(
     }
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a repair has come to, on the images of the guard and on those of kinds that it does not show."""
+
+    before: Snapshot
+    after: Snapshot
+    elsewhere: Elsewhere | None
+    found_again: tuple[Retrieval | None, Retrieval | None]  # before and after: shift retrieval
+
+
 def run_summary(
-    backbone: Backbone,
-    before: Snapshot,
-    after: Snapshot,
-    scan: Scan,
-    also_trained: int,
-    drawn: int,
-    elsewhere: Elsewhere | None,
-    found_again: tuple[Retrieval | None, Retrieval | None],
-    progress: Progress,
-    deltas: Deltas,
-    settings: RepairSettings,
-    config: dict[str, Any],
+    prepared: Prepared, scan: Scan, chosen: Chosen, progress: Progress, outcome: Outcome, config: dict[str, Any]
 ) -> dict[str, Any]:
     """Return `summary.json`, except for the seconds that the run took."""
-    changed = deltas.changed
+    settings, changed = prepared.start.settings, prepared.deltas.changed
+    before, after, elsewhere = outcome.before, outcome.after, outcome.elsewhere
     to_original = after.fidelity("original")
     verdict = verdict_of(scan, before, after, bool(changed), settings.min_fidelity, elsewhere)
     return {
-        "model": backbone.name,
+        "model": prepared.start.backbone.name,
         "verdict": verdict.word,
         "verdict_reason": verdict.reason,
         "recipe": settings.recipe,
@@ -101,13 +103,14 @@ def run_summary(
             "floor": settings.min_fidelity,
         },
         "shift_retrieval": {
-            side: asdict(found) if found else None for side, found in zip(("before", "after"), found_again, strict=True)
+            side: asdict(found) if found else None
+            for side, found in zip(("before", "after"), outcome.found_again, strict=True)
         },
         "cls_cosine": to_original.cls,
         "tapped": "residual stream after each block, before the final norm; cosines: after the last block",
         "evaluation_images": before.norms.shape[1],
-        "also_trained": also_trained,
-        "drawn_on_the_guard": drawn,
+        "also_trained": chosen.also_trained,
+        "drawn_on_the_guard": chosen.drawn,
         "kinds_not_on_the_guard": asdict(elsewhere) if elsewhere else None,
         "scan": {
             "images": len(scan.images),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sinder_cli import Backbone, ModelRequest, UsageError, api
 from sinder_cli.analysis import gain as module
-from sinder_cli.analysis.components import Basis
+from sinder_cli.analysis.directions import Basis
 from sinder_cli.analysis.gain import SAME, InpaintingCollector, gain_of, gain_sentence
 from sinder_cli.analysis.per_image import portraits
 from sinder_cli.analysis.records import Distribution, ImageInpainting, Inpainting

@@ -11,10 +11,9 @@ from tiny_runs import RED, SIZE, Pictures
 
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.repairing import dry_run as trial
-from sinder_cli.repairing import run
 from sinder_cli.repairing.dry_run import Trial, TrialStep
 from sinder_cli.repairing.forward import Directions
-from sinder_cli.repairing.run import Start
+from sinder_cli.repairing.preparing import Start, prepare
 from sinder_cli.repairing.settings import RepairSettings
 
 N, HIDDEN, DEPTH = 32, 24, 6  # of the tiny model
@@ -23,15 +22,14 @@ VALUES = N + N + 3 * HIDDEN  # singular values of a gated block: value, output, 
 
 def tried(planted: Any, monkeypatch: pytest.MonkeyPatch, gaps: list[float], **settings: Any) -> Trial:
     """A trial in which the directions are the planted ones."""
-    prepared = run.prepared
 
     def with_directions(*arguments: Any, **named: Any) -> Any:
-        repair = prepared(*arguments, **named)
+        repair = prepare(*arguments, **named)
         modules.append(repair.module)
         return replace(repair, directions=Directions(planted.directions.nu, gaps))
 
     modules: list[Any] = []
-    monkeypatch.setattr(trial, "prepared", with_directions)
+    monkeypatch.setattr(trial, "prepare", with_directions)
     pictures = Pictures(*[planted.image(index, torch.float32, red=RED) for index in range(4)])
     preprocess = Preprocessing(SIZE, planted.backbone.mean, planted.backbone.std)
     chosen = RepairSettings.model_validate(
