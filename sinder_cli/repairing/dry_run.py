@@ -133,12 +133,13 @@ def _marked_late(
 
 
 def _step(repair: Prepared, images: Tensor, directions: Directions, settings: RepairSettings) -> TrialStep:
-    backbone, module = repair.start.backbone, repair.module
-    later = dict.fromkeys(range(backbone.depth), 1)  # taken before, as in most steps, which draw fewer probes
+    later = dict.fromkeys(
+        range(repair.start.backbone.depth), 1
+    )  # taken before, as in most steps, which draw fewer probes
     probes = Probes(range(len(images)), later) if settings.step == "greedy" else None
     seconds, gradient = _timed(
         repair.start.device,
-        lambda: step_gradient(backbone, module, directions, repair.deltas, images, settings, None, probes),
+        lambda: step_gradient(repair.deltas, directions, images, settings, None, probes),
     )
     return TrialStep(round(seconds, 3), len(gradient.losses), gradient.first_block)
 

@@ -230,8 +230,7 @@ def _local(prepared: Prepared, batch: Batch, progress: Progress, known: Known | 
         targets = deltas.of_window(block, settings.window) if deltas.by_block.keys() >= set(blocks) else None
         return progress.observed.interest(block, excess, targets, settings)
 
-    backbone = prepared.start.backbone
-    return step_gradient(backbone, deltas.module, directions, deltas, pixels, settings, marks, probes, interest)
+    return step_gradient(deltas, directions, pixels, settings, marks, probes, interest)
 
 
 def _move(gradient: StepGradient, deltas: Deltas, progress: Progress, images: int, settings: RepairSettings) -> Move:
