@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.exporting.drafts import ExportResult
     from sinder_cli.exporting.targets import Plan
-    from sinder_cli.repairing.dry_run import Trial
+    from sinder_cli.repairing.dry_run import DryRun
     from sinder_cli.repairing.folder import FinishedRun, RunFolder
     from sinder_cli.repairing.preparing import Start
     from sinder_cli.repairing.results import RepairResult
@@ -259,19 +259,19 @@ def run_as_called(
     return as_called(folder, given, settings) if folder.is_run else None
 
 
-def try_repair(request: RepairRequest, out: Place, process: Process = HERE) -> Trial:
+def try_repair(request: RepairRequest, out: Place, process: Process = HERE) -> DryRun:
     """Report what `repair` would do: everything before its first step, and that step's time and memory.
 
     Nothing is written, and no existing file is changed.
     """
     named = named_images(places_named(request.data), replace(process, ranks=ALONE))  # rank 0 alone calls this
-    from sinder_cli.repairing.dry_run import trial
+    from sinder_cli.repairing.dry_run import dry_run
     from sinder_cli.repairing.folder import RunFolder
 
     folder = RunFolder(Path(out))
     with folder.held(process.emit):
         folder.require_free(resume=False, force=request.force)
-        return trial(_start(request, named, process.emit), process.emit)
+        return dry_run(_start(request, named, process.emit), process.emit)
 
 
 def finished_repair(request: RepairRequest, out: Place, process: Process = HERE) -> FinishedRun:

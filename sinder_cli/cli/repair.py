@@ -41,7 +41,7 @@ from sinder_cli.requests import Process, RepairRequest
 from sinder_cli.signals import Ended, Stop
 
 if TYPE_CHECKING:
-    from sinder_cli.repairing.dry_run import Trial
+    from sinder_cli.repairing.dry_run import DryRun
     from sinder_cli.repairing.folder import FinishedRun, RunFolder
     from sinder_cli.repairing.results import RepairResult
 
@@ -88,7 +88,7 @@ def command(
         asked = RepairRequest(request, places, settings, resume, force)
         process = Process(emit, sys.stdin, context.obj.stop if context.obj else Stop(), ranks)
         if dry_run:
-            _show_trial(api.try_repair(asked, run.path, process) if ranks.writes else None, format)
+            _show_dry_run(api.try_repair(asked, run.path, process) if ranks.writes else None, format)
             return
         finished = ranks.from_rank0(lambda: resume and run.complete)
         result: FinishedRun | RepairResult | None
@@ -125,13 +125,13 @@ def _how_to_resume_printed(run: RunFolder, settings: RepairSettings, ranks: Rank
         raise
 
 
-def _show_trial(trial: Trial | None, format: Format) -> None:
-    if trial is None:  # rank 0 has it
+def _show_dry_run(found: DryRun | None, format: Format) -> None:
+    if found is None:  # rank 0 has it
         return
-    from sinder_cli.report.documents import trial_document
-    from sinder_cli.report.tables import trial_table
+    from sinder_cli.report.documents import dry_run_document
+    from sinder_cli.report.tables import dry_run_table
 
-    show(format, lambda: trial_table(trial), lambda: trial_document(trial))
+    show(format, lambda: dry_run_table(found), lambda: dry_run_document(found))
 
 
 def resuming_command(run: RunFolder, settings: RepairSettings) -> str:

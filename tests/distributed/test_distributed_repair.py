@@ -246,9 +246,9 @@ def test_a_dry_run_and_a_finished_run_read_standard_input_on_the_first_rank_alon
         if not ranks.writes:
             return None
         process = Process(stdin=StringIO(listed), ranks=ranks)
-        trial = api.try_repair(request, tmp_path / "other", process)
+        tried = api.try_repair(request, tmp_path / "other", process)
         process = Process(stdin=StringIO(listed), ranks=ranks)
-        return trial.values, str(api.finished_repair(request, tmp_path / "run", process).folder)
+        return tried.values, str(api.finished_repair(request, tmp_path / "run", process).folder)
 
     first, second = forked(asked).answers(120)
     assert first[0] > 0

@@ -31,7 +31,7 @@ def test_clean_images_change_nothing_and_end_the_run(single: Any) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in single.module.state_dict().items())
 
 
-def test_defective_images_hold_the_density_down_until_max_steps(single: Any) -> None:
+def test_defective_images_hold_the_clean_fraction_down_until_max_steps(single: Any) -> None:
     pictures = Pictures(*[single.image(i, red=RED) for i in range(2)])
     records = Run(single, pictures, lr=1e-9, max_steps=7).finish()
     assert [record.step for record in records] == list(range(1, 8))
@@ -70,7 +70,7 @@ def test_two_runs_of_the_same_seed_are_bit_identical(single: Any) -> None:
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 
-def test_the_density_counts_images_not_seen_yet_as_defective() -> None:
+def test_the_clean_fraction_counts_images_not_seen_yet_as_defective() -> None:
     progress = Progress(10)
     progress.recent.extend([True] * 4)
     assert progress.clean_fraction == 0.4
