@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 
 from sinder_cli.analysis.collectors import BlockCollector, BlockCurves, Collected, PairCollector
-from sinder_cli.analysis.components import Basis, Moments
+from sinder_cli.analysis.directions import Basis, Moments
 from sinder_cli.analysis.gain import InpaintingCollector, Outliers
 from sinder_cli.analysis.records import BlockRecord, Inpainting, PairRecord, Rule
 from sinder_cli.analysis.settings import AnalyzeSettings
@@ -204,7 +204,7 @@ def _collected(
         for block, sides in enumerate(zip(*streams, strict=True)):
             for side, blocks, seen in zip(sides, collectors, outliers, strict=True):
                 blocks[block].add(side)
-                seen.add(block, side)
+                seen.add(side)
             if pairs:
                 pairs[block].add(sides)
             if block < depth - 1:

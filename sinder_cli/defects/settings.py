@@ -14,6 +14,8 @@ from sinder_cli.faults import first_fault, quoted
 
 MIN_GAP = 1.1  # σ₁/σ₂ below which a direction counts as not determined (ours; see DetectionRule)
 
+PREDICTED_DEGREES = 30.0  # an observed direction within this angle of a determined predicted one counts as that one
+
 NORM_FACTOR = 3.0  # × the median patch norm of the image: the rule of thumb for "high-norm"
 
 Mark = Literal["auto", "weights", "norm"]

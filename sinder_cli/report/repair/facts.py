@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from sinder_cli.defects.settings import NORM_FACTOR, SLACK, Mark
+from sinder_cli.defects.settings import NORM_FACTOR, Mark
 from sinder_cli.files import public_model, public_source
 from sinder_cli.repairing.settings import RECIPES, RepairSettings
+from sinder_cli.repairing.verdict import VerdictWord, is_no, is_spoilt, verdict_in
 from sinder_cli.report.formatting import NOTHING, Named, counted, degrees, duration, number, percent, setting_rows
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from sinder_cli.repairing.results import RepairResult
 
-KINDS = {"healthy": "good", "repaired": "good", "improved": "open", "not improved": "bad"}
+KINDS: dict[VerdictWord, str] = {"healthy": "good", "repaired": "good", "improved": "open", "not improved": "bad"}
 AS_IT_WAS = "the weights are bit-identical to the original's"
 NO_CLS, NONE_MARKED = "no cls token", "none marked"
 NEAR = 0.9  # cosine from which a marked token counts as equal to that of the inpainted original
@@ -81,14 +82,14 @@ class BlockComparison(NamedTuple):
 def verdict(result: Recorded) -> RepairVerdict:
     """Return the outcome of a repair as one sentence with numbers; terminal, page and card show the same one."""
     summary, settings = result.summary, result.config["settings"]
-    word = str(summary["verdict"])
+    word = verdict_in(summary)
     if word == "healthy":
         return _healthy(summary, settings)
     if summary["stopped_by"] == "nothing_marked":
         return _nothing_marked(summary, settings)
     before, after = (summary["defects"][side] for side in ("before", "after"))
     advice = "" if word == "repaired" else _advice(summary, settings)
-    if word == "not improved" and not summary["changed_weights"]:
+    if is_no(summary) and not summary["changed_weights"]:
         why = (
             "the steps spoilt cls or good tokens, so none of them is kept"
             if summary["stopped_by"] == "fidelity"
@@ -111,7 +112,7 @@ def title(summary: dict[str, Any]) -> str:
     """Return the words behind the model's name; only a model that was improved is called repaired."""
     if not summary["changed_weights"]:
         return ", unchanged"
-    return ", changed" if summary["verdict"] == "not improved" else ", repaired"
+    return ", changed" if is_no(summary) else ", repaired"
 
 
 def _elsewhere(summary: dict[str, Any]) -> str:
@@ -183,7 +184,7 @@ def _advice(summary: dict[str, Any], settings: dict[str, Any]) -> str:
         if greedy
         else f"a higher --stop-density (now {number(settings['stop_density'])})",
     }
-    stopped = "fidelity" if _spoilt(summary) else summary["stopped_by"]
+    stopped = "fidelity" if is_spoilt(summary) else summary["stopped_by"]
     by_norm = "--mark norm" + ("" if settings["norm_factor"] else f" --norm-factor {number(NORM_FACTOR)}")
     ways = [
         *([first[stopped]] if stopped in first else []),
@@ -192,12 +193,6 @@ def _advice(summary: dict[str, Any], settings: dict[str, Any]) -> str:
         *([] if settings["mark"] == "norm" else [by_norm]),
     ]
     return f"Try {_listed(ways)}. Run sinder analyze to see which tokens stand out, and at which blocks."
-
-
-def _spoilt(summary: dict[str, Any]) -> bool:
-    """Return True if the kept state lies further from the yardstick than the original, by more than `SLACK`."""
-    was, now = (summary["fidelity"]["to_inpainted"][side] for side in ("before", "after"))
-    return any(now[key] is not None and now[key] < was[key] - SLACK for key in ("cls", "good"))
 
 
 def _listed(parts: list[str]) -> str:
