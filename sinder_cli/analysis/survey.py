@@ -16,7 +16,7 @@ from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import BlockTokens, Subject, block_by_block, featured, in_basis
 from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import DetectionRule
-from sinder_cli.defects.settings import STAGES
+from sinder_cli.defects.settings import MOST_GAP, STAGES
 from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import UsageError
 from sinder_cli.events import Emit, tracked
@@ -105,8 +105,6 @@ def equal_shapes(images: Iterable[tuple[Key, Tensor]], size: int) -> Iterator[tu
 def _stacked(group: list[tuple[Key, Tensor]]) -> tuple[list[Key], Tensor]:
     return [key for key, _ in group], torch.stack([image for _, image in group])
 
-
-MOST_GAP = 1e12  # σ₁/σ₂ is given as no larger: JSON knows no infinity
 
 Keep = Callable[[Sequence[str], Subject, BlockTokens], None]  # names of a batch, and its tokens after the last block
 

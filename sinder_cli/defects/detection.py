@@ -20,14 +20,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sinder_cli.defects.settings import MIN_GAP, NORM_FACTOR, DetectionSettings, Mark
+from sinder_cli.defects.settings import CERTAIN, MIN_GAP, NORM_FACTOR, RISE, DetectionSettings, Mark
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-RISE = 1.5  # × its own ratio at the embedding: a patch of high contrast has a large norm from the start, and no defect
-CERTAIN = 2.0  # × the norm factor: above it, the norm in one block is enough evidence
 ENOUGH_TO_COMPARE = 5  # images: among fewer, the usual norm is not known
 FLOODED = 2.0  # × the usual norm at a block: in a healthy DINOv2, the median patch and cls stay below 1.4 ×
 

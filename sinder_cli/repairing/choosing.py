@@ -220,4 +220,6 @@ def require_readable(source: ImageSource, unreadable: dict[str, str], strict: bo
     if len(unreadable) > (most if lost or strict else max(1, most)):
         named = printable(next(reversed(lost or list(unreadable))))
         why = f"{len(unreadable)} of {len(source)} cannot be read, among them {named}"
-        raise BadInputError("too many images are missing or broken", why, "mend them, or leave them out of a new run")
+        raise BadInputError(
+            "too many images are missing or broken", why, "repair the files, or leave them out of a new run"
+        )

@@ -184,7 +184,7 @@ class Guard:
         marks: list[Tensor] = []
         original: list[MarkedBatch] = []
         yardstick = inpainted(self.backbone, self.rule.norm_factor, lambda _, mask: marks.append(mask))
-        for pixels in tracked(self._batches(), self.emit, "looking at the guard", None, "batches"):
+        for pixels in tracked(self._batches(), self.emit, "evaluating the guard", None, "batches"):
             marks.clear()
             reference = last_tokens(yardstick, self.module, pixels).cpu()
             seen = self._run(pixels)

@@ -136,10 +136,14 @@ class Progress:
 
     def finished(self, settings: RepairSettings) -> bool:
         """Return True if no step is left to do."""
-        return bool(self.stopped) or self.steps >= settings.max_steps or self.clean_fraction >= settings.stop_density
+        return (
+            bool(self.stopped)
+            or self.steps >= settings.max_steps
+            or self.clean_fraction >= settings.stop_clean_fraction
+        )
 
     def judge(self, look: Evaluation, values: dict[str, Tensor], stops: bool = True) -> None:
-        """Take a look of the guard into account; keep the state, whose ε are `values`, if it is the best.
+        """Take an evaluation of the guard into account; keep the state, whose ε are `values`, if it is the best.
 
         If `stops`, end the repair after enough looks in a row that are spoilt, clean, or without a new best state.
         """

@@ -107,7 +107,7 @@ def _looked_at(prepared: Prepared, folder: RunFolder, resume: bool, unreadable: 
     settings, source = start.settings, start.source
     places = sampled(len(source), settings.scan_images, settings.seed)
     if len(places) < len(source):
-        prepared.emit(Noted(f"looking at {len(places):,} of {len(source):,} images (--scan-images)"))
+        prepared.emit(Noted(f"scanning {len(places):,} of {len(source):,} images (--scan-images)"))
     if ranks.from_rank0(lambda: resume and folder.outliers.is_file()):
         found = ranks.from_rank0(lambda: Scan.read(folder.outliers)).named_as_in(source)
         unreadable |= {source.name(place): why for place, why in found.unreadable.items()}

@@ -26,7 +26,7 @@ from sinder_cli.defects.detection import (
     norm_ratios,
     standing_out,
 )
-from sinder_cli.defects.settings import NORM_FACTOR, PREDICTED_DEGREES
+from sinder_cli.defects.settings import MOST_GAP, NORM_FACTOR, PREDICTED_DEGREES
 from sinder_cli.defects.spectrum import angle_between, leading_left
 from sinder_cli.defects.tokens import patch_grid, stream_from_embedding
 from sinder_cli.errors import BadInputError
@@ -124,7 +124,9 @@ class Scan:
         broken = [image.name for image in self.images if not image.finite]
         if broken:
             why = f"its tokens are not finite on {len(broken)} of {len(self.images)} images, such as {broken[0]}"
-            raise BadInputError("the backbone is broken", why, "give other weights, or a --dtype of more range")
+            raise BadInputError(
+                "the backbone is broken", why, "give other weights, or a --dtype with a larger range, such as bfloat16"
+            )
 
     def write(self, path: Path) -> None:
         """Write `outliers.json`."""
@@ -292,7 +294,7 @@ def _found(
     found = _Found([0.0] * start.backbone.depth)
     loaded = load_in_order(mine, start.preprocess, range(len(mine)), worker_count(settings.workers, ranks.local_size))
     read = readable(loaded, unreadable, prepared.emit, changes)
-    images = tracked(read, prepared.emit, "looking at the original", len(mine), "images")
+    images = tracked(read, prepared.emit, "scanning the original", len(mine), "images")
     while batch := list(islice(images, max(1, settings.batch_size // ranks.size))):
         pixels = torch.stack([image for _, image in batch]).to(prepared.directions.nu.device)
         found.add(
@@ -319,7 +321,7 @@ def _block(block: int, images: Sequence[ImageOutliers], found: _Found, prepared:
         images=len(having),
         marked_by_weights=found.by_weights[block],
         max_ratio=found.largest[block],
-        gap=min(gap, 1e12) if math.isfinite(gap) else 1e12,
+        gap=min(gap, MOST_GAP) if math.isfinite(gap) else MOST_GAP,
         angle_deg=angle,
         predicted=angle is not None and angle <= PREDICTED_DEGREES and prepared.start.rule.trusts(gap),
     )

@@ -89,7 +89,7 @@ def stop_reason(scan: Scan, after: Snapshot, progress: Progress, settings: Repai
         return "nothing_marked" if scan.standing else "healthy"
     if progress.stopped:
         return progress.stopped
-    if progress.clean_fraction < settings.stop_density:
+    if progress.clean_fraction < settings.stop_clean_fraction:
         return "max_steps"
     return "no_gain" if after.left else "clean"
 

@@ -221,7 +221,7 @@ def _repaired_blocks(rows: Sequence[facts.BlockComparison]) -> RenderableType:
     for row in rows:
         cells = [f"{row.before:,}", f"{row.after:,}", row.ratio_before, row.ratio_after, f"{row.seen:,}"]
         table.add_row(str(row.block), *cells, row.along, row.angle, row.gap, row.predicted, row.rule)
-    words = "seen: in all images of the first look; along ν: those marked by the predicted direction ν."
+    words = "seen: in all images of the scan; along ν: those marked by the predicted direction ν."
     return Group("", table, Text(words, "dim"))
 
 

@@ -77,7 +77,7 @@ def repair(small: Path, photos: Path) -> tuple[str, ...]:
         "last",
         "--max-steps",
         str(STEPS),
-        "--stop-density",
+        "--stop-clean-fraction",
         "1",
         "--lr",
         "0.2",
@@ -929,7 +929,14 @@ def test_a_dry_run_touches_no_run_that_is_there(warm: Server, stopped: Path, rep
 
 
 def test_a_run_that_diverges_keeps_the_last_good_state(small: Path, photos: Path, tmp_path: Path) -> None:
-    given = {"recipe": "paper", "keep": "last", "max_steps": 40, "stop_density": 1.0, "eval_images": 2, "workers": 0}
+    given = {
+        "recipe": "paper",
+        "keep": "last",
+        "max_steps": 40,
+        "stop_clean_fraction": 1.0,
+        "eval_images": 2,
+        "workers": 0,
+    }
     settings = RepairSettings.model_validate(given | {"checkpoint_every": "1"})
     too_fast = settings.model_copy(update={"lr": 1e38})  # more than a user may ask for
     with pytest.raises(DivergedError, match="; start anew with a lower --trust, or --lr, and --force"):

@@ -74,7 +74,7 @@ class Run:
         self, tiny: ModuleType, ranks: Ranks = ALONE, pictures: Pictures | None = None, **settings: Any
     ) -> None:
         planted = tiny.plant(True, torch.float32)
-        paper = {"recipe": "paper", "min_gap": 1.1, "lr": 0.05, "stop_density": 1.0}
+        paper = {"recipe": "paper", "min_gap": 1.1, "lr": 0.05, "stop_clean_fraction": 1.0}
         chosen = paper | {"batch_size": 3, "max_steps": 8} | settings
         self.settings, self.ranks = RepairSettings.model_validate(chosen), ranks
         pictures = pictures or Pictures(tiny)

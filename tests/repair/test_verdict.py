@@ -71,4 +71,4 @@ def test_a_model_is_healthy_only_if_no_norm_stands_out() -> None:
         reasons = (word, None if word == "healthy" else reason)
         assert verdict_of(found, side(0, WAS), side(0, WAS), False, FLOOR) == reasons
         progress: Any = SimpleNamespace(stopped="", clean_fraction=1.0)
-        assert stop_reason(found, side(0, WAS), progress, SimpleNamespace(stop_density=1.0)) == reason  # type: ignore[arg-type]
+        assert stop_reason(found, side(0, WAS), progress, SimpleNamespace(stop_clean_fraction=1.0)) == reason  # type: ignore[arg-type]

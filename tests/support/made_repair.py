@@ -178,7 +178,7 @@ def progress_of(steps: int, stopped_by: str, after: Snapshot, kept: bool, settin
     if kept:
         fidelity = after.fidelity()
         progress.best = Best(steps, after.left, fidelity.cls, fidelity.good, fidelity.marked, {})
-    assert ends_clean or progress.clean_fraction < settings.stop_density
+    assert ends_clean or progress.clean_fraction < settings.stop_clean_fraction
     return progress
 
 

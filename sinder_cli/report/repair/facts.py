@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from sinder_cli.defects.settings import NORM_FACTOR, Mark
+from sinder_cli.defects.settings import CERTAIN, MOST_GAP, NORM_FACTOR, RISE, Mark
 from sinder_cli.files import public_model, public_source
 from sinder_cli.repairing.settings import RECIPES, RepairSettings
 from sinder_cli.repairing.verdict import VerdictWord, is_no, is_spoilt, verdict_in
@@ -24,7 +24,6 @@ KINDS: dict[VerdictWord, str] = {"healthy": "good", "repaired": "good", "improve
 AS_IT_WAS = "the weights are bit-identical to the original's"
 NO_CLS, NONE_MARKED = "no cls token", "none marked"
 NEAR = 0.9  # cosine from which a marked token counts as equal to that of the inpainted original
-UNBOUNDED = 1e12  # σ₁/σ₂ that `outliers.json` contains where σ₂ is 0
 
 
 class RepairVerdict(NamedTuple):
@@ -59,7 +58,7 @@ class Compared(NamedTuple):
 
 
 class BlockComparison(NamedTuple):
-    """One block: its outlying tokens on the guard's images, and what the first look at the original found in it."""
+    """One block: its outlying tokens on the guard's images, and what the scan of the original found in it."""
 
     block: int
     before: int  # outlying tokens
@@ -182,7 +181,7 @@ def _advice(summary: dict[str, Any], settings: dict[str, Any]) -> str:
         "max_steps": f"a higher --max-steps (now {settings['max_steps']:,})",
         "no_gain": f"a lower --min-gain (now {number(settings['min_gain'])})"
         if greedy
-        else f"a higher --stop-density (now {number(settings['stop_density'])})",
+        else f"a higher --stop-clean-fraction (now {number(settings['stop_clean_fraction'])})",
     }
     stopped = "fidelity" if is_spoilt(summary) else summary["stopped_by"]
     by_norm = "--mark norm" + ("" if settings["norm_factor"] else f" --norm-factor {number(NORM_FACTOR)}")
@@ -322,7 +321,7 @@ def _rule(seen: dict[str, Any], mark: Mark) -> str:
 
 
 def _gap(gap: float) -> str:
-    return "∞" if gap >= UNBOUNDED else f"{gap:.2f}" if gap < 100 else number(gap)
+    return "∞" if gap >= MOST_GAP else f"{gap:.2f}" if gap < 100 else number(gap)
 
 
 def block_words(result: Recorded) -> str:
@@ -332,7 +331,7 @@ def block_words(result: Recorded) -> str:
     undetermined = f" *: ν is not determined, since σ₁/σ₂ is under {number(settings['min_gap'])}." if weak else ""
     images = counted(scan["images"], "image")
     return (
-        f"The first look was at {images}. Along ν: tokens that equation (5) marks with the direction ν that the weights"
+        f"The scan was of {images}. Along ν: tokens that equation (5) marks with the direction ν that the weights"
         " predict. Angle: between the direction that the tokens share and ν. Predicted: that angle is at most 30° and ν"
         " is determined. Trained by: the reason why tokens were marked, and so trained: they lie along ν (weights), by"
         f" their norm alone (norm), or some for one reason and some for the other (both).{undetermined}"
@@ -346,14 +345,14 @@ def rule_words(result: Recorded) -> str:
     if factor == 0:
         return "A token counts as outlying at a block where equation (5) marks it, whatever its norm."
     high = (
-        f"its norm is above {number(factor)} × the median of its image, and this ratio is above 1.5 × its value at the"
-        " embedding"
+        f"its norm is above {number(factor)} × the median of its image, and this ratio is above {RISE} ×"
+        " its value at the embedding"
     )
     more = {
         "norm": "",
         "weights": ", and equation (5) marks it with a direction that is determined",
         "auto": ", and it is certain: equation (5) marks it with a direction that is determined, or its norm is above"
-        f" {number(2 * factor)} × the median, or it stays that high over two blocks",
+        f" {number(CERTAIN * factor)} × the median, or it stays that high over two blocks",
     }
     return f"A token is outlying at a block where {high}{more[settings['mark']]}."
 
@@ -407,7 +406,7 @@ def run_facts(result: Recorded) -> list[Named]:
         Named("Steps", f"{summary['steps']:,}{skipped[0]}"),
         Named("State that is kept", "the original" if kept is None else f"after step {kept:,}"),
         Named("Stopped by", stop_reason(result)),
-        Named("Images in the first look", f"{scan['images']:,}, {scan['defective_images']:,} with an outlying token"),
+        Named("Images in the scan", f"{scan['images']:,}, {scan['defective_images']:,} with an outlying token"),
         Named("Images seen in steps", f"{summary['images']:,}{skipped[1]}"),
         Named("Judged on", guard_images(summary)),
         Named("Time", duration(summary["seconds"])),
@@ -430,7 +429,7 @@ def stop_reason(result: Recorded) -> str:
     greedy = settings["step"] == "greedy"
     share = f"{percent(summary['clean_fraction'])} of the latest images without a defect"
     share += " that a step can help" if greedy else ""
-    goal = percent(settings["stop_density"])
+    goal = percent(settings["stop_clean_fraction"])
     stopped = str(summary["stopped_by"])
     words = {
         "healthy": "nothing to repair: no image has an outlying token",
