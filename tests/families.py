@@ -40,7 +40,7 @@ EAGER = RepairSettings(
     min_tokens=1,
     min_gap=0,
     eval_images=2,
-    stop_density=1,
+    stop_clean_fraction=1,
     lr=0.05,
     workers=0,
 )
@@ -99,7 +99,6 @@ def cases() -> Iterator[Case]:
 
 def _dinov2_cases() -> Iterator[Case]:
     from safetensors.torch import save_file
-
     from sinder_plugins.dinov2.config import Config, tensor_shapes
 
     kinds = {
