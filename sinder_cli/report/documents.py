@@ -84,7 +84,6 @@ def evaluation_document(evaluation: Evaluation) -> dict[str, Any]:
     return finite(evaluation.model_dump(mode="json"))
 
 
- -> dict[str, Any]:
 def dry_run_document(dry_run: DryRun) -> dict[str, Any]:
     """Return the document of `sinder repair --dry-run --format json`."""
     return asdict(dry_run) | {"blocks": list(dry_run.blocks)}
