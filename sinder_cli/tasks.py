@@ -21,8 +21,11 @@ from sinder_cli.evaluation.contract import (
     View,
     mean_figure,
 )
+from sinder_cli.evaluation.label_layouts import labelled_images
+from sinder_cli.evaluation.labels import IGNORED, ClassMap, LabelImage, LabelRule
 from sinder_cli.evaluation.layouts import class_folders
 from sinder_cli.evaluation.settings import TaskSettings
+from sinder_cli.events import tracked
 from sinder_cli.images.sources import ImageFiles, ImageSource
 
 if TYPE_CHECKING:
@@ -30,11 +33,15 @@ if TYPE_CHECKING:
     from sinder_cli.evaluation.drawing import pca_picture
 
 __all__ = [
+    "IGNORED",
+    "ClassMap",
     "Dataset",
     "Features",
     "Figure",
     "ImageFiles",
     "ImageSource",
+    "LabelImage",
+    "LabelRule",
     "Part",
     "Pixels",
     "Places",
@@ -46,8 +53,10 @@ __all__ = [
     "View",
     "class_folders",
     "found_again",
+    "labelled_images",
     "mean_figure",
     "pca_picture",
+    "tracked",
 ]
 
 

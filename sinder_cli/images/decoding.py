@@ -238,6 +238,13 @@ def upright(image: Image) -> Image:
     return image if turned is None else image.transpose(turned)
 
 
+def upright_size(image: Image) -> tuple[int, int]:
+    """Return the width and height that `upright` gives an opened file; of PNG, only the header is read for it."""
+    width, height = image.size
+    known = image.format != "PNG" or "exif" in image.info  # else Pillow would decode it to search behind the pixels
+    return (height, width) if known and _orientation(image) in range(5, 9) else (width, height)
+
+
 def _orientation(image: Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
