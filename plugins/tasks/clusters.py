@@ -33,6 +33,7 @@ from .labelling import (
     by_image,
     class_picture,
     figures_of,
+    mean_iou,
     nearest,
     overlap,
     truth_picture,
@@ -90,8 +91,10 @@ def score(scoring: Scoring) -> Scores:
         height, width = dataset.truth[index].read().shape
         return class_picture(nearest(matches[0][clusters_of(features, index, centres)[0]], (height, width)).numpy())
 
+    of_seeds = mean_iou(of_images.sum(dim=0).double())
     notes = (
         f"{len(classes)} clusters; {passes} passes" + (" (the most)" if passes == scoring.settings.passes else ""),
+        f"mIoU by seed: {', '.join(f'{100 * each:.1f}' for each in of_seeds.tolist())}",
         words_by_class(of_images, dataset.classes),
     )
     return Scores(figures_of(of_images), by_image=by_image(of_images), picture=picture, notes=notes)

@@ -94,7 +94,7 @@ def score(scoring: Scoring) -> Scores:
     head, seen = trained_head(scoring)
 
     def found(index: int, size: tuple[int, int]) -> Tensor:
-        return predicted(grid_logits(head, test.part("patches", index), scoring.device), size)
+        return predicted(grid_logits(head, _patches(test, index, scoring.device)), size)
 
     overlaps = []
     for index, label in enumerate(tracked(dataset.truth, scoring.emit, "segmentation: test", len(test), "images")):
@@ -201,13 +201,12 @@ def loss_of(head: nn.Module, patches: Sequence[Tensor], truth: Sequence[Tensor])
     return total / max(count, 1)
 
 
-def grid_logits(head: nn.Module, patches: Tensor, device: str) -> Tensor:
+def grid_logits(head: nn.Module, patches: Tensor) -> Tensor:
     """Return the logits of an image's patches `[h, w, N]` as `[C, h, w]`."""
     import torch
 
     with torch.no_grad():
-        finite = patches.to(device).nan_to_num(nan=0, posinf=0, neginf=0)
-        return head(finite.flatten(0, 1)).unflatten(0, finite.shape[:2]).permute(2, 0, 1)
+        return head(patches.flatten(0, 1)).unflatten(0, patches.shape[:2]).permute(2, 0, 1)
 
 
 def predicted(logits: Tensor, size: tuple[int, int]) -> Tensor:

@@ -271,7 +271,8 @@ def _counted(found: _Found, folder: Path, places: Places) -> _Found:
         most = max(most, int(label.read().max()))
     if most < 1:
         why = "no label counts" if most < 0 else f"the only label that counts is {found.rule.value(0)}"
-        raise BadInputError(f"cannot use the labels of {folder}", why, "see the setting ignore_label of the task")
+        remedy = f"if {found.rule.ignored} is a class, set ignore_label of the task to a value that does not occur"
+        raise BadInputError(f"cannot use the labels of {folder}", why, remedy)
     rule = replace(found.rule, classes=most + 1)
     return replace(found, rule=rule, test=_ruled(found.test, rule), train=found.train and _ruled(found.train, rule))
 
