@@ -185,6 +185,21 @@ def test_training_data_lie_elsewhere(tmp_path: Path) -> None:
     assert {label.rule.classes for label in (*found.truth, *found.train_truth)} == {5}
 
 
+def test_training_labels_mean_what_test_labels_do(tmp_path: Path) -> None:
+    two_folders(tmp_path / "one", *"ab")
+    (two_folders(tmp_path / "other", *"cd") / "classes.txt").write_text("a\nb\n")
+    found = read(tmp_path / "other", train=(str(tmp_path / "one"),))
+    with pytest.raises(BadInputError, match=r"one/labels/a\.png: label 2 is out of range: there are 2 classes"):
+        found.train_truth[0].read()
+
+
+def test_cityscapes_elsewhere_keeps_its_table(tmp_path: Path) -> None:
+    one, other = cityscapes(tmp_path / "one"), cityscapes(tmp_path / "other")
+    found = read(other, train=(str(one),))
+    assert found.train_truth[0].path.is_relative_to(one)
+    assert found.train_truth[0].read().tolist() == [[0, 18, -1], [13, -1, -1]]
+
+
 def test_names_of_classes_come_from_a_file(tmp_path: Path) -> None:
     (two_folders(tmp_path, *"abc") / "classes.txt").write_text("sky\nsea\n\nsand\nsun\n")
     assert read(tmp_path).classes == ("sky", "sea", "sand", "sun")

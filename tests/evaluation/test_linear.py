@@ -118,6 +118,15 @@ def test_class_without_training_images_is_always_wrong() -> None:
     assert (scores.by_image[2::3] == 0).all()
 
 
+def test_class_in_the_middle_may_lack_training_images() -> None:
+    train, truth = drawn(40, noise=0.05)
+    kept = truth != 1
+    found, _ = probabilities(train[kept].double(), truth[kept], train.double(), 0.01, 1000)
+    assert found.shape == (40, 3)
+    assert (found[:, 1] == 0).all()
+    assert (found.argmax(dim=1) == truth)[kept].all()
+
+
 def test_training_images_of_one_class_are_refused() -> None:
     train, _ = drawn(6)
     with pytest.raises(BadInputError, match="the images to train on are of one class"):

@@ -223,6 +223,43 @@ def test_same_seed_trains_the_same_head(tmp_path: Path) -> None:
     assert not torch.equal(first[2], other[2])
 
 
+def test_training_is_adamw_on_batch_norm_by_hand(tmp_path: Path) -> None:
+    parts, truth = striped(tmp_path)
+    given = scoring(TASK, "whole", parts, truth, "abcd", parts, truth, seed=3, steps=4, images_a_step=2)
+    head, _ = trained_head(given)
+    start = new_head(8, 4, seed=3)
+    theta = [each.detach().double().requires_grad_() for each in start.parameters()]  # γ, β, W, b
+    m, v = [torch.zeros_like(each) for each in theta], [torch.zeros_like(each) for each in theta]
+    mean, variance = torch.zeros(8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    for step, indices in enumerate(batches(4, 2, 4, seed=3)):
+        gamma, beta, W, b = theta
+        tokens = torch.cat([parts["patches"][at].double().flatten(0, 1) for at in indices])
+        mu, var = tokens.mean(0), tokens.var(0, correction=0)
+        mean, variance = 0.9 * mean + 0.1 * mu, 0.9 * variance + 0.1 * tokens.var(0, correction=1)
+        logits = ((tokens - mu) / (var + 1e-5).sqrt() * gamma + beta) @ W.T + b
+        grid = logits.view(2, 6, 6, 4).permute(0, 3, 1, 2)
+        larger = torch.nn.functional.interpolate(grid, (24, 24), mode="bilinear").log_softmax(dim=1)
+        labels_of = torch.stack([torch.from_numpy(truth[at].read()) for at in indices])
+        gradients = torch.autograd.grad(-larger.gather(1, labels_of[:, None]).mean(), theta)
+        rate = learning_rate(step, 4, 1e-3)
+        for at, g in enumerate(gradients):
+            m[at], v[at] = 0.9 * m[at] + 0.1 * g, 0.999 * v[at] + 0.001 * g * g
+            moved = (m[at] / (1 - 0.9 ** (step + 1))) / ((v[at] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            theta[at] = (theta[at] * (1 - rate * 1e-4) - rate * moved).detach().requires_grad_()
+    for found, expected in zip(head.parameters(), theta, strict=True):
+        torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(head[0].running_mean.double(), mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(head[0].running_var.double(), variance, atol=1e-5, rtol=0)
+    assert not head.training
+
+
+def test_first_weights_are_drawn_by_the_seed() -> None:
+    one, again, other = (new_head(64, 50, seed)[1].weight for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert one.std().item() == pytest.approx(0.01, rel=0.1)
+
+
 def test_head_reads_images_of_its_steps_alone(tmp_path: Path) -> None:
     parts, truth = striped(tmp_path)
     given = scoring(TASK, "whole", parts, truth, "abcd", parts, truth, steps=3, images_a_step=2)
