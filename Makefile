@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_RUN := sinder-runs/demo
 FUZZ_ROUNDS ?= 50
 
-.PHONY: help demo test test-fast test-newest test-lowest fuzz lint man bench evidence clean
+.PHONY: help demo test test-fast test-newest test-lowest fuzz lint man bench evidence evaluated clean
 
 help:  ## the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
@@ -74,5 +74,8 @@ bench: $(VENV)/.tested  ## ratios against the reference's way, side by side in o
 evidence: $(VENV)/.tested  ## repairs of a real model, into tests/real/EVIDENCE.md; fetches 200 MB once
 	$(BIN)/python tests/real/evidence.py --anew
 
-clean:
+evaluated: $(VENV)/.tested  ## tasks on a real model before and after a repair, into tests/real/EVIDENCE.md
+	$(BIN)/python tests/real/evaluated.py --anew
+
+clean:  ## remove what these targets made
 	rm -rf $(VENV) .venv-newest .venv-lowest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache sinder-runs

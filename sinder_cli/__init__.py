@@ -2,8 +2,8 @@
 
 This module is what a Python program imports, and what the author of a backbone plugin does, and nothing else.
 
-`predict_defects`, `analyze`, `repair` and `export` are the commands as functions: docs/python.md shows them, `api.py`
-documents them.
+`predict_defects`, `analyze`, `repair`, `evaluate` and `export` are the commands as functions: docs/python.md
+shows them, `api.py` documents them. `sinder_cli.tasks` is what the author of a task imports.
 
 A plugin is a module that an entry point of the group `sinder.backbones` names. It says `SINDER_API = 1`, the version of
 this contract that it is written for, and has up to three functions, each marked with `hookimpl`:
@@ -56,12 +56,15 @@ if TYPE_CHECKING:
     from sinder_cli.api import (
         AnalyzeRequest,
         AnalyzeSettings,
+        EvaluateRequest,
+        EvaluateSettings,
         ExportRequest,
         ExportSettings,
         PredictRequest,
         RepairRequest,
         RepairSettings,
         analyze,
+        evaluate,
         export,
         predict_defects,
         repair,
@@ -79,6 +82,8 @@ __all__ = [
     "Backbone",
     "BadInputError",
     "BlockMap",
+    "EvaluateRequest",
+    "EvaluateSettings",
     "ExportRequest",
     "ExportSettings",
     "GatedMlpMap",
@@ -105,6 +110,7 @@ __all__ = [
     "attention_kernel",
     "define_torchvision_operators",
     "download",
+    "evaluate",
     "export",
     "hookimpl",
     "open_checkpoint",

@@ -12,7 +12,8 @@ from sinder_cli.errors import CannotCreateError
 from sinder_cli.files import make_folder, output_error, require_creatable_folder, require_writable_folder
 
 FEATURES = "features"  # kept, and used again by later calls
-WRITTEN = ("evaluation.json", "evaluation.csv", "report.html", "pictures")
+PICTURES = "pictures"
+WRITTEN = ("evaluation.json", "evaluation.csv", "report.html", PICTURES)
 
 
 def require_evaluation_place(folder: Path, force: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from importlib.util import find_spec
 
 from sinder_cli.backbone.contract import TASK_GROUP
@@ -35,4 +36,4 @@ def task_named(name: str) -> Task:
     if missing:
         why = f"it needs {missing[0]}, which is not installed"
         raise UnavailableError(f"cannot run task {name!r}", why, "pip install 'sinder-cli[evaluate]'")
-    return task
+    return replace(task, name=name)

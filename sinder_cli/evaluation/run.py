@@ -187,7 +187,7 @@ def _limited(dataset: Dataset, settings: EvaluateSettings) -> Dataset:
 def sides_of(given: EvaluationInput, settings: EvaluateSettings, patches_matter: bool = True) -> tuple[SideName, ...]:
     """Return the sides in their order; the two that only change patches at the end are left out where none matter."""
     second: tuple[SideName, ...] = ("repaired",) if given.repaired is not None else ()
-    placebos = [side for side in PLACEBOS if patches_matter or side not in DERIVED] if settings.placebos else []
+    placebos = [side for side in PLACEBOS if patches_matter or side not in DERIVED] if not settings.no_placebos else []
     return ("original", *second, *placebos)
 
 
@@ -196,7 +196,7 @@ def _passes(given: EvaluationInput, settings: EvaluateSettings) -> Iterator[tupl
     yield "original", given.original
     if given.repaired is not None:
         yield "repaired", given.repaired
-    if settings.placebos:
+    if not settings.no_placebos:
         yield "inpainted", inpainted(given.original, settings.norm_factor)
 
 
@@ -330,7 +330,9 @@ def _usable(
             skipped[name] = why
         usable[split] = [index for index in range(len(source)) if index not in problems]
         if not usable[split]:
-            raise BadInputError("no image could be decoded", f"all {len(problems)} failed", "check --data")
+            first, why = min(problems.items())
+            why = f"all {len(problems)} failed, the first, {source.name(first)}, since {why}"
+            raise BadInputError("no image can be used", why, "check --data and --image-size")
     return usable, skipped
 
 

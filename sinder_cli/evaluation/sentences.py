@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from sinder_cli.evaluation.records import DifferenceRecord, FigureRecord
+from sinder_cli.evaluation.records import DifferenceRecord, Evaluation, FigureRecord
 
-PLACEBO = "averaging the marked tokens at the end does as well: by this figure the repair is an inpainting filter"
+
+def headline(evaluation: Evaluation) -> str:
+    """Return the whole evaluation in one sentence."""
+    figures = [figure for task in evaluation.tasks for figure in task.figures if figure.better != "neither"]
+    judged = [value for figure in figures if (value := figure.of("repaired")) and value.to_original]
+    if not judged:
+        return "One model alone: there is nothing to compare it with; name a run, or a second model with --compare."
+    label = next(side.label for side in evaluation.sides if side.side == "repaired")
+    counts = Counter(value.to_original.standing for value in judged if value.to_original)
+    beaten = sum(
+        value.to_smoothed.standing == "better"
+        for value in judged
+        if value.to_original and value.to_original.standing == "better" and value.to_smoothed
+    )
+    words = f"Of {len(judged)} figures, {label} is better than the original on {counts['better']}, worse on"
+    words += f" {counts['worse']}, and within noise on {counts['within noise']}."
+    if counts["better"] and any(value.to_smoothed for value in judged):
+        words += f" On {beaten} of the {counts['better']} it also beats averaging the marked tokens at the end."
+    return words
 
 
 def sentences_of(figures: Sequence[FigureRecord], label: str = "repaired") -> tuple[str, ...]:
-    """Return one or two sentences a figure that has a better end; `label` is the second model's name."""
+    """Return one or two sentences for each figure that has a better end; `label` is the second model's name."""
     return tuple(sentence for figure in figures for sentence in _sentences(figure, label))
 
 
@@ -18,24 +37,33 @@ def _sentences(figure: FigureRecord, label: str) -> Iterator[str]:
     repaired = figure.of("repaired")
     if repaired is None or repaired.to_original is None or figure.better == "neither":
         return
-    yield f"{figure.name}: {label} is {_standing(repaired.to_original, figure)} against the original."
-    if repaired.to_original.standing == "better" and repaired.to_smoothed is not None:
-        if repaired.to_smoothed.standing == "better":
-            return
-        yield f"{figure.name}: {PLACEBO} ({_interval(repaired.to_smoothed, figure)} against it)."
+    against, placebo = repaired.to_original, repaired.to_smoothed
+    words = f"{figure.name}: {label} is {_against(against, 'than the original', figure)}"
+    if against.standing == "better" and placebo is not None:
+        if placebo.standing == "better":
+            words += f", and {_against(placebo, 'than averaging the marked tokens at the end', figure)}"
+        else:
+            words += (
+                "; but averaging the marked tokens at the end does as well"
+                f" ({interval(placebo, figure)} against that): by this figure the repair is an inpainting filter"
+            )
+    yield f"{words}."
 
 
-def _standing(difference: DifferenceRecord, figure: FigureRecord) -> str:
-    return f"{difference.standing} ({_interval(difference, figure)})"
+def _against(difference: DifferenceRecord, than: str, figure: FigureRecord) -> str:
+    if difference.standing == "within noise":
+        return f"within noise of {than.removeprefix('than ')} ({interval(difference, figure)})"
+    return f"{difference.standing} {than} ({interval(difference, figure)})"
 
 
-def _interval(difference: DifferenceRecord, figure: FigureRecord) -> str:
-    unit = " %" if figure.unit == "%" else ""
+def interval(difference: DifferenceRecord, figure: FigureRecord) -> str:
+    """Return a difference with its interval: +4.7 points, 95 % interval +2.6 to +6.8."""
+    unit = " points" if figure.unit == "%" else ""
     return f"{shown(difference.value)}{unit}, 95 % interval {shown(difference.low)} to {shown(difference.high)}"
 
 
 def shown(difference: float) -> str:
-    """Return a difference with its sign: +0.34, −1.2, +0.0012."""
+    """Return a difference with its sign: +0.34, −1.20, +0.0012."""
     size = abs(difference)
-    digits = 2 if size >= 0.1 or size == 0 else 4
-    return f"{'−' if difference < 0 else '+'}{size:.{digits}f}"
+    digits = f"{size:.2f}" if size >= 0.1 else f"{size:.4f}"
+    return "0" if float(digits) == 0 else f"{'−' if difference < 0 else '+'}{digits}"

@@ -21,7 +21,7 @@ class EvaluateSettings(PassSettings):
         description="Multiple of the median norm above which a token of the original is marked: the placebos replace"
         " marked tokens.",
     )
-    placebos: bool = Field(True, description="Evaluate the three placebos, too.")
+    no_placebos: bool = Field(False, description="Leave out the three placebos.")
     limit: int | None = Field(
         None, ge=1, le=MOST, description="Use at most this many images of each split, drawn by the seed."
     )

@@ -53,7 +53,7 @@ class ViewPreprocessing(Preprocessing):
         import numpy as np
         from PIL import Image as pillow
 
-        view, patch = self.view, self.patch
+        view, patch, given = self.view, self.patch, image
         if view.resize != "none":
             scale = view.size / min(image.size)
             exact = view.resize == "square"
@@ -69,7 +69,7 @@ class ViewPreprocessing(Preprocessing):
         image = image.crop((view.shift * patch, view.shift * patch, image.width, image.height))
         if min(image.size) < MIN_PATCHES * patch:
             raise UnreadableImageError(
-                f"{image.width}×{image.height} pixels make under {MIN_PATCHES} × {MIN_PATCHES} patches of {patch}"
+                f"{given.width}×{given.height} pixels make under {MIN_PATCHES} × {MIN_PATCHES} patches of {patch}"
             )
         return np.asarray(image)
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from sinder_cli.backbone.registry import InstalledBackbone
 from sinder_cli.defects.settings import MIN_GAP
 from sinder_cli.escaping import printable
+from sinder_cli.evaluation.sentences import headline
 from sinder_cli.report.analysis.facts import norm_factor
 from sinder_cli.report.formatting import Named, counted, degrees, duration
 from sinder_cli.report.repair import facts
@@ -244,7 +245,7 @@ def evaluation_table(evaluation: Evaluation, folder: Path | None = None) -> Rend
             table.add_row(f"{figure.name}{unit}", *(_evaluated(value) for value in cells))
         notes = [f"{side}: {note}" for side, texts in task.notes.items() for note in texts]
         parts += [table, *notes, *task.sentences, ""]
-    parts.append("Differences are to the original, with 95 % intervals over images; (≈) is within noise.")
+    parts += [headline(evaluation), "≈: within noise of the original; intervals of 95 % from resampled images."]
     if folder is not None:
         parts.append(f"Written to {folder}")
     return Group(*parts)

@@ -18,7 +18,7 @@ from sinder_cli.cli.manpage import EXIT_CODES, pages
 
 Sinder = Callable[..., subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("analyze", "backbones", "check-backbone", "export", "predict-defects", "repair")
+COMMANDS = ("analyze", "backbones", "check-backbone", "evaluate", "export", "predict-defects", "repair")
 HEAVY = {"torch", "matplotlib", "numpy", "PIL", "transformers", "safetensors", "sinder_plugins"}
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from sinder_plugins.dinov2.config import Config, tensor_shapes
 from torch import Tensor
+
+from sinder_plugins.dinov2.config import Config, tensor_shapes
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -46,6 +46,7 @@ WAYS: dict[str, tuple[int | None, dict[str, Any]]] = {  # photographs to train o
     "paper": (None, {"recipe": "paper", "keep": "last", "max_steps": 40}),
 }
 DOCUMENT = Path(__file__).parent / "EVIDENCE.md"
+TASKS = "## Tasks\n"  # begins the part that `evaluated.py` writes
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,8 @@ def main() -> None:
         order = ["before", "inpainted original", *WAYS]
         stored.sort(key=lambda row: (names.index(row.plant), order.index(row.what)))
         kept.write_text(json.dumps([asdict(row) for row in stored]))
-        DOCUMENT.write_text(document(stored), encoding="utf-8")
+        _, begins, rest = DOCUMENT.read_text(encoding="utf-8").partition(TASKS)
+        DOCUMENT.write_text(document(stored) + (f"\n{begins}{rest}" if begins else ""), encoding="utf-8")
 
 
 if __name__ == "__main__":

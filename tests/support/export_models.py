@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from sinder_plugins.dinov2.config import Config, tensor_shapes
 from torch import Tensor
+
+from sinder_plugins.dinov2.config import Config, tensor_shapes
 
 CUSTOM = "dinov2_custom"
 PLAIN = Config(width=128, depth=3, hidden=512, grid=6)

@@ -1,20 +1,67 @@
-"""An evaluation as files: the document, a CSV of all values, and the page with the images that changed most."""
+"""An evaluation as files: the document, a CSV of all values, and a page with the images that changed most."""
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from sinder_cli.escaping import printable
+from sinder_cli.evaluation.contract import SideName
+from sinder_cli.evaluation.folder import PICTURES
+from sinder_cli.evaluation.sentences import headline, shown
+from sinder_cli.evaluation.settings import EvaluateSettings
+from sinder_cli.events import Emit, tracked
 from sinder_cli.files import make_folder, output_error, write_json, write_text
+from sinder_cli.report import formatting
 from sinder_cli.report.documents import evaluation_document
+from sinder_cli.report.drawing.pictures import Panel, enlarged, image_file, reduced
+from sinder_cli.report.formatting import Named, counted, duration
+from sinder_cli.report.templates import html_template
 
 if TYPE_CHECKING:
-    from sinder_cli.evaluation.records import Evaluation
-    from sinder_cli.evaluation.run import EvaluationResult
-    from sinder_cli.evaluation.settings import EvaluateSettings
-    from sinder_cli.events import Emit
+    from sinder_cli.evaluation.contract import Pixels
+    from sinder_cli.evaluation.records import Evaluation, FigureRecord, TaskRecord, ValueRecord
+    from sinder_cli.evaluation.run import EvaluationResult, Scored
+
+SIDE_PIXELS = 320  # of a picture
+KINDS = {"better": "good", "worse": "bad", "within noise": "none", "higher": "none", "lower": "none"}
+
+
+class Cell(NamedTuple):
+    """One value of a table, its difference to the original in words, and the class of its colour."""
+
+    value: str
+    difference: str
+    kind: str
+
+
+class Row(NamedTuple):
+    """One figure: its name, what is better, and a cell per side; None for a side without it."""
+
+    name: str
+    better: str
+    cells: list[Cell | None]
+
+
+class ChangedImage(NamedTuple):
+    """One of the images that changed most: its name, how, and its pictures."""
+
+    name: str
+    change: str
+    panels: list[Panel]
+
+
+class TaskSection(NamedTuple):
+    """One task of the page."""
+
+    task: TaskRecord
+    facts: list[Named]
+    rows: list[Row]
+    notes: list[str]
+    images: list[ChangedImage]
 
 
 def write_evaluation(folder: Path, result: EvaluationResult, settings: EvaluateSettings, emit: Emit) -> None:
@@ -23,10 +70,23 @@ def write_evaluation(folder: Path, result: EvaluationResult, settings: EvaluateS
     Raises `CannotCreateError` or `StorageError` for what the file system refuses.
     """
     try:
-        make_folder(folder)
+        make_folder(folder / PICTURES)
+        for old in (folder / PICTURES).iterdir():
+            old.unlink()
+        sections = [
+            TaskSection(
+                record,
+                _facts(record),
+                [_row(figure, result.evaluation) for figure in record.figures],
+                [f"{side}: {note}" for side, notes in record.notes.items() for note in notes],
+                list(_changed(folder / PICTURES, scored, record, settings.figures, emit)),
+            )
+            for record, scored in zip(result.evaluation.tasks, result.scored, strict=True)
+        ]
     except OSError as error:
         raise output_error(folder, error) from error
     write_text(folder / "evaluation.csv", csv_text(result.evaluation))
+    write_text(folder / "report.html", render_evaluation_page(result.evaluation, sections))
     write_json(folder / "evaluation.json", evaluation_document(result.evaluation))
 
 
@@ -38,3 +98,101 @@ def csv_text(evaluation: Evaluation) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def render_evaluation_page(evaluation: Evaluation, sections: Sequence[TaskSection]) -> str:
+    """Return the page as one string of HTML that loads nothing."""
+    models = list(dict.fromkeys(side.model for side in evaluation.sides))
+    return html_template("evaluation.html.jinja").render(
+        title=" and ".join(models),
+        headline=headline(evaluation),
+        sides=evaluation.sides,
+        sections=sections,
+        settings=formatting.setting_rows(EvaluateSettings, evaluation.settings),
+        version=evaluation.sinder,
+        paper=formatting,
+    )
+
+
+def _facts(record: TaskRecord) -> list[Named]:
+    trained = [Named("Trained on", counted(record.trained_on, "image"))] if record.trained_on else []
+    classes = [Named("Classes", f"{len(record.classes):,}")] if record.classes else []
+    own = ", ".join(f"{name} {value}" for name, value in record.settings.items())
+    return [
+        Named("Data", record.data),
+        Named("Scored", counted(record.images, "image")),
+        *trained,
+        *classes,
+        *([Named("Skipped", f"{len(record.skipped):,}")] if record.skipped else []),
+        *([Named("Settings", own)] if own else []),
+        Named("Time of scoring", duration(record.seconds)),
+    ]
+
+
+def _row(figure: FigureRecord, evaluation: Evaluation) -> Row:
+    unit = f", {figure.unit}" if figure.unit else ""
+    cells = [_cell(figure.of(side.side)) for side in evaluation.sides]
+    return Row(f"{figure.name}{unit}", "" if figure.better == "neither" else f"{figure.better} is better", cells)
+
+
+def _cell(value: ValueRecord | None) -> Cell | None:
+    if value is None:
+        return None
+    if value.value is None:
+        return Cell(formatting.NOTHING, "", "none")
+    number = f"{value.value:.2f}" if abs(value.value) >= 10 else f"{value.value:.4f}"
+    if value.to_original is None:
+        return Cell(number, "", "none")
+    of = value.to_original
+    words = f"{shown(of.value)} [{shown(of.low)}, {shown(of.high)}]"
+    return Cell(number, f"{words}, within noise" if of.standing == "within noise" else words, KINDS[of.standing])
+
+
+def _changed(folder: Path, scored: Scored, record: TaskRecord, most: int, emit: Emit) -> Iterator[ChangedImage]:
+    """Yield the images that the second model changed most, both ways, and write their pictures."""
+    pair = _compared_sides(scored)
+    if pair is None or most == 0:
+        return
+    before, after = (scored.scores[side] for side in pair)
+    if before.by_image is None or after.by_image is None:
+        return
+    changes = (after.by_image - before.by_image).nan_to_num()
+    order = changes.argsort(descending=True).tolist()
+    half = (min(most, len(order)) + 1) // 2
+    best, worst = order[:half], order[half:][::-1][: min(most, len(order)) - half]
+    for index in tracked([*best, *worst], emit, f"{record.task}: pictures", len(best) + len(worst), "images"):
+        name = printable(Path(scored.dataset.test.name(index)).name)
+        panels = list(_panels(scored, index, pair))
+        for at, panel in enumerate(panels):
+            if panel.image is not None:
+                place = folder / f"{record.task}-{index:05}-{at}{panel.image.suffix}"
+                place.write_bytes(panel.image.content)
+        change = float(changes[index])
+        words = "no change" if change == 0 else f"{'better' if change > 0 else 'worse'} by {abs(change):.3g}"
+        yield ChangedImage(name, words, panels)
+
+
+def _compared_sides(scored: Scored) -> tuple[SideName, SideName] | None:
+    others: tuple[SideName, ...] = ("repaired", "inpainted")
+    second = next((side for side in others if side in scored.scores), None)
+    return None if second is None else ("original", second)
+
+
+def _panels(scored: Scored, index: int, pair: tuple[SideName, SideName]) -> Iterator[Panel]:
+    """Yield image, truth, before and after."""
+    import numpy as np
+
+    photograph = reduced(np.asarray(scored.dataset.test.load(index).convert("RGB")), SIDE_PIXELS)
+    yield Panel("image", "the image", image_file(photograph, "jpeg"))
+    if scored.task.truth is not None:
+        yield _panel("truth", scored.task.truth(scored.dataset, index))
+    for side in pair:
+        picture = scored.scores[side].picture
+        if picture is not None:
+            yield _panel(side, picture(index))
+
+
+def _panel(label: str, picture: Pixels) -> Panel:
+    sharp = max(picture.shape[:2]) < SIDE_PIXELS
+    shown_at = enlarged(picture, SIDE_PIXELS) if sharp else reduced(picture, SIDE_PIXELS)
+    return Panel(label, f"{label}: what the features say of the image", image_file(shown_at), sharp)

@@ -1,0 +1,201 @@
+"""`sinder evaluate` whole: sides, placebos, features that are used again, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sinder_cli import ModelRequest, SinderError, api
+from sinder_cli.cli.main import main
+from sinder_cli.evaluation import features as features_module
+from sinder_cli.evaluation.features import Store
+from sinder_cli.evaluation.settings import EvaluateSettings
+from sinder_cli.evaluation.views import Observer
+from sinder_cli.requests import EvaluateRequest, Process
+
+pytestmark = pytest.mark.slow
+SIDES = ["original", "repaired", "inpainted", "smoothed", "blurred"]
+
+
+@pytest.fixture(scope="module")
+def other(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights with one singular value changed."""
+    tensors = load_file(weights)
+    tensors["blocks.1.mlp.fc2.weight"] = tensors["blocks.1.mlp.fc2.weight"] * 0.9
+    path = tmp_path_factory.mktemp("other") / "other.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture
+def request_(weights: Path, other: Path, pictures: Path) -> EvaluateRequest:
+    settings = EvaluateSettings(image_size=112, workers=0, resamples=100, norm_factor=1.1, figures=2)
+    models = (ModelRequest("dinov2_custom", path) for path in (weights, other))
+    return EvaluateRequest(next(models), ["dense"], [pictures], settings, compare=next(models))
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches that were run."""
+    sizes: list[int] = []
+    real = Observer.observe
+
+    def observe(self: Observer, images: torch.Tensor) -> Any:
+        sizes.append(len(images))
+        return real(self, images)
+
+    monkeypatch.setattr(Observer, "observe", observe)
+    return sizes
+
+
+def test_all_sides_are_measured_and_written(request_: EvaluateRequest, tmp_path: Path) -> None:
+    result = api.evaluate(request_, tmp_path / "out")
+    document = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert [side["side"] for side in document["sides"]] == SIDES
+    (task,) = document["tasks"]
+    assert (task["task"], task["images"], task["skipped"]) == ("dense", 5, {})
+    by_name = {figure["name"]: {value["side"]: value for value in figure["values"]} for figure in task["figures"]}
+    assert by_name["good to original"]["original"]["value"] == pytest.approx(1, abs=1e-3)
+    assert by_name["good to original"]["repaired"]["value"] < 1
+    assert by_name["good to original"]["smoothed"]["value"] == pytest.approx(1, abs=1e-3)
+    assert by_name["marked to original"]["smoothed"]["value"] < by_name["marked to original"]["repaired"]["value"]
+    assert all(len(values) == 5 for values in by_name.values())
+    rows = list(csv.DictReader((tmp_path / "out" / "evaluation.csv").read_text().splitlines()))
+    assert len(rows) == sum(len(values) for values in by_name.values())
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Images that changed most, both ways" in page
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2 * 3
+    assert result.evaluation.model_dump(mode="json") == document
+
+
+def test_features_are_kept_and_used_again(request_: EvaluateRequest, tmp_path: Path, passes: list[int]) -> None:
+    request = replace(request_, features=tmp_path / "features")
+    first = api.evaluate(request)
+    assert len(passes) == 3 * 2 * 5  # three sides that run a backbone, two views, five images of five shapes
+    again = api.evaluate(request)
+    assert len(passes) == 30
+    assert again.evaluation.tasks[0].figures == first.evaluation.tasks[0].figures
+    api.evaluate(replace(request, settings=request.settings.model_copy(update={"image_size": 126})))
+    assert len(passes) == 60
+
+
+def test_an_interrupted_extraction_goes_on_where_it_was(
+    request_: EvaluateRequest, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features_module, "MAPS_AT_A_TIME", 2)
+    request = replace(request_, features=tmp_path / "features")
+    whole = api.evaluate(request)
+    parts = sorted((tmp_path / "features").rglob("*.safetensors"))
+    assert len(parts) == 3 * 2 * 3
+    parts[4].unlink()
+    parts[9].write_bytes(b"cut short")
+    del passes[:]
+    again = api.evaluate(request)
+    assert len(passes) <= 4
+    assert again.evaluation.tasks[0].figures == whole.evaluation.tasks[0].figures
+
+
+def test_features_are_stored_in_half_precision_unless_too_large(tmp_path: Path) -> None:
+    narrow, wide = torch.full((2, 2, 3), 7.0), torch.full((2, 2, 3), 7e4)
+    stored = [features_module._stored("stream", each) for each in (narrow, wide)]
+    assert [each.dtype for each in stored] == [torch.float16, torch.float32]
+    assert features_module._stored("norms", narrow).dtype == torch.float32
+    assert features_module._stored("outlying", narrow > 1).dtype == torch.uint8
+    about = {"view": 1, "images": "a"}
+    keys = {Store.of(tmp_path, about | change, 5, ["stream"]).folder for change in ({}, {"view": 2}, {"images": "b"})}
+    assert len(keys) == 3
+
+
+def test_unreadable_images_are_skipped_and_named(request_: EvaluateRequest, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures, tmp_path / "pictures")
+    (tmp_path / "pictures" / "2.png").write_bytes(b"no image")
+    result = api.evaluate(replace(request_, data=[tmp_path / "pictures"]))
+    (task,) = result.evaluation.tasks
+    assert task.images == 4
+    assert [Path(name).name for name in task.skipped] == ["2.png"]
+    shutil.rmtree(tmp_path / "pictures")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "0.png").write_bytes(b"no image")
+    with pytest.raises(SinderError, match=r"no image can be used: all 1 failed, the first, .*0\.png") as error:
+        api.evaluate(replace(request_, data=[tmp_path / "pictures"]))
+    assert error.value.exit_code == 65
+
+
+def test_a_run_is_compared_with_what_it_repaired(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    repair = ["repair", "demo_vit", "--out", str(run), "--max-steps", "8", "--eval-images", "4", "--scan-images", "8"]
+    evaluate = ["evaluate", str(run), "dense", "--limit", "6", "--out", str(out)]
+    with pytest.raises(SystemExit):
+        main([*repair, "--format", "json"])
+    with pytest.raises(SystemExit) as end:
+        main(
+            ["evaluate", str(run), "dense", "--limit", "6", "--out", str(out), "--format", "json", "--resamples", "100"]
+        )
+    assert end.value.code == 0
+    document = json.loads((out / "evaluation.json").read_text())
+    assert [side["side"] for side in document["sides"]] == SIDES
+    fingerprints = {side["side"]: side["fingerprint"] for side in document["sides"]}
+    assert fingerprints["original"] != fingerprints["repaired"]
+    assert document["tasks"][0]["images"] == 6
+    with pytest.raises(SystemExit) as end:
+        main(evaluate)
+    assert end.value.code == 73
+    assert "add --force to replace it" in capsys.readouterr().err
+
+
+def test_one_model_alone_has_placebos_only(request_: EvaluateRequest) -> None:
+    result = api.evaluate(replace(request_, compare=None))
+    assert [side.side for side in result.evaluation.sides] == ["original", "inpainted", "smoothed", "blurred"]
+    settings = request_.settings.model_copy(update={"no_placebos": True})
+    alone = api.evaluate(replace(request_, compare=None, settings=settings))
+    assert [side.side for side in alone.evaluation.sides] == ["original"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["dense", "--data", "nowhere"], 66, "cannot read nowhere: there is no such file or folder"),
+        (["dens"], 2, "unknown task 'dens': no installed plugin offers it; did you mean dense?"),
+        (["dense", "--set", "dense.similar=much"], 2, "bad setting dense.similar: "),
+        (["dense", "--set", "dense.other=1"], 2, "bad setting dense.other: "),
+        (["dense", "--set", "knn.k=1"], 2, "bad option --set knn.k=1: task 'knn' is not run; name dense"),
+        (["dense", "--set", "similar"], 2, "it is not TASK.NAME=VALUE"),
+        (["dense", "--sweep"], 2, "cannot use --sweep: it has no effect on dense; leave it out"),
+        (["dense", "--compare-weights", "x"], 2, "no second model"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    arguments: list[str],
+    code: int,
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", "demo_vit", *arguments])
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == code, lines
+    assert words in lines[-1]
+
+
+def test_models_of_other_shapes_do_not_compare(request_: EvaluateRequest) -> None:
+    with pytest.raises(SinderError, match="cannot compare dinov2_custom and demo_vit: width is 64 and 192") as error:
+        api.evaluate(replace(request_, compare="demo_vit"))
+    assert error.value.exit_code == 78
+
+
+def test_progress_and_warnings_go_to_the_listener(request_: EvaluateRequest) -> None:
+    heard: list[Any] = []
+    api.evaluate(request_, process=Process(emit=heard.append))
+    assert any("features" in getattr(event, "phase", "") for event in heard)
+    assert any("dense: repaired" in getattr(event, "phase", "") for event in heard)

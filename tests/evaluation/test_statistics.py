@@ -1,0 +1,83 @@
+"""Paired bootstrap intervals against a loop over resamples, and what is called better."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from sinder_cli.evaluation.contract import Figure, mean_figure
+from sinder_cli.evaluation.statistics import compared, resamples
+
+
+def test_differences_and_intervals_are_those_of_a_loop() -> None:
+    draw = np.random.default_rng(0)
+    before, after = draw.random(40), draw.random(40) + 0.2
+    counts = resamples(40, 500, seed=3)
+    assert counts.sum(dim=1).tolist() == [40.0] * 500
+    figures = {"original": mean_figure("f", torch.tensor(before)), "repaired": mean_figure("f", torch.tensor(after))}
+    found = compared(figures, counts)
+    assert found["original"].value == pytest.approx(100 * before.mean())
+    difference = found["repaired"].to_original
+    assert difference is not None
+    assert difference.value == pytest.approx(100 * (after - before).mean())
+    means = []
+    for row in counts.numpy():
+        drawn = [index for index, count in enumerate(row) for _ in range(int(count))]
+        means.append(100 * (after[drawn].mean() - before[drawn].mean()))
+    assert difference.low == pytest.approx(np.quantile(means, 0.025))
+    assert difference.high == pytest.approx(np.quantile(means, 0.975))
+    assert difference.standing == "better"
+
+
+def test_pairs_matter() -> None:
+    """Images differ more than the sides do: only paired resamples see the small and constant gain."""
+    values = torch.rand(30, generator=torch.Generator().manual_seed(0)).double()
+    figures = {"original": mean_figure("f", values), "repaired": mean_figure("f", values + 0.01)}
+    difference = compared(figures, resamples(30, 300, 0))["repaired"].to_original
+    assert difference is not None
+    assert (difference.low, difference.high) == pytest.approx((1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("better", "gain", "noise", "standing"),
+    [
+        ("higher", 0.01, 0.0, "better"),
+        ("higher", -0.01, 0.0, "worse"),
+        ("lower", 0.01, 0.0, "worse"),
+        ("neither", 0.01, 0.0, "higher"),
+        ("neither", -0.01, 0.0, "lower"),
+        ("higher", 0.001, 0.15, "within noise"),  # 0.1 points, less than repetitions differ by
+        ("higher", 0.0, 0.0, "within noise"),
+    ],
+)
+def test_a_difference_has_a_standing(better: str, gain: float, noise: float, standing: str) -> None:
+    values = torch.rand(20, generator=torch.Generator().manual_seed(0)).double()
+    one, other = (mean_figure("f", each, better, noise=noise) for each in (values, values + gain))  # type: ignore[arg-type]
+    difference = compared({"original": one, "repaired": other}, resamples(20, 200, 0))["repaired"].to_original
+    assert difference is not None
+    assert difference.standing == standing
+
+
+def test_values_that_are_unknown_are_left_out() -> None:
+    values = torch.tensor([1.0, torch.nan, 0.0, 1.0])
+    found = compared({"original": mean_figure("f", values)}, resamples(4, 200, 0))
+    assert found["original"].value == pytest.approx(200 / 3)
+    nothing = compared({"original": mean_figure("f", torch.full((4,), torch.nan))}, resamples(4, 200, 0))
+    assert nothing["original"].value is None
+
+
+def test_a_mean_over_tokens_weighs_images_by_their_tokens() -> None:
+    figure = mean_figure("f", torch.tensor([3.0, 0.0]), weights=torch.tensor([4.0, 1.0]))
+    assert compared({"original": figure}, resamples(2, 100, 0))["original"].value == pytest.approx(60)
+
+
+def test_a_figure_of_sums_is_resampled_as_a_whole() -> None:
+    """A ratio of sums is not the mean of ratios."""
+    rows = [[random.Random(index).random(), random.Random(-index - 1).random() + 0.5] for index in range(12)]
+    figure = Figure("f", torch.tensor(rows).double(), lambda sums: sums[..., 0] / sums[..., 1], unit="")
+    found = compared({"original": figure}, resamples(12, 100, 0))["original"].value
+    assert found == pytest.approx(sum(row[0] for row in rows) / sum(row[1] for row in rows))
+    assert found != pytest.approx(float(np.mean([row[0] / row[1] for row in rows])))
