@@ -9,6 +9,13 @@ import numpy as np
 import pytest
 import torch
 from label_sets import halves, labels
+from stub_features import StubFeatures, scoring, values
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sinder_cli import BadInputError, ModelRequest, api
+from sinder_cli.evaluation.settings import EvaluateSettings
+from sinder_cli.requests import EvaluateRequest
 from sinder_plugins.tasks.clusters import (
     TASK,
     ClusterSettings,
@@ -20,13 +27,8 @@ from sinder_plugins.tasks.clusters import (
     score,
     spherical_kmeans,
 )
-from stub_features import TINY_SIDE, StubFeatures, scoring, tiny_model, values
-from torch import Tensor
-from torch.nn.functional import normalize
 
-from sinder_cli import BadInputError, api
-from sinder_cli.evaluation.settings import EvaluateSettings
-from sinder_cli.requests import EvaluateRequest
+SIDE = 84  # pixels: 6 × 6 patches
 
 
 def tokens(images: int = 3, seed: int = 0) -> list[Tensor]:
@@ -159,10 +161,12 @@ def test_labels_of_one_class_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_black_and_white_are_clusters_of_a_backbone(tmp_path: Path) -> None:
+def test_black_and_white_are_clusters_of_a_backbone(tmp_path: Path, weights: Path) -> None:
     data = halves(tmp_path / "set", 6)
-    settings = EvaluateSettings(image_size=TINY_SIDE, workers=0, resamples=100)
-    task = api.evaluate(EvaluateRequest(tiny_model(tmp_path), ["clusters"], [data], settings)).evaluation.tasks[0]
+    settings = EvaluateSettings(image_size=SIDE, workers=0, resamples=100)
+    task = api.evaluate(
+        EvaluateRequest(ModelRequest("dinov2_custom", weights), ["clusters"], [data], settings)
+    ).evaluation.tasks[0]
     sides = [each.side for each in task.figures[0].values]
     assert sides == ["original", "inpainted", "smoothed", "blurred"]
     assert (task.images, task.trained_on) == (6, 0)

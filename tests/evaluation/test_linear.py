@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sinder_plugins.tasks.linear import TASK, LinearSettings, chosen_lambda, held_out_split, probabilities, score
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from stub_features import TINY_SIDE, scoring, tiny_model, value, values
+from stub_features import scoring, value, values
 from torch import Tensor
 
-from sinder_cli import BadInputError, api
+from sinder_cli import BadInputError, ModelRequest, api
 from sinder_cli.evaluation.settings import EvaluateSettings
 from sinder_cli.requests import EvaluateRequest
+from sinder_plugins.tasks.linear import TASK, LinearSettings, chosen_lambda, held_out_split, probabilities, score
 
+SIDE = 84  # pixels: 6 × 6 patches
 NAMES = ("ant", "bee", "cat")
 
 
@@ -159,9 +160,9 @@ def write_classes(folder: Path, images: int) -> Path:
     return folder
 
 
-def requested(folder: Path, data: Path) -> EvaluateRequest:
-    settings = EvaluateSettings(image_size=TINY_SIDE, workers=0, resamples=100)
-    return EvaluateRequest(tiny_model(folder), ["linear"], [data], settings)
+def requested(weights: Path, data: Path) -> EvaluateRequest:
+    settings = EvaluateSettings(image_size=SIDE, workers=0, resamples=100)
+    return EvaluateRequest(ModelRequest("dinov2_custom", weights), ["linear"], [data], settings)
 
 
 MALFORMED = {
@@ -173,20 +174,20 @@ MALFORMED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MALFORMED)
-def test_malformed_classes_end_with_one_line(tmp_path: Path, kind: str) -> None:
+def test_malformed_classes_end_with_one_line(tmp_path: Path, weights: Path, kind: str) -> None:
     images, spoil, message = MALFORMED[kind]
     data = write_classes(tmp_path / "set", images)
     spoil(data)
     with pytest.raises(BadInputError) as caught:
-        api.evaluate(requested(tmp_path, data))
+        api.evaluate(requested(weights, data))
     assert caught.value.exit_code == 65
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow
-def test_colours_are_told_apart_through_a_backbone(tmp_path: Path) -> None:
-    request = requested(tmp_path, write_classes(tmp_path / "set", 6))
+def test_colours_are_told_apart_through_a_backbone(tmp_path: Path, weights: Path) -> None:
+    request = requested(weights, write_classes(tmp_path / "set", 6))
     task = api.evaluate(request).evaluation.tasks[0]
     assert [figure.name for figure in task.figures] == ["top-1, cls", "top-1, cls + mean patch"]
     assert [figure.values[0].value for figure in task.figures] == [100, 100]

@@ -9,6 +9,15 @@ import numpy as np
 import pytest
 import torch
 from label_sets import halves, labels, write_image, write_label
+from sklearn.metrics import accuracy_score, jaccard_score, recall_score
+from stub_features import scoring, values
+from torch import Tensor
+
+from sinder_cli import BadInputError, ModelRequest, api
+from sinder_cli.evaluation.settings import EvaluateSettings
+from sinder_cli.evaluation.statistics import resamples
+from sinder_cli.requests import EvaluateRequest
+from sinder_cli.tasks import LabelRule
 from sinder_plugins.tasks.labelling import (
     class_picture,
     figures_by_class,
@@ -31,16 +40,8 @@ from sinder_plugins.tasks.segmentation import (
     score,
     trained_head,
 )
-from sklearn.metrics import accuracy_score, jaccard_score, recall_score
-from stub_features import TINY_SIDE, scoring, tiny_model, values
-from torch import Tensor
 
-from sinder_cli import BadInputError, api
-from sinder_cli.evaluation.settings import EvaluateSettings
-from sinder_cli.evaluation.statistics import resamples
-from sinder_cli.requests import EvaluateRequest
-from sinder_cli.tasks import LabelRule
-
+SIDE = 84  # pixels: 6 × 6 patches
 TRUTH = torch.tensor([[0, 0, 1], [1, 3, -1]])
 FOUND = torch.tensor([[0, 1, 1], [1, 0, 2]])  # class 0: 1 of 3; class 1: 2 of 3; class 2: nowhere; class 3: 0 of 1
 IOU = (1 / 3 + 2 / 3 + 0) / 3
@@ -295,16 +296,18 @@ def test_settings_that_cannot_work_are_refused(given: dict[str, int]) -> None:
         SegmentationSettings(**given)
 
 
-def requested(folder: Path, data: Path, task: str = "segmentation", **options: Any) -> EvaluateRequest:
-    settings = EvaluateSettings(image_size=TINY_SIDE, workers=0, placebos=False, resamples=100)
-    return EvaluateRequest(tiny_model(folder), [task], [data], settings, options={task: options})
+def requested(weights: Path, data: Path, task: str = "segmentation", **options: Any) -> EvaluateRequest:
+    settings = EvaluateSettings(image_size=SIDE, workers=0, no_placebos=True, resamples=100)
+    return EvaluateRequest(ModelRequest("dinov2_custom", weights), [task], [data], settings, options={task: options})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("windows", [{}, {"window": 70, "stride": 42}])
-def test_black_and_white_are_told_apart_through_a_backbone(tmp_path: Path, windows: dict[str, int]) -> None:
+def test_black_and_white_are_told_apart_through_a_backbone(
+    tmp_path: Path, weights: Path, windows: dict[str, int]
+) -> None:
     data = halves(halves(tmp_path / "set", 8, split="train"), 4, split="val")
-    request = requested(tmp_path, data, steps=100, learning_rate=0.03, **windows)
+    request = requested(weights, data, steps=100, learning_rate=0.03, **windows)
     task = api.evaluate(request).evaluation.tasks[0]
     found = {figure.name: figure.values[0].value for figure in task.figures}
     assert found["mIoU"] is not None
@@ -348,12 +351,12 @@ MALFORMED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["segmentation", "clusters"])
 @pytest.mark.parametrize("kind", MALFORMED)
-def test_malformed_sets_end_with_one_line(tmp_path: Path, kind: str, task: str) -> None:
+def test_malformed_sets_end_with_one_line(tmp_path: Path, weights: Path, kind: str, task: str) -> None:
     spoil, message = MALFORMED[kind]
     data = halves(tmp_path / "set", 4)
     spoil(data)
     with pytest.raises(BadInputError) as caught:
-        api.evaluate(requested(tmp_path, data, task))
+        api.evaluate(requested(weights, data, task))
     assert caught.value.exit_code == 65
     assert message in str(caught.value)
     assert str(tmp_path) in str(caught.value)

@@ -1,41 +1,26 @@
-"""Features in memory, and what a task is given to score them, without a backbone."""
+"""What a task is given to score one side, whose features are in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-from planted_dinov2 import random_tensors
-from safetensors.torch import save_file
-from sinder_plugins.dinov2.config import Config
+from kept_features import KeptFeatures
 from torch import Tensor
 
-from sinder_cli import ModelRequest
-from sinder_cli.tasks import Dataset, Features, Figure, ImageFiles, Part, Scoring, SideFeatures, Task
-
-TINY = Config(width=64, depth=2, hidden=128, grid=5)
-TINY_SIDE = 70  # pixels: 5 × 5 patches of 14
+from sinder_cli.tasks import Dataset, Figure, ImageFiles, Part, Scoring, SideFeatures, Task
 
 
-@dataclass
-class StubFeatures(Features):
-    """The parts of some images; `read` counts how often each image was read."""
+@dataclass(frozen=True)
+class StubFeatures(KeptFeatures):
+    """Features in memory; `read` counts how often each image was read."""
 
-    parts: Mapping[str, Sequence[Tensor]]
     read: dict[int, int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(next(iter(self.parts.values())))
 
     def part(self, name: Part, index: int) -> Tensor:
         self.read[index] = self.read.get(index, 0) + 1
-        return self.parts[name][index]
-
-    def stacked(self, name: Part) -> Tensor:
-        return torch.stack(list(self.parts[name]))
+        return super().part(name, index)
 
 
 def scoring(
@@ -64,10 +49,3 @@ def value(figure: Figure) -> float:
 def values(figures: Sequence[Figure]) -> dict[str, float]:
     """Figures by name, as fractions."""
     return {figure.name: value(figure) for figure in figures}
-
-
-def tiny_model(folder: Path) -> ModelRequest:
-    """A checkpoint of a tiny DINOv2 with random weights."""
-    path = folder / "tiny.safetensors"
-    save_file(random_tensors(TINY), path)
-    return ModelRequest("dinov2_custom", path)
