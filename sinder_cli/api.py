@@ -60,10 +60,10 @@ if TYPE_CHECKING:
     from sinder_cli.evaluation.settings import TaskSettings
     from sinder_cli.exporting.drafts import ExportResult
     from sinder_cli.exporting.targets import Plan
-    from sinder_cli.repairing.dry_run import Trial
+    from sinder_cli.repairing.dry_run import DryRun
     from sinder_cli.repairing.folder import FinishedRun, RunFolder
+    from sinder_cli.repairing.preparing import Start
     from sinder_cli.repairing.results import RepairResult
-    from sinder_cli.repairing.run import Start
 
 __all__ = [
     "AnalyzeRequest",
@@ -288,18 +288,18 @@ def repair_place(request: RepairRequest, out: Place | None = None) -> tuple[Repa
     return request, RunFolder(Path(out) if out is not None else Path("sinder-runs", model.model.replace("/", "-")))
 
 
-def try_repair(request: RepairRequest, out: Place | None = None, process: Process = HERE) -> Trial:
+def try_repair(request: RepairRequest, out: Place | None = None, process: Process = HERE) -> DryRun:
     """Report what `repair` would do: everything before its first step, and that step's time and memory.
 
     Nothing is written, and no existing file is changed.
     """
     request, folder = repair_place(request, out)
     named = named_images(places_named(request.data), replace(process, ranks=ALONE))  # rank 0 alone calls this
-    from sinder_cli.repairing.dry_run import trial
+    from sinder_cli.repairing.dry_run import dry_run
 
     with folder.held(process.emit):
         folder.require_free(resume=False, force=request.force)
-        return trial(_start(request, named, process.emit), process.emit)
+        return dry_run(_start(request, named, process.emit), process.emit)
 
 
 def _finished(request: RepairRequest, folder: RunFolder, named: ImageSource | None, emit: Emit) -> FinishedRun:
@@ -313,8 +313,8 @@ def _finished(request: RepairRequest, folder: RunFolder, named: ImageSource | No
 
 def _start(request: RepairRequest, named: ImageSource | None, emit: Emit, ranks: Ranks = ALONE) -> Start:
     """Return what a repair starts from; on all ranks the same."""
+    from sinder_cli.repairing.preparing import Start
     from sinder_cli.repairing.results import run_config
-    from sinder_cli.repairing.run import Start
 
     model, settings = model_named(request.model, emit), request.settings
     device = _device(settings, ranks, emit)

@@ -7,6 +7,7 @@ docs/evaluate.md shows a whole one.
 
 from typing import TYPE_CHECKING, Any
 
+from sinder_cli.evaluation.boxes import Box, Boxes, boxed_images
 from sinder_cli.evaluation.contract import (
     Dataset,
     Features,
@@ -21,6 +22,7 @@ from sinder_cli.evaluation.contract import (
     View,
     mean_figure,
 )
+from sinder_cli.evaluation.depths import DepthMap, depth_pairs, read_depth
 from sinder_cli.evaluation.label_layouts import labelled_images
 from sinder_cli.evaluation.labels import IGNORED, ClassMap, LabelImage, LabelRule
 from sinder_cli.evaluation.layouts import class_folders
@@ -30,12 +32,15 @@ from sinder_cli.images.sources import ImageFiles, ImageSource
 
 if TYPE_CHECKING:
     from sinder_cli.defects.shift import found_again
-    from sinder_cli.evaluation.drawing import pca_picture
+    from sinder_cli.evaluation.drawing import enlarged, map_picture, pca_picture, shrunk, with_boxes
 
 __all__ = [
     "IGNORED",
+    "Box",
+    "Boxes",
     "ClassMap",
     "Dataset",
+    "DepthMap",
     "Features",
     "Figure",
     "ImageFiles",
@@ -51,12 +56,19 @@ __all__ = [
     "Task",
     "TaskSettings",
     "View",
+    "boxed_images",
     "class_folders",
+    "depth_pairs",
+    "enlarged",
     "found_again",
     "labelled_images",
+    "map_picture",
     "mean_figure",
     "pca_picture",
+    "read_depth",
+    "shrunk",
     "tracked",
+    "with_boxes",
 ]
 
 
@@ -66,8 +78,8 @@ def __getattr__(name: str) -> Any:
         from sinder_cli.defects.shift import found_again
 
         return found_again
-    if name == "pca_picture":
-        from sinder_cli.evaluation.drawing import pca_picture
+    if name in {"enlarged", "map_picture", "pca_picture", "shrunk", "with_boxes"}:
+        from sinder_cli.evaluation import drawing
 
-        return pca_picture
+        return getattr(drawing, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,8 +8,8 @@ from typing import get_args
 
 from sinder_cli.defects.settings import STAGES
 from sinder_cli.exporting.targets import TargetName
-from sinder_cli.repairing.results import VerdictWord
 from sinder_cli.repairing.settings import Recipe
+from sinder_cli.repairing.verdict import VerdictWord
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from sinder_cli.analysis.components import Basis
+from sinder_cli.analysis.directions import Basis
 from sinder_cli.analysis.gain import Outliers, inpainted_cosines
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import BlockTokens, Subject, block_by_block, in_basis
@@ -118,7 +118,7 @@ def _run(
     last: BlockTokens | None = None
     with ClsAttention() as watched:
         for block, side in enumerate(block_by_block(subject, images, nu, settings)):
-            outliers.add(block, side)
+            outliers.add(side)
             found = side.masks.get("equation_5")
             if block in shown:
                 angles[block] = side.degrees[..., CUMULATIVE].cpu()

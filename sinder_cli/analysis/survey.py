@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 
 from sinder_cli.analysis.collectors import BlockCollector, BlockCurves, Collected, PairCollector
-from sinder_cli.analysis.components import Basis, Moments
+from sinder_cli.analysis.directions import Basis, Moments
 from sinder_cli.analysis.gain import InpaintingCollector, Outliers
 from sinder_cli.analysis.records import BlockRecord, Inpainting, PairRecord, Rule
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import BlockTokens, Subject, block_by_block, featured, in_basis
 from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import DetectionRule
-from sinder_cli.defects.settings import STAGES
+from sinder_cli.defects.settings import MOST_GAP, STAGES
 from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import UsageError
 from sinder_cli.events import Emit, tracked
@@ -105,8 +105,6 @@ def equal_shapes(images: Iterable[tuple[Key, Tensor]], size: int) -> Iterator[tu
 def _stacked(group: list[tuple[Key, Tensor]]) -> tuple[list[Key], Tensor]:
     return [key for key, _ in group], torch.stack([image for _, image in group])
 
-
-MOST_GAP = 1e12  # σ₁/σ₂ is given as no larger: JSON knows no infinity
 
 Keep = Callable[[Sequence[str], Subject, BlockTokens], None]  # names of a batch, and its tokens after the last block
 
@@ -204,7 +202,7 @@ def _collected(
         for block, sides in enumerate(zip(*streams, strict=True)):
             for side, blocks, seen in zip(sides, collectors, outliers, strict=True):
                 blocks[block].add(side)
-                seen.add(block, side)
+                seen.add(side)
             if pairs:
                 pairs[block].add(sides)
             if block < depth - 1:

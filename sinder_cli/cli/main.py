@@ -73,12 +73,13 @@ def _global_options(
         context.obj.debug = debug
 
 
+OLD_OPTIONS = {"--stop-density": "--stop-clean-fraction"}  # still accepted
 ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `sinder` with these arguments and end the process with the documented exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    given = [_present(each) for each in (sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     ranks = launched()
     invocation = Invocation(stop=Stop(once=ranks.size > 1, say=_say_at_once if ranks.writes else _say_nothing))
     for number in ENDED:
@@ -107,6 +108,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _hear_no_more()
         tell(f"sinder: error: {failure}")
         sys.exit(failure.exit_code)
+
+
+def _present(argument: str) -> str:
+    """Return an argument with the present name of a renamed option."""
+    name, equals, value = argument.partition("=")
+    return f"{OLD_OPTIONS.get(name, name)}{equals}{value}"
 
 
 def as_failure(error: Exception) -> SinderError:

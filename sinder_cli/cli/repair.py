@@ -34,12 +34,13 @@ from sinder_cli.errors import UsageError
 from sinder_cli.escaping import printable
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.repairing.verdict import is_no
 from sinder_cli.report.progress import display
 from sinder_cli.requests import Process, RepairRequest
 from sinder_cli.signals import Ended, Stop
 
 if TYPE_CHECKING:
-    from sinder_cli.repairing.dry_run import Trial
+    from sinder_cli.repairing.dry_run import DryRun
     from sinder_cli.repairing.folder import RunFolder
 
 
@@ -82,7 +83,7 @@ def command(
     with shared() as ranks, display(ranks.writes) as emit:
         process = Process(emit, sys.stdin, context.obj.stop if context.obj else Stop(), ranks)
         if dry_run:
-            _show_trial(api.try_repair(asked, run.path, process) if ranks.writes else None, format)
+            _show_dry_run(api.try_repair(asked, run.path, process) if ranks.writes else None, format)
             return
         with _how_to_resume_printed(run, asked.settings, ranks, emit):
             result = api.repair(asked, run.path, process=process)
@@ -91,7 +92,7 @@ def command(
     over = isinstance(result, FinishedRun)
     said = [f"{printable(str(run.path))}: finished already, nothing to resume"] if over else []
     show(format, lambda: Group(*said, repair_table(result)), lambda: repair_document(result.summary, run.path))
-    if result.summary["verdict"] == "not improved":
+    if is_no(result.summary):
         raise typer.Exit(1)
 
 
@@ -115,13 +116,13 @@ def _how_to_resume_printed(run: RunFolder, settings: RepairSettings, ranks: Rank
         raise
 
 
-def _show_trial(trial: Trial | None, format: Format) -> None:
-    if trial is None:  # rank 0 has it
+def _show_dry_run(found: DryRun | None, format: Format) -> None:
+    if found is None:  # rank 0 has it
         return
-    from sinder_cli.report.documents import trial_document
-    from sinder_cli.report.tables import trial_table
+    from sinder_cli.report.documents import dry_run_document
+    from sinder_cli.report.tables import dry_run_table
 
-    show(format, lambda: trial_table(trial), lambda: trial_document(trial))
+    show(format, lambda: dry_run_table(found), lambda: dry_run_document(found))
 
 
 def resuming_command(run: RunFolder, settings: RepairSettings) -> str:

@@ -208,7 +208,7 @@ def repair_keeps_to_the_map(subject: Candidate) -> str:
     gaps = [1.0] * (backbone.depth - 1) + [float("inf")]  # only the last block's direction counts as determined
     directions = Directions(gaussian(backbone.depth, backbone.width), gaps)
     deltas = Deltas(backbone, module)
-    found = step_gradient(backbone, module, directions, deltas, subject.images(2), MARKING)
+    found = step_gradient(deltas, directions, subject.images(2), MARKING)
     if not found.gradients or not found.finite:
         raise NonconformityError("a step on noise has no finite gradient")
     for target in deltas.touched:

@@ -12,7 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from sinder_cli.errors import NoInputError, UsageError, excerpt
 from sinder_cli.faults import first_fault, quoted
 
+MOST_GAP = 1e12  # σ₁/σ₂ is given as no larger: JSON knows no infinity
+CERTAIN = 2.0  # × the norm factor: above it, the norm in one block is enough evidence
+RISE = 1.5  # × its own ratio at the embedding: a patch of high contrast has a large norm from the start, and no defect
 MIN_GAP = 1.1  # σ₁/σ₂ below which a direction counts as not determined (ours; see DetectionRule)
+
+PREDICTED_DEGREES = 30.0  # an observed direction within this angle of a determined predicted one counts as that one
 
 NORM_FACTOR = 3.0  # × the median patch norm of the image: the rule of thumb for "high-norm"
 

@@ -40,7 +40,7 @@ Part = Literal[
     "patches",  # [h, w, N] after the final norm
     "stream",  # [h, w, N]: the last block's patches before the final norm
     "stream_cls",  # [N] before the final norm
-    "query",  # [h, w, N']: of the last block's attention, all heads, before rotary positions and norms
+    "query",  # [h, w, N']: of a block's attention, all heads, before rotary positions and norms
     "key",
     "value",
     "norms",  # [blocks, h, w]: of the residual stream after each block
@@ -59,7 +59,8 @@ class View:
     cut off; `square` scales the shorter side to `size` and cuts the centre; `none` only cuts to whole patches. With
     `crop`, the centre square of that side is cut after scaling. `shift` patches are then cut off at the top and the
     left. With `window`, the image is seen through overlapping square windows of that side, `stride` pixels apart (both
-    whole patches), and tokens are averages over the windows that show them.
+    whole patches), and tokens are averages over the windows that show them. With `flip`, left and right are exchanged
+    at the end. Queries, keys and values are those of `block`, counted from the end; all other parts, of the last block.
     """
 
     parts: tuple[Part, ...]
@@ -69,6 +70,8 @@ class View:
     shift: int = 0  # patches
     window: int | None = None  # pixels
     stride: int | None = None  # pixels
+    flip: bool = False
+    block: int = -1
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ class Scoring:
     original: SideFeatures  # of the original, whatever side is scored
     inpainted: SideFeatures | None = None  # of the inpainted original, if it is evaluated
     has_cls: bool = True
+    patch_size: int = 1  # pixels
     seed: int = 0
     device: str = "cpu"
     emit: Emit = silent

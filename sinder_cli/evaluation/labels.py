@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sinder_cli.errors import BadInputError, excerpt
-from sinder_cli.images.decoding import upright_size
+from sinder_cli.images.decoding import UnreadableImageError, upright_size
 from sinder_cli.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -131,13 +131,8 @@ class _opened:  # noqa: N801  (a context manager, used as a function)
 
 
 def _size_of(image: Path) -> tuple[int, int] | None:
-    """Return the width and height of an image once it is upright, by its header; None if that cannot be read."""
-    from PIL import Image as pillow
-
+    """Return the width and height of an image once it is upright; None if it cannot be read."""
     try:
-        with pillow.open(image) as file:
-            return upright_size(file)
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, … on bad files
-        if is_out_of_memory(error):
-            raise
+        return upright_size(image)
+    except UnreadableImageError:
         return None

@@ -285,6 +285,7 @@ def _scored(each: _Task, given: EvaluationInput, settings: EvaluateSettings, emi
             original=features["original"],
             inpainted=features.get("inpainted"),
             has_cls=given.original.has_cls,
+            patch_size=given.original.patch_size,
             seed=settings.seed,
             device=given.device,
             emit=emit,

@@ -71,7 +71,7 @@ class ViewPreprocessing(Preprocessing):
             raise UnreadableImageError(
                 f"{given.width}×{given.height} pixels make under {MIN_PATCHES} × {MIN_PATCHES} patches of {patch}"
             )
-        return np.asarray(image)
+        return np.asarray(image.transpose(pillow.Transpose.FLIP_LEFT_RIGHT) if view.flip else image)
 
     def bounded_size(self, width: int, height: int) -> None:  # noqa: ARG002
         """Return None: a view bounds no number of tokens."""
@@ -94,7 +94,7 @@ class Observer:
     module: nn.Module
     view: View
     factor: float
-    steering: BlockTensors | None = None  # norm, query, key and value of the last block, if their outputs are kept
+    steering: BlockTensors | None = None  # norm, query, key and value of the view's block, if they are kept
 
     @classmethod
     def of(
@@ -104,12 +104,12 @@ class Observer:
         wanted = [part for part in STEERING if part in view.parts]
         steering = None
         if wanted:
-            last = backbone.layers.blocks[-1]
-            missing = [part for part in wanted if getattr(last.attention, part) is None]
+            block = backbone.layers.blocks[view.block]
+            missing = [part for part in wanted if getattr(block.attention, part) is None]
             if missing:
-                why = f"its layer map has no {missing[0]} of the last block"
+                why = f"its layer map has no {missing[0]} of block {view.block % backbone.depth}"
                 raise UsageError(f"cannot evaluate {backbone.name} here", why, "choose another task")
-            steering = read_block(backbone.weights, last, device=device, roles=_of_steering)
+            steering = read_block(backbone.weights, block, device=device, roles=_of_steering)
         return cls(in_precision(backbone, dtype, tf32), module, view, factor, steering)
 
     @torch.no_grad()
@@ -143,9 +143,11 @@ class Observer:
         backbone, parts, prefix = self.backbone, self.view.parts, self.backbone.prefix_tokens
         grid = (images.shape[-2] // backbone.patch_size, images.shape[-1] // backbone.patch_size)
         norms: list[Tensor] = []
+        steered = self.view.block % backbone.depth
         before = tokens = None
-        for stream in stream_from_embedding(backbone, self.module, images):
-            before, tokens = tokens, stream
+        for at, stream in enumerate(stream_from_embedding(backbone, self.module, images)):
+            tokens = stream
+            before = stream if at == steered else before
             norms.append(stream[:, prefix:].float().norm(dim=-1).unflatten(1, grid))
         assert before is not None  # a backbone has a block
         assert tokens is not None
@@ -186,7 +188,7 @@ class Observer:
         return kept
 
     def _steering_outputs(self, before: Tensor, grid: tuple[int, int]) -> dict[str, Tensor]:
-        """Return queries, keys and values of the last block, from the tokens before it, as its map says."""
+        """Return queries, keys and values of the view's block, from the tokens before it, as its map says."""
         block = self.steering
         assert block is not None
         x = block.normed(before[:, self.backbone.prefix_tokens :].float(), block.map.attention.norm, "attention.norm")

@@ -238,11 +238,22 @@ def upright(image: Image) -> Image:
     return image if turned is None else image.transpose(turned)
 
 
-def upright_size(image: Image) -> tuple[int, int]:
-    """Return the width and height that `upright` gives an opened file; of PNG, only the header is read for it."""
-    width, height = image.size
-    known = image.format != "PNG" or "exif" in image.info  # else Pillow would decode it to search behind the pixels
-    return (height, width) if known and _orientation(image) in range(5, 9) else (width, height)
+def upright_size(path: Path) -> tuple[int, int]:
+    """Return width and height of the image that `decode` returns, from the file's header alone where that can be read.
+
+    Raises `UnreadableImageError`, as `decode` does.
+    """
+    from PIL import Image as pillow
+
+    try:
+        with pillow.open(path, formats=_formats(path)) as file:
+            known = file.format != "PNG" or "exif" in file.info  # else Pillow decodes it to search behind the pixels
+            turned = known and _orientation(file) in {5, 6, 7, 8}
+            return (file.height, file.width) if turned else file.size
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return decode(path).size
 
 
 def _orientation(image: Image) -> int:

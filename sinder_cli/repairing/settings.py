@@ -25,7 +25,7 @@ RECIPES: dict[Recipe, dict[str, object]] = {
         "min_gap": 0.0,
         "min_tokens": 3,
         "max_steps": 30_000,
-        "stop_density": 0.75,
+        "stop_clean_fraction": 0.75,
         "stop_images": 1000,
         "eval_every": 100,
     },
@@ -40,6 +40,14 @@ LogName = Literal["tensorboard", "wandb"]
 
 # settings without effect on the result: a resumed run may change them; only the resolved kind of device is compared
 WITHOUT_EFFECT = frozenset({"workers", "checkpoint_every", "strict", "offload", "device", "log"})
+
+
+OLD_NAMES = {"stop_density": "stop_clean_fraction"}  # of settings; still accepted
+
+
+def present_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings under the names that they have now."""
+    return {OLD_NAMES.get(name, name): value for name, value in settings.items()}
 
 
 class RepairSettings(DetectionSettings):
@@ -87,11 +95,14 @@ class RepairSettings(DetectionSettings):
         description="Largest number of images examined before the first step, chosen at random (--seed).",
     )
     max_steps: int = Field(1000, ge=1, le=MOST, description="Largest number of steps; the images are used repeatedly.")
-    stop_density: float = Field(
-        1.0, gt=0, le=1, description="Stop when this share of the latest images had no defect that a step can reduce."
+    stop_clean_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Stop when this fraction of the latest images has no defect that a step can reduce.",
     )
     stop_images: int = Field(
-        64, ge=1, le=MOST, description="Number of latest images for stop_density; at most one pass (paper: two)."
+        64, ge=1, le=MOST, description="Number of latest images for stop_clean_fraction; at most one pass (paper: two)."
     )
     eval_images: int | None = Field(
         None,
@@ -129,6 +140,7 @@ class RepairSettings(DetectionSettings):
         """Fill in the values of the named recipe for settings that are not given."""
         if not isinstance(given, dict):
             return given
+        given = present_names(given)
         below = next((values for name, values in RECIPES.items() if name == given.get("recipe")), {})
         return {**below, **given}
 

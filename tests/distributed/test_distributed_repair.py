@@ -30,7 +30,8 @@ from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.repairing import step as step_module
 from sinder_cli.repairing.checkpoints import Checkpoints
 from sinder_cli.repairing.deltas import Deltas
-from sinder_cli.repairing.loop import Progress, density_window, repair_steps
+from sinder_cli.repairing.loop import Progress, clean_window, repair_steps
+from sinder_cli.repairing.preparing import Prepared, Start
 from sinder_cli.repairing.session import checkpointed, restored
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.requests import Process, RepairRequest
@@ -73,18 +74,17 @@ class Run:
         self, tiny: ModuleType, ranks: Ranks = ALONE, pictures: Pictures | None = None, **settings: Any
     ) -> None:
         planted = tiny.plant(True, torch.float32)
-        paper = {"recipe": "paper", "min_gap": 1.1, "lr": 0.05, "stop_density": 1.0}
+        paper = {"recipe": "paper", "min_gap": 1.1, "lr": 0.05, "stop_clean_fraction": 1.0}
         chosen = paper | {"batch_size": 3, "max_steps": 8} | settings
         self.settings, self.ranks = RepairSettings.model_validate(chosen), ranks
         pictures = pictures or Pictures(tiny)
-        self.progress = Progress(density_window(len(pictures), self.settings))
+        self.progress = Progress(clean_window(len(pictures), self.settings))
         self.deltas = Deltas(planted.backbone, planted.module)
         self.warnings: list[str] = []
         preprocess = Preprocessing(24, planted.backbone.mean, planted.backbone.std)
-        directions, settings_ = planted.directions, self.settings
-        self.steps = repair_steps(
-            planted.backbone, directions, self.deltas, pictures, preprocess, settings_, self.progress, self.hear, ranks
-        )
+        start = Start(planted.backbone, preprocess, pictures, self.settings, "cpu", {}, len(pictures))
+        prepared = Prepared(start, planted.directions, planted.module, self.deltas, self.hear, ranks)
+        self.steps = repair_steps(prepared, pictures, self.progress)
 
     def hear(self, event: object) -> None:
         if isinstance(event, Warned):

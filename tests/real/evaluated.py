@@ -114,7 +114,7 @@ def section(rows: list[dict[str, Any]]) -> str:
         TASKS,
         "Written by `make evaluated` (`tests/real/evaluated.py`): `sinder evaluate` on planted models, before and after"
         " the default repair, beside the clean twin and the placebos. Data: the 12 photographs that no repair has seen"
-        " (dense); 200 faces and others (knn, linear); 6 photographs with masks drawn by hand, 3 to train on and 3 to test, four"
+        " (dense); 200 faces and others (knn, linear); 6 photographs with masks drawn by hand, 3 to train on, 3 to test, four"
         " crops each (segmentation, clusters, discovery's boxes); crops of a stereo pair (depth). The sets are small: ≈"
         " marks differences to the original within noise, and no number here compares with a published one.",
         "",

@@ -16,16 +16,15 @@ from sinder_cli.defects.detection import CERTAIN, RISE
 from sinder_cli.distributed import ALONE
 from sinder_cli.errors import BadInputError
 from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.repairing.choosing import rarest_first, to_train_on
+from sinder_cli.repairing.deltas import Deltas
 from sinder_cli.repairing.forward import Directions
+from sinder_cli.repairing.preparing import Prepared, Start
 from sinder_cli.repairing.scan import (
-    FLOODED,
     BlockOutliers,
     ImageOutliers,
     Scan,
-    flooded_images,
-    rarest_first,
     scan,
-    to_train_on,
 )
 from sinder_cli.repairing.settings import RepairSettings
 
@@ -38,18 +37,12 @@ def pictures(planted: Any) -> Pictures:
 
 
 def scanned(planted: Any, source: Pictures, unreadable: dict[str, str] | None = None, **settings: Any) -> Scan:
-    return scan(
-        planted.backbone,
-        planted.module,
-        planted.directions,
-        source,
-        Preprocessing(SIZE, planted.backbone.mean, planted.backbone.std),
-        range(len(source)),
-        RepairSettings.model_validate({"workers": 0} | settings),
-        {} if unreadable is None else unreadable,
-        lambda _: None,
-        ALONE,
-    )
+    chosen = RepairSettings.model_validate({"workers": 0} | settings)
+    preprocess = Preprocessing(SIZE, planted.backbone.mean, planted.backbone.std)
+    start = Start(planted.backbone, preprocess, source, chosen, "cpu", {}, len(source))
+    deltas = Deltas(planted.backbone, planted.module)
+    prepared = Prepared(start, planted.directions, planted.module, deltas, lambda _: None, ALONE)
+    return scan(prepared, range(len(source)), {} if unreadable is None else unreadable)
 
 
 def looped_marks(planted: Any, picture: torch.Tensor) -> tuple[list[set[int]], list[set[int]], list[float]]:
@@ -224,15 +217,6 @@ def test_a_file_of_another_form_is_bad_input(place: str, value: object, tmp_path
         Scan.read(path)
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.3, FLOODED * 0.99])
-def test_an_image_of_far_higher_median_norm_is_flooded(factor: float) -> None:
-    usual = torch.tensor([1.0, 5.0, 3.0])
-    medians = {at: usual * (1 + 0.01 * at) for at in range(9)}
-    assert flooded_images(medians | {20: usual * factor}) == set()
-    assert flooded_images(medians | {20: usual * torch.tensor([1.0, 2 * FLOODED, 1.0])}) == {20}
-    assert flooded_images({}) == flooded_images({0: usual, 1: usual * 9, 2: usual, 3: usual}) == set()  # too few
-
-
 def test_flooded_images_are_trained_on_only_without_others() -> None:
     def image(name: str, kind: int | None, flooded: bool) -> ImageOutliers:
         return ImageOutliers(name, 0, (1, 1), True, {} if kind is None else {kind: (0,)}, flooded=flooded)
@@ -244,7 +228,6 @@ def test_flooded_images_are_trained_on_only_without_others() -> None:
 
 def test_images_come_in_turn_the_rarest_kind_first() -> None:
     kinds = [4, 4, 4, 2, 7, 7]
-    images = [ImageOutliers(str(at), at, (1, 1), True, {kind: (0,)}) for at, kind in enumerate(kinds)]
-    indices = [10 * at for at in range(6)]
-    assert rarest_first(images, indices) == [30, 40, 0, 50, 10, 20]
-    assert rarest_first([], []) == []
+    images = [ImageOutliers(str(at), 10 * at, (1, 1), True, {kind: (0,)}) for at, kind in enumerate(kinds)]
+    assert rarest_first(images) == [30, 40, 0, 50, 10, 20]
+    assert rarest_first([]) == []

@@ -88,6 +88,17 @@ def test_the_verdict_is_the_same_everywhere(outcome: RepairResult) -> None:
     assert bool(verdict.advice) == (outcome.summary["verdict"] in ("improved", "not improved"))
 
 
+def test_the_advice_follows_the_reason_of_the_verdict(make_result: MakeResult) -> None:
+    """A part of the good tokens may be spoilt though their median is not: the verdict knows, and the advice with it."""
+    result = make_result(after=2, stopped_by="no_gain")
+    result.summary["verdict"] = "not improved"
+    assert facts.verdict(result).advice.startswith("Try a lower --min-gain")
+    result.summary["verdict_reason"] = "spoilt"
+    assert facts.verdict(result).advice.startswith("Try smaller steps (lower --max-drift")
+    del result.summary["verdict_reason"]  # of an earlier version
+    assert facts.verdict(result).advice.startswith("Try a lower --min-gain")
+
+
 def test_what_is_not_repaired_is_never_green(outcome: RepairResult) -> None:
     kinds = {"healthy": "good", "repaired": "good", "improved": "open", "not improved": "bad"}
     kind = kinds[outcome.summary["verdict"]]

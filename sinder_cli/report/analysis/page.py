@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sinder_cli.analysis.records import Analysis, FigureFile
+from sinder_cli.defects.settings import RISE
 from sinder_cli.events import Emit, tracked
 from sinder_cli.files import replacing_folder, write_json, write_text
 from sinder_cli.report import formatting
@@ -100,6 +101,7 @@ def render_analysis_page(
         images_sentence=facts.images_sentence(analysis),
         measures=facts.key_measures(analysis),
         norm_factor=facts.norm_factor(analysis),
+        rise=RISE,
         gains=facts.gain_sentences(analysis),
         gain_measures=facts.gain_measures(analysis),
         gain_images=facts.gain_images(analysis),
