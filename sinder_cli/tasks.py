@@ -23,6 +23,8 @@ from sinder_cli.evaluation.contract import (
     mean_figure,
 )
 from sinder_cli.evaluation.depths import DepthMap, depth_pairs, read_depth
+from sinder_cli.evaluation.label_layouts import labelled_images
+from sinder_cli.evaluation.labels import IGNORED, ClassMap, LabelImage, LabelRule
 from sinder_cli.evaluation.layouts import class_folders
 from sinder_cli.evaluation.settings import TaskSettings
 from sinder_cli.events import tracked
@@ -33,14 +35,18 @@ if TYPE_CHECKING:
     from sinder_cli.evaluation.drawing import enlarged, map_picture, pca_picture, shrunk, with_boxes
 
 __all__ = [
+    "IGNORED",
     "Box",
     "Boxes",
+    "ClassMap",
     "Dataset",
     "DepthMap",
     "Features",
     "Figure",
     "ImageFiles",
     "ImageSource",
+    "LabelImage",
+    "LabelRule",
     "Part",
     "Pixels",
     "Places",
@@ -55,6 +61,7 @@ __all__ = [
     "depth_pairs",
     "enlarged",
     "found_again",
+    "labelled_images",
     "map_picture",
     "mean_figure",
     "pca_picture",

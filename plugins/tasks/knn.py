@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
-from sinder_cli import Backbone, UsageError, hookimpl
+from sinder_cli import Backbone, hookimpl
 from sinder_cli.tasks import Dataset, Places, Scores, Scoring, Task, TaskSettings, View, class_folders, mean_figure
+
+from .classifying import VIEW, crop_view, split_at_commas
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SINDER_API = 1
-CROP, RESIZE = 224, 256
-VIEW = "crop"
 AT_A_TIME = 256  # images that are compared with all training images
 
 
@@ -33,7 +33,7 @@ class KnnSettings(TaskSettings):
     @field_validator("k", mode="before")
     @classmethod
     def _several(cls, value: object) -> object:
-        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        return split_at_commas(value)
 
     @field_validator("k")
     @classmethod
@@ -46,14 +46,6 @@ class KnnSettings(TaskSettings):
 def read(places: Places, settings: KnnSettings) -> Dataset:
     """Read class folders."""
     return class_folders(places, settings.train_share)
-
-
-def crop_view(backbone: Backbone, size: int | None, parts: tuple[str, ...]) -> View:
-    """Return DINOv2's view of an image to be classified: 256 / 224 of the crop, then its centre."""
-    if not backbone.has_cls:
-        raise UsageError(f"cannot classify with {backbone.name}", "it has no cls token", "choose a dense task")
-    crop = (size or CROP) // backbone.patch_size * backbone.patch_size
-    return View(parts, round(crop * RESIZE / CROP), resize="square", crop=crop)  # type: ignore[arg-type]
 
 
 def views(backbone: Backbone, size: int | None, settings: KnnSettings) -> Mapping[str, View]:  # noqa: ARG001

@@ -247,7 +247,8 @@ def upright_size(path: Path) -> tuple[int, int]:
 
     try:
         with pillow.open(path, formats=_formats(path)) as file:
-            turned = _orientation(file) in {5, 6, 7, 8}
+            known = file.format != "PNG" or "exif" in file.info  # else Pillow decodes it to search behind the pixels
+            turned = known and _orientation(file) in {5, 6, 7, 8}
             return (file.height, file.width) if turned else file.size
     except Exception as error:
         if is_out_of_memory(error):
