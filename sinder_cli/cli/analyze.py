@@ -15,6 +15,10 @@ from sinder_cli.cli.options import (
     AdapterFile,
     Attention,
     Branch,
+    Compare,
+    CompareAdapter,
+    CompareHeads,
+    CompareWeights,
     Data,
     Format,
     Heads,
@@ -23,6 +27,7 @@ from sinder_cli.cli.options import (
     Revision,
     WeightsFile,
     model_request,
+    require_second,
     with_settings,
 )
 from sinder_cli.cli.output import shared, show
@@ -55,18 +60,10 @@ def command(
             " into a file; - for JSON on stdout.",
         ),
     ] = None,
-    compare: Annotated[
-        str | None, typer.Option("--compare", metavar="MODEL|RUN", help="A second model of the same shape, or a run.")
-    ] = None,
-    compare_weights: Annotated[
-        Path | None, typer.Option("--compare-weights", metavar="FILE", help="Checkpoint of the second model.")
-    ] = None,
-    compare_adapter: Annotated[
-        Path | None, typer.Option("--compare-adapter", metavar="FILE", help="Adapter of the second model.")
-    ] = None,
-    compare_heads: Annotated[
-        int | None, typer.Option("--compare-heads", min=1, help="Attention heads of the second model.")
-    ] = None,
+    compare: Compare = None,
+    compare_weights: CompareWeights = None,
+    compare_adapter: CompareAdapter = None,
+    compare_heads: CompareHeads = None,
     features: Annotated[
         Path | None,
         typer.Option(
@@ -86,9 +83,7 @@ def command(
 ) -> None:
     """Show token norms, defects, and observed against predicted directions."""
     second = (compare_weights, compare_adapter, compare_heads)
-    if any(second) and compare is None:
-        why = "--compare-weights, --compare-adapter and --compare-heads need one"
-        raise UsageError("no second model", why, "name it with --compare")
+    require_second(compare, second)
     if out == "":
         raise UsageError("no folder to write to", "--out is empty", "name one, or - for standard output")
     problem: SinderError | None = None

@@ -13,15 +13,19 @@ from sinder_cli.cli.options import (
     AdapterFile,
     Attention,
     Branch,
+    Compare,
+    CompareAdapter,
+    CompareHeads,
+    CompareWeights,
     Format,
     Heads,
     Revision,
     WeightsFile,
     model_request,
+    require_second,
     with_settings,
 )
 from sinder_cli.cli.output import shared, show
-from sinder_cli.errors import UsageError
 from sinder_cli.evaluation.settings import EvaluateSettings, options_by_task
 from sinder_cli.report.progress import display
 from sinder_cli.requests import EvaluateRequest, Process
@@ -68,18 +72,10 @@ def command(
     heads: Heads = None,
     revision: Revision = None,
     branch: Branch = None,
-    compare: Annotated[
-        str | None, typer.Option("--compare", metavar="MODEL|RUN", help="A second model of the same shape, or a run.")
-    ] = None,
-    compare_weights: Annotated[
-        Path | None, typer.Option("--compare-weights", metavar="FILE", help="Checkpoint of the second model.")
-    ] = None,
-    compare_adapter: Annotated[
-        Path | None, typer.Option("--compare-adapter", metavar="FILE", help="Adapter of the second model.")
-    ] = None,
-    compare_heads: Annotated[
-        int | None, typer.Option("--compare-heads", min=1, help="Attention heads of the second model.")
-    ] = None,
+    compare: Compare = None,
+    compare_weights: CompareWeights = None,
+    compare_adapter: CompareAdapter = None,
+    compare_heads: CompareHeads = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -119,9 +115,7 @@ def command(
     from sinder_cli.report.tables import evaluation_table
 
     second = (compare_weights, compare_adapter, compare_heads)
-    if any(second) and compare is None:
-        why = "--compare-weights, --compare-adapter and --compare-heads need one"
-        raise UsageError("no second model", why, "name it with --compare")
+    require_second(compare, second)
     flags = {"reduce_zero_label": reduce_zero_label, "sweep": sweep}
     options = api.with_flags(options_by_task(option or (), tasks), flags)
     with shared() as ranks, display(ranks.writes) as emit:

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from sinder_cli.backbone.contract import ModelRequest
 from sinder_cli.backbone.device import AttentionName
 from sinder_cli.defects.settings import PassSettings, read_settings
+from sinder_cli.errors import UsageError
 from sinder_cli.events import Emit
 
 OutputFormat = Literal["table", "json"]
@@ -45,6 +46,18 @@ AdapterFile = Annotated[
 ]
 Heads = Annotated[
     int | None, typer.Option("--heads", min=1, help="Number of attention heads, if not the checkpoint's width / 64.")
+]
+Compare = Annotated[
+    str | None, typer.Option("--compare", metavar="MODEL|RUN", help="A second model of the same shape, or a run.")
+]
+CompareWeights = Annotated[
+    Path | None, typer.Option("--compare-weights", metavar="FILE", help="Checkpoint of the second model.")
+]
+CompareAdapter = Annotated[
+    Path | None, typer.Option("--compare-adapter", metavar="FILE", help="Adapter of the second model.")
+]
+CompareHeads = Annotated[
+    int | None, typer.Option("--compare-heads", min=1, help="Attention heads of the second model.")
 ]
 Attention = Annotated[AttentionName, typer.Option("--attention", help="Attention kernel.")]
 Data = Annotated[
@@ -76,6 +89,16 @@ def model_request(
 ) -> ModelRequest:
     """Return the request for a model with the user's options."""
     return ModelRequest(model, weights, heads, attention, emit, adapter, revision, branch=branch)
+
+
+Second = tuple[Path | None, Path | None, int | None]  # weights, adapter and heads of the second model
+
+
+def require_second(compare: str | None, second: Second) -> None:
+    """Raise `UsageError` for options of a second model where none is named."""
+    if any(second) and compare is None:
+        why = "--compare-weights, --compare-adapter and --compare-heads need one"
+        raise UsageError("no second model", why, "name it with --compare")
 
 
 def with_settings(kind: type[PassSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
