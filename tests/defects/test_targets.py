@@ -84,6 +84,15 @@ def test_a_marked_token_counts_in_no_average() -> None:
     assert torch.equal(neighbour_averages(patches, marked), neighbour_averages(other, marked))
 
 
+def test_averages_of_half_precision_tokens_are_those_in_float32() -> None:
+    patches = drawn(6, 6, 4).bfloat16()
+    marked = torch.zeros(6, 6, dtype=torch.bool)
+    marked[2:5, 2:5] = True
+    averages = neighbour_averages(patches, marked)
+    assert averages.dtype == torch.float32
+    torch.testing.assert_close(averages, looped_averages(patches.float(), marked))
+
+
 def test_a_cluster_is_filled_inwards() -> None:
     patches = drawn(7, 7, 4)
     marked = torch.zeros(7, 7, dtype=torch.bool)

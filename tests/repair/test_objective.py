@@ -88,6 +88,16 @@ def test_a_tiny_temperature_among_aligned_tokens_gives_no_nan() -> None:
     torch.testing.assert_close(target[0], torch.einsum("ij,ijn->n", weights, patches[1:4, 1:4]))
 
 
+def test_a_tiny_temperature_suits_each_neighbourhood() -> None:
+    patches, logits = drawn()
+    logits.fill_(-1.0)
+    logits[1, 2], logits[5:8, 2:5] = -0.5, -0.1
+    near, far = learning_targets(patches, logits, mask_of([(2, 2), (6, 3)], logits), 3, 0.001)
+    torch.testing.assert_close(near, patches[1, 2])
+    weights = torch.tensor(GAUSSIAN[3], dtype=torch.float32) / 16
+    torch.testing.assert_close(far, torch.einsum("ij,ijn->n", weights, patches[5:8, 2:5]))
+
+
 def test_targets_and_scale_carry_no_gradient() -> None:
     patches, logits = drawn()
     patches.requires_grad_(True)
