@@ -282,10 +282,13 @@ def test_no_move_is_made_before_enough_steps(images: int, next_best: float, leas
     assert moves == [step >= least for step in range(1, TO_GATHER + 3)]
 
 
-@pytest.mark.parametrize(("share", "least"), [(ALL + 0.01, SURE), (ALL - 0.01, TO_GATHER)])
-def test_what_answers_for_all_of_the_loss_moves_sooner(share: float, least: int) -> None:
+@pytest.mark.parametrize(
+    ("share", "next_best", "least"),
+    [(ALL + 0.01, 0.8, SURE), (ALL - 0.01, 0.8, TO_GATHER), (ALL + 0.01, ALL + 0.005, SURE)],  # also beside its equal
+)
+def test_what_answers_for_all_of_the_loss_moves_sooner(share: float, next_best: float, least: int) -> None:
     found = target([5.0, 3.0, 1.0])
-    one = part([found], torch.tensor([10 * share, 8.0, 1.0]), torch.full((3,), 1e-4), 10.0)
+    one = part([found], torch.tensor([10 * share, 10 * next_best, 1.0]), torch.full((3,), 1e-4), 10.0)
     moves = [after([one] * steps, [found])[0] is not None for steps in range(1, TO_GATHER + 1)]
     assert moves == [step >= least for step in range(1, TO_GATHER + 1)]
 

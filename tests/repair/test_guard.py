@@ -20,7 +20,7 @@ from sinder_cli.defects.settings import SLACK
 from sinder_cli.defects.shift import Retrieval, found_again
 from sinder_cli.defects.tokens import last_tokens
 from sinder_cli.errors import BadInputError
-from sinder_cli.repairing.guard import WORST, Evaluation, Fidelity, Guard, Snapshot, guard_size, guarded
+from sinder_cli.repairing.guard import WORST, Evaluation, Fidelity, Guard, Snapshot, guard_size, guard_sizes, guarded
 from sinder_cli.repairing.loop import CLEAN_LOOKS, EQUAL_FIDELITY, IDLE_LOOKS, SPOILT_LOOKS, Best, Progress
 from sinder_cli.repairing.scan import see
 
@@ -37,6 +37,7 @@ PATCH = 2  # pixels
         (7, None, 3),  # no more than half
         (8, None, 4),
         (40, None, 4),
+        (46, None, 5),
         (100, None, 10),
         (640, None, 64),
         (100_000, None, 64),
@@ -47,6 +48,40 @@ PATCH = 2  # pixels
 )
 def test_the_guard_is_a_tenth_of_the_images(count: int, asked: int | None, size: int) -> None:
     assert guard_size(count, asked) == size
+
+
+@pytest.mark.parametrize(
+    ("given", "drawn", "asked", "sizes"),
+    [
+        (0, 0, None, (0, 0)),
+        (1, 100, None, (0, 10)),  # none can be spared
+        (2, 100, None, (1, 3)),
+        (2, 4, None, (1, 2)),
+        (7, 100, None, (3, 1)),
+        (8, 100, None, (4, 0)),
+        (100, 100, None, (10, 0)),
+        (4, 100, 3, (2, 0)),
+        (1, 100, 3, (0, 3)),
+        (100, 100, 0, (0, 0)),
+    ],
+)
+def test_drawn_images_make_up_for_too_few(given: int, drawn: int, asked: int | None, sizes: tuple[int, int]) -> None:
+    assert guard_sizes(given, drawn, asked) == sizes
+
+
+@pytest.mark.parametrize(
+    ("clean", "with_a_defect", "size", "chosen"),
+    [
+        (10, 90, 10, (1, 9)),  # as many as there are among all
+        (90, 10, 10, (5, 5)),  # at least half
+        (50, 10, 5, (2, 3)),
+        (3, 1, 2, (1, 0)),  # half of each kind stays for training
+        (4, 0, 4, (4, 0)),
+    ],
+)
+def test_the_guard_has_its_share_of_defects(clean: int, with_a_defect: int, size: int, chosen: tuple[int, int]) -> None:
+    taken = guarded([()] * clean + [(2,)] * with_a_defect, size)
+    assert (sum(index < clean for index in taken), sum(index >= clean for index in taken)) == chosen
 
 
 @settings(max_examples=200, deadline=None)
@@ -191,6 +226,15 @@ def test_a_snapshot_counts_outlying_tokens_once_and_block_by_block() -> None:
     ]
 
 
+def test_an_image_counts_once_however_many_tokens_are_outlying() -> None:
+    outlying = torch.zeros(3, 2, 2, 3, dtype=torch.bool)
+    outlying[0, 1, 0, 1] = outlying[1, 1, 0, 1] = outlying[1, 1, 1, 2] = outlying[2, 1, 1, 0] = True
+    norms = torch.ones(3, 2, 2, 3)
+    found = snapshot(norms=norms, ratios=norms, outlying=outlying, standing=outlying.any(dim=0)).defects()
+    assert (found["tokens"], found["images"], found["fraction"]) == (3, 1, pytest.approx(3 / 12))
+    assert [block["tokens"] for block in found["blocks"]] == [1, 2, 1]
+
+
 def test_fidelity_is_of_cls_of_good_and_of_marked_tokens() -> None:
     found = snapshot().fidelity()
     assert found.as_dict() == {
@@ -216,6 +260,10 @@ def test_a_snapshot_that_is_not_finite_is_refused() -> None:
     assert not snapshot(norms=norms).finite
     with pytest.raises(BadInputError, match="its tokens are not finite on 1 of 2 images"):
         snapshot(norms=norms).require_finite("broken", "mend it")
+    several = torch.ones(4, 3, 2, 2)
+    several[-1, 1:, 1, 0] = several[-1, 2, 0, 1] = math.nan
+    with pytest.raises(BadInputError, match="its tokens are not finite on 2 of 3 images"):
+        snapshot(norms=several).require_finite("broken", "mend it")
 
 
 def look(step: int = 1, outlying: int = 5, cls: float | None = 0.9, good: float = 0.9, **changes: Any) -> Evaluation:

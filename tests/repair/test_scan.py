@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from threaded_ranks import side_by_side
 from tiny_runs import RED, SIZE, Pictures
 
-from sinder_cli.defects.detection import CERTAIN, RISE
-from sinder_cli.distributed import ALONE
+from sinder_cli.defects.detection import CERTAIN, RISE, DetectionRule
+from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import BadInputError
+from sinder_cli.events import Emit, silent
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.repairing.forward import Directions
 from sinder_cli.repairing.scan import (
@@ -22,9 +24,11 @@ from sinder_cli.repairing.scan import (
     BlockOutliers,
     ImageOutliers,
     Scan,
+    Shared,
     flooded_images,
     rarest_first,
     scan,
+    standing_out,
     to_train_on,
 )
 from sinder_cli.repairing.settings import RepairSettings
@@ -37,7 +41,14 @@ def pictures(planted: Any) -> Pictures:
     return Pictures(*[planted.image(index, torch.float32, red=spots) for index, spots in SPOTS.items()])
 
 
-def scanned(planted: Any, source: Pictures, unreadable: dict[str, str] | None = None, **settings: Any) -> Scan:
+def scanned(
+    planted: Any,
+    source: Pictures,
+    unreadable: dict[str, str] | None = None,
+    ranks: Ranks = ALONE,
+    emit: Emit = silent,
+    **settings: Any,
+) -> Scan:
     return scan(
         planted.backbone,
         planted.module,
@@ -47,8 +58,8 @@ def scanned(planted: Any, source: Pictures, unreadable: dict[str, str] | None = 
         range(len(source)),
         RepairSettings.model_validate({"workers": 0} | settings),
         {} if unreadable is None else unreadable,
-        lambda _: None,
-        ALONE,
+        emit,
+        ranks,
     )
 
 
@@ -102,6 +113,7 @@ def test_a_scan_marks_what_a_loop_over_blocks_marks(single_writer: Any, batch_si
         }
         assert image.finite
         assert image.grid == (12, 12)
+        assert image.standing == len(set().union(*marked))
     for block, outliers in enumerate(found.blocks):
         assert outliers.block == block
         assert outliers.tokens == sum(len(marked[block]) for marked, _, _ in looped)
@@ -132,6 +144,58 @@ def test_a_shared_direction_is_predicted_where_near_and_determined(single_writer
     assert seen(blue, math.inf).gap == 1e12  # a number that JSON has
 
 
+def test_two_ranks_find_what_one_finds(single_writer: Any) -> None:
+    flood = [(row, column) for row in range(9) for column in range(12)]
+    spots = [RED, [], flood, RED[:2], [(6, 6)], [], RED[1:], [(1, 1)]]
+    source = Pictures(*[single_writer.image(at, torch.float32, red=red) for at, red in enumerate(spots)])
+    source.tensors[5] = None
+    missed: dict[str, str] = {}
+    alone = scanned(single_writer, source, missed, batch_size=2)
+    told: list[dict[str, str]] = [{}, {}]
+    both = side_by_side(lambda ranks: scanned(single_writer, source, told[ranks.rank], ranks, batch_size=2))
+    assert [image.name for image in alone.images if image.flooded] == ["picture 2"]
+    assert told == [missed, missed] == [{"picture 5": "it is broken"}] * 2
+    for found in both:
+        assert (found.images, found.tokens, found.unreadable) == (alone.images, alone.tokens, alone.unreadable)
+        for block, expected in zip(found.blocks, alone.blocks, strict=True):
+            near = replace(expected, max_ratio=pytest.approx(expected.max_ratio, rel=1e-5))
+            if expected.angle_deg is not None:
+                near = replace(near, angle_deg=pytest.approx(expected.angle_deg, abs=1e-2))
+            assert block == near
+
+
+def test_moments_of_other_images_are_added() -> None:
+    nu = torch.nn.functional.normalize(torch.arange(1.0, 9.0), dim=0)
+    patches = torch.randn(3, 2, 2, 8, generator=torch.Generator().manual_seed(0)) + 3 * nu
+    ratios = torch.tensor([3.01, 3.0, 0.5, 9.0]).view(1, 2, 2).expand(3, 2, 2)
+    whole, one, other = Shared(), Shared(), Shared()
+    whole.add(4, patches, ratios, DetectionRule())
+    one.add(4, patches[:1], ratios[:1], DetectionRule())
+    other.add(4, patches[1:], ratios[1:], DetectionRule(norm_factor=0))  # 0: the default
+    other.add(2, patches[1:], ratios[1:], DetectionRule())
+    one.merge(other)
+    assert set(one.moments) == {2, 4}
+    torch.testing.assert_close(one.moments[4], whole.moments[4])
+    far = [token / token.norm() for image in patches for token in (image[0, 0], image[1, 1])]
+    torch.testing.assert_close(whole.moments[4], sum(torch.outer(unit, unit) for unit in far))
+    assert torch.equal(one.moments[2], other.moments[2])
+    assert (one.angle(3, nu), one.angle(2, nu) is None) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("mark", "factor", "expected"),
+    [
+        ("weights", 0.0, ("auto", 3.0)),
+        ("weights", 5.0, ("auto", 5.0)),
+        ("norm", 4.0, ("norm", 4.0)),
+        ("auto", 0.0, ("auto", 3.0)),
+    ],
+)
+def test_verdicts_count_what_stands_out_whatever_marks(mark: Any, factor: float, expected: tuple[str, float]) -> None:
+    found = standing_out(DetectionRule(threshold=2.5, min_tokens=7, mark=mark, norm_factor=factor))
+    assert (found.mark, found.norm_factor, found.threshold, found.min_tokens) == (*expected, 2.5, 7)
+
+
 def test_an_image_that_cannot_be_decoded_is_left_out(single_writer: Any) -> None:
     source = pictures(single_writer)
     source.tensors[1] = None
@@ -158,7 +222,9 @@ def test_the_marks_of_an_image_are_masks_again() -> None:
     image = ImageOutliers("a", 0, (2, 3), True, {1: (0, 5), 3: (4,)})
     assert image.first_marks(4).nonzero().tolist() == [[1, 0, 0], [1, 1, 2], [3, 1, 1]]
     assert (image.kind, ImageOutliers("b", 4, (2, 3), True, {}).kind) == ((1, 3), ())
-    assert ImageOutliers("c", 0, (2, 3), True, {1: (0, 5), 3: (5,), 4: (1, 5)}).kind == (1, 4)
+    again = ImageOutliers("c", 0, (2, 3), True, {4: (1, 5), 1: (0, 5), 3: (5,), 2: (3,)})  # in no order
+    assert again.kind == (1, 2, 4)
+    assert again.first_marks(5).flatten(1).nonzero().tolist() == [[1, 0], [1, 5], [2, 3], [4, 1]]
 
 
 EXAMPLE = Scan(
