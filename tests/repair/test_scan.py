@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from threaded_ranks import side_by_side
 from tiny_runs import RED, SIZE, Pictures
 
 from sinder_cli.defects.detection import CERTAIN, RISE, DetectionRule
 from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import BadInputError
-from sinder_cli.events import Emit, silent
+from sinder_cli.events import Emit, Noted, silent
+from sinder_cli.images.decoding import LATER_PAGES
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.repairing.forward import Directions
 from sinder_cli.repairing.scan import (
@@ -144,17 +147,33 @@ def test_a_shared_direction_is_predicted_where_near_and_determined(single_writer
     assert seen(blue, math.inf).gap == 1e12  # a number that JSON has
 
 
+class WithPages(Pictures):
+    """Pictures 3 and 4 have two pages."""
+
+    def load(self, index: int) -> Image.Image:
+        page = super().load(index)
+        page.info |= {LATER_PAGES: True} if index in (3, 4) else {}
+        return page
+
+
 def test_two_ranks_find_what_one_finds(single_writer: Any) -> None:
     flood = [(row, column) for row in range(9) for column in range(12)]
     spots = [RED, [], flood, RED[:2], [(6, 6)], [], RED[1:], [(1, 1)]]
-    source = Pictures(*[single_writer.image(at, torch.float32, red=red) for at, red in enumerate(spots)])
+    source = WithPages(*[single_writer.image(at, torch.float32, red=red) for at, red in enumerate(spots)])
     source.tensors[5] = None
     missed: dict[str, str] = {}
-    alone = scanned(single_writer, source, missed, batch_size=2)
+    notes: list[list[object]] = [[], [], []]
+    alone = scanned(single_writer, source, missed, ALONE, notes[2].append, batch_size=2)
     told: list[dict[str, str]] = [{}, {}]
-    both = side_by_side(lambda ranks: scanned(single_writer, source, told[ranks.rank], ranks, batch_size=2))
+    both = side_by_side(
+        lambda ranks: scanned(single_writer, source, told[ranks.rank], ranks, notes[ranks.rank].append, batch_size=2)
+    )
     assert [image.name for image in alone.images if image.flooded] == ["picture 2"]
+    assert alone.unreadable == {5: "it is broken"}
     assert told == [missed, missed] == [{"picture 5": "it is broken"}] * 2
+    for heard in notes:
+        (note,) = [event.text for event in heard if isinstance(event, Noted)]
+        assert re.fullmatch(r"only the first page or frame is used of 2 images \(picture \d, …\)", note)
     for found in both:
         assert (found.images, found.tokens, found.unreadable) == (alone.images, alone.tokens, alone.unreadable)
         for block, expected in zip(found.blocks, alone.blocks, strict=True):
@@ -210,12 +229,31 @@ def test_images_without_an_outlying_token_are_healthy(single_writer: Any) -> Non
     found = scanned(single_writer, Pictures(*[single_writer.image(index) for index in range(2)]))
     assert found.healthy
     assert all(block.tokens == 0 and block.angle_deg is None and not block.predicted for block in found.blocks)
+    unmarked = scanned(single_writer, pictures(single_writer), mark="weights")  # no direction is determined
+    assert unmarked.healthy
+    assert unmarked.standing > 0
+    assert all(block.tokens == 0 and block.angle_deg is None for block in unmarked.blocks)
 
 
 def test_an_image_whose_tokens_are_not_finite_is_told_apart(single_writer: Any) -> None:
     found = scanned(single_writer, Pictures(single_writer.image(0), single_writer.image(1, green=[(5, 5)])))
     assert [image.finite for image in found.images] == [True, False]
     assert all(math.isfinite(block.max_ratio) for block in found.blocks)
+
+
+def test_an_image_is_not_finite_if_a_single_number_is_not(single_writer: Any) -> None:
+    def run_block(module: Any, index: int, tokens: torch.Tensor, context: Any) -> torch.Tensor:
+        leaving = single_writer.backbone.run_block(module, index, tokens, context)
+        if index == DEPTH - 1:
+            leaving[1, 7, 3] = math.inf
+        return leaving
+
+    planted = replace(single_writer, backbone=replace(single_writer.backbone, run_block=run_block))
+    found = scanned(planted, Pictures(*[single_writer.image(index) for index in range(3)]), batch_size=3)
+    assert [image.finite for image in found.images] == [True, False, True]
+    assert (found.blocks[-1].tokens, found.blocks[-1].angle_deg) == (1, None)  # no direction
+    with pytest.raises(BadInputError, match="the backbone is broken"):
+        found.require_finite()
 
 
 def test_the_marks_of_an_image_are_masks_again() -> None:
@@ -256,10 +294,25 @@ def test_a_model_that_is_not_finite_is_never_called_healthy() -> None:
     replace(EXAMPLE, images=EXAMPLE.images[:1]).require_finite()
 
 
+def test_tokens_that_stand_out_are_summed_over_images() -> None:
+    assert EXAMPLE.standing == 3
+    assert replace(EXAMPLE, images=EXAMPLE.images * 2).standing == 6
+
+
 def test_a_scan_of_a_model_is_read_as_written(single_writer: Any, tmp_path: Path) -> None:
     found = scanned(single_writer, pictures(single_writer))
     found.write(tmp_path / "outliers.json")
     assert Scan.read(tmp_path / "outliers.json") == found
+
+
+def test_a_scan_of_an_earlier_version_has_no_flooded_image(tmp_path: Path) -> None:
+    path = tmp_path / "outliers.json"
+    EXAMPLE.write(path)
+    stored = json.loads(path.read_text())
+    for image in stored["images"]:
+        del image["flooded"]
+    path.write_text(json.dumps(stored))
+    assert Scan.read(path) == replace(EXAMPLE, images=tuple(replace(each, flooded=False) for each in EXAMPLE.images))
 
 
 @pytest.mark.parametrize("kept", [0, 1, 40, 200, -3])
