@@ -31,6 +31,7 @@ from sinder_cli.repairing.greedy import (
     TO_GATHER,
     Observations,
     Shrinkage,
+    _place,
     polyak_deltas,
     scale_of,
 )
@@ -211,6 +212,7 @@ def test_a_singular_value_that_writes_the_defect_answers_for_it(writer: Any) -> 
     (found,) = step_gradient(
         writer.backbone, writer.module, writer.directions, deltas, images, chosen, None, probes
     ).parts
+    assert found.block == EARLY  # by norm, though no direction is determined
     targets = deltas.of_window(EARLY, chosen.window)
     seen, _, _ = Observations().step(found, targets, 2, chosen)
     shares = dict(zip((each.name for each in targets), seen.shares.split([len(t.delta) for t in targets]), strict=True))
@@ -249,6 +251,43 @@ def test_near_equal_singular_values_shrink_together() -> None:
     delta = move.delta()
     assert delta[1] == delta[2] < 0
     assert delta[[0, 3]].eq(0).all()
+
+
+def test_a_singular_value_beside_near_equal_ones_shrinks_alone() -> None:
+    for at, values in ((0, [5.0, 3.0 + 1e-9, 3.0, 1.0]), (3, [5.0, 3.0 + 1e-9, 3.0, 1.0, 0.5, 0.5 - 1e-9])):
+        found = target(values)
+        slopes = torch.zeros(len(values))
+        slopes[at] = 8.0
+        move, _ = after([part([found], slopes, torch.full((len(values),), 1e-4))] * TO_GATHER, [found])
+        assert move is not None
+        assert (move.start, move.stop) == (at, at + 1)
+
+
+def test_a_response_of_0_gives_no_endless_gain() -> None:
+    found = target([5.0, 3.0, 1.0])
+    move, gain = after([part([found], torch.tensor([9.0, 1.0, 0.0]), torch.zeros(3))] * TO_GATHER, [found])
+    assert math.isfinite(gain)
+    assert move is not None
+    assert (move.start, move.share) == (0, 0.5)
+
+
+def test_tokens_nearer_than_ordinary_ones_promise_no_gain() -> None:
+    found = target([5.0, 3.0, 1.0])
+    steps = [part([found], torch.tensor([9.0, 1.0, 0.0]), torch.full((3,), 1e-4), excess) for excess in (10.0, -1.0)]
+    assert after(steps, [found], min_gain=0.0)[1] == 0
+    observations = Observations()
+    for _ in range(2):
+        observations.by_block[0], _, _ = observations.step(steps[0], [found], 1000, RepairSettings())
+    assert observations.interest(0, -1.0, [found], RepairSettings(min_gain=0.0)) == FIRST_ALONE
+    assert observations.interest(0, -1.0, [found], RepairSettings(min_gain=1e-6)) == Interest(False, True)
+
+
+def test_a_place_beyond_the_row_is_refused() -> None:
+    targets = [target([4.0, 2.0, 1.0], name="a"), target([3.0, 0.5], name="b")]
+    places = [(found.name, index) for found, index in (_place(targets, at) for at in range(5))]
+    assert places == [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)]
+    with pytest.raises(IndexError):
+        _place(targets, 5)
 
 
 def test_what_is_shrunk_to_0_already_is_not_chosen_again() -> None:

@@ -20,7 +20,18 @@ from sinder_cli.defects.settings import SLACK
 from sinder_cli.defects.shift import Retrieval, found_again
 from sinder_cli.defects.tokens import last_tokens
 from sinder_cli.errors import BadInputError
-from sinder_cli.repairing.guard import WORST, Evaluation, Fidelity, Guard, Snapshot, guard_size, guard_sizes, guarded
+from sinder_cli.repairing.guard import (
+    SAMPLES,
+    SHIFTED,
+    WORST,
+    Evaluation,
+    Fidelity,
+    Guard,
+    Snapshot,
+    guard_size,
+    guard_sizes,
+    guarded,
+)
 from sinder_cli.repairing.loop import CLEAN_LOOKS, EQUAL_FIDELITY, IDLE_LOOKS, SPOILT_LOOKS, Best, Progress
 from sinder_cli.repairing.scan import see
 
@@ -114,6 +125,11 @@ def test_the_rarest_kinds_are_on_the_guard_first() -> None:
     kinds = [(1,)] * 20 + [(4, 7)] * 2 + [(4,)] * 4
     taken = [sorted(kinds[index] for index in guarded(kinds, size)) for size in (1, 2, 3)]
     assert taken == [[(4, 7)], [(4,), (4, 7)], [(1,), (4,), (4, 7)]]
+
+
+def test_a_large_kind_fills_up_the_guard() -> None:
+    taken = [index for index in guarded([(1,)] * 20 + [(4, 7)] * 2, 8) if index < 20]
+    assert len(taken) == 7
 
 
 def test_consecutive_images_are_not_all_of_the_guard() -> None:
@@ -323,11 +339,12 @@ def test_looks_that_may_not_stop_still_keep_the_best_state() -> None:
     assert progress.best == Best(7, 2, 0.9, 0.9, 0.9, values)
 
 
-def guard_of(planted: Any, count: int = 3, batch_size: int = 2) -> Guard:
-    images = {f"picture {i}": planted.image(i, torch.float32, red=RED if i else []) for i in range(count)}
-    return Guard(
-        planted.backbone, planted.module, planted.directions, DetectionRule(min_tokens=1), images, batch_size, "cpu"
-    )
+def guard_of(planted: Any, count: int = 3, batch_size: int = 2, pixels: int = 24, **rule: Any) -> Guard:
+    images = {
+        f"picture {i}": planted.image(i, torch.float32, red=RED if i else [])[:, :pixels, :pixels] for i in range(count)
+    }
+    chosen = DetectionRule(**{"min_tokens": 1} | rule)
+    return Guard(planted.backbone, planted.module, planted.directions, chosen, images, batch_size, "cpu")
 
 
 def pixels_of(guard: Guard) -> Tensor:
@@ -365,28 +382,54 @@ def test_a_look_sees_what_has_become_of_the_module(single_writer: Any) -> None:
     assert now.fidelity().marked > guard.before.fidelity().marked + 0.1
     assert torch.equal(now.ever, guard.before.ever)
     found = guard.evaluation(5, now, FLOOR, None)
-    assert (found.step, found.outlying, found.holds, found.best) == (5, 0, True, True)
+    assert (found.step, found.outlying, found.holds, found.spoilt, found.best) == (5, 0, True, False, True)
 
 
 def test_marked_tokens_are_found_again_in_a_shifted_view(single_writer: Any) -> None:
-    guard = guard_of(single_writer)
+    guard = guard_of(single_writer, count=SHIFTED + 3)
     guard.remember()
     was = guard.found_before
     assert was == guard.found_again(guard.before)
     assert was is not None
     images = [image for image, ever in zip(guard.images.values(), guard.before.ever, strict=True) if ever.any()]
+    assert len(images) > SHIFTED
+    images = images[:SHIFTED]
     expected = []
     for image in images:
         whole, view = (
             last_tokens(guard.backbone, guard.module, image[None, :, cut:, cut:])[0, 1:] for cut in (0, 2 * PATCH)
         )
         expected.append(found_again(whole.unflatten(0, (12, 12)), view.unflatten(0, (10, 10))))
-    marks = guard.before.ever[guard.before.ever.flatten(1).any(dim=1)][:, 2:, 2:]
+    marks = guard.before.ever[guard.before.ever.flatten(1).any(dim=1)][:SHIFTED, 2:, 2:]
     assert was == Retrieval.of(torch.stack(expected), marks)
     single_writer.module.blocks[1].down.weight[:, 0] *= 0  # the writer
     now = guard.found_again(guard.look())
     assert now is not None
     assert now.marked >= was.marked
+
+
+@pytest.mark.parametrize(("patches", "shifts"), [(6, False), (7, True)])
+def test_a_small_grid_is_not_looked_at_in_a_shifted_view(patches: int, shifts: bool, single_writer: Any) -> None:
+    guard = guard_of(single_writer, pixels=PATCH * patches)
+    guard.remember()
+    assert guard.before.ever.shape == (3, patches, patches)
+    assert bool(guard.before.ever.any())
+    assert (guard.found_before is not None) is shifts
+
+
+def test_what_stands_out_by_norm_is_marked_whatever_the_rule_marks(single_writer: Any) -> None:
+    guard = guard_of(single_writer, mark="weights")  # no direction is determined
+    guard.remember()
+    assert guard.before.left == 0
+    assert guard.before.standing.sum() == 2 * len(RED)
+    assert guard.before.ever.nonzero().tolist() == [[image, *spot] for image in (1, 2) for spot in RED]
+
+
+def test_a_model_without_cls_has_no_cosine_of_it(single_writer: Any) -> None:
+    guard = guard_of(replace(single_writer, backbone=replace(single_writer.backbone, has_cls=False)))
+    guard.remember()
+    found = guard.before
+    assert (found.cls, found.cls_to_inpainted, found.cls_to_original, found.fidelity().cls) == (None,) * 4
 
 
 def test_a_ruined_model_is_never_the_best(single_writer: Any) -> None:
@@ -420,6 +463,13 @@ def test_a_state_whose_outliers_disturb_more_is_not_spoilt(single_writer: Any) -
     ruined = guard.evaluation(10, guard.look(), floor, None)
     assert ruined.outlying > 0
     assert (ruined.holds, ruined.spoilt) == (False, True)
+
+
+def test_patches_of_a_few_images_are_kept_for_pictures(single_writer: Any) -> None:
+    guard = guard_of(single_writer, count=SAMPLES + 2, batch_size=3)
+    guard.remember()
+    tokens = last_tokens(single_writer.backbone, single_writer.module, pixels_of(guard)[:SAMPLES])
+    torch.testing.assert_close(guard.before.samples, tokens[:, 1:].unflatten(1, (12, 12)))
 
 
 def test_the_size_of_the_batches_does_not_matter(single_writer: Any) -> None:

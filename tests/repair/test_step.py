@@ -278,6 +278,32 @@ def test_an_image_that_goes_on_shows_its_later_defects_too(planted: Any, gradien
     assert late.leaving == len(late.losses)
 
 
+def test_an_image_without_interest_adds_to_no_gradient(planted: Any) -> None:
+    images = [planted.image(seed, red=RED[seed % 2 :]) for seed in range(4)]
+    chosen = RepairSettings.model_validate(PAPER | {"min_tokens": 2})
+    excesses: list[float] = []
+
+    def found(limit: float) -> StepGradient:
+        def interest(_block: int, excess: float) -> Interest:
+            excesses.append(excess)
+            return Interest(gradient=excess > limit, onward=False)
+
+        deltas, probes = Deltas(planted.backbone, planted.module), Probes(range(4), {})
+        arguments = (planted.backbone, planted.module, planted.directions, deltas, torch.stack(images), chosen)
+        return step_gradient(*arguments, None, probes, interest)
+
+    everything = found(-math.inf)
+    limit = sorted(excesses)[1]  # two of four are above it
+    above = [image for image, excess in zip(range(4), excesses[:4], strict=True) if excess > limit]
+    (part,) = found(limit).parts
+    (whole,) = everything.parts
+    assert (len(part.losses), part.leaving, part.probed) == (2, 2, 2)
+    assert part.losses == pytest.approx([whole.losses[image] for image in above])
+    assert found(limit).idle == tuple((EARLY, pytest.approx(whole.losses[at])) for at in range(4) if at not in above)
+    images = [images[image] for image in above]
+    assert_same(part.gradients, found(-math.inf).parts[0].gradients)
+
+
 def test_a_block_whose_direction_is_not_determined_is_never_defective(planted: Any) -> None:
     image = planted.image(0, red=RED)
     assert gradient_of(planted, [image], min_gap=0).first_block == 0  # the paper's rule
