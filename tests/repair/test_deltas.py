@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sinder_cli.distributed import LostRankError, Ranks
 from sinder_cli.events import Noted
-from sinder_cli.repairing.deltas import Deltas, Target
+from sinder_cli.repairing.deltas import Deltas, SingularBasis, Target
 
 N = 32
 LR, MOMENTUM = 0.05, 0.9
@@ -103,9 +103,10 @@ def test_the_window_ends_at_its_block_and_begins_at_the_first(single: Any) -> No
         assert deltas.of_window(last, window) == [target for index in blocks for target in targets[index]]
 
 
-def test_deltas_are_put_back_as_they_were(single: Any) -> None:
+@pytest.mark.parametrize("offload", [False, True])
+def test_deltas_are_put_back_as_they_were(offload: bool, single: Any) -> None:
     original = {name: tensor.clone() for name, tensor in single.module.state_dict().items()}
-    deltas = Deltas(single.backbone, single.module)
+    deltas = Deltas(single.backbone, single.module, offload=offload)
     gradients = {target.name: torch.ones_like(target.delta) for target in deltas.of_block(2)}
     first, second, *_ = gradients
     gradients[first][1:] = 0
@@ -136,8 +137,12 @@ class Sending(Ranks):
         return tensor.fill_(7)
 
 
+def needless(_weight: Tensor) -> SingularBasis:
+    raise AssertionError("another rank has decomposed it")
+
+
 def test_a_basis_is_that_of_the_first_rank_that_has_it(single: Any) -> None:
-    deltas = Deltas(single.backbone, single.module)
+    deltas = Deltas(single.backbone, single.module, decompose=needless)
     Sending.sources.clear()
     deltas.agree([[2], [1, 3], [1, 2]], Sending(0, 3))
     parts = 3 * len(deltas.by_block[1])

@@ -273,7 +273,7 @@ def test_a_response_of_0_gives_no_endless_gain() -> None:
 
 def test_tokens_nearer_than_ordinary_ones_promise_no_gain() -> None:
     found = target([5.0, 3.0, 1.0])
-    steps = [part([found], torch.tensor([9.0, 1.0, 0.0]), torch.full((3,), 1e-4), excess) for excess in (10.0, -1.0)]
+    steps = [part([found], torch.tensor([9.0, 2.0, 1.0]), torch.full((3,), 1e-4), excess) for excess in (10.0, -1.0)]
     assert after(steps, [found], min_gain=0.0)[1] == 0
     observations = Observations()
     for _ in range(2):
@@ -348,7 +348,7 @@ def test_no_move_is_made_below_the_least_gain(excess: float, moves: bool) -> Non
 @given(seed=st.integers(0, 1000), steps=st.integers(1, 14), images=st.integers(1, 3))
 def test_the_gain_and_the_move_are_those_of_a_loop(seed: int, steps: int, images: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    targets = [target([4.0, 2.0, 1.0], [-1.0, 0.0, 0.0], "a"), target([3.0, 0.5], name="b")]
+    targets = [target([4.0, 2.0, 1.0], [-1.0, 0.0, 0.0], "a"), target([3.0, 0.5], [0.0, -0.2], name="b")]
     rows = [
         (
             torch.randn(5, generator=generator) * 8 + torch.tensor([4.0, 0, 0, 2, 0]),
@@ -361,7 +361,7 @@ def test_the_gain_and_the_move_are_those_of_a_loop(seed: int, steps: int, images
     weights = [KEPT ** (steps - 1 - age) for age in range(steps)]
     gains, means, moved = [], [], []
     all_responses = [sum(float(responses[k]) for _, responses, _ in rows) / steps for k in range(5)]
-    left = [0.75, 1, 1, 1, 1]
+    left = [0.75, 1, 1, 1, 0.6]
     weighted = []
     for k in range(5):
         shares = []
@@ -407,6 +407,17 @@ def test_what_causes_the_defect_goes_before_what_prevents_it_in_these_images() -
     move, _ = after([part([wide], slopes, answers)] * TO_GATHER, [wide])
     assert move is not None
     assert move.start == 1
+
+
+@pytest.mark.parametrize(("steps", "chosen"), [(1, 1), (2, 0)])
+def test_one_image_alone_proves_no_cause(steps: int, chosen: int) -> None:
+    found = target([5.0, 3.0, 1.0])
+    one = part([found], torch.tensor([10.0, 7.0, 0.0]), torch.tensor([4e-4, 1e-4, 1e-4]))
+    observations = Observations()
+    for _ in range(steps):
+        observations.by_block[0], move, _ = observations.step(one, [found], 1, RepairSettings())
+    assert move is not None
+    assert move.start == chosen
 
 
 @pytest.mark.parametrize("gone", [0.0, 0.5, 0.9, 0.99])

@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 from sinder_cli.defects.detection import DetectionRule, norm_ratios
 from sinder_cli.defects.inpainting import inpainted
 from sinder_cli.defects.settings import SLACK
-from sinder_cli.defects.shift import Retrieval, found_again
+from sinder_cli.defects.shift import Retrieval, found_again, shifted
 from sinder_cli.defects.tokens import last_tokens
 from sinder_cli.errors import BadInputError
 from sinder_cli.repairing.guard import (
@@ -385,9 +385,12 @@ def test_a_look_sees_what_has_become_of_the_module(single_writer: Any) -> None:
     assert (found.step, found.outlying, found.holds, found.spoilt, found.best) == (5, 0, True, False, True)
 
 
-def test_marked_tokens_are_found_again_in_a_shifted_view(single_writer: Any) -> None:
+def test_marked_tokens_are_found_again_in_a_shifted_view(single_writer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    views: list[Tensor] = []
+    monkeypatch.setattr("sinder_cli.repairing.guard.shifted", lambda *of: views.append(shifted(*of)) or views[-1])
     guard = guard_of(single_writer, count=SHIFTED + 3)
     guard.remember()
+    assert len(views) == SHIFTED
     was = guard.found_before
     assert was == guard.found_again(guard.before)
     assert was is not None

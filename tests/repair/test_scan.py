@@ -171,6 +171,8 @@ def test_two_ranks_find_what_one_finds(single_writer: Any) -> None:
     assert [image.name for image in alone.images if image.flooded] == ["picture 2"]
     assert alone.unreadable == {5: "it is broken"}
     assert told == [missed, missed] == [{"picture 5": "it is broken"}] * 2
+    headless = replace(single_writer, backbone=replace(single_writer.backbone, has_cls=False))
+    assert [image.flooded for image in scanned(headless, source).images] == [image.flooded for image in alone.images]
     for heard in notes:
         (note,) = [event.text for event in heard if isinstance(event, Noted)]
         assert re.fullmatch(r"only the first page or frame is used of 2 images \(picture \d, …\)", note)
