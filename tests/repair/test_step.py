@@ -304,6 +304,14 @@ def test_an_image_without_interest_adds_to_no_gradient(planted: Any) -> None:
     assert_same(part.gradients, found(-math.inf).parts[0].gradients)
 
 
+@pytest.mark.parametrize(("factor", "block"), [(0.0, DEPTH - 1), (0.5, 0), (3.0, 0)])
+def test_without_a_norm_factor_only_determined_directions_judge(factor: float, block: int, planted: Any) -> None:
+    doubtful, broken = Directions(planted.directions.nu, [1.0] * DEPTH), planted.image(0, green=[(5, 5)])[None]
+    rule = DetectionRule(norm_factor=factor)
+    found = next(first_defects(planted.backbone, planted.module, doubtful, broken, rule, 2))
+    assert found.block == block  # where NaN is first looked for
+
+
 def test_a_block_whose_direction_is_not_determined_is_never_defective(planted: Any) -> None:
     image = planted.image(0, red=RED)
     assert gradient_of(planted, [image], min_gap=0).first_block == 0  # the paper's rule
@@ -459,21 +467,22 @@ def test_known_tokens_stay_defective_until_they_have_settled(planted: Any, leave
     assert late.masks[~late.defective].sum() == 0
 
 
-@pytest.mark.parametrize("idle", [False, True])
-def test_two_ranks_share_a_step(planted: Any, idle: bool) -> None:
+@pytest.mark.parametrize("case", ["as it comes", "some idle", "each block on one rank", "without probes"])
+def test_two_ranks_share_a_step(planted: Any, case: str) -> None:
+    idle, apart = case == "some idle", case == "each block on one rank"
     images = [
         planted.image(0, blue=BLUE),
         planted.image(1, red=RED),
         planted.image(2),
-        planted.image(3, blue=BLUE[1:]),
-        planted.image(4, red=RED),
-        planted.image(5, red=RED, blue=BLUE),
+        planted.image(3, red=RED) if apart else planted.image(3, blue=BLUE[1:]),
+        planted.image(4, blue=BLUE) if apart else planted.image(4, red=RED),
+        planted.image(5, red=RED) if apart else planted.image(5, red=RED, blue=BLUE),
     ]
     chosen = RepairSettings.model_validate(PAPER | {"step": "greedy"})
 
     def local(deltas: Deltas, places: range) -> StepGradient:
         arguments = (planted.backbone, deltas.module, planted.directions, deltas)
-        probes = Probes(list(places), {})
+        probes = None if case == "without probes" else Probes(list(places), {})
         batch = torch.stack([images[place] for place in places])
         if not idle:
             return step_gradient(*arguments, batch, chosen, None, probes)
