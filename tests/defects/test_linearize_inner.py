@@ -132,6 +132,20 @@ def test_moments_of_hidden_units_are_those_of_samples(activation: Activation, ga
     assert (((hidden**2).mean(dim=0) - square).abs() < 5 * (hidden**2).std(dim=0) / SAMPLES**0.5).all()
 
 
+def test_a_unit_without_weights_has_the_moments_of_its_bias() -> None:
+    W1, W2, b1, b2 = (
+        torch.zeros(A, N),
+        random(A, N, seed=0, scale=0.3),
+        random(A, seed=1, scale=1.0),
+        random(A, seed=2, scale=1.0),
+    )
+    phi = ACTIVATIONS["gelu"](b1)
+    plain, gated = (hidden_moments(ACTIVATIONS["gelu"], W1, b1, *gate) for gate in ((), (W2, b2)))
+    torch.testing.assert_close(torch.stack(plain), torch.stack([phi, phi**2]), rtol=1e-6, atol=1e-6)
+    of_up = b2**2 + (W2**2).sum(dim=1)
+    torch.testing.assert_close(torch.stack(gated), torch.stack([phi * b2, phi**2 * of_up]), rtol=1e-6, atol=1e-6)
+
+
 def test_moments_of_a_linear_layer_are_those_of_samples() -> None:
     W, b = random(A, N, seed=0, scale=0.3), random(A, seed=1, scale=0.5)
     y = random(SAMPLES, N, seed=11, scale=1.0) @ W.T + b

@@ -132,6 +132,22 @@ def test_a_token_has_settled_as_near_as_most_unmarked_ones() -> None:
     assert unsettled(patches, marked).nonzero().tolist() == [[5, 5]]
 
 
+def test_a_single_unmarked_token_says_what_has_settled() -> None:
+    patches = torch.zeros(3, 3, 4)
+    patches[2, 2] = 5.0
+    marked = torch.ones(3, 3, dtype=torch.bool)
+    marked[0, 0] = False  # it has no unmarked neighbour: its distance is 0
+    assert unsettled(patches, marked).nonzero().tolist() == [[2, 2]]
+
+
+def test_half_precision_tokens_settle_and_lean_as_in_float32() -> None:
+    for seed in range(20):
+        patches = drawn(8, 8, 6, seed=seed).bfloat16()
+        marked = drawn(8, 8, seed=seed + 100) > 1.5
+        for function in (unsettled, leaning):
+            assert torch.equal(function(patches, marked), function(patches.float(), marked))
+
+
 def test_only_marked_tokens_are_unsettled() -> None:
     patches = drawn(5, 5, 4)
     patches[1, 1] = 100.0
