@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import date
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.contract import BlockMap, LayerMap, NormMap, WeightRef
 from sinder_cli.defects.settings import DetectionSettings, read_settings
-from sinder_cli.errors import UsageError
+from sinder_cli.errors import NoInputError, UsageError
 from sinder_cli.faults import WANTED, first_fault, quoted
 from sinder_cli.repairing.settings import RepairSettings
 
@@ -64,6 +65,56 @@ def test_a_setting_is_refused_with_what_it_must_be(settings: dict[str, Any], wor
     with pytest.raises(UsageError) as refusal:
         read_settings(RepairSettings, settings)
     assert str(refusal.value) == f"{words}; --help lists the settings"
+
+
+@pytest.mark.parametrize(
+    ("name", "fine", "refused"),
+    [
+        ("norm_factor", [0, 1e-9, 1e9], [-1e-9, math.inf]),
+        ("mask_threshold", [1e-9, 1e9], [0, math.nan]),
+        ("min_gap", [0, 1e-9, 1e9], [-1e-9]),
+        ("min_tokens", [1, 10**9], [0, 10**9 + 1]),
+        ("image_size", [None, 1, 10**9], [0, 10**9 + 1]),
+        ("batch_size", [1, 10**9], [0, 10**9 + 1]),
+        ("kernel", [3, 5], [2, 4, 6]),
+        ("seed", [0, 2**63 - 1], [-1, 2**63]),
+        ("workers", [None, 0, 64], [-1, 65]),
+        ("device", ["auto", "cpu", "mps", "cuda", "cuda:0", "cuda:999"], ["", "cuda:", "cuda:1000", "cpu:0", "a cpu"]),
+    ],
+)
+def test_a_setting_takes_its_limits_and_nothing_beyond(name: str, fine: list[Any], refused: list[Any]) -> None:
+    for value in fine:
+        assert getattr(read_settings(DetectionSettings, {name: value}), name) == value
+    for value in refused:
+        assert refusal_of(DetectionSettings, {name: value}), value
+
+
+def test_settings_have_the_defaults_that_are_documented() -> None:
+    settings = DetectionSettings()
+    assert settings.model_dump() == {
+        "mark": "auto", "norm_factor": 3.0, "mask_threshold": 4.0, "min_tokens": 3, "min_gap": 1.1, "kernel": 3,
+        "image_size": None, "batch_size": 1, "dtype": "float32", "tf32": False, "device": "auto", "seed": 0,
+        "workers": None,
+    }  # fmt: skip
+    with pytest.raises(ValidationError):
+        settings.seed = 1  # type: ignore[misc]
+
+
+def test_a_setting_of_the_call_goes_before_that_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('device = "cpu"\nseed = 5\n')
+    found = read_settings(DetectionSettings, {"seed": 6}, file)
+    assert (found.device, found.seed) == ("cpu", 6)
+    file.write_text("seed = -1\n")
+    for given, place in (({}, f" in {file}"), ({"workers": 0}, f" in {file}"), ({"seed": -2}, "")):
+        with pytest.raises(UsageError) as refusal:
+            read_settings(DetectionSettings, given, file)
+        assert refusal.value.what == f"bad setting 'seed'{place}"
+
+
+def test_a_settings_file_that_is_missing_has_its_own_exit_code(tmp_path: Path) -> None:
+    with pytest.raises(NoInputError, match=r"cannot read settings .*none\.toml: No such file or directory"):
+        read_settings(DetectionSettings, {}, tmp_path / "none.toml")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from sinder_cli.files import write_json, write_text
 from sinder_cli.images.loading import load_in_order, readable, require_some, sampled
 from sinder_cli.images.sources import ImageSource, SomeImages, files_of
 from sinder_cli.memory import out_of_memory_reported
+from sinder_cli.repairing.checkpoints import Checkpoints
 from sinder_cli.repairing.choosing import Chosen, chosen_images, forget_mended, require_readable
 from sinder_cli.repairing.folder import RunFolder
 from sinder_cli.repairing.guard import SAMPLES, Evaluation, Guard, Snapshot
@@ -195,7 +196,7 @@ def _take_steps(repair: Repair, folder: RunFolder, stop: Stop) -> None:
     """Take steps until the images are clean, the guard ends the run, or the steps are used up; record each."""
     prepared, progress = repair.prepared, repair.progress
     settings, emit, ranks = prepared.start.settings, prepared.emit, prepared.ranks
-    books = _Books(repair, folder)
+    books = _Books(repair, folder, folder.checkpoints)
     if progress.steps:
         books.look_if_due(progress.steps)  # an earlier process may have ended before this look
     steps = repair_steps(prepared, repair.training, progress, repair.known)
@@ -214,12 +215,13 @@ class _Books:
 
     repair: Repair
     folder: RunFolder
+    checkpoints: Checkpoints  # the same at every save: it knows which bases are on disk
 
     def save(self) -> None:
         """Write a checkpoint."""
         if self.repair.prepared.ranks.writes:
             self.folder.flush_lines()
-            self.folder.checkpoints.write(self.repair.prepared.deltas, self.repair.progress)
+            self.checkpoints.write(self.repair.prepared.deltas, self.repair.progress)
 
     def enter(self, record: StepRecord) -> None:
         """Record a step, and let the guard look at the state if that is due."""

@@ -210,8 +210,9 @@ class FarTokens:
     moments: dict[int, Tensor] = field(default_factory=dict)  # [N, N]
 
     def add(self, block: int, patches: Tensor, ratios: Tensor, rule: DetectionRule) -> None:
-        """Add the tokens of a batch `[B, h, w, N]` that are above the norm factor."""
+        """Add the tokens of a batch `[B, h, w, N]` that are above the norm factor; an infinite one has no direction."""
         far = patches[ratios > (rule.norm_factor or NORM_FACTOR)]  # [M, N]
+        far = far[far.isfinite().all(dim=-1)]
         if len(far):
             units = torch.nn.functional.normalize(far, dim=-1)
             moment = (units.T @ units).cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -151,6 +152,33 @@ def test_the_factor_says_what_is_outlying() -> None:
     assert torch.equal(found[0.0], found[3.0])
     assert torch.equal(found[1000.0], last_tokens(backbone, MODULE, images()))
     assert not torch.equal(found[3.0], found[1000.0])
+
+
+def test_a_factor_of_0_is_the_default_and_replaces_no_more() -> None:
+    backbone = tiny({1: [(2, 3)]}, size=5.0)  # it rises, and is not outlying
+    embedded, risen = (
+        norm_ratios(patch_grid(backbone, tokens, images()).norm(dim=-1))[:, 2, 3]
+        for tokens in (backbone.embed(MODULE, images())[0], list(residual_stream(backbone, MODULE, images()))[1])
+    )
+    assert bool(((risen > 1.6 * embedded) & (risen < 2.9)).any())
+    assert torch.equal(last_tokens(inpainted(backbone, 0.0), MODULE, images()), last_tokens(backbone, MODULE, images()))
+
+
+def test_a_block_keeps_the_tokens_that_it_gave() -> None:
+    backbone, given = tiny({1: [(2, 3)]}), []
+
+    def run_block(module: Any, index: int, tokens: Tensor, context: str) -> Tensor:
+        leaving = backbone.run_block(module, index, tokens, context)
+        given.append((leaving, leaving.clone()))
+        return leaving
+
+    last_tokens(inpainted(replace(backbone, run_block=run_block)), MODULE, images())
+    assert len(given) == DEPTH
+    assert all(torch.equal(leaving, copy) for leaving, copy in given)
+
+
+def test_a_forward_pass_of_the_whole_original_is_not_taken_over() -> None:
+    assert inpainted(replace(tiny({}), forward=lambda _module, images: images)).forward is None
 
 
 def test_an_infinite_token_is_replaced_and_spoils_no_other() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional
 from sinder_cli import AttentionMap, BlockMap, GatedMlpMap, NormMap, PlainMlpMap, WeightRef
 from sinder_cli.backbone.contract import Activation, linear_references, trained_references
 from sinder_cli.backbone.weights import BlockTensors
-from sinder_cli.defects.gaussian import ACTIVATIONS, hidden_moments, linear_moments
+from sinder_cli.defects.gaussian import ACTIVATIONS, gated_gains, hidden_moments, linear_moments, plain_gains
 from sinder_cli.defects.linearize import attention_part, block_part, mlp_part, normalized
 
 N, A, H = 24, 96, 160  # wide inside: the scale of a norm varies as 1/√(2F)
@@ -131,6 +132,20 @@ def test_moments_of_hidden_units_are_those_of_samples(activation: Activation, ga
     assert (((hidden**2).mean(dim=0) - square).abs() < 5 * (hidden**2).std(dim=0) / SAMPLES**0.5).all()
 
 
+def test_a_unit_without_weights_has_the_moments_of_its_bias() -> None:
+    W1, W2, b1, b2 = (
+        torch.zeros(A, N),
+        random(A, N, seed=0, scale=0.3),
+        random(A, seed=1, scale=1.0),
+        random(A, seed=2, scale=1.0),
+    )
+    phi = ACTIVATIONS["gelu"](b1)
+    plain, gated = (hidden_moments(ACTIVATIONS["gelu"], W1, b1, *gate) for gate in ((), (W2, b2)))
+    torch.testing.assert_close(torch.stack(plain), torch.stack([phi, phi**2]), rtol=1e-6, atol=1e-6)
+    of_up = b2**2 + (W2**2).sum(dim=1)
+    torch.testing.assert_close(torch.stack(gated), torch.stack([phi * b2, phi**2 * of_up]), rtol=1e-6, atol=1e-6)
+
+
 def test_moments_of_a_linear_layer_are_those_of_samples() -> None:
     W, b = random(A, N, seed=0, scale=0.3), random(A, seed=1, scale=0.5)
     y = random(SAMPLES, N, seed=11, scale=1.0) @ W.T + b
@@ -172,3 +187,38 @@ def test_a_folded_layernorms_scale_leaves_out_what_all_features_share() -> None:
     scale = y.var(dim=1, unbiased=False).mean().sqrt()
     found = normalized(M, linear_moments(M, b), NormMap(kind="layernorm", eps=0.0), None)
     torch.testing.assert_close(found * scale, M - M.mean(dim=0), rtol=0.01, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("gained", [False, True])
+def test_a_folded_norm_of_linear_features_is_the_explicit_product(kind: str, gained: bool) -> None:
+    M, b = 0.2 + random(7, 5, seed=24, scale=0.5), 0.4 + random(7, seed=25, scale=0.5)
+    g = random(7, seed=26, scale=1.0) if gained else None
+    eps, rows = 0.3, range(7)
+    square = sum(float(M[k] @ M[k] + b[k] ** 2) for k in rows) / 7
+    along, middle = sum(M[k] for k in rows) / 7, sum(float(b[k]) for k in rows) / 7
+    if kind == "layernorm":
+        square -= float(along @ along) + middle**2
+    shared = along if kind == "layernorm" else torch.zeros(5)
+    expected = [(M[k] - shared) * (1.0 if g is None else float(g[k])) / (square + eps) ** 0.5 for k in rows]
+    norm = NormMap.model_validate({"kind": kind, "eps": eps})
+    torch.testing.assert_close(normalized(M, linear_moments(M, b), norm, g), torch.stack(expected))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_moments_and_gains_of_float32_weights_are_those_in_float64(biased: bool) -> None:
+    W1, W2 = (random(A, N, seed=seed, scale=0.3).float() for seed in (0, 1))
+    b1, b2 = ((random(A, seed=seed, scale=0.5).float() if biased else None) for seed in (2, 3))
+    given = (W1, b1, W2, b2)
+    exact = [None if each is None else each.double() for each in given]
+    phi = ACTIVATIONS["silu"]
+    for function, count, dtype in (
+        (linear_moments, 2, torch.float64), (partial(hidden_moments, phi), 2, torch.float64),
+        (partial(hidden_moments, phi), 4, torch.float64), (partial(gated_gains, phi), 4, torch.float32),
+    ):  # fmt: skip
+        for found, expected in zip(function(*given[:count]), function(*exact[:count]), strict=True):
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    gains = plain_gains(phi, W1, b1)
+    assert gains.dtype == torch.float32
+    torch.testing.assert_close(gains.double(), plain_gains(phi, *exact[:2]), rtol=1e-5, atol=1e-6)

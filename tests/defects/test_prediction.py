@@ -24,11 +24,12 @@ from sinder_cli import (
     WeightRef,
     Weights,
 )
-from sinder_cli.defects.prediction import BlockSpectrum, Prediction, check_positions, predict
+from sinder_cli.defects import prediction
+from sinder_cli.defects.prediction import BlockSpectrum, Prediction, check_positions, predict, stage_matrices
 from sinder_cli.defects.settings import STAGES, Stage
 from sinder_cli.defects.spectrum import LeadingPair
 from sinder_cli.errors import BadInputError
-from sinder_cli.events import Advanced, Finished, Started
+from sinder_cli.events import Advanced, Finished, Started, silent
 
 N, INNER, HIDDEN, DEPTH = 24, 16, 40, 5
 ROLES = {
@@ -155,6 +156,18 @@ def test_selecting_stages_changes_none_of_their_values(stages: tuple[Stage, ...]
         assert [row.sigma for row in some.stages[stage]] == [row.sigma for row in everything.stages[stage]]
 
 
+@pytest.mark.parametrize(
+    ("stage", "unneeded"), [("attention", ["mlp_part", "block_part"]), ("mlp", ["block_part"]), ("block", [])]
+)
+def test_nothing_is_computed_that_no_stage_needs(
+    stage: Stage, unneeded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in unneeded:
+        monkeypatch.setattr(prediction, name, unused)
+    (found,) = {tuple(matrices) for _, matrices in stage_matrices(made_backbone(drawn_tensors()), [stage], silent)}
+    assert found == (stage,)
+
+
 def test_the_cumulative_value_is_that_of_the_product_beyond_float32() -> None:
     depth = 60
     tensors = drawn_tensors(depth, gain=2.0)
@@ -162,6 +175,26 @@ def test_the_cumulative_value_is_that_of_the_product_beyond_float32() -> None:
     assert expected > torch.finfo(torch.float32).max
     found = predict(made_backbone(tensors, depth), ["cumulative"]).stages["cumulative"][-1].sigma
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.01, 10.0, 1e3, 1e7])
+def test_a_product_of_many_gains_neither_vanishes_nor_overflows(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    depth = 60
+    gains = torch.diag(torch.tensor([2.0, *[1.0] * (N - 1)]))
+    monkeypatch.setattr(prediction, "block_part", lambda *_: factor * gains)
+    last = predict(made_backbone(drawn_tensors(depth), depth), ["cumulative"]).stages["cumulative"][-1]
+    if factor == 1e7:  # more than a float holds
+        assert math.isfinite(last.sigma)
+    else:
+        assert last.sigma == pytest.approx((2 * factor) ** depth, rel=1e-3, abs=0)
+    assert last.pair.gap == 1.0 if factor == 0 else last.pair.gap > 1e9
+
+
+def test_a_norm_that_overflows_does_not_make_a_product_zero() -> None:
+    tensors = drawn_tensors(2)
+    tensors["1.scale1"] *= 1e25  # finite, but not its square
+    expected = np.linalg.svd(explicit_stages(tensors, False, 2)["cumulative"][-1])[1][0]
+    assert predict(made_backbone(tensors, 2), ["cumulative"]).stages["cumulative"][-1].sigma == pytest.approx(expected)
 
 
 def test_two_predictions_are_bit_identical() -> None:
@@ -211,6 +244,7 @@ def test_a_direction_that_never_turns_is_settled_at_once() -> None:
 
 def test_a_direction_cannot_settle_where_it_is_not_determined() -> None:
     assert spectra((2.0, None), (1.05, 1.0), (2.0, 1.0), (2.0, 1.0)).settled_from() == 2
+    assert spectra((2.0, None), (1.05, 1.0), (1.1, 1.0), (2.0, 1.0)).settled_from() == 2  # determined from 1.1 on
 
 
 def test_a_direction_undetermined_in_the_last_block_never_settles() -> None:
@@ -244,6 +278,40 @@ def test_a_planted_outlying_patch_is_found() -> None:
     assert outlier.norm == pytest.approx(math.sqrt(energy))
     assert outlier.share == pytest.approx(90.0**2 / energy)
     assert (check.max_norm, check.largest_share) == (outlier.norm, outlier.share)
+
+
+def test_an_outlying_patch_is_beyond_robust_deviations_and_a_factor() -> None:
+    for spread in (0.02, 0.5):  # where the factor decides, and where the deviations do
+        table = random_table(101)
+        rows = table[0, 1:] / table[0, 1:].norm(dim=1, keepdim=True)
+        rows *= (spread * torch.randn(101, 1, generator=torch.Generator().manual_seed(3))).exp()
+        for at, share in ((7, 0.9), (8, 0.99), (9, 1.01), (10, 1.1)):
+            rows[at] *= share * looped_limit(rows) / rows[at].norm()
+        table[0, 1:] = rows
+        check = check_positions(position_backbone(table))
+        assert check is not None
+        expected = [at for at in range(101) if float(rows[at].norm()) > looped_limit(rows)]
+        assert [outlier.patch for outlier in check.outliers] == expected
+        assert {9, 10} <= set(expected)
+        assert not {7, 8} & set(expected)
+
+
+def looped_limit(rows: Tensor) -> float:
+    norms = sorted(float(row.norm()) for row in rows)
+    median = norms[(len(norms) - 1) // 2]
+    away = sorted(abs(norm - median) for norm in norms)
+    return max(median + 6 * 1.4826 * away[(len(norms) - 1) // 2], 1.5 * median)
+
+
+def test_an_empty_row_of_a_half_precision_table_has_no_share() -> None:
+    table = random_table()
+    table[0, 1 + 3] = 0.0
+    table[0, 1 + 137, 5] = -500.0  # its square is more than float16 holds
+    check = check_positions(position_backbone(table.half()))
+    assert check is not None
+    assert [outlier.patch for outlier in check.outliers] == [137]
+    assert check.outliers[0].norm == pytest.approx(500, rel=1e-3)
+    assert 0.99 < check.largest_share <= 1
 
 
 def test_prefix_rows_of_a_position_embedding_are_no_patches() -> None:

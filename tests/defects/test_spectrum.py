@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sinder_cli.defects.spectrum import LeadingPair, angle_between, fixed_sign, leading_left
+from sinder_cli.defects.spectrum import (
+    KEPT,
+    KRYLOV_SIZE,
+    MAX_RESTARTS,
+    LeadingPair,
+    _KrylovSpace,
+    angle_between,
+    fixed_sign,
+    leading_left,
+)
 
 
 def drawn(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -52,6 +61,7 @@ MATRICES = {
     "1 by 1": torch.tensor([[-2.5]]),
     "float64": drawn(70, 70, 5),
     "huge entries": 1e12 * drawn(40, 40, 6).float(),
+    "1 by 2, huge entries": torch.tensor([[3e12, 4e12]]),
     "tiny entries": 1e-12 * drawn(40, 40, 6).float(),
 }
 
@@ -129,8 +139,8 @@ def test_a_warm_start_changes_nothing_but_the_way() -> None:
     assert warm.sigma == pytest.approx(cold.sigma, rel=1e-5)
 
 
-def test_the_same_matrix_gives_the_same_bytes_twice() -> None:
-    matrix = drawn(100, 100, 10).float()
+@pytest.mark.parametrize("matrix", [drawn(100, 100, 10).float(), torch.eye(50)], ids=["random", "soon exhausted"])
+def test_the_same_matrix_gives_the_same_bytes_twice(matrix: Tensor) -> None:
     first = leading_left(matrix)
     torch.manual_seed(7)  # nothing may hang on the global generator, or move it
     state = torch.get_rng_state()
@@ -163,5 +173,43 @@ def test_an_angle_is_between_lines() -> None:
     assert angle_between(a, -2 * a) == pytest.approx(0, abs=1e-6)
 
 
+def products(matrix: Tensor, monkeypatch: pytest.MonkeyPatch, start: Tensor | None = None) -> int:
+    """How many vectors a search multiplies with M and with Mᵀ."""
+    extended = []
+    with monkeypatch.context() as patched:
+        extend = _KrylovSpace._extend
+        patched.setattr(_KrylovSpace, "_extend", lambda space, q: extended.append(q) or extend(space, q))
+        leading_left(matrix, start)
+    return len(extended)
+
+
+@pytest.mark.parametrize("name", ["gapped", "decaying", "rank one", "rank two", "huge entries", "tiny entries", "wide"])
+def test_a_search_ends_once_the_pair_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    easy = name not in ("huge entries", "tiny entries", "wide")
+    for factor in (1e-4, 1.0, 1e4):
+        assert products(factor * MATRICES[name], monkeypatch) <= (2 if easy else 3) * KEPT
+
+
+def test_a_matrix_without_a_direction_ends_the_search_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for matrix in (torch.zeros(100, 100), torch.eye(100), 1e-9 * torch.eye(100)):
+        assert products(matrix, monkeypatch) == 2 * KEPT
+
+
+def test_a_warm_start_shortens_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = drawn(300, 300, 9).float()
+    start = leading_left(matrix).direction
+    cold, warm, long = (products(matrix, monkeypatch, guess) for guess in (None, start, 1e4 * start))
+    assert warm <= cold - 2 * KEPT
+    assert long == warm
+
+
+def test_a_search_that_finds_no_gap_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = torch.diag(torch.linspace(1, 1 - 1e-6, 400, dtype=torch.float64))
+    most = KRYLOV_SIZE + (MAX_RESTARTS - 1) * (KRYLOV_SIZE - KEPT)
+    assert most <= products(flat, monkeypatch) <= 2 * most
+
+
 def test_the_gap_is_the_quotient_of_the_two_values() -> None:
     assert LeadingPair(torch.ones(1), 6.0, 4.0).gap == 1.5
+    assert LeadingPair(torch.ones(1), 0.6, 0.4).gap == pytest.approx(1.5)
+    assert LeadingPair(torch.ones(1), 0.5, 0.0).gap == math.inf

@@ -84,6 +84,15 @@ def test_a_marked_token_counts_in_no_average() -> None:
     assert torch.equal(neighbour_averages(patches, marked), neighbour_averages(other, marked))
 
 
+def test_averages_of_half_precision_tokens_are_those_in_float32() -> None:
+    patches = drawn(6, 6, 4).bfloat16()
+    marked = torch.zeros(6, 6, dtype=torch.bool)
+    marked[2:5, 2:5] = True
+    averages = neighbour_averages(patches, marked)
+    assert averages.dtype == torch.float32
+    torch.testing.assert_close(averages, looped_averages(patches.float(), marked))
+
+
 def test_a_cluster_is_filled_inwards() -> None:
     patches = drawn(7, 7, 4)
     marked = torch.zeros(7, 7, dtype=torch.bool)
@@ -121,6 +130,22 @@ def test_a_token_has_settled_as_near_as_most_unmarked_ones() -> None:
     patches[5, 5] = averages[5, 5] + 1.01 * limit * step
     patches[8, 1] = averages[8, 1]
     assert unsettled(patches, marked).nonzero().tolist() == [[5, 5]]
+
+
+def test_a_single_unmarked_token_says_what_has_settled() -> None:
+    patches = torch.zeros(3, 3, 4)
+    patches[2, 2] = 5.0
+    marked = torch.ones(3, 3, dtype=torch.bool)
+    marked[0, 0] = False  # it has no unmarked neighbour: its distance is 0
+    assert unsettled(patches, marked).nonzero().tolist() == [[2, 2]]
+
+
+def test_half_precision_tokens_settle_and_lean_as_in_float32() -> None:
+    for seed in range(20):
+        patches = drawn(8, 8, 6, seed=seed).bfloat16()
+        marked = drawn(8, 8, seed=seed + 100) > 1.5
+        for function in (unsettled, leaning):
+            assert torch.equal(function(patches, marked), function(patches.float(), marked))
 
 
 def test_only_marked_tokens_are_unsettled() -> None:

@@ -11,7 +11,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from sinder_cli.repairing.deltas import NEAR_EQUAL, Deltas, SingularBasis, singular_basis
+from sinder_cli.repairing.deltas import NEAR_EQUAL, Deltas, SingularBasis, blank_basis, singular_basis
 
 Svd = tuple[Tensor, Tensor, Tensor]
 SVD = torch.linalg.svd  # before a test puts another machine's in its place
@@ -212,6 +212,16 @@ def test_vectors_are_float32_or_better_values_float64_and_all_contiguous(
     basis = singular_basis(torch.randn(7, 4).to(stored))
     assert [part.dtype for part in basis.tensors().values()] == [used, torch.float64, used]
     assert all(part.is_contiguous() for part in basis.tensors().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5)])
+def test_a_blank_basis_is_of_the_form_of_a_decomposed_one(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = torch.ones(shape, dtype=dtype)
+    blank, found = blank_basis(weight).tensors(), singular_basis(weight).tensors()
+    assert {name: (part.shape, part.dtype) for name, part in blank.items()} == {
+        name: (part.shape, part.dtype) for name, part in found.items()
+    }
 
 
 def test_an_offloaded_basis_is_the_same() -> None:

@@ -167,6 +167,6 @@ def test_a_vanished_file_is_told_from_one_never_there(files: ImageFiles, tmp_pat
 
 
 def test_an_image_that_can_be_read_again_counts_no_longer(files: ImageFiles) -> None:
-    unreadable = {files.name(number): "its disk was away" for number in (1, 2)}
+    unreadable = {files.name(number): "its disk was away" for number in (1, 2)} | {"renamed": "its disk was away"}
     forget_mended(files, PLAIN, unreadable)
     assert set(unreadable) == {files.name(2)}

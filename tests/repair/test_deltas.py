@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sinder_cli.distributed import LostRankError, Ranks
 from sinder_cli.events import Noted
-from sinder_cli.repairing.deltas import Deltas, Target
+from sinder_cli.repairing.deltas import Deltas, SingularBasis, Target
 
 N = 32
 LR, MOMENTUM = 0.05, 0.9
@@ -94,6 +94,63 @@ def test_a_target_keeps_its_velocity_while_it_rests(single: Any, momentum: float
     assert torch.equal(target.delta, delta)
     deltas.descend({target.name: gradient}, LR, momentum)
     torch.testing.assert_close(target.velocity, gradient * (1 + momentum))
+
+
+def test_the_window_ends_at_its_block_and_begins_at_the_first(single: Any) -> None:
+    deltas = Deltas(single.backbone, single.module)
+    targets = {index: deltas.of_block(index) for index in range(4)}
+    for last, window, blocks in ((3, 2, [2, 3]), (3, 4, [0, 1, 2, 3]), (1, 10, [0, 1]), (0, 1, [0])):
+        assert deltas.of_window(last, window) == [target for index in blocks for target in targets[index]]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_deltas_are_put_back_as_they_were(offload: bool, single: Any) -> None:
+    original = {name: tensor.clone() for name, tensor in single.module.state_dict().items()}
+    deltas = Deltas(single.backbone, single.module, offload=offload)
+    gradients = {target.name: torch.ones_like(target.delta) for target in deltas.of_block(2)}
+    first, second, *_ = gradients
+    gradients[first][1:] = 0
+    deltas.descend({first: gradients[first]}, LR, MOMENTUM)
+    values = deltas.values()
+    kept = {name: tensor.clone() for name, tensor in single.module.state_dict().items()}
+    assert list(values) == [first]
+    deltas.descend(gradients, LR, MOMENTUM)
+    assert not torch.equal(values[first], deltas.values()[first])  # a copy
+    for state, weights, changed in ((values, kept, [first]), ({}, original, [])):
+        deltas.put_back(state)
+        assert [target.name for target in deltas.changed] == changed
+        assert all(torch.equal(weights[name], tensor) for name, tensor in single.module.state_dict().items())
+        assert all(target.velocity.eq(0).all() for target in deltas.touched)
+    deltas.put({second: 2 * values[first], "blocks.5.mlp.down": values[first]})
+    (changed,) = deltas.changed
+    assert (changed.name, torch.equal(changed.delta, 2 * values[first])) == (second, True)
+    torch.testing.assert_close(changed.weight, changed.original + changed.basis.change(2 * values[first]))
+
+
+class Sending(Ranks):
+    """Tells from which rank each part of a basis comes."""
+
+    sources: ClassVar[list[int]] = []
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        Sending.sources.append(source)
+        return tensor.fill_(7)
+
+
+def needless(_weight: Tensor) -> SingularBasis:
+    raise AssertionError("another rank has decomposed it")
+
+
+def test_a_basis_is_that_of_the_first_rank_that_has_it(single: Any) -> None:
+    deltas = Deltas(single.backbone, single.module, decompose=needless)
+    Sending.sources.clear()
+    deltas.agree([[2], [1, 3], [1, 2]], Sending(0, 3))
+    parts = 3 * len(deltas.by_block[1])
+    assert Sending.sources == [1] * parts + [0] * parts + [1] * parts
+    assert deltas.agreed == {1, 2, 3}
+    assert all(target.basis.U.eq(7).all() for target in deltas.touched)
+    deltas.agree([[2], [1, 3], [1, 2]], Sending(0, 3))  # each block once
+    assert len(Sending.sources) == 3 * parts
 
 
 class Lost(Ranks):

@@ -31,6 +31,7 @@ from sinder_cli.repairing.greedy import (
     TO_GATHER,
     Observations,
     Shrinkage,
+    _place,
     polyak_deltas,
     scale_of,
 )
@@ -205,6 +206,7 @@ def test_a_singular_value_that_writes_the_defect_answers_for_it(writer: Any) -> 
     chosen = RepairSettings()
     probes = Probes((1, 2), {})
     (found,) = step_gradient(deltas, writer.directions, images, chosen, None, probes).parts
+    assert found.block == EARLY  # by norm, though no direction is determined
     targets = deltas.of_window(EARLY, chosen.window)
     seen, _, _ = Observations().step(found, targets, 2, chosen)
     shares = dict(zip((each.name for each in targets), seen.shares.split([len(t.delta) for t in targets]), strict=True))
@@ -245,6 +247,43 @@ def test_near_equal_singular_values_shrink_together() -> None:
     assert delta[[0, 3]].eq(0).all()
 
 
+def test_a_singular_value_beside_near_equal_ones_shrinks_alone() -> None:
+    for at, values in ((0, [5.0, 3.0 + 1e-9, 3.0, 1.0]), (3, [5.0, 3.0 + 1e-9, 3.0, 1.0, 0.5, 0.5 - 1e-9])):
+        found = target(values)
+        slopes = torch.zeros(len(values))
+        slopes[at] = 8.0
+        move, _ = after([part([found], slopes, torch.full((len(values),), 1e-4))] * TO_GATHER, [found])
+        assert move is not None
+        assert (move.start, move.stop) == (at, at + 1)
+
+
+def test_a_response_of_0_gives_no_endless_gain() -> None:
+    found = target([5.0, 3.0, 1.0])
+    move, gain = after([part([found], torch.tensor([9.0, 1.0, 0.0]), torch.zeros(3))] * TO_GATHER, [found])
+    assert math.isfinite(gain)
+    assert move is not None
+    assert (move.start, move.share) == (0, 0.5)
+
+
+def test_tokens_nearer_than_ordinary_ones_promise_no_gain() -> None:
+    found = target([5.0, 3.0, 1.0])
+    steps = [part([found], torch.tensor([9.0, 2.0, 1.0]), torch.full((3,), 1e-4), excess) for excess in (10.0, -1.0)]
+    assert after(steps, [found], min_gain=0.0)[1] == 0
+    observations = Observations()
+    for _ in range(2):
+        observations.by_block[0], _, _ = observations.step(steps[0], [found], 1000, RepairSettings())
+    assert observations.interest(0, -1.0, [found], RepairSettings(min_gain=0.0)) == FIRST_ALONE
+    assert observations.interest(0, -1.0, [found], RepairSettings(min_gain=1e-6)) == Interest(False, True)
+
+
+def test_a_place_beyond_the_row_is_refused() -> None:
+    targets = [target([4.0, 2.0, 1.0], name="a"), target([3.0, 0.5], name="b")]
+    places = [(found.name, index) for found, index in (_place(targets, at) for at in range(5))]
+    assert places == [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)]
+    with pytest.raises(IndexError):
+        _place(targets, 5)
+
+
 def test_what_is_shrunk_to_0_already_is_not_chosen_again() -> None:
     found = target([5.0, 3.0, 1.0], [-5.0, 0.0, 0.0])
     steps = [part([found], torch.tensor([9.0, 4.0, 1.0]), torch.full((3,), 1e-4))] * TO_GATHER
@@ -276,10 +315,13 @@ def test_no_move_is_made_before_enough_steps(images: int, next_best: float, leas
     assert moves == [step >= least for step in range(1, TO_GATHER + 3)]
 
 
-@pytest.mark.parametrize(("share", "least"), [(ALL + 0.01, SURE), (ALL - 0.01, TO_GATHER)])
-def test_what_answers_for_all_of_the_loss_moves_sooner(share: float, least: int) -> None:
+@pytest.mark.parametrize(
+    ("share", "next_best", "least"),
+    [(ALL + 0.01, 0.8, SURE), (ALL - 0.01, 0.8, TO_GATHER), (ALL + 0.01, ALL + 0.005, SURE)],  # also beside its equal
+)
+def test_what_answers_for_all_of_the_loss_moves_sooner(share: float, next_best: float, least: int) -> None:
     found = target([5.0, 3.0, 1.0])
-    one = part([found], torch.tensor([10 * share, 8.0, 1.0]), torch.full((3,), 1e-4), 10.0)
+    one = part([found], torch.tensor([10 * share, 10 * next_best, 1.0]), torch.full((3,), 1e-4), 10.0)
     moves = [after([one] * steps, [found])[0] is not None for steps in range(1, TO_GATHER + 1)]
     assert moves == [step >= least for step in range(1, TO_GATHER + 1)]
 
@@ -300,7 +342,7 @@ def test_no_move_is_made_below_the_least_gain(excess: float, moves: bool) -> Non
 @given(seed=st.integers(0, 1000), steps=st.integers(1, 14), images=st.integers(1, 3))
 def test_the_gain_and_the_move_are_those_of_a_loop(seed: int, steps: int, images: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    targets = [target([4.0, 2.0, 1.0], [-1.0, 0.0, 0.0], "a"), target([3.0, 0.5], name="b")]
+    targets = [target([4.0, 2.0, 1.0], [-1.0, 0.0, 0.0], "a"), target([3.0, 0.5], [0.0, -0.2], name="b")]
     rows = [
         (
             torch.randn(5, generator=generator) * 8 + torch.tensor([4.0, 0, 0, 2, 0]),
@@ -313,7 +355,7 @@ def test_the_gain_and_the_move_are_those_of_a_loop(seed: int, steps: int, images
     weights = [KEPT ** (steps - 1 - age) for age in range(steps)]
     gains, means, moved = [], [], []
     all_responses = [sum(float(responses[k]) for _, responses, _ in rows) / steps for k in range(5)]
-    left = [0.75, 1, 1, 1, 1]
+    left = [0.75, 1, 1, 1, 0.6]
     weighted = []
     for k in range(5):
         shares = []
@@ -359,6 +401,17 @@ def test_what_causes_the_defect_goes_before_what_prevents_it_in_these_images() -
     move, _ = after([part([wide], slopes, answers)] * TO_GATHER, [wide])
     assert move is not None
     assert move.start == 1
+
+
+@pytest.mark.parametrize(("steps", "chosen"), [(1, 1), (2, 0)])
+def test_one_image_alone_proves_no_cause(steps: int, chosen: int) -> None:
+    found = target([5.0, 3.0, 1.0])
+    one = part([found], torch.tensor([10.0, 7.0, 0.0]), torch.tensor([4e-4, 1e-4, 1e-4]))
+    observations = Observations()
+    for _ in range(steps):
+        observations.by_block[0], move, _ = observations.step(one, [found], 1, RepairSettings())
+    assert move is not None
+    assert move.start == chosen
 
 
 @pytest.mark.parametrize("gone", [0.0, 0.5, 0.9, 0.99])

@@ -17,11 +17,11 @@ from torch.nn.functional import cosine_similarity
 from sinder_cli.defects.detection import DetectionRule, norm_ratios
 from sinder_cli.defects.inpainting import inpainted
 from sinder_cli.defects.settings import SLACK
-from sinder_cli.defects.shift import Retrieval, found_again
+from sinder_cli.defects.shift import Retrieval, found_again, shifted
 from sinder_cli.defects.tokens import last_tokens
 from sinder_cli.errors import BadInputError
-from sinder_cli.repairing.choosing import guard_size, guarded
-from sinder_cli.repairing.guard import WORST, Evaluation, Fidelity, Guard, Snapshot
+from sinder_cli.repairing.choosing import guard_size, guard_sizes, guarded
+from sinder_cli.repairing.guard import SAMPLES, SHIFTED, WORST, Evaluation, Fidelity, Guard, Snapshot
 from sinder_cli.repairing.loop import CLEAN_LOOKS, EQUAL_FIDELITY, IDLE_LOOKS, SPOILT_LOOKS, Best, Progress
 from sinder_cli.repairing.scan import marked_batch
 
@@ -38,6 +38,7 @@ PATCH = 2  # pixels
         (7, None, 3),  # no more than half
         (8, None, 4),
         (40, None, 4),
+        (46, None, 5),
         (100, None, 10),
         (640, None, 64),
         (100_000, None, 64),
@@ -48,6 +49,40 @@ PATCH = 2  # pixels
 )
 def test_the_guard_is_a_tenth_of_the_images(count: int, asked: int | None, size: int) -> None:
     assert guard_size(count, asked) == size
+
+
+@pytest.mark.parametrize(
+    ("given", "drawn", "asked", "sizes"),
+    [
+        (0, 0, None, (0, 0)),
+        (1, 100, None, (0, 10)),  # none can be spared
+        (2, 100, None, (1, 3)),
+        (2, 4, None, (1, 2)),
+        (7, 100, None, (3, 1)),
+        (8, 100, None, (4, 0)),
+        (100, 100, None, (10, 0)),
+        (4, 100, 3, (2, 0)),
+        (1, 100, 3, (0, 3)),
+        (100, 100, 0, (0, 0)),
+    ],
+)
+def test_drawn_images_make_up_for_too_few(given: int, drawn: int, asked: int | None, sizes: tuple[int, int]) -> None:
+    assert guard_sizes(given, drawn, asked) == sizes
+
+
+@pytest.mark.parametrize(
+    ("clean", "with_a_defect", "size", "chosen"),
+    [
+        (10, 90, 10, (1, 9)),  # as many as there are among all
+        (90, 10, 10, (5, 5)),  # at least half
+        (50, 10, 5, (2, 3)),
+        (3, 1, 2, (1, 0)),  # half of each kind stays for training
+        (4, 0, 4, (4, 0)),
+    ],
+)
+def test_the_guard_has_its_share_of_defects(clean: int, with_a_defect: int, size: int, chosen: tuple[int, int]) -> None:
+    taken = guarded([()] * clean + [(2,)] * with_a_defect, size)
+    assert (sum(index < clean for index in taken), sum(index >= clean for index in taken)) == chosen
 
 
 @settings(max_examples=200, deadline=None)
@@ -80,6 +115,11 @@ def test_the_rarest_kinds_are_on_the_guard_first() -> None:
     kinds = [(1,)] * 20 + [(4, 7)] * 2 + [(4,)] * 4
     taken = [sorted(kinds[index] for index in guarded(kinds, size)) for size in (1, 2, 3)]
     assert taken == [[(4, 7)], [(4,), (4, 7)], [(1,), (4,), (4, 7)]]
+
+
+def test_a_large_kind_fills_up_the_guard() -> None:
+    taken = [index for index in guarded([(1,)] * 20 + [(4, 7)] * 2, 8) if index < 20]
+    assert len(taken) == 7
 
 
 def test_consecutive_images_are_not_all_of_the_guard() -> None:
@@ -192,6 +232,15 @@ def test_a_snapshot_counts_outlying_tokens_once_and_block_by_block() -> None:
     ]
 
 
+def test_an_image_counts_once_however_many_tokens_are_outlying() -> None:
+    outlying = torch.zeros(3, 2, 2, 3, dtype=torch.bool)
+    outlying[0, 1, 0, 1] = outlying[1, 1, 0, 1] = outlying[1, 1, 1, 2] = outlying[2, 1, 1, 0] = True
+    norms = torch.ones(3, 2, 2, 3)
+    found = snapshot(norms=norms, ratios=norms, outlying=outlying, standing=outlying.any(dim=0)).defects()
+    assert (found["tokens"], found["images"], found["fraction"]) == (3, 1, pytest.approx(3 / 12))
+    assert [block["tokens"] for block in found["blocks"]] == [1, 2, 1]
+
+
 def test_fidelity_is_of_cls_of_good_and_of_marked_tokens() -> None:
     found = snapshot().fidelity()
     assert found.as_dict() == {
@@ -217,6 +266,10 @@ def test_a_snapshot_that_is_not_finite_is_refused() -> None:
     assert not snapshot(norms=norms).finite
     with pytest.raises(BadInputError, match="its tokens are not finite on 1 of 2 images"):
         snapshot(norms=norms).require_finite("broken", "mend it")
+    several = torch.ones(4, 3, 2, 2)
+    several[-1, 1:, 1, 0] = several[-1, 2, 0, 1] = math.nan
+    with pytest.raises(BadInputError, match="its tokens are not finite on 2 of 3 images"):
+        snapshot(norms=several).require_finite("broken", "mend it")
 
 
 def look(step: int = 1, outlying: int = 5, cls: float | None = 0.9, good: float = 0.9, **changes: Any) -> Evaluation:
@@ -276,11 +329,12 @@ def test_looks_that_may_not_stop_still_keep_the_best_state() -> None:
     assert progress.best == Best(7, 2, 0.9, 0.9, 0.9, values)
 
 
-def guard_of(planted: Any, count: int = 3, batch_size: int = 2) -> Guard:
-    images = {f"picture {i}": planted.image(i, torch.float32, red=RED if i else []) for i in range(count)}
-    return Guard(
-        planted.backbone, planted.module, planted.directions, DetectionRule(min_tokens=1), images, batch_size, "cpu"
-    )
+def guard_of(planted: Any, count: int = 3, batch_size: int = 2, pixels: int = 24, **rule: Any) -> Guard:
+    images = {
+        f"picture {i}": planted.image(i, torch.float32, red=RED if i else [])[:, :pixels, :pixels] for i in range(count)
+    }
+    chosen = DetectionRule(**{"min_tokens": 1} | rule)
+    return Guard(planted.backbone, planted.module, planted.directions, chosen, images, batch_size, "cpu")
 
 
 def pixels_of(guard: Guard) -> Tensor:
@@ -320,28 +374,57 @@ def test_a_look_sees_what_has_become_of_the_module(single_writer: Any) -> None:
     assert now.fidelity().marked > guard.before.fidelity().marked + 0.1
     assert torch.equal(now.ever, guard.before.ever)
     found = guard.evaluation(5, now, FLOOR, None)
-    assert (found.step, found.outlying, found.holds, found.best) == (5, 0, True, True)
+    assert (found.step, found.outlying, found.holds, found.spoilt, found.best) == (5, 0, True, False, True)
 
 
-def test_marked_tokens_are_found_again_in_a_shifted_view(single_writer: Any) -> None:
-    guard = guard_of(single_writer)
+def test_marked_tokens_are_found_again_in_a_shifted_view(single_writer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    views: list[Tensor] = []
+    monkeypatch.setattr("sinder_cli.repairing.guard.shifted", lambda *of: views.append(shifted(*of)) or views[-1])
+    guard = guard_of(single_writer, count=SHIFTED + 3)
     guard.remember()
+    assert len(views) == SHIFTED
     was = guard.found_before
     assert was == guard.found_again(guard.before)
     assert was is not None
     images = [image for image, ever in zip(guard.images.values(), guard.before.ever, strict=True) if ever.any()]
+    assert len(images) > SHIFTED
+    images = images[:SHIFTED]
     expected = []
     for image in images:
         whole, view = (
             last_tokens(guard.backbone, guard.module, image[None, :, cut:, cut:])[0, 1:] for cut in (0, 2 * PATCH)
         )
         expected.append(found_again(whole.unflatten(0, (12, 12)), view.unflatten(0, (10, 10))))
-    marks = guard.before.ever[guard.before.ever.flatten(1).any(dim=1)][:, 2:, 2:]
+    marks = guard.before.ever[guard.before.ever.flatten(1).any(dim=1)][:SHIFTED, 2:, 2:]
     assert was == Retrieval.of(torch.stack(expected), marks)
     single_writer.module.blocks[1].down.weight[:, 0] *= 0  # the writer
     now = guard.found_again(guard.look())
     assert now is not None
     assert now.marked >= was.marked
+
+
+@pytest.mark.parametrize(("patches", "shifts"), [(6, False), (7, True)])
+def test_a_small_grid_is_not_looked_at_in_a_shifted_view(patches: int, shifts: bool, single_writer: Any) -> None:
+    guard = guard_of(single_writer, pixels=PATCH * patches)
+    guard.remember()
+    assert guard.before.ever.shape == (3, patches, patches)
+    assert bool(guard.before.ever.any())
+    assert (guard.found_before is not None) is shifts
+
+
+def test_what_stands_out_by_norm_is_marked_whatever_the_rule_marks(single_writer: Any) -> None:
+    guard = guard_of(single_writer, mark="weights")  # no direction is determined
+    guard.remember()
+    assert guard.before.left == 0
+    assert guard.before.standing.sum() == 2 * len(RED)
+    assert guard.before.ever.nonzero().tolist() == [[image, *spot] for image in (1, 2) for spot in RED]
+
+
+def test_a_model_without_cls_has_no_cosine_of_it(single_writer: Any) -> None:
+    guard = guard_of(replace(single_writer, backbone=replace(single_writer.backbone, has_cls=False)))
+    guard.remember()
+    found = guard.before
+    assert (found.cls, found.cls_to_inpainted, found.cls_to_original, found.fidelity().cls) == (None,) * 4
 
 
 def test_a_ruined_model_is_never_the_best(single_writer: Any) -> None:
@@ -375,6 +458,13 @@ def test_a_state_whose_outliers_disturb_more_is_not_spoilt(single_writer: Any) -
     ruined = guard.evaluation(10, guard.look(), floor, None)
     assert ruined.outlying > 0
     assert (ruined.holds, ruined.spoilt) == (False, True)
+
+
+def test_patches_of_a_few_images_are_kept_for_pictures(single_writer: Any) -> None:
+    guard = guard_of(single_writer, count=SAMPLES + 2, batch_size=3)
+    guard.remember()
+    tokens = last_tokens(single_writer.backbone, single_writer.module, pixels_of(guard)[:SAMPLES])
+    torch.testing.assert_close(guard.before.samples, tokens[:, 1:].unflatten(1, (12, 12)))
 
 
 def test_the_size_of_the_batches_does_not_matter(single_writer: Any) -> None:

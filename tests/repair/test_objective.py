@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sinder_cli.defects.detection import learning_targets
-from sinder_cli.repairing.step import neighbour_loss
+from sinder_cli.repairing.step import average_loss, neighbour_loss, ordinary_loss, ordinary_scale
 
 N = 8
 GAUSSIAN = {
@@ -88,6 +88,16 @@ def test_a_tiny_temperature_among_aligned_tokens_gives_no_nan() -> None:
     torch.testing.assert_close(target[0], torch.einsum("ij,ijn->n", weights, patches[1:4, 1:4]))
 
 
+def test_a_tiny_temperature_suits_each_neighbourhood() -> None:
+    patches, logits = drawn()
+    logits.fill_(-1.0)
+    logits[1, 2], logits[5:8, 2:5] = -0.5, -0.1
+    near, far = learning_targets(patches, logits, mask_of([(2, 2), (6, 3)], logits), 3, 0.001)
+    torch.testing.assert_close(near, patches[1, 2])
+    weights = torch.tensor(GAUSSIAN[3], dtype=torch.float32) / 16
+    torch.testing.assert_close(far, torch.einsum("ij,ijn->n", weights, patches[5:8, 2:5]))
+
+
 def test_targets_and_scale_carry_no_gradient() -> None:
     patches, logits = drawn()
     patches.requires_grad_(True)
@@ -110,5 +120,50 @@ def test_the_loss_does_not_change_with_the_tokens_size() -> None:
 
 def test_half_precision_tokens_give_a_float32_loss() -> None:
     patches, logits = drawn()
-    loss = neighbour_loss(patches.bfloat16(), logits, mask_of([(2, 2)], logits), 3, 0.1)
-    assert loss.dtype == torch.float32
+    mask, half = mask_of([(2, 2), (3, 4)], logits), patches.bfloat16()
+    for loss, same in (
+        (neighbour_loss(half, logits, mask, 3, 0.1), neighbour_loss(half.float(), logits, mask, 3, 0.1)),
+        (average_loss(half, mask), average_loss(half.float(), mask)),
+        (ordinary_loss(half, mask), ordinary_loss(half.float(), mask)),
+    ):
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, same)
+
+
+def looped_averages(patches: Tensor, mask: Tensor) -> dict[tuple[int, int], list[float]]:
+    """Of the unmarked neighbours of each token, which all have some."""
+    tokens, found = patches.tolist(), {}
+    height, width = mask.shape
+    for r in range(height):
+        for c in range(width):
+            near = [
+                (2.0 if i == 0 or j == 0 else 1.0, tokens[r + i][c + j])
+                for i in (-1, 0, 1)
+                for j in (-1, 0, 1)
+                if (i, j) != (0, 0) and 0 <= r + i < height and 0 <= c + j < width and not mask[r + i, c + j]
+            ]
+            total = sum(weight for weight, _ in near)
+            found[r, c] = [sum(weight * token[n] for weight, token in near) / total for n in range(N)]
+    return found
+
+
+def test_losses_of_marked_and_of_ordinary_tokens_are_those_of_loops() -> None:
+    patches, logits = drawn()
+    mask = mask_of([(0, 0), (3, 4), (3, 5), (8, 2)], logits)
+    patches[3, 4] *= 20
+    tokens, averages = patches.tolist(), looped_averages(patches, mask)
+    away = {(r, c): math.dist(tokens[r][c], average) for (r, c), average in averages.items()}
+    ordinary = [spot for spot in away if not mask[spot]]
+    scale = sum(math.hypot(*tokens[r][c]) for r, c in ordinary) / len(ordinary)
+    assert ordinary_scale(patches, mask).item() == pytest.approx(scale, rel=1e-5)
+    marked = [away[spot] for spot in away if mask[spot]]
+    assert average_loss(patches, mask).item() == pytest.approx(sum(marked) / 4 / scale, rel=1e-5)
+    usual = sum(away[spot] for spot in ordinary) / len(ordinary) / scale
+    assert ordinary_loss(patches, mask).item() == pytest.approx(usual, rel=1e-5)
+
+
+def test_where_every_token_is_marked_the_scale_is_of_all() -> None:
+    patches, logits = drawn()
+    everywhere = torch.ones_like(logits, dtype=torch.bool)
+    torch.testing.assert_close(ordinary_scale(patches, everywhere), patches.norm(dim=-1).mean())
+    assert ordinary_loss(patches, everywhere) == 0

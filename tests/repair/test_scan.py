@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from threaded_ranks import side_by_side
 from tiny_runs import RED, SIZE, Pictures
 
-from sinder_cli.defects.detection import CERTAIN, RISE
-from sinder_cli.distributed import ALONE
+from sinder_cli.defects.detection import CERTAIN, RISE, DetectionRule, standing_out
+from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import BadInputError
+from sinder_cli.events import Emit, Noted, silent
+from sinder_cli.images.decoding import LATER_PAGES
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.repairing.choosing import rarest_first, to_train_on
 from sinder_cli.repairing.deltas import Deltas
@@ -22,6 +27,7 @@ from sinder_cli.repairing.forward import Directions
 from sinder_cli.repairing.preparing import Prepared, Start
 from sinder_cli.repairing.scan import (
     BlockOutliers,
+    FarTokens,
     ImageOutliers,
     Scan,
     scan,
@@ -36,12 +42,19 @@ def pictures(planted: Any) -> Pictures:
     return Pictures(*[planted.image(index, torch.float32, red=spots) for index, spots in SPOTS.items()])
 
 
-def scanned(planted: Any, source: Pictures, unreadable: dict[str, str] | None = None, **settings: Any) -> Scan:
+def scanned(
+    planted: Any,
+    source: Pictures,
+    unreadable: dict[str, str] | None = None,
+    ranks: Ranks = ALONE,
+    emit: Emit = silent,
+    **settings: Any,
+) -> Scan:
     chosen = RepairSettings.model_validate({"workers": 0} | settings)
     preprocess = Preprocessing(SIZE, planted.backbone.mean, planted.backbone.std)
     start = Start(planted.backbone, preprocess, source, chosen, "cpu", {}, len(source))
     deltas = Deltas(planted.backbone, planted.module)
-    prepared = Prepared(start, planted.directions, planted.module, deltas, lambda _: None, ALONE)
+    prepared = Prepared(start, planted.directions, planted.module, deltas, emit, ranks)
     return scan(prepared, range(len(source)), {} if unreadable is None else unreadable)
 
 
@@ -95,6 +108,7 @@ def test_a_scan_marks_what_a_loop_over_blocks_marks(single_writer: Any, batch_si
         }
         assert image.finite
         assert image.grid == (12, 12)
+        assert image.standing == len(set().union(*marked))
     for block, outliers in enumerate(found.blocks):
         assert outliers.block == block
         assert outliers.tokens == sum(len(marked[block]) for marked, _, _ in looped)
@@ -125,6 +139,76 @@ def test_a_shared_direction_is_predicted_where_near_and_determined(single_writer
     assert seen(blue, math.inf).gap == 1e12  # a number that JSON has
 
 
+class WithPages(Pictures):
+    """Pictures 3 and 4 have two pages."""
+
+    def load(self, index: int) -> Image.Image:
+        page = super().load(index)
+        page.info |= {LATER_PAGES: True} if index in (3, 4) else {}
+        return page
+
+
+def test_two_ranks_find_what_one_finds(single_writer: Any) -> None:
+    flood = [(row, column) for row in range(9) for column in range(12)]
+    spots = [RED, [], flood, RED[:2], [(6, 6)], [], RED[1:], [(1, 1)]]
+    source = WithPages(*[single_writer.image(at, torch.float32, red=red) for at, red in enumerate(spots)])
+    source.tensors[5] = None
+    missed: dict[str, str] = {}
+    notes: list[list[object]] = [[], [], []]
+    alone = scanned(single_writer, source, missed, ALONE, notes[2].append, batch_size=2)
+    told: list[dict[str, str]] = [{}, {}]
+    both = side_by_side(
+        lambda ranks: scanned(single_writer, source, told[ranks.rank], ranks, notes[ranks.rank].append, batch_size=2)
+    )
+    assert [image.name for image in alone.images if image.flooded] == ["picture 2"]
+    assert alone.unreadable == {5: "it is broken"}
+    assert told == [missed, missed] == [{"picture 5": "it is broken"}] * 2
+    headless = replace(single_writer, backbone=replace(single_writer.backbone, has_cls=False))
+    assert [image.flooded for image in scanned(headless, source).images] == [image.flooded for image in alone.images]
+    for heard in notes:
+        (note,) = [event.text for event in heard if isinstance(event, Noted)]
+        assert re.fullmatch(r"only the first page or frame is used of 2 images \(picture \d, …\)", note)
+    for found in both:
+        assert (found.images, found.tokens, found.unreadable) == (alone.images, alone.tokens, alone.unreadable)
+        for block, expected in zip(found.blocks, alone.blocks, strict=True):
+            near = replace(expected, max_ratio=pytest.approx(expected.max_ratio, rel=1e-5))
+            if expected.angle_deg is not None:
+                near = replace(near, angle_deg=pytest.approx(expected.angle_deg, abs=1e-2))
+            assert block == near
+
+
+def test_moments_of_other_images_are_added() -> None:
+    nu = torch.nn.functional.normalize(torch.arange(1.0, 9.0), dim=0)
+    patches = torch.randn(3, 2, 2, 8, generator=torch.Generator().manual_seed(0)) + 3 * nu
+    ratios = torch.tensor([3.01, 3.0, 0.5, 9.0]).view(1, 2, 2).expand(3, 2, 2)
+    whole, one, other = FarTokens(), FarTokens(), FarTokens()
+    whole.add(4, patches, ratios, DetectionRule())
+    one.add(4, patches[:1], ratios[:1], DetectionRule())
+    other.add(4, patches[1:], ratios[1:], DetectionRule(norm_factor=0))  # 0: the default
+    other.add(2, patches[1:], ratios[1:], DetectionRule())
+    one.merge(other)
+    assert set(one.moments) == {2, 4}
+    torch.testing.assert_close(one.moments[4], whole.moments[4])
+    far = [token / token.norm() for image in patches for token in (image[0, 0], image[1, 1])]
+    torch.testing.assert_close(whole.moments[4], sum(torch.outer(unit, unit) for unit in far))
+    assert torch.equal(one.moments[2], other.moments[2])
+    assert (one.angle(3, nu), one.angle(2, nu) is None) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("mark", "factor", "expected"),
+    [
+        ("weights", 0.0, ("auto", 3.0)),
+        ("weights", 5.0, ("auto", 5.0)),
+        ("norm", 4.0, ("norm", 4.0)),
+        ("auto", 0.0, ("auto", 3.0)),
+    ],
+)
+def test_verdicts_count_what_stands_out_whatever_marks(mark: Any, factor: float, expected: tuple[str, float]) -> None:
+    found = standing_out(DetectionRule(threshold=2.5, min_tokens=7, mark=mark, norm_factor=factor))
+    assert (found.mark, found.norm_factor, found.threshold, found.min_tokens) == (*expected, 2.5, 7)
+
+
 def test_an_image_that_cannot_be_decoded_is_left_out(single_writer: Any) -> None:
     source = pictures(single_writer)
     source.tensors[1] = None
@@ -139,6 +223,10 @@ def test_images_without_an_outlying_token_are_healthy(single_writer: Any) -> Non
     found = scanned(single_writer, Pictures(*[single_writer.image(index) for index in range(2)]))
     assert found.healthy
     assert all(block.tokens == 0 and block.angle_deg is None and not block.predicted for block in found.blocks)
+    unmarked = scanned(single_writer, pictures(single_writer), mark="weights")  # no direction is determined
+    assert unmarked.healthy
+    assert unmarked.standing > 0
+    assert all(block.tokens == 0 and block.angle_deg is None for block in unmarked.blocks)
 
 
 def test_an_image_whose_tokens_are_not_finite_is_told_apart(single_writer: Any) -> None:
@@ -147,11 +235,28 @@ def test_an_image_whose_tokens_are_not_finite_is_told_apart(single_writer: Any) 
     assert all(math.isfinite(block.max_ratio) for block in found.blocks)
 
 
+def test_an_image_is_not_finite_if_a_single_number_is_not(single_writer: Any) -> None:
+    def run_block(module: Any, index: int, tokens: torch.Tensor, context: Any) -> torch.Tensor:
+        leaving = single_writer.backbone.run_block(module, index, tokens, context)
+        if index == DEPTH - 1:
+            leaving[1, 7, 3] = math.inf
+        return leaving
+
+    planted = replace(single_writer, backbone=replace(single_writer.backbone, run_block=run_block))
+    found = scanned(planted, Pictures(*[single_writer.image(index) for index in range(3)]), batch_size=3)
+    assert [image.finite for image in found.images] == [True, False, True]
+    assert (found.blocks[-1].tokens, found.blocks[-1].angle_deg) == (1, None)  # no direction
+    with pytest.raises(BadInputError, match="the backbone is broken"):
+        found.require_finite()
+
+
 def test_the_marks_of_an_image_are_masks_again() -> None:
     image = ImageOutliers("a", 0, (2, 3), True, {1: (0, 5), 3: (4,)})
     assert image.first_marks(4).nonzero().tolist() == [[1, 0, 0], [1, 1, 2], [3, 1, 1]]
     assert (image.kind, ImageOutliers("b", 4, (2, 3), True, {}).kind) == ((1, 3), ())
-    assert ImageOutliers("c", 0, (2, 3), True, {1: (0, 5), 3: (5,), 4: (1, 5)}).kind == (1, 4)
+    again = ImageOutliers("c", 0, (2, 3), True, {4: (1, 5), 1: (0, 5), 3: (5,), 2: (3,)})  # in no order
+    assert again.kind == (1, 2, 4)
+    assert again.first_marks(5).flatten(1).nonzero().tolist() == [[1, 0], [1, 5], [2, 3], [4, 1]]
 
 
 EXAMPLE = Scan(
@@ -183,10 +288,25 @@ def test_a_model_that_is_not_finite_is_never_called_healthy() -> None:
     replace(EXAMPLE, images=EXAMPLE.images[:1]).require_finite()
 
 
+def test_tokens_that_stand_out_are_summed_over_images() -> None:
+    assert EXAMPLE.standing == 3
+    assert replace(EXAMPLE, images=EXAMPLE.images * 2).standing == 6
+
+
 def test_a_scan_of_a_model_is_read_as_written(single_writer: Any, tmp_path: Path) -> None:
     found = scanned(single_writer, pictures(single_writer))
     found.write(tmp_path / "outliers.json")
     assert Scan.read(tmp_path / "outliers.json") == found
+
+
+def test_a_scan_of_an_earlier_version_has_no_flooded_image(tmp_path: Path) -> None:
+    path = tmp_path / "outliers.json"
+    EXAMPLE.write(path)
+    stored = json.loads(path.read_text())
+    for image in stored["images"]:
+        del image["flooded"]
+    path.write_text(json.dumps(stored))
+    assert Scan.read(path) == replace(EXAMPLE, images=tuple(replace(each, flooded=False) for each in EXAMPLE.images))
 
 
 @pytest.mark.parametrize("kept", [0, 1, 40, 200, -3])

@@ -6,20 +6,24 @@ import gc
 import math
 import weakref
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from threaded_ranks import side_by_side
 from torch import Tensor
 
 from sinder_cli.backbone.contract import trained_references
-from sinder_cli.defects.detection import DetectionRule, alignment_logits
+from sinder_cli.defects.detection import DetectionRule, alignment_logits, unsettled
+from sinder_cli.distributed import Ranks
 from sinder_cli.repairing import forward, step
 from sinder_cli.repairing.deltas import Deltas, Target
 from sinder_cli.repairing.forward import FIRST_ALONE, BlockDefects, Directions, ForwardPass, Interest
 from sinder_cli.repairing.settings import RepairSettings
-from sinder_cli.repairing.step import BlockGradient, StepGradient, step_gradient
+from sinder_cli.repairing.shared import SharedStep, gathered
+from sinder_cli.repairing.step import BlockGradient, Probes, StepGradient, step_gradient
 
 RED = [(3, 3), (5, 8), (9, 4)]
 BLUE = [(2, 6), (6, 2), (8, 8), (8, 9)]
@@ -287,6 +291,40 @@ def test_an_image_that_goes_on_shows_its_later_defects_too(planted: Any, gradien
     assert late.leaving == len(late.losses)
 
 
+def test_an_image_without_interest_adds_to_no_gradient(planted: Any) -> None:
+    images = [planted.image(seed, red=RED[seed % 2 :]) for seed in range(4)]
+    chosen = RepairSettings.model_validate(PAPER | {"min_tokens": 2})
+    excesses: list[float] = []
+
+    def found(limit: float) -> StepGradient:
+        def interest(_block: int, excess: float) -> Interest:
+            excesses.append(excess)
+            return Interest(gradient=excess > limit, onward=False)
+
+        deltas, probes = Deltas(planted.backbone, planted.module), Probes(range(4), {})
+        return step_gradient(deltas, planted.directions, torch.stack(images), chosen, None, probes, interest)
+
+    everything = found(-math.inf)
+    limit = sorted(excesses)[1]  # two of four are above it
+    above = [image for image, excess in zip(range(4), excesses[:4], strict=True) if excess > limit]
+    (part,) = found(limit).parts
+    (whole,) = everything.parts
+    assert (len(part.losses), part.leaving, part.probed) == (2, 2, 2)
+    assert part.losses == pytest.approx([whole.losses[image] for image in above])
+    assert found(limit).idle == tuple((EARLY, pytest.approx(whole.losses[at])) for at in range(4) if at not in above)
+    images = [images[image] for image in above]
+    assert_same(part.gradients, found(-math.inf).parts[0].gradients)
+
+
+@pytest.mark.parametrize(("factor", "block"), [(0.0, DEPTH - 1), (0.5, 0), (3.0, 0)])
+def test_without_a_norm_factor_only_determined_directions_judge(factor: float, block: int, planted: Any) -> None:
+    doubtful, broken = Directions(planted.directions.nu, [1.0] * DEPTH), planted.image(0, green=[(5, 5)])[None]
+    rule = DetectionRule(norm_factor=factor)
+    through = ForwardPass.entering(planted.backbone, planted.module, doubtful, broken, rule, 2)
+    found = next(first_defects(through))
+    assert found.block == block  # where NaN is first looked for
+
+
 def test_a_block_whose_direction_is_not_determined_is_never_defective(planted: Any) -> None:
     image = planted.image(0, red=RED)
     assert gradient_of(planted, [image], min_gap=0).first_block == 0  # the paper's rule
@@ -355,6 +393,7 @@ def test_an_image_with_nan_tokens_is_never_clean(planted: Any) -> None:
     untrusted = replace(planted, directions=Directions(planted.directions.nu, [1.0] * DEPTH))
     found = gradient_of(untrusted, [planted.image(0, green=[(5, 5)])])
     assert math.isnan(found.losses[0])
+    assert found.first_block == DEPTH - 1  # NaN stays, and no earlier block is judged
     assert gradient_of(untrusted, [planted.image(0, red=RED)]).losses == ()
 
 
@@ -417,6 +456,76 @@ def test_products_are_in_tf32_only_where_asked(tf32: bool, precision: str, singl
     gradient_of(watching, [single.image(0, torch.float32, red=RED)], tf32=tf32)
     assert seen == {(precision, precision)}
     assert (cuda.matmul.fp32_precision, cudnn.conv.fp32_precision) == before
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_known_tokens_stay_defective_until_they_have_settled(planted: Any, leaves: bool) -> None:
+    """Nothing else is marked here; the image before it has left the batch, or has no known token."""
+    spots = [*RED, (2, 2), (6, 10)]  # of which two are ordinary
+    images = torch.stack([planted.image(1, red=RED if leaves else []), planted.image(0, red=RED)])
+    known = torch.zeros(2, DEPTH, 12, 12, dtype=torch.bool)
+    if leaves:
+        known[0, EARLY][tuple(zip(*RED, strict=True))] = True
+    known[1, LATE][tuple(zip(*spots, strict=True))] = True
+    rule = replace(RULE, threshold=100.0)
+    through = ForwardPass.entering(planted.backbone, planted.module, planted.directions, images, rule, 2, known)
+    found = list(first_defects(through))
+    assert [each.block for each in found] == [EARLY, LATE][not leaves :]
+    late = found[-1]
+    grid = planted.module(images)[LATE][1, 1:].unflatten(0, (12, 12))
+    expected = unsettled(grid, known[1, LATE])
+    assert {*map(tuple, expected.nonzero().tolist())} >= {*RED}
+    assert late.images[late.defective].tolist() == [1]
+    assert torch.equal(late.masks[late.defective][0], expected)
+    assert late.masks[~late.defective].sum() == 0
+
+
+@pytest.mark.parametrize("case", ["as it comes", "some idle", "each block on one rank", "without probes"])
+def test_two_ranks_share_a_step(planted: Any, case: str) -> None:
+    idle, apart = case == "some idle", case == "each block on one rank"
+    images = [
+        planted.image(0, blue=BLUE),
+        planted.image(1, red=RED),
+        planted.image(2),
+        planted.image(3, red=RED) if apart else planted.image(3, blue=BLUE[1:]),
+        planted.image(4, blue=BLUE) if apart else planted.image(4, red=RED),
+        planted.image(5, red=RED) if apart else planted.image(5, red=RED, blue=BLUE),
+    ]
+    chosen = RepairSettings.model_validate(PAPER | {"step": "greedy"})
+
+    def local(deltas: Deltas, places: range) -> StepGradient:
+        arguments = (deltas, planted.directions)
+        probes = None if case == "without probes" else Probes(list(places), {})
+        batch = torch.stack([images[place] for place in places])
+        if not idle:
+            return step_gradient(*arguments, batch, chosen, None, probes)
+        return step_gradient(
+            *arguments, batch, chosen, None, probes, lambda block, _: Interest(block == LATE, block != LATE)
+        )
+
+    def work(ranks: Ranks) -> tuple[SharedStep, dict[str, str]]:
+        deltas = Deltas(planted.backbone, deepcopy(planted.module))
+        mine = range(ranks.rank, len(images), 2)
+        unreadable = {f"picture {ranks.rank}": "it is broken"}
+        step = gathered(local(deltas, mine), len(mine), unreadable, deltas, chosen.window, ranks, lambda _: None)
+        return step, unreadable
+
+    whole = local(Deltas(planted.backbone, deepcopy(planted.module)), range(len(images)))
+    assert bool(whole.idle) is idle
+    both = side_by_side(work)
+    for shared, unreadable in both:
+        found = shared.gradient
+        assert shared.images == len(images)
+        assert unreadable == {f"picture {rank}": "it is broken" for rank in range(2)}
+        assert (found.masked_tokens, found.defective) == (whole.masked_tokens, whole.defective)
+        assert sorted(found.idle) == [(block, pytest.approx(loss)) for block, loss in sorted(whole.idle)]
+        assert [part.block for part in found.parts] == [part.block for part in whole.parts]
+        for part, expected in zip(found.parts, whole.parts, strict=True):
+            assert sorted(part.losses) == pytest.approx(sorted(expected.losses))
+            assert (part.leaving, part.probes, part.probed) == (expected.leaving, expected.probes, expected.probed)
+            assert part.excess == pytest.approx(expected.excess)
+            assert_same(part.gradients, expected.gradients)
+            assert_same(part.responses, expected.responses)
 
 
 def test_a_pass_keeps_no_graph_of_images_that_were_left_out(planted: Any) -> None:
