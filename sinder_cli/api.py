@@ -35,6 +35,7 @@ from sinder_cli.inputs import (
     preprocessing,
     require_places,
     run_named,
+    shared_images,
 )
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.requests import (
@@ -446,9 +447,12 @@ def evaluate(
         original, second, label = _evaluated(request, emit, ranks)
         require_attention(model_named(request.model).attention, device)
         inner = replace(process, emit=emit)
-        runs = [TaskRun(task, own, places_of_task(task.name, request, original, inner)) for task, own in tasks]
-        with features_folder(request.features, folder, ranks) as features:
-            given = EvaluationInput(original, second, label, runs, features, device)
+        images = shared_images(original, settings.seed, inner)
+        runs = [TaskRun(task, own, places_of_task(task.name, request, inner.emit, images)) for task, own in tasks]
+        with features_folder(request.features, folder, emit, ranks) as features:
+            given = EvaluationInput(
+                original, second, label, runs, features, device, model_named(request.model).attention
+            )
             result = run_evaluation(given, settings, emit, ranks)
             if result is not None and folder is not None:
                 write_evaluation(folder, result, settings, emit)
@@ -504,8 +508,8 @@ def _evaluated(request: EvaluateRequest, emit: Emit, ranks: Ranks) -> tuple[Back
     if request.compare is not None:
         why = "a run is compared with the model that it repaired"
         raise UsageError(f"cannot compare {model.model}", why, "name a model, or leave --compare out")
-    repaired = open_model(replace(model, weights=None))
-    base, gone = _base_of(run, model)
+    repaired = ranks.machine_first(lambda: open_model(replace(model, weights=None)))
+    base, gone = ranks.machine_first(lambda: _base_of(run, model))
     if base is None:
         raise NoInputError(f"cannot evaluate {model.model} before its repair", gone)
     return base, repaired, "repaired"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,16 +116,27 @@ def preprocessing(
     return Preprocessing(rounded, backbone.mean, backbone.std, resize, backbone.patch_size, max_tokens)
 
 
-def places_of_task(task: str, request: EvaluateRequest, backbone: Backbone, process: Process) -> Places:
+def shared_images(backbone: Backbone, seed: int, process: Process) -> Callable[[tuple[str, ...]], ImageSource]:
+    """Return how to find images by their places, each once: standard input can be read only once.
+
+    Without a place, they are those that the backbone draws.
+    """
+
+    @cache
+    def found(places: tuple[str, ...]) -> ImageSource:
+        return named_images(places, process) or drawn_images(backbone, seed)
+
+    return found
+
+
+def places_of_task(
+    task: str, request: EvaluateRequest, emit: Emit, images: Callable[[tuple[str, ...]], ImageSource]
+) -> Places:
     """Return where the data of one task lie: what is named for it, and what is named for all."""
     from sinder_cli.evaluation.contract import Places
 
     data, train = (_of_task(task, places, request.tasks) for places in (request.data, request.train))
-
-    def images() -> ImageSource:
-        return named_images(data, process) or drawn_images(backbone, request.settings.seed)
-
-    return Places(data, train, request.settings.seed, process.emit, images)
+    return Places(data, train, request.settings.seed, emit, lambda: images(data))
 
 
 def _of_task(task: str, places: Sequence[str | Path], tasks: Sequence[str]) -> tuple[str, ...]:
@@ -138,9 +150,24 @@ def _of_task(task: str, places: Sequence[str | Path], tasks: Sequence[str]) -> t
 
 
 def require_places(request: EvaluateRequest) -> None:
-    """Raise `NoInputError` for a place that does not exist, before anything is downloaded."""
-    for task in request.tasks:
-        for option, places in (("--data", request.data), ("--train", request.train)):
-            for place in _of_task(task, places, request.tasks):
-                if place != "-" and not Path(place).exists():
-                    raise NoInputError(f"cannot read {place}", "there is no such file or folder", f"check {option}")
+    """Raise an error for a place that does not exist, or that is for a task that is not run."""
+    from sinder_cli.evaluation.registry import installed_tasks
+
+    others = [name for name in installed_tasks() if name not in request.tasks]
+    for option, places in (("--data", request.data), ("--train", request.train)):
+        for place in map(str, places):
+            name, equals, rest = place.partition("=")
+            if equals and name in others and not _exists(place):
+                raise UsageError(f"cannot use {option} {place}", f"task {name!r} is not run", "name the task, too")
+            path = rest if equals and name in request.tasks else place
+            if not path:
+                raise UsageError(f"cannot use {option} {place}", "it names no place", f"give {name}=PATH")
+            if path != "-" and not _exists(path):
+                raise NoInputError(f"cannot read {path}", "there is no such file or folder", f"check {option}")
+
+
+def _exists(place: str) -> bool:
+    try:
+        return Path(place).exists()
+    except (OSError, ValueError):  # a name too long, or with a NUL
+        return False

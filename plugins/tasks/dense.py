@@ -87,10 +87,15 @@ def score(scoring: Scoring) -> Scores:
         ),
         mean_figure("Gram drift from original", found["gram"], "neither", unit=""),
         mean_figure("effective rank", found["rank"], "neither", unit=""),
-        mean_figure("outlying tokens", found["outlying"], "neither"),
-        mean_figure("largest norm / median", found["largest"], "neither", unit=""),
     ]
-    return Scores(tuple(figures), by_image=_overall(found), picture=_pictures(scoring))
+    if scoring.side not in ("smoothed", "blurred"):  # which change tokens at the end, and no block
+        figures += [
+            mean_figure("outlying tokens", found["outlying"], "neither"),
+            mean_figure("largest norm / median", found["largest"], "neither", unit=""),
+        ]
+    broken = int(found["finite"].eq(0).sum())
+    notes = (f"tokens of {broken} images are not finite: these count only where they can",) if broken else ()
+    return Scores(tuple(figures), by_image=_overall(found), picture=_pictures(scoring), notes=notes)
 
 
 def _names(rows: list[dict[str, float]]) -> list[str]:
@@ -116,6 +121,7 @@ def _measured(scoring: Scoring, index: int) -> dict[str, float]:
         patches, whole.part("colour", index), scoring.settings.similar, scoring.settings.unlike, scoring.seed + index
     )
     numbers = found | {"contrast": contrast, "shuffled": shuffled, "rank": effective_rank(patches)}
+    numbers["finite"] = float(bool(patches.isfinite().all()))
     numbers |= _fidelity(scoring, index, patches, marked)
     norms = whole.part("norms", index)
     ratios = norms / norms.flatten(1).nanmedian(dim=1).values[:, None, None]
@@ -175,11 +181,13 @@ def effective_rank(patches: Tensor) -> float:
     """Return the exponential of the entropy of the normalized singular values of an image's centred tokens."""
     import torch
 
+    if not bool(patches.isfinite().all()):
+        return math.nan
     tokens = (patches - patches.mean(dim=(0, 1))).flatten(0, 1)
     gram = (tokens.T @ tokens if tokens.shape[0] > tokens.shape[1] else tokens @ tokens.T).double()
     values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     total = values.sum()
-    if not bool(total > 0):
+    if not bool(total > 0):  # one colour, or NaN
         return math.nan
     shares = values / total
     return math.exp(-(shares * shares.clamp_min(1e-300).log()).sum().item())

@@ -74,7 +74,7 @@ def score(scoring: Scoring) -> Scores:
         if k > most:
             notes.append(f"k={k}: there are {most} training images")
     first = next(iter(ranked.values()))
-    chance = first.softmax(dim=1).gather(1, truth[:, None])[:, 0]
+    chance = first.gather(1, truth[:, None])[:, 0]
     return Scores(tuple(figures), by_image=chance, notes=tuple(notes))
 
 
@@ -85,7 +85,7 @@ def neighbour_votes(
     import torch
     from torch.nn.functional import normalize, one_hot
 
-    test, train = normalize(test.float(), dim=1), normalize(train.float(), dim=1)
+    test, train = (normalize(each.float().nan_to_num(posinf=0, neginf=0), dim=1) for each in (test, train))
     most = min(max(ks), len(train))
     votes: dict[int, list[Tensor]] = {k: [] for k in ks}
     for part in test.split(AT_A_TIME):

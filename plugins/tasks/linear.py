@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SINDER_API = 1
+ON_PATCHES = ("smoothed", "blurred")  # sides that leave cls as it is
 FEATURE_SETS = {"cls": ("cls",), "cls + mean patch": ("cls", "mean")}
 
 
@@ -78,7 +79,8 @@ def score(scoring: Scoring) -> Scores:
         raise BadInputError("cannot train a classifier", "the images to train on are of one class", "use more of them")
     fit, held_out = held_out_split(known.tolist(), scoring.settings.held_out, scoring.seed)
     figures, notes = [], []
-    for name, parts in tracked(FEATURE_SETS.items(), scoring.emit, "linear: fits", len(FEATURE_SETS)):
+    sets = {name: parts for name, parts in FEATURE_SETS.items() if "mean" in parts or scoring.side not in ON_PATCHES}
+    for name, parts in tracked(sets.items(), scoring.emit, "linear: fits", len(sets)):
         train, test = (_gathered(side[VIEW], parts) for side in (scoring.features.train, scoring.features.test))
         chosen = chosen_lambda(train, known, fit, held_out, scoring.settings)
         chances, converged = probabilities(train, known, test, chosen, scoring.settings.iterations)

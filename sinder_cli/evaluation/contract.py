@@ -124,13 +124,14 @@ class SideFeatures:
 
 @dataclass(frozen=True)
 class Scoring:
-    """What a task gets to score one side; the same for all sides but for `features`."""
+    """What a task gets to score one side; the same for all sides but for `features` and `side`."""
 
     features: SideFeatures
     dataset: Dataset
     settings: Any  # the task's own
     original: SideFeatures  # of the original, whatever side is scored
     inpainted: SideFeatures | None = None  # of the inpainted original, if it is evaluated
+    side: SideName = "original"  # the one that is scored
     has_cls: bool = True
     patch_size: int = 1  # pixels
     seed: int = 0
@@ -174,8 +175,7 @@ class Task:
 
     `read` finds the data and raises `BadInputError`, which names the file, for whatever is malformed. `views` names the
     views that the task needs, for a backbone. `score` scores one side. `truth` draws the truth of one test image.
-    `protocol` says in a sentence or two what is done and how it differs from the published way. `derived` is False for
-    a task on which placebos that only change patches have no effect.
+    `protocol` says in a sentence or two what is done and how it differs from the published way.
     """
 
     name: str

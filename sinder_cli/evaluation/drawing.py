@@ -24,8 +24,7 @@ def pca_picture(patches: Tensor, reference: Tensor) -> Pixels:
     """
     flat = reference.flatten(0, 1).nan_to_num(posinf=0, neginf=0)
     mean = flat.mean(dim=0)
-    _, _, basis = torch.pca_lowrank(flat - mean, q=min(6, *flat.shape), center=False, niter=4)
-    basis = basis[:, :3]
+    basis = torch.linalg.eigh(((flat - mean).T @ (flat - mean)).double()).eigenvectors.flip(1)[:, :3].float()
     signs = basis.gather(0, basis.abs().argmax(dim=0)[None]).sign()  # the same tokens, the same colours
     own = (flat - mean) @ (basis * signs)
     low, high = (torch.quantile(own, at, dim=0) for at in (0.02, 0.98))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
@@ -69,8 +68,8 @@ class Store:
         return self.folder / f"{part:05}.safetensors"
 
     def missing(self) -> list[int]:
-        """Return the parts that are not there yet, or cannot be read."""
-        return [part for part in self.parts if not _readable(self.path(part))]
+        """Return the parts that are not there yet, cannot be read, or lack an image that could not be read then."""
+        return [part for part in self.parts if not _whole(self.path(part))]
 
     def indices(self, part: int) -> range:
         """Return the images of a part."""
@@ -87,24 +86,25 @@ class Store:
 
     def read(self, name: str, index: int) -> Tensor | None:
         """Return one part of one image as it is stored, or None if it has none."""
-        file = _opened(self.path(index // self.at_a_time))
+        file, names = _opened(self.path(index // self.at_a_time))
         key = f"{index}.{name}"
-        return file.get_tensor(key) if key in file.keys() else None  # noqa: SIM118  (a file of safetensors is no dict)
+        return file.get_tensor(key) if key in names else None
 
 
-def _readable(path: Path) -> bool:
+def _whole(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        with safe_open(path, "pt"):
-            return True
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("problems") == "{}"
     except (SafetensorError, OSError):
         return False
 
 
 @lru_cache(maxsize=8)
-def _opened(path: Path) -> Any:
-    return safe_open(path, "pt")
+def _opened(path: Path) -> tuple[Any, frozenset[str]]:
+    file = safe_open(path, "pt")
+    return file, frozenset(file.keys())
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,16 @@ class Extraction:
     source: ImageSource
     preprocess: ViewPreprocessing
 
-    def run(self, observer: Observer, batch_size: int, workers: int, device: str, emit: Emit, ranks: Ranks) -> None:
+    def run(
+        self,
+        observer: Observer,
+        side: SideName,
+        batch_size: int,
+        workers: int,
+        device: str,
+        emit: Emit,
+        ranks: Ranks,
+    ) -> None:
         """Extract what is missing; each of several ranks takes its share of the parts.
 
         Raises `StorageError` or `CannotCreateError` for what the file system refuses.
@@ -128,7 +137,7 @@ class Extraction:
         mine = list(ranks.share(missing))
         order = [index for part in mine for index in self.store.indices(part)]
         loaded = load_in_order(self.source, self.preprocess, order, workers)
-        label = f"{self.about['side']}: features"
+        label = f"{side}: features"
         with_progress = tracked(loaded, emit, label, len(order), "images") if order else iter(())
         for part, images in groupby(with_progress, key=lambda image: image.index // self.store.at_a_time):
             self._write(part, list(_observed(observer, images, batch_size, device)))
@@ -225,17 +234,3 @@ class StoredFeatures:
     def stacked(self, name: Part) -> Tensor:
         """Return a part of all images, `[images, …]`."""
         return torch.stack([self.part(name, index) for index in range(len(self))])
-
-
-def forget(folder: Path) -> None:
-    """Let go of the files of a folder that is about to be removed."""
-    _opened.cache_clear()
-    with suppress(OSError):
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
-
-
-def stored_bytes(root: Path) -> int:
-    """Return the bytes of all features below a folder."""
-    return sum(path.stat().st_size for path in root.rglob("*.safetensors"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,11 +10,29 @@ from pathlib import Path
 
 from sinder_cli.distributed import Ranks
 from sinder_cli.errors import CannotCreateError
+from sinder_cli.events import Emit, Noted
 from sinder_cli.files import make_folder, output_error, require_creatable_folder, require_writable_folder
 
 FEATURES = "features"  # kept, and used again by later calls
 PICTURES = "pictures"
-WRITTEN = ("evaluation.json", "evaluation.csv", "report.html", PICTURES)
+PICTURE_NAME = re.compile(r".+-\d{5,}-\d\.(png|jpg)")  # task, image, panel
+DOCUMENT = "evaluation.json"
+WRITTEN = (DOCUMENT, "evaluation.csv", "report.html", PICTURES)
+
+
+def begin_evaluation(folder: Path) -> None:
+    """Create the folder, and remove an earlier evaluation from it: its document first, its pictures by their names.
+
+    Raises `CannotCreateError` or `StorageError` for what the file system refuses.
+    """
+    try:
+        make_folder(folder / PICTURES)
+        (folder / DOCUMENT).unlink(missing_ok=True)
+        for old in (folder / PICTURES).iterdir():
+            if PICTURE_NAME.fullmatch(old.name):
+                old.unlink()
+    except OSError as error:
+        raise output_error(folder, error) from error
 
 
 def require_evaluation_place(folder: Path, force: bool) -> None:
@@ -25,15 +44,16 @@ def require_evaluation_place(folder: Path, force: bool) -> None:
         require_creatable_folder(folder)
         return
     names = {path.name for path in folder.iterdir()} - {FEATURES}
-    if names and not names <= set(WRITTEN):
+    ours = DOCUMENT in names and names <= set(WRITTEN)
+    if names and not ours:
         raise CannotCreateError(f"cannot create {folder}", "it holds other files", "choose another --out")
-    if names and not force:
+    if ours and not force:
         raise CannotCreateError(f"cannot create {folder}", "it holds an evaluation", "add --force to replace it")
     require_writable_folder(folder)
 
 
 @contextmanager
-def features_folder(named: Path | None, out: Path | None, ranks: Ranks) -> Iterator[Path]:
+def features_folder(named: Path | None, out: Path | None, emit: Emit, ranks: Ranks) -> Iterator[Path]:
     """Yield the folder for features: the named one, or that of the evaluation, or a temporary one, removed at the end.
 
     Raises `CannotCreateError` or `StorageError` for what the file system refuses.
@@ -49,6 +69,8 @@ def features_folder(named: Path | None, out: Path | None, ranks: Ranks) -> Itera
         return
     temporary = tempfile.TemporaryDirectory(prefix="sinder-features-") if ranks.writes else None
     try:
+        if temporary is not None:
+            emit(Noted(f"features go to {temporary.name}, and are removed at the end; --features DIR keeps them"))
         yield ranks.from_rank0(lambda: Path(temporary.name if temporary else ""))
         ranks.all_gather(None)  # nobody reads any more
     finally:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sinder_cli.errors import BadInputError, NoInputError
+from sinder_cli.errors import BadInputError, NoInputError, UsageError
 from sinder_cli.evaluation.contract import Dataset, Places
 from sinder_cli.evaluation.labels import SUFFIXES, LabelImage, LabelRule
 from sinder_cli.evaluation.layouts import split_folders
@@ -114,14 +114,17 @@ def _voc(folder: Path, rule: LabelRule) -> _Found:
         _require_file(label, image)
         return image, LabelImage(label, rule)
 
-    rule, names = _known(rule, _names(VOC))
+    names = _names(VOC)
+    rule, names = _known(rule, names[1:] if rule.zero_ignored else names)
     train = pairs("train") if (folder / "ImageSets" / "Segmentation" / "train.txt").is_file() else None
     return _Found("VOC's layout", pairs("val"), train, rule, names)
 
 
 def _cityscapes(folder: Path, rule: LabelRule) -> _Found:
     table = tuple(TRAIN_IDS.get(value, -1) for value in range(34))
-    train_ids, names = _known(replace(rule, zero_ignored=False), _names(CITYSCAPES))
+    if rule.zero_ignored:
+        raise UsageError("cannot use --reduce-zero-label", "train ids of Cityscapes begin at 0", "leave it out")
+    train_ids, names = _known(rule, _names(CITYSCAPES))
     ids = replace(train_ids, table=table)
 
     def pairs(split: str) -> list[Pair]:

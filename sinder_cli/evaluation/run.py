@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +15,7 @@ from sinder_cli.backbone.contract import Backbone
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.defects.inpainting import inpainted
 from sinder_cli.distributed import Ranks, require_alike
-from sinder_cli.errors import BadInputError, ConflictError, SinderError, UnavailableError
+from sinder_cli.errors import BadInputError, ConflictError, UnavailableError
 from sinder_cli.escaping import printable
 from sinder_cli.evaluation.contract import (
     OF_PATCHES,
@@ -36,22 +38,24 @@ from sinder_cli.evaluation.records import (
     ValueRecord,
     difference_record,
 )
+from sinder_cli.evaluation.registry import blamed
 from sinder_cli.evaluation.sentences import sentences_of
 from sinder_cli.evaluation.settings import EvaluateSettings
-from sinder_cli.evaluation.statistics import compared, resamples
+from sinder_cli.evaluation.statistics import compared
 from sinder_cli.evaluation.views import DERIVED, Observer, ViewPreprocessing
 from sinder_cli.events import Emit, Finished, Started, Warned
 from sinder_cli.images.loading import sampled
 from sinder_cli.images.processes import worker_count
-from sinder_cli.images.sources import SomeImages, files_of, whole_of
-from sinder_cli.memory import is_out_of_memory, out_of_memory_reported
+from sinder_cli.images.sources import ImageFiles, JoinedImages, SomeImages
+from sinder_cli.memory import out_of_memory_reported
 
 if TYPE_CHECKING:
     from torch import nn
 
     from sinder_cli.images.sources import ImageSource
 
-PASSES: tuple[SideName, ...] = ("original", "repaired", "inpainted")  # sides that run the backbone
+LEAST_IMAGES = 2
+FEW_IMAGES = 10  # intervals from fewer are too narrow
 PLACEBOS: tuple[SideName, ...] = ("inpainted", "smoothed", "blurred")
 MADE: dict[SideName, str] = {
     "original": "as it is",
@@ -81,6 +85,7 @@ class EvaluationInput:
     tasks: Sequence[TaskRun]
     features: Path
     device: str
+    attention: str = "auto"  # the kernel asked for
 
 
 @dataclass(frozen=True)
@@ -114,8 +119,7 @@ def run_evaluation(
     read = [_Task.read(run, given.original, settings) for run in given.tasks]  # all of them, before anything is run
     for each in read:
         require_alike({f"data of {each.task.name}": each.dataset.test.fingerprint()}, ranks)
-    for each in read:
-        _extract_all(each, given, settings, emit, ranks)
+    _extract_all(read, given, settings, emit, ranks)
     if not ranks.writes:
         return None
     finished = [_scored(each, given, settings, emit) for each in read]
@@ -147,7 +151,7 @@ class _Task:
 
     @classmethod
     def read(cls, run: TaskRun, backbone: Backbone, settings: EvaluateSettings) -> _Task:
-        with _blamed(run.task):
+        with blamed(run.task):
             views = run.task.views(backbone, settings.image_size, run.settings)
             dataset = run.task.read(run.places, run.settings)
         for name, source, truth in (
@@ -221,47 +225,64 @@ def _about(
     given: EvaluationInput,
     settings: EvaluateSettings,
 ) -> dict[str, Any]:
-    """Return all that features depend on. A repaired model has the same features under whatever name it is given."""
+    """Return all that features depend on; a model has the same features on whichever side it stands."""
+    import torch
+
+    sidecars = json.dumps(dict(backbone.sidecars), sort_keys=True).encode("utf-8", "surrogateescape")
     return {
-        "side": side,
         "pass": "inpainted" if side == "inpainted" else "plain",
         "model": backbone.name,
         "fingerprint": backbone.weights.fingerprint(),
+        "heads": [block.attention.heads for block in backbone.layers.blocks],
+        "sidecars": hashlib.sha256(sidecars).hexdigest(),
         "norm_factor": settings.norm_factor,
         "view": asdict(view),
         "images": source.fingerprint(),
-        "states": _states(source),
+        "states": hashlib.sha256(repr(_states(source)).encode()).hexdigest(),
         "dtype": settings.dtype,
         "tf32": settings.tf32,
         "device": given.device.split(":")[0],
+        "attention": given.attention,
+        "versions": {"sinder": __version__, "torch": torch.__version__},
     }
 
 
-def _states(source: ImageSource) -> list[tuple[int, int]] | None:
-    """Return size and time of every file, so that changed images have other features; None for images in memory."""
-    files = files_of(whole_of(source))
-    return None if files is None else list(files.states)
+def _states(source: ImageSource) -> list[tuple[int, int] | None]:
+    """Return size and time of every file, so that changed images have other features; None for an image in memory."""
+    if isinstance(source, SomeImages):
+        states = _states(source.source)
+        return [states[index] for index in source.indices]
+    if isinstance(source, JoinedImages):
+        return [state for part in source.parts for state in _states(part)]
+    return list(source.states) if isinstance(source, ImageFiles) else [None] * len(source)
 
 
-def _extract_all(each: _Task, given: EvaluationInput, settings: EvaluateSettings, emit: Emit, ranks: Ranks) -> None:
-    """Extract all features of a task that are not on disk yet; one module at a time is in memory."""
+def _extract_all(
+    tasks: Sequence[_Task], given: EvaluationInput, settings: EvaluateSettings, emit: Emit, ranks: Ranks
+) -> None:
+    """Extract all features that are not on disk yet, side by side: one module at a time is in memory."""
     workers = worker_count(settings.workers, ranks.local_size)
-    module: tuple[Backbone, nn.Module] | None = None
-    for side, backbone in _passes(given, settings):
-        for extraction in _stores(each, side, backbone, given, settings).values():
+    loaded: list[nn.Module] = []  # one at most
+    of = given.original
+    for side, backbone in sorted(_passes(given, settings), key=lambda each: each[0] == "repaired"):
+        if side == "repaired" and given.repaired is not None:
+            of = given.repaired
+            loaded.clear()
+        for extraction in (
+            found for each in tasks for found in _stores(each, side, backbone, given, settings).values()
+        ):
             if not ranks.from_rank0(extraction.store.missing):
                 continue
-            of = given.repaired if side == "repaired" and given.repaired is not None else given.original
-            if module is None or module[0] is not of:
-                module = None
-                module = (of, load_module(of, given.device))
+            if not loaded:
+                loaded.append(load_module(of, given.device))
             view = extraction.preprocess.view
             observer = Observer.of(
-                backbone, module[1], view, settings.norm_factor, settings.dtype, settings.tf32, given.device
+                backbone, loaded[0], view, settings.norm_factor, settings.dtype, settings.tf32, given.device
             )
             sizes = f"at {view.size} pixels and batch size {settings.batch_size}"
             with out_of_memory_reported(sizes, "lower --image-size or --batch-size"):
-                extraction.run(observer, settings.batch_size, workers, given.device, emit, ranks)
+                extraction.run(observer, side, settings.batch_size, workers, given.device, emit, ranks)
+            del observer  # it holds the module
 
 
 def _scored(each: _Task, given: EvaluationInput, settings: EvaluateSettings, emit: Emit) -> tuple[TaskRecord, Scored]:
@@ -279,6 +300,7 @@ def _scored(each: _Task, given: EvaluationInput, settings: EvaluateSettings, emi
         label = f"{task.name}: {side}"
         emit(Started(label))
         scoring = Scoring(
+            side=side,
             features=own,
             dataset=dataset,
             settings=each.settings,
@@ -290,10 +312,11 @@ def _scored(each: _Task, given: EvaluationInput, settings: EvaluateSettings, emi
             device=given.device,
             emit=emit,
         )
-        with _blamed(task):
+        with blamed(task):
             scores[side] = task.score(scoring)
         emit(Finished(label))
-    figures = _figures(scores, len(usable["test"]), settings)
+    with blamed(task):
+        figures = _figures(scores, len(usable["test"]), settings)
     notes = {side: found.notes for side, found in scores.items()}
     record = TaskRecord(
         task=task.name,
@@ -305,11 +328,17 @@ def _scored(each: _Task, given: EvaluationInput, settings: EvaluateSettings, emi
         settings=each.settings.model_dump(mode="json"),
         figures=figures,
         notes=notes,
-        sentences=sentences_of(figures, given.label),
+        sentences=(*few_images(len(usable["test"])), *sentences_of(figures, given.label)),
         skipped=skipped,
         seconds=time.monotonic() - began,
     )
     return record, Scored(task, dataset, usable["test"], scores)
+
+
+def few_images(count: int) -> tuple[str, ...]:
+    """Return a caution if there are few images."""
+    words = f"{count} images are few: intervals from fewer than {FEW_IMAGES} are too narrow."
+    return (words,) if count < FEW_IMAGES else ()
 
 
 def _usable(
@@ -317,23 +346,32 @@ def _usable(
 ) -> tuple[dict[str, list[int]], dict[str, str]]:
     """Return the images of each split that could be read, and the others by name; a warning names each of these.
 
-    Raises `BadInputError` if none of a split could be read.
+    Raises `BadInputError` if none of a split could be read, or a single image to be scored.
     """
     usable: dict[str, list[int]] = {}
     skipped: dict[str, str] = {}
     for split, source in each.splits():
         problems: dict[int, str] = {}
-        for name in each.views:
-            problems |= stores["original"][split, name].store.problems()
+        for of_side in stores.values():
+            for name in each.views:
+                problems |= of_side[split, name].store.problems()
         for index, why in sorted(problems.items()):
             name = printable(source.name(index))
             emit(Warned(f"skipped {name}: {why}"))
             skipped[name] = why
         usable[split] = [index for index in range(len(source)) if index not in problems]
         if not usable[split]:
-            first, why = min(problems.items())
-            why = f"all {len(problems)} failed, the first, {source.name(first)}, since {why}"
-            raise BadInputError("no image can be used", why, "check --data and --image-size")
+            why = "there is none"
+            if problems:
+                first, reason = min(problems.items())
+                why = f"all {len(problems)} failed, the first, {source.name(first)}, since {reason}"
+            raise BadInputError(
+                f"no {split} image can be used for {each.task.name}", why, "check --data and --image-size"
+            )
+    if len(usable["test"]) < LEAST_IMAGES:
+        only = each.dataset.test.name(usable["test"][0])
+        why = f"{only} is the only image that can be used, and differences need several"
+        raise BadInputError(f"cannot evaluate {each.task.name}", why, "give more images")
     return usable, skipped
 
 
@@ -365,7 +403,6 @@ def _features_of(
 
 def _figures(scores: Mapping[SideName, Scores], images: int, settings: EvaluateSettings) -> tuple[FigureRecord, ...]:
     """Return every figure with all sides compared."""
-    counts = resamples(images, settings.resamples, settings.seed)
     records = []
     for name in dict.fromkeys(figure.name for found in scores.values() for figure in found.figures):
         of_sides = {side: figure for side, found in scores.items() for figure in found.figures if figure.name == name}
@@ -377,7 +414,7 @@ def _figures(scores: Mapping[SideName, Scores], images: int, settings: EvaluateS
                 to_original=difference_record(measured.to_original),
                 to_smoothed=difference_record(measured.to_smoothed),
             )
-            for side, measured in compared(of_sides, counts).items()
+            for side, measured in compared(of_sides, images, settings.resamples, settings.seed).items()
         )
         records.append(FigureRecord(name=name, unit=first.unit, better=first.better, noise=first.noise, values=values))
     return tuple(records)
@@ -398,19 +435,3 @@ def _side_records(given: EvaluationInput, settings: EvaluateSettings) -> tuple[S
             )
         )
     return tuple(records)
-
-
-class _blamed:  # noqa: N801  (a context manager, used as a function)
-    """Report an exception in a task's own code as that task's failure; our errors and the machine's pass."""
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, SinderError | OSError) or is_out_of_memory(error):
-            return
-        why = f"{type(error).__name__}: {error}"
-        raise UnavailableError(f"task {self.task.name!r} failed", why, "tell its author") from error

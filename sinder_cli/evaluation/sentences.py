@@ -23,6 +23,8 @@ def headline(evaluation: Evaluation) -> str:
     )
     words = f"Of {len(judged)} figures, {label} is better than the original on {counts['better']}, worse on"
     words += f" {counts['worse']}, and within noise on {counts['within noise']}."
+    if counts["too few images"]:
+        words += f" On {counts['too few images']}, too few images have anything to measure."
     if counts["better"] and any(value.to_smoothed for value in judged):
         words += f" On {beaten} of the {counts['better']} it also beats averaging the marked tokens at the end."
     return words
@@ -38,6 +40,9 @@ def _sentences(figure: FigureRecord, label: str) -> Iterator[str]:
     if repaired is None or repaired.to_original is None or figure.better == "neither":
         return
     against, placebo = repaired.to_original, repaired.to_smoothed
+    if against.standing == "too few images":
+        yield f"{figure.name}: too few images have anything to measure ({shown(against.value)} on those)."
+        return
     words = f"{figure.name}: {label} is {_against(against, 'than the original', figure)}"
     if against.standing == "better" and placebo is not None:
         if placebo.standing == "better":

@@ -1,12 +1,14 @@
 """Figures of several sides, compared: values, paired differences, and their bootstrap intervals over images.
 
 The same resamples are used for all sides and figures. A difference is said to be within noise if its 95 % interval
-contains zero, or if it is smaller than what repetitions of the protocol differ by.
+contains zero, or if it is smaller than what repetitions of the protocol differ by. Where fewer than five images have
+something to measure, no difference is judged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 
 AT_A_TIME = 256  # resamples
 LEVEL = 0.95
-Standing = Literal["better", "worse", "within noise", "higher", "lower"]
+LEAST_IMAGES = 5  # with something to measure, for an interval to mean anything
+KNOWN = 0.9  # share of the resamples in which there is something to measure
+Standing = Literal["better", "worse", "within noise", "too few images", "higher", "lower"]
 
 
 @dataclass(frozen=True)
@@ -41,50 +45,55 @@ class Measured:
     to_smoothed: Difference | None = None
 
 
-def resamples(images: int, count: int, seed: int) -> Tensor:
-    """Return how often each image is in each resample, `[count, images]` float64; by the seed alone."""
+def resamples(images: int, count: int, seed: int) -> Iterator[Tensor]:
+    """Yield how often each image is in each resample, `[≤ AT_A_TIME, images]` float64; by the seed alone."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(images, (count, images), generator=generator)
-    return torch.zeros(count, images, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones(count, images, dtype=torch.float64)
-    )
+    for start in range(0, count, AT_A_TIME):
+        drawn = torch.randint(images, (min(AT_A_TIME, count - start), images), generator=generator)
+        counts = torch.zeros(drawn.shape, dtype=torch.float64)
+        yield counts.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
 
 
-def compared(figures: Mapping[SideName, Figure], counts: Tensor) -> dict[SideName, Measured]:
+def compared(figures: Mapping[SideName, Figure], images: int, count: int, seed: int) -> dict[SideName, Measured]:
     """Return a figure of every side, and its differences to the original and to the smoothed original."""
-    resampled = {side: _resampled(figure, counts) for side, figure in figures.items()}
-    values = {side: _value(figure) for side, figure in figures.items()}
+    statistics = {side: figure.statistics.double() for side, figure in figures.items()}
+    values = {side: _value(figure, statistics[side]) for side, figure in figures.items()}
+    parts: dict[SideName, list[Tensor]] = {side: [] for side in figures}
+    for counts in resamples(images, count, seed):
+        for side, figure in figures.items():
+            parts[side].append(figure.value(counts @ statistics[side]) * _scale(figure))
+    resampled = {side: torch.cat(found) for side, found in parts.items()}
 
     def difference(side: SideName, base: SideName) -> Difference | None:
         own, other = values[side], values.get(base)
         if side == base or own is None or other is None:
             return None
-        return _difference(figures[side], own - other, resampled[side] - resampled[base])
+        informative = min(_contributing(statistics[each]) for each in (side, base))
+        return _difference(figures[side], own - other, resampled[side] - resampled[base], informative)
 
     return {
         side: Measured(values[side], difference(side, "original"), difference(side, "smoothed")) for side in figures
     }
 
 
+def _contributing(statistics: Tensor) -> int:
+    """Return how many images have something to measure."""
+    return int((statistics != 0).any(dim=1).sum())
+
+
 def _scale(figure: Figure) -> float:
     return 100.0 if figure.unit == "%" else 1.0
 
 
-def _value(figure: Figure) -> float | None:
-    value = figure.value(figure.statistics.sum(dim=0)).item() * _scale(figure)
-    return value if value == value else None  # NaN: nothing to measure
+def _value(figure: Figure, statistics: Tensor) -> float | None:
+    value = figure.value(statistics.sum(dim=0)).item() * _scale(figure)
+    return value if math.isfinite(value) else None  # nothing to measure
 
 
-def _resampled(figure: Figure, counts: Tensor) -> Tensor:
-    """Return the figure of each resample, `[resamples]`, in shown units."""
-    parts = [figure.value(part @ figure.statistics) for part in counts.split(AT_A_TIME)]
-    return torch.cat(parts) * _scale(figure)
-
-
-def _difference(figure: Figure, value: float, resampled: Tensor) -> Difference:
+def _difference(figure: Figure, value: float, resampled: Tensor, informative: int) -> Difference:
     known = resampled[resampled.isfinite()]
-    if len(known) == 0:
-        return Difference(value, value, value, "within noise")
+    if informative < LEAST_IMAGES or len(known) < KNOWN * len(resampled):
+        return Difference(value, value, value, "too few images")
     tail = (1 - LEVEL) / 2
     low, high = (torch.quantile(known, at).item() for at in (tail, 1 - tail))
     return Difference(value, low, high, _standing(figure, value, low, high))

@@ -40,12 +40,15 @@ class ViewPreprocessing(Preprocessing):
         sides = {"window": view.window, "stride": view.stride, "crop": view.crop}
         if view.resize == "square" and view.crop is None:
             sides["image size"] = view.size
+        least = MIN_PATCHES + view.shift  # patches
         for name, side in sides.items():
-            least = patch if name == "stride" else MIN_PATCHES * patch
-            if side is not None and (side % patch or side < least):
-                raise UsageError(
-                    f"{name} {side} does not fit", f"patches are {patch} pixels", f"use {_near(side, patch)}"
-                )
+            fewest = 1 if name == "stride" else least
+            if side is not None and (side % patch or side < fewest * patch):
+                why = f"patches are {patch} pixels, and at least {fewest} are needed"
+                raise UsageError(f"{name} {side} does not fit", why, f"use {_near(side, patch, fewest)}")
+        if view.resize == "fit" and view.size < least * patch:
+            why = f"it makes under {least} × {least} patches of {patch} pixels"
+            raise UsageError(f"image size {view.size} is too small", why, f"use --image-size {least * patch} or more")
         return cls(view.size, backbone.mean, backbone.std, patch=patch, view=view)
 
     def fit(self, image: Image) -> Pixels:
@@ -82,8 +85,8 @@ def _whole(side: float, patch: int) -> int:
     return max(1, round(side / patch)) * patch
 
 
-def _near(side: int, patch: int) -> int:
-    return max(MIN_PATCHES, round(side / patch)) * patch
+def _near(side: int, patch: int, fewest: int) -> int:
+    return max(fewest, round(side / patch)) * patch
 
 
 @dataclass(frozen=True)
@@ -234,9 +237,10 @@ def _averaged(name: str, sums: Tensor, counts: Tensor) -> Tensor:
 
 def smoothed(patches: Tensor, marked: Tensor) -> Tensor:
     """Return patches `[h, w, N]` with marked ones, bool `[h, w]`, replaced by their unmarked neighbours' average."""
-    return (
-        torch.where(marked[..., None], neighbour_averages(patches, marked), patches) if bool(marked.any()) else patches
-    )
+    if not bool(marked.any()) or bool(marked.all()):
+        return patches
+    whole = patches.masked_fill(marked[..., None], 0)  # an infinite token would spoil the sums over its neighbours
+    return torch.where(marked[..., None], neighbour_averages(whole, marked), patches)
 
 
 def blurred(patches: Tensor, marked: Tensor) -> Tensor:  # noqa: ARG001  # every token, marked or not

@@ -227,7 +227,8 @@ def _repaired_blocks(rows: Sequence[facts.BlockComparison]) -> RenderableType:
     return Group("", table, Text(words, "dim"))
 
 
-STANDINGS = {"better": "green", "worse": "red", "within noise": "dim", "higher": "", "lower": ""}  # as a style
+CAPTION = "≈: within noise of the original, by 95 % intervals from resampled images; ?: too few images to judge."
+STANDINGS = {"better": "green", "worse": "red", "within noise": "dim", "too few images": "dim"}  # as a style
 
 
 def evaluation_table(evaluation: Evaluation, folder: Path | None = None) -> RenderableType:
@@ -236,29 +237,33 @@ def evaluation_table(evaluation: Evaluation, folder: Path | None = None) -> Rend
     for task in evaluation.tasks:
         table = _table(f"{task.task}: {counted(task.images, 'image')}")
         table.add_column("")
-        for side in evaluation.sides:
-            if any(figure.of(side.side) for figure in task.figures):
-                table.add_column(side.label, justify="right")
+        sides = [side for side in evaluation.sides if any(figure.of(side.side) for figure in task.figures)]
+        for side in sides:
+            table.add_column(side.label, justify="right")
         for figure in task.figures:
-            cells = [value for side in evaluation.sides if (value := figure.of(side.side))]
             unit = f", {figure.unit}" if figure.unit else ""
-            table.add_row(f"{figure.name}{unit}", *(_evaluated(value) for value in cells))
-        notes = [f"{side}: {note}" for side, texts in task.notes.items() for note in texts]
-        parts += [table, *notes, *task.sentences, ""]
-    parts += [headline(evaluation), "≈: within noise of the original; intervals of 95 % from resampled images."]
+            table.add_row(f"{figure.name}{unit}", *(_evaluated(figure.of(side.side)) for side in sides))
+        labels = {side.side: side.label for side in evaluation.sides}
+        notes = [f"{labels[side]}: {note}" for side, texts in task.notes.items() for note in texts]
+        parts += [table, Text(task.protocol, "dim"), *notes, *task.sentences, ""]
+    parts += [
+        headline(evaluation),
+        CAPTION,
+    ]
     if folder is not None:
         parts.append(f"Written to {folder}")
     return Group(*parts)
 
 
-def _evaluated(value: ValueRecord) -> Text:
-    if value.value is None:
+def _evaluated(value: ValueRecord | None) -> Text:
+    if value is None or value.value is None:
         return Text("–", "dim")
     shown = f"{value.value:.2f}" if abs(value.value) >= 10 else f"{value.value:.4f}"
     if value.to_original is None:
         return Text(shown)
-    noise = " ≈" if value.to_original.standing == "within noise" else ""
-    return Text(f"{shown}{noise}", STANDINGS[value.to_original.standing])
+    standing = value.to_original.standing
+    mark = {"within noise": " ≈", "too few images": " ?"}.get(standing, "")
+    return Text(f"{shown}{mark}", STANDINGS.get(standing, ""))
 
 
 def export_table(result: ExportResult) -> RenderableType:

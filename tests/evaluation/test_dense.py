@@ -135,3 +135,14 @@ def test_fewer_outliers_alone_are_no_success() -> None:
     features = side(good, none, drawn(8, 8, 3).sigmoid(), drawn(8))
     figures = {figure.name: figure.better for figure in scored(features, features).figures}
     assert figures["outlying tokens"] == figures["largest norm / median"] == "neither"
+
+
+def test_tokens_that_are_not_finite_end_nothing() -> None:
+    patches = drawn(8, 8, 8)
+    patches[2, 3] = torch.inf
+    features = side(patches, torch.zeros(8, 8, dtype=torch.bool), drawn(8, 8, 3).sigmoid(), drawn(8))
+    scores = scored(features, features)
+    assert math.isnan(effective_rank(patches))
+    assert scores.notes == ("tokens of 1 images are not finite: these count only where they can",)
+    assert scores.picture is not None
+    assert scores.picture(0).shape == (8, 8, 3)

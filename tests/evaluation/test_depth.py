@@ -540,11 +540,22 @@ def test_depth_is_evaluated_whole(
         image.save(tmp_path / "data" / "images" / path.name)
         map_of(tmp_path / "data" / "depth" / path.name, 3, (image.height, image.width))
     arguments = ["evaluate", "dinov2_custom", "depth", "--weights", str(weights), "--data", str(tmp_path / "data")]
-    options = ["--image-size", "84", "--workers", "0", "--resamples", "100", "--set", "depth.steps=3"]
+    options = [
+        "--image-size",
+        "84",
+        "--workers",
+        "0",
+        "--resamples",
+        "100",
+        "--set",
+        "depth.steps=3",
+        "--set",
+        "depth.train_share=0.6",
+    ]
     assert ended([*arguments, *options, "--set", "depth.scale=1000", "--format", "json"]) == 0
     (task,) = json.loads(capsys.readouterr().out)["tasks"]
     assert [figure["name"] for figure in task["figures"]] == ["RMSE", "AbsRel", "δ₁"]
-    assert (task["images"], task["trained_on"]) == (1, 4)
+    assert (task["images"], task["trained_on"]) == (2, 3)
     assert ended([*arguments, *options]) == 2
     map_of(tmp_path / "data" / "depth" / "0.png", 0, (84, 90))
     assert ended([*arguments, *options, "--set", "depth.scale=1000"]) == 65

@@ -93,7 +93,7 @@ def test_figures_are_sklearns_over_all_pixels(seed: int) -> None:
 
 def test_figures_of_resampled_images_are_of_joined_pixels() -> None:
     overlaps = torch.stack([overlap(TRUTH, FOUND, 5), overlap(FOUND, FOUND, 5), overlap(TRUTH, TRUTH, 5)])[:, None]
-    counts = resamples(3, 100, seed=0)
+    counts = torch.cat(list(resamples(3, 100, seed=0)))
     for figure in figures_of(overlaps):
         found = figure.value(counts @ figure.statistics)
         pairs = [(TRUTH, FOUND), (FOUND, FOUND), (TRUTH, TRUTH)]

@@ -15,10 +15,10 @@ from sinder_cli.evaluation.statistics import compared, resamples
 def test_differences_and_intervals_are_those_of_a_loop() -> None:
     draw = np.random.default_rng(0)
     before, after = draw.random(40), draw.random(40) + 0.2
-    counts = resamples(40, 500, seed=3)
+    counts = torch.cat(list(resamples(40, 500, seed=3)))
     assert counts.sum(dim=1).tolist() == [40.0] * 500
     figures = {"original": mean_figure("f", torch.tensor(before)), "repaired": mean_figure("f", torch.tensor(after))}
-    found = compared(figures, counts)
+    found = compared(figures, 40, 500, 3)
     assert found["original"].value == pytest.approx(100 * before.mean())
     difference = found["repaired"].to_original
     assert difference is not None
@@ -36,7 +36,7 @@ def test_pairs_matter() -> None:
     """Images differ more than the sides do: only paired resamples see the small and constant gain."""
     values = torch.rand(30, generator=torch.Generator().manual_seed(0)).double()
     figures = {"original": mean_figure("f", values), "repaired": mean_figure("f", values + 0.01)}
-    difference = compared(figures, resamples(30, 300, 0))["repaired"].to_original
+    difference = compared(figures, 30, 300, 0)["repaired"].to_original
     assert difference is not None
     assert (difference.low, difference.high) == pytest.approx((1.0, 1.0))
 
@@ -56,28 +56,46 @@ def test_pairs_matter() -> None:
 def test_a_difference_has_a_standing(better: str, gain: float, noise: float, standing: str) -> None:
     values = torch.rand(20, generator=torch.Generator().manual_seed(0)).double()
     one, other = (mean_figure("f", each, better, noise=noise) for each in (values, values + gain))  # type: ignore[arg-type]
-    difference = compared({"original": one, "repaired": other}, resamples(20, 200, 0))["repaired"].to_original
+    difference = compared({"original": one, "repaired": other}, 20, 200, 0)["repaired"].to_original
     assert difference is not None
     assert difference.standing == standing
 
 
 def test_values_that_are_unknown_are_left_out() -> None:
     values = torch.tensor([1.0, torch.nan, 0.0, 1.0])
-    found = compared({"original": mean_figure("f", values)}, resamples(4, 200, 0))
+    found = compared({"original": mean_figure("f", values)}, 4, 200, 0)
     assert found["original"].value == pytest.approx(200 / 3)
-    nothing = compared({"original": mean_figure("f", torch.full((4,), torch.nan))}, resamples(4, 200, 0))
+    nothing = compared({"original": mean_figure("f", torch.full((4,), torch.nan))}, 4, 200, 0)
     assert nothing["original"].value is None
 
 
 def test_a_mean_over_tokens_weighs_images_by_their_tokens() -> None:
     figure = mean_figure("f", torch.tensor([3.0, 0.0]), weights=torch.tensor([4.0, 1.0]))
-    assert compared({"original": figure}, resamples(2, 100, 0))["original"].value == pytest.approx(60)
+    assert compared({"original": figure}, 2, 100, 0)["original"].value == pytest.approx(60)
 
 
 def test_a_figure_of_sums_is_resampled_as_a_whole() -> None:
     """A ratio of sums is not the mean of ratios."""
     rows = [[random.Random(index).random(), random.Random(-index - 1).random() + 0.5] for index in range(12)]
     figure = Figure("f", torch.tensor(rows).double(), lambda sums: sums[..., 0] / sums[..., 1], unit="")
-    found = compared({"original": figure}, resamples(12, 100, 0))["original"].value
+    found = compared({"original": figure}, 12, 100, 0)["original"].value
     assert found == pytest.approx(sum(row[0] for row in rows) / sum(row[1] for row in rows))
     assert found != pytest.approx(float(np.mean([row[0] / row[1] for row in rows])))
+
+
+@pytest.mark.parametrize(("informative", "standing"), [(4, "too few images"), (5, "better")])
+def test_few_images_with_something_to_measure_judge_nothing(informative: int, standing: str) -> None:
+    """Where most resamples hold one and the same image, the interval has no width, and says nothing."""
+    values = torch.full((30,), torch.nan).double()
+    values[:informative] = torch.linspace(0.1, 0.2, informative).double()
+    figures = {"original": mean_figure("f", values), "repaired": mean_figure("f", values + 0.3)}
+    difference = compared(figures, 30, 500, 0)["repaired"].to_original
+    assert difference is not None
+    assert difference.standing == standing
+
+
+def test_resamples_depend_on_the_seed_alone() -> None:
+    one, again, other = (torch.cat(list(resamples(7, 600, seed))) for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert one.shape == (600, 7)

@@ -58,6 +58,8 @@ def test_the_task_of_the_documents_imports_no_torch() -> None:
     ("change", "code", "words"),
     [
         (("import torch", "raise ValueError('odd')"), 69, "task 'broken' failed: ValueError: odd; tell its author"),
+        (("return TASK", "raise OSError('odd')"), 69, "cannot use task 'broken': OSError: odd; tell its author"),
+        (("import torch", "open('/nowhere/at/all')"), 69, "task 'broken' failed: FileNotFoundError"),
         (("return TASK", "return 3"), 69, "returned no Task"),
         (("SINDER_API = 1", "import no_such_library"), 69, "cannot load plugin 'broken' of sinder-task-broken: "),
         (("SINDER_API = 1", "SINDER_API = 9"), 69, "it is written for SINDER_API 9, this is 1"),

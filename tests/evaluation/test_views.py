@@ -136,8 +136,16 @@ def test_an_image_too_small_for_a_view_is_named(model: tuple[Backbone, Any]) -> 
 
 @pytest.mark.parametrize("view", [View((), 84, window=75), View((), 84, window=84, stride=20), View((), 90, "square")])
 def test_sizes_that_are_no_whole_patches_are_refused(model: tuple[Backbone, Any], view: View) -> None:
-    with pytest.raises(UsageError, match="does not fit: patches are 14 pixels"):
+    with pytest.raises(UsageError, match="does not fit: patches are 14 pixels, and at least"):
         ViewPreprocessing.of(view, model[0])
+
+
+def test_infinite_neighbours_spoil_no_average() -> None:
+    patches = torch.ones(5, 5, 2)
+    marked = torch.zeros(5, 5, dtype=torch.bool)
+    marked[2, 2] = marked[2, 3] = True
+    patches[marked] = torch.inf
+    assert torch.equal(smoothed(patches, marked), torch.ones(5, 5, 2))
 
 
 def test_placebos_change_what_they_say() -> None:

@@ -67,7 +67,7 @@ def measured(
         list(SHOWN),
         data,
         EvaluateSettings(no_placebos=not placebos, resamples=500, workers=0),
-        options={"depth": {"steps": 100, "batch": 4}, "segmentation": {"steps": 150}},
+        options={"depth": {"steps": 100, "batch": 4, "max_depth": 20}, "segmentation": {"steps": 150}},
         compare=ModelRequest(plants.MODEL, weights=other),
         features=features,
     )

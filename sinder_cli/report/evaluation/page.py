@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sinder_cli.escaping import printable
 from sinder_cli.evaluation.contract import SideName
-from sinder_cli.evaluation.folder import PICTURES
+from sinder_cli.evaluation.folder import DOCUMENT, PICTURES, begin_evaluation
+from sinder_cli.evaluation.registry import blamed
 from sinder_cli.evaluation.sentences import headline, shown
 from sinder_cli.evaluation.settings import EvaluateSettings
-from sinder_cli.events import Emit, tracked
-from sinder_cli.files import make_folder, output_error, write_json, write_text
+from sinder_cli.events import Emit, Warned, tracked
+from sinder_cli.files import output_error, write_json, write_text
+from sinder_cli.images.decoding import UnreadableImageError
 from sinder_cli.report import formatting
 from sinder_cli.report.documents import evaluation_document
 from sinder_cli.report.drawing.pictures import Panel, enlarged, image_file, reduced
@@ -22,12 +24,15 @@ from sinder_cli.report.formatting import Named, counted, duration
 from sinder_cli.report.templates import html_template
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from sinder_cli.evaluation.contract import Pixels
     from sinder_cli.evaluation.records import Evaluation, FigureRecord, TaskRecord, ValueRecord
     from sinder_cli.evaluation.run import EvaluationResult, Scored
 
+UNJUDGED = ("within noise", "too few images")
 SIDE_PIXELS = 320  # of a picture
-KINDS = {"better": "good", "worse": "bad", "within noise": "none", "higher": "none", "lower": "none"}
+KINDS = {"better": "good", "worse": "bad"}  # of a standing, as a colour; all others have none
 
 
 class Cell(NamedTuple):
@@ -65,29 +70,25 @@ class TaskSection(NamedTuple):
 
 
 def write_evaluation(folder: Path, result: EvaluationResult, settings: EvaluateSettings, emit: Emit) -> None:
-    """Write everything into `folder`; the document comes last, so that it stands for a whole evaluation.
+    """Write everything into `folder`: the document first, so that no picture that fails can cost the results.
 
     Raises `CannotCreateError` or `StorageError` for what the file system refuses.
     """
-    try:
-        make_folder(folder / PICTURES)
-        for old in (folder / PICTURES).iterdir():
-            old.unlink()
-        sections = [
-            TaskSection(
-                record,
-                _facts(record),
-                [_row(figure, result.evaluation) for figure in record.figures],
-                [f"{side}: {note}" for side, notes in record.notes.items() for note in notes],
-                list(_changed(folder / PICTURES, scored, record, settings.figures, emit)),
-            )
-            for record, scored in zip(result.evaluation.tasks, result.scored, strict=True)
-        ]
-    except OSError as error:
-        raise output_error(folder, error) from error
+    begin_evaluation(folder)
     write_text(folder / "evaluation.csv", csv_text(result.evaluation))
+    write_json(folder / DOCUMENT, evaluation_document(result.evaluation))
+    labels = {side.side: side.label for side in result.evaluation.sides}
+    sections = [
+        TaskSection(
+            record,
+            _facts(record),
+            [_row(figure, result.evaluation) for figure in record.figures],
+            [f"{labels[side]}: {note}" for side, notes in record.notes.items() for note in notes],
+            list(_changed(folder / PICTURES, scored, record, labels, settings.figures, emit)),
+        )
+        for record, scored in zip(result.evaluation.tasks, result.scored, strict=True)
+    ]
     write_text(folder / "report.html", render_evaluation_page(result.evaluation, sections))
-    write_json(folder / "evaluation.json", evaluation_document(result.evaluation))
 
 
 def csv_text(evaluation: Evaluation) -> str:
@@ -145,11 +146,16 @@ def _cell(value: ValueRecord | None) -> Cell | None:
         return Cell(number, "", "none")
     of = value.to_original
     words = f"{shown(of.value)} [{shown(of.low)}, {shown(of.high)}]"
-    return Cell(number, f"{words}, within noise" if of.standing == "within noise" else words, KINDS[of.standing])
+    return Cell(number, f"{words}, {of.standing}" if of.standing in UNJUDGED else words, KINDS.get(of.standing, "none"))
 
 
-def _changed(folder: Path, scored: Scored, record: TaskRecord, most: int, emit: Emit) -> Iterator[ChangedImage]:
-    """Yield the images that the second model changed most, both ways, and write their pictures."""
+def _changed(
+    folder: Path, scored: Scored, record: TaskRecord, labels: Mapping[SideName, str], most: int, emit: Emit
+) -> Iterator[ChangedImage]:
+    """Yield the images that the second model changed most, both ways, and write their pictures.
+
+    An image that can no longer be read is left out, with a warning.
+    """
     pair = _compared_sides(scored)
     if pair is None or most == 0:
         return
@@ -162,14 +168,27 @@ def _changed(folder: Path, scored: Scored, record: TaskRecord, most: int, emit: 
     best, worst = order[:half], order[half:][::-1][: min(most, len(order)) - half]
     for index in tracked([*best, *worst], emit, f"{record.task}: pictures", len(best) + len(worst), "images"):
         name = printable(Path(scored.dataset.test.name(index)).name)
-        panels = list(_panels(scored, index, pair))
-        for at, panel in enumerate(panels):
-            if panel.image is not None:
-                place = folder / f"{record.task}-{index:05}-{at}{panel.image.suffix}"
-                place.write_bytes(panel.image.content)
+        try:
+            photograph = scored.dataset.test.load(index)
+        except UnreadableImageError as error:
+            emit(Warned(f"no pictures of {name}: {error}"))
+            continue
+        with blamed(scored.task):
+            panels = list(_panels(scored, index, photograph, pair, labels))
+        _write_panels(folder, f"{record.task}-{index:05}", panels)
         change = float(changes[index])
         words = "no change" if change == 0 else f"{'better' if change > 0 else 'worse'} by {abs(change):.3g}"
         yield ChangedImage(name, words, panels)
+
+
+def _write_panels(folder: Path, stem: str, panels: Sequence[Panel]) -> None:
+    for at, panel in enumerate(panels):
+        if panel.image is not None:
+            path = folder / f"{stem}-{at}{panel.image.suffix}"
+            try:
+                path.write_bytes(panel.image.content)
+            except OSError as error:
+                raise output_error(path, error) from error
 
 
 def _compared_sides(scored: Scored) -> tuple[SideName, SideName] | None:
@@ -178,18 +197,19 @@ def _compared_sides(scored: Scored) -> tuple[SideName, SideName] | None:
     return None if second is None else ("original", second)
 
 
-def _panels(scored: Scored, index: int, pair: tuple[SideName, SideName]) -> Iterator[Panel]:
+def _panels(
+    scored: Scored, index: int, image: Image, pair: tuple[SideName, SideName], labels: Mapping[SideName, str]
+) -> Iterator[Panel]:
     """Yield image, truth, before and after."""
     import numpy as np
 
-    photograph = reduced(np.asarray(scored.dataset.test.load(index).convert("RGB")), SIDE_PIXELS)
-    yield Panel("image", "the image", image_file(photograph, "jpeg"))
+    yield Panel("image", "the image", image_file(reduced(np.asarray(image.convert("RGB")), SIDE_PIXELS), "jpeg"))
     if scored.task.truth is not None:
         yield _panel("truth", scored.task.truth(scored.dataset, index))
     for side in pair:
         picture = scored.scores[side].picture
         if picture is not None:
-            yield _panel(side, picture(index))
+            yield _panel(labels[side], picture(index))
 
 
 def _panel(label: str, picture: Pixels) -> Panel:
