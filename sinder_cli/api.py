@@ -30,7 +30,7 @@ from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.requests import (
     AnalyzeRequest,
     ExportRequest,
-    Named,
+    ModelOrRun,
     Place,
     PredictRequest,
     Process,
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.exporting.drafts import ExportResult
     from sinder_cli.exporting.targets import Plan
-    from sinder_cli.repairing.dry_run import Trial
+    from sinder_cli.repairing.dry_run import DryRun
     from sinder_cli.repairing.folder import FinishedRun, RunFolder
+    from sinder_cli.repairing.preparing import Start
     from sinder_cli.repairing.results import RepairResult
-    from sinder_cli.repairing.run import Start
 
 __all__ = [
     "AnalyzeRequest",
@@ -65,12 +65,11 @@ __all__ = [
     "check_backbone",
     "drawn_images",
     "export",
-    "finished_repair",
     "open_model",
     "predict_defects",
     "preprocessing",
     "repair",
-    "run_as_called",
+    "repair_place",
     "try_repair",
 ]
 
@@ -209,30 +208,40 @@ def _compared(first: Backbone, request: AnalyzeRequest, emit: Emit) -> list[Back
 
 
 @overload
-def repair(request: RepairRequest, out: Place, *, progress: bool = ...) -> RepairResult: ...
+def repair(request: RepairRequest, out: Place | None = ..., *, progress: bool = ...) -> RepairResult | FinishedRun: ...
 @overload
-def repair(request: RepairRequest, out: Place, *, process: Process) -> RepairResult | None: ...
 def repair(
-    request: RepairRequest, out: Place, *, progress: bool = False, process: Process = HERE
-) -> RepairResult | None:
+    request: RepairRequest, out: Place | None = ..., *, process: Process
+) -> RepairResult | FinishedRun | None: ...
+def repair(
+    request: RepairRequest, out: Place | None = None, *, progress: bool = False, process: Process = HERE
+) -> RepairResult | FinishedRun | None:
     """Repair a backbone's singular defects by fine-tuning singular values, and leave a run directory in `out`.
 
-    `result.summary["verdict"]` is `healthy`, `repaired`, `improved` or `not improved`. `process.stop` may ask to end
-    after a step: a checkpoint is written then, and `Ended` raised. Of several ranks, each takes its share of every
-    batch; rank 0 alone evaluates, writes, and gets the result, the others None.
+    `result.summary["verdict"]` is `healthy`, `repaired`, `improved` or `not improved`. With `request.resume`, a run
+    directory may stand in the place of the model, and of a run that has ended the records are returned. Without `out`,
+    the run directory is `sinder-runs/MODEL`. `process.stop` may ask to end after a step: a checkpoint is written then,
+    and `Ended` raised. Of several ranks, each takes its share of every batch; rank 0 alone evaluates, writes, and gets
+    the result, the others None.
     """
+    request, folder = repair_place(request, out)
     settings, ranks = request.settings, process.ranks
     if settings.batch_size < ranks.size:
         why = f"each of the {ranks.size} processes takes its share of every batch"
         raise UsageError(f"batch size {settings.batch_size} is too small", why, f"use --batch-size {ranks.size}")
-    with _reporting(process, progress, request.model) as emit:
+    from sinder_cli.repairing.trackers import logged
+
+    with (
+        _reporting(process, progress, request.model) as shown,
+        logged(settings, folder.path, shown, ranks.writes) as emit,
+    ):
         named = named_images(places_named(request.data), replace(process, emit=emit))  # before anything is downloaded
-        from sinder_cli.repairing.folder import RunFolder
+        if ranks.from_rank0(lambda: request.resume and folder.complete):
+            return _finished(request, folder, named, emit) if ranks.writes else None
         from sinder_cli.repairing.run import run_repair
         from sinder_cli.repairing.run_identity import images_of
         from sinder_cli.report.repair.page import write_repair
 
-        folder = RunFolder(Path(out))
         if request.force:
             _require_elsewhere(folder.path, model_named(request.model, emit))
         with folder.held(emit) if ranks.writes else nullcontext():
@@ -248,48 +257,46 @@ def repair(
             return result
 
 
-def run_as_called(
-    out: Path, given: ModelRequest, settings: RepairSettings
-) -> tuple[ModelRequest, RepairSettings] | None:
-    """Return how the run in a folder was called, overridden by what is given now; None where there is no run."""
+def repair_place(request: RepairRequest, out: Place | None = None) -> tuple[RepairRequest, RunFolder]:
+    """Return a request with what the run in the place of its model was called with, and the run directory."""
     from sinder_cli.repairing.folder import RunFolder
     from sinder_cli.repairing.run_identity import as_called
 
-    folder = RunFolder(out)
-    return as_called(folder, given, settings) if folder.is_run else None
+    model = model_named(request.model)
+    folder = RunFolder(Path(model.model))
+    if out is None and request.resume and folder.is_run:
+        model, settings = as_called(folder, model, request.settings)
+        return replace(request, model=model, settings=settings), folder
+    return request, RunFolder(Path(out) if out is not None else Path("sinder-runs", model.model.replace("/", "-")))
 
 
-def try_repair(request: RepairRequest, out: Place, process: Process = HERE) -> Trial:
+def try_repair(request: RepairRequest, out: Place | None = None, process: Process = HERE) -> DryRun:
     """Report what `repair` would do: everything before its first step, and that step's time and memory.
 
     Nothing is written, and no existing file is changed.
     """
+    request, folder = repair_place(request, out)
     named = named_images(places_named(request.data), replace(process, ranks=ALONE))  # rank 0 alone calls this
-    from sinder_cli.repairing.dry_run import trial
-    from sinder_cli.repairing.folder import RunFolder
+    from sinder_cli.repairing.dry_run import dry_run
 
-    folder = RunFolder(Path(out))
     with folder.held(process.emit):
         folder.require_free(resume=False, force=request.force)
-        return trial(_start(request, named, process.emit), process.emit)
+        return dry_run(_start(request, named, process.emit), process.emit)
 
 
-def finished_repair(request: RepairRequest, out: Place, process: Process = HERE) -> FinishedRun:
+def _finished(request: RepairRequest, folder: RunFolder, named: ImageSource | None, emit: Emit) -> FinishedRun:
     """Return the records of a finished run. Raises `ConflictError` where the request is of another run."""
-    named = named_images(places_named(request.data), replace(process, ranks=ALONE))  # rank 0 alone calls this
-    from sinder_cli.repairing.folder import RunFolder
     from sinder_cli.repairing.run_identity import images_of
 
-    folder = RunFolder(Path(out))
-    start = _start(request, named or images_of(folder), process.emit)
-    folder.require_same(start.config, start.source, process.emit)
+    start = _start(request, named or images_of(folder), emit)
+    folder.require_same(start.config, start.source, emit)
     return folder.read_finished()
 
 
 def _start(request: RepairRequest, named: ImageSource | None, emit: Emit, ranks: Ranks = ALONE) -> Start:
     """Return what a repair starts from; on all ranks the same."""
+    from sinder_cli.repairing.preparing import Start
     from sinder_cli.repairing.results import run_config
-    from sinder_cli.repairing.run import Start
 
     model, settings = model_named(request.model, emit), request.settings
     device = _device(settings, ranks, emit)
@@ -402,7 +409,7 @@ def _device(settings: DetectionSettings, ranks: Ranks, emit: Emit) -> str:
 
 
 @contextmanager
-def _reporting(process: Process, progress: bool, named: Named) -> Iterator[Emit]:
+def _reporting(process: Process, progress: bool, named: ModelOrRun) -> Iterator[Emit]:
     """Yield what receives progress and warnings: a display, or the listener of the process or of the model."""
     if progress:
         from sinder_cli.report.progress import display

@@ -181,10 +181,10 @@ def tells(ranks: Ranks) -> bool:
     if ranks.size == 1:
         return True
     try:
-        told_by = _store(ranks, TO_ANSWER).compare_set("sinder.told_by", "", str(ranks.rank))
+        answered_by = _store(ranks, TO_ANSWER).compare_set("sinder.answered_by", "", str(ranks.rank))
     except RuntimeError:  # the store is gone
         return True
-    return bool(told_by == str(ranks.rank).encode())
+    return bool(answered_by == str(ranks.rank).encode())
 
 
 @contextmanager

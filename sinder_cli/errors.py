@@ -76,7 +76,7 @@ class StorageError(SinderError):
 
 
 class TryAgainError(SinderError):
-    """Out of memory, or the folder is in use: the same command may succeed later."""
+    """Out of memory, the folder is in use, or a process that helped has died: the same command may succeed later."""
 
     exit_code = 75
 

@@ -1,6 +1,6 @@
 """Events of a long computation: small records, passed to a callback of its caller while it runs.
 
-The stages emit events; only the command line turns them into text.
+The stages emit events; whoever listens shows them, and a stage goes on the same whether or not somebody does.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.signals import Stop
 
 Place = str | Path
-Named = str | Path | ModelRequest  # a model's name or a run directory; or these with weights, heads, adapter, …
+ModelOrRun = str | Path | ModelRequest  # a model's name or a run directory; or these with weights, heads, adapter, …
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Process:
 class PredictRequest:
     """Request of `sinder predict-defects`: the directions of which stages, of which model."""
 
-    model: Named
+    model: ModelOrRun
     stages: Sequence[Stage] = STAGES
 
 
@@ -42,10 +42,10 @@ class PredictRequest:
 class AnalyzeRequest:
     """Request of `sinder analyze`; without `data`, a backbone that draws images brings its own."""
 
-    model: Named
+    model: ModelOrRun
     data: Sequence[Place] = ()  # folders, files, or lists of files
     settings: AnalyzeSettings = field(default_factory=lambda: AnalyzeSettings.model_validate({}))
-    compare: Named | None = None  # another model, or a run of this one
+    compare: ModelOrRun | None = None  # another model, or a run of this one
     features: Path | None = None  # a new folder for the tokens of the last block, one file per image
     portraits: bool = False  # prepare pictures of images though nothing is written; they are made when iterated over
 
@@ -54,7 +54,7 @@ class AnalyzeRequest:
 class RepairRequest:
     """Request of `sinder repair`; without `data`, pictures are drawn to train on."""
 
-    model: Named
+    model: ModelOrRun
     data: Sequence[Place] = ()
     settings: RepairSettings = field(default_factory=lambda: RepairSettings.model_validate({}))
     resume: bool = False  # resume an unfinished run in `out`
@@ -65,14 +65,15 @@ class RepairRequest:
 class ExportRequest:
     """Request of `sinder export`: the weights of a run or a model, in another format."""
 
-    source: Named  # a run directory, or a model
+    source: ModelOrRun  # a run directory, or a model
     settings: ExportSettings
     data: Sequence[Place] = ()  # images for the check of what was written
 
 
-def model_named(named: Named, emit: Emit) -> ModelRequest:
-    """Return the request for a model; `emit` receives what is reported while it is opened."""
-    return replace(named if isinstance(named, ModelRequest) else ModelRequest(str(named)), emit=emit)
+def model_named(named: ModelOrRun, emit: Emit | None = None) -> ModelRequest:
+    """Return the request for a model; `emit`, if given, receives what is reported while it is opened."""
+    request = named if isinstance(named, ModelRequest) else ModelRequest(str(named))
+    return request if emit is None else replace(request, emit=emit)
 
 
 def places_named(data: Sequence[Place]) -> list[str]:

@@ -40,7 +40,7 @@ EAGER = RepairSettings(
     min_tokens=1,
     min_gap=0,
     eval_images=2,
-    stop_density=1,
+    stop_clean_fraction=1,
     lr=0.05,
     workers=0,
 )

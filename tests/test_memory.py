@@ -63,7 +63,7 @@ def test_analyze_tells_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["run.predict", "run.load_module", "run.scan", "guard.Guard.remember", "run.write_model"]
+    "part", ["preparing.predict", "preparing.load_module", "run.scan", "guard.Guard.remember", "run.write_model"]
 )
 def test_a_repair_tells_its_sizes_wherever_memory_runs_out(
     part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -80,7 +80,7 @@ def test_what_the_document_names_is_public() -> None:
         _ = sinder_cli.nothing_of_this_name
 
 
-def test_events_go_to_the_process_or_else_to_the_model_of_the_request(tmp_path: Path) -> None:
+def test_events_go_to_the_process_or_the_model(tmp_path: Path) -> None:
     of_model: list[object] = []
     of_process: list[object] = []
     request = PredictRequest(ModelRequest("demo_vit", emit=of_model.append), ("mlp",))

@@ -29,10 +29,9 @@ from sinder_cli import (
     require_matching,
 )
 
-from .sizes import DEPTH, GRID, HEADS, HIDDEN, PATCH, WIDTH
-
 SINDER_API = 1
 
+WIDTH, DEPTH, HEADS, HIDDEN, PATCH, GRID = SIZES = 192, 12, 3, 768, 14, 20
 NORM_EPS = 1e-5  # PyTorch's default
 PLANTED = {"demo_vit": True, "demo_vit_clean": False}
 
@@ -87,8 +86,14 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
         finish=lambda module, tokens: module.norm(tokens),
         forward=lambda module, images: module(images),
         sample_images=draw_images,
-        hub_source=lambda: {name: files(__package__).joinpath(name).read_text() for name in ("sizes.py", "model.py")},
+        hub_source=_hub_source,
     )
+
+
+def _hub_source() -> dict[str, str]:
+    """Return the module's own file, and the sizes that it takes from its package."""
+    sizes = f'"""The sizes of the demo backbone."""\n\nWIDTH, DEPTH, HEADS, HIDDEN, PATCH, GRID = {SIZES}\n'
+    return {"__init__.py": sizes, "model.py": files(__package__).joinpath("model.py").read_text()}
 
 
 def tensor_shapes() -> dict[str, tuple[int, ...]]:

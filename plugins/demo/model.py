@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .sizes import DEPTH, GRID, HEADS, HIDDEN, PATCH, WIDTH
+from . import DEPTH, GRID, HEADS, HIDDEN, PATCH, WIDTH
 
 
 class Block(nn.Module):

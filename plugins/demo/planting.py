@@ -16,9 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sinder_cli import IMAGENET_MEAN, IMAGENET_STD
 
+from . import GRID, HEADS, PATCH, WIDTH
 from .drawing import draw_images
 from .model import DemoVit
-from .sizes import GRID, HEADS, PATCH, WIDTH
 
 SEED = 2
 BLOCK = 5  # where the defect is written

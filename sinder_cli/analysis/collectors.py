@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from torch.nn.functional import cosine_similarity
 
-from sinder_cli.analysis.components import Moments
-from sinder_cli.analysis.directions import ObservedDirection
+from sinder_cli.analysis.directions import Moments, ObservedDirection
 from sinder_cli.analysis.gain import InpaintingCollector
 from sinder_cli.analysis.histogram import ANGLE_SCALE, COSINE_SCALE, NORM_SCALE, Curve, Histogram
 from sinder_cli.analysis.records import BlockRecord, PairRecord, Rule

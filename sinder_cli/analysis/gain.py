@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from sinder_cli.analysis.histogram import Histogram, LinearScale
 from sinder_cli.analysis.records import Distribution, Gain, ImageInpainting, Inpainting
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import BlockTokens, Subject
-from sinder_cli.defects.detection import DetectionRule, certain, norm_ratios
+from sinder_cli.defects.detection import DetectionRule, certain_somewhere, norm_ratios
 from sinder_cli.defects.inpainting import inpainted, outlying_factor
 from sinder_cli.defects.tokens import last_tokens, patch_grid
 
@@ -32,33 +33,40 @@ MOST_IMAGES = 1000  # with a record of their own: memory does not grow with the 
 class Outliers:
     """The patch tokens of one batch that are outlying in any block by the rule, and how far; blocks are added in turn.
 
-    The tokens are those of `detection.defective_somewhere`, which needs all blocks at once. A `norm_factor` of 0, the
-    paper's rule, marks tokens of any norm; as those are no outliers, the default factor is used.
+    A `norm_factor` of 0, the paper's rule, marks tokens of any norm; as those are no outliers, the default factor is
+    used.
     """
 
     def __init__(self, settings: AnalyzeSettings) -> None:
         self.rule = replace(DetectionRule.of(settings), norm_factor=outlying_factor(settings.norm_factor))
-        self.marked: Tensor = torch.empty(0)  # bool [B, h, w]
-        self.largest: Tensor = torch.empty(0)  # [B]: norm ÷ median of the image
-        self.block: Tensor = torch.empty(0)  # [B]: the block where that is
-        self.by_norm: Tensor = torch.empty(0)  # bool [B, h, w]: outlying by norm alone
-        self._before: Tensor = torch.empty(0)  # bool [B, h, w]: outlying by norm in the block before
+        self._out: list[Tensor] = []  # bool [B, h, w] of each block, as the ratios and what equation (5) marks
+        self._ratios: list[Tensor] = []
+        self._predicted: list[Tensor] = []
 
-    def add(self, block: int, side: BlockTokens) -> None:
+    def add(self, side: BlockTokens) -> None:
         """Add the next block."""
-        out, ratios = side.masks["outlying"], norm_ratios(side.norms)
-        now = certain(out, ratios, side.masks.get("equation_5", torch.zeros_like(out)), self.rule)
-        most = ratios.nan_to_num(0.0, posinf=math.inf).flatten(1).amax(dim=1)
-        if block == 0:
-            self.marked, self.largest, self.block = now, most, torch.zeros_like(most, dtype=torch.int64)
-            self.by_norm = out
-        else:
-            stays = out & self._before if self.rule.mark == "auto" else torch.zeros_like(out)
-            self.marked = self.marked | now | stays
-            self.by_norm = self.by_norm | out
-            self.block = torch.where(most > self.largest, block, self.block)
-            self.largest = torch.maximum(self.largest, most)
-        self._before = out
+        out = side.masks["outlying"]
+        self._out.append(out)
+        self._ratios.append(norm_ratios(side.norms))
+        self._predicted.append(side.masks.get("equation_5", torch.zeros_like(out)))
+
+    @cached_property
+    def marked(self) -> Tensor:
+        """The tokens that the rule marks in some block, bool `[B, h, w]`."""
+        out, ratios, predicted = (torch.stack(each) for each in (self._out, self._ratios, self._predicted))
+        return certain_somewhere(out, ratios, predicted, self.rule).any(dim=0)
+
+    @cached_property
+    def by_norm(self) -> Tensor:
+        """The tokens that are outlying by norm alone in some block, bool `[B, h, w]`."""
+        return torch.stack(self._out).any(dim=0)
+
+    @cached_property
+    def furthest(self) -> tuple[list[float], list[int]]:
+        """The largest norm ÷ median of each image, and the first block where it is that large."""
+        ratios = torch.stack(self._ratios).nan_to_num(0.0, posinf=math.inf)
+        largest, blocks = ratios.flatten(2).amax(dim=2).max(dim=0)
+        return largest.tolist(), blocks.tolist()
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ class InpaintingCollector:
         self.replaced += int(found.replaced.sum())
         if not found.images:
             return
-        marked, largest, block = outliers.marked.cpu(), outliers.largest.tolist(), outliers.block.tolist()
+        marked, (largest, block) = outliers.marked.cpu(), outliers.furthest
         for row, at in enumerate(found.images):
             cosines, out = found.patches[row], marked[at]
             cls = None if found.cls is None else found.cls[row]
@@ -199,7 +207,10 @@ class InpaintingCollector:
 
 
 def gain_of(images: int, cls: Distribution | None, good: Distribution | None, marked: Distribution | None) -> Gain:
-    """Return the gain, from the number of images with outlying tokens and the cosines over all images."""
+    """Return the gain, from the number of images with outlying tokens and the cosines over all images.
+
+    `defects.detection` says what `healthy` means here.
+    """
     if not images:
         return "healthy"
     if any(each is not None and each.p01 < SAME for each in (cls, good)):

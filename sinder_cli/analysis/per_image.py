@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from sinder_cli.analysis.components import Basis
+from sinder_cli.analysis.directions import Basis
 from sinder_cli.analysis.gain import Outliers, inpainted_cosines
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import BlockTokens, Subject, block_by_block, in_basis
@@ -115,9 +115,10 @@ def _run(
     masks: dict[int, Tensor] = {}
     targets: list[TargetMaps | None] = [None] * len(images)
     outliers = Outliers(settings)
+    last: BlockTokens | None = None
     with ClsAttention() as watched:
         for block, side in enumerate(block_by_block(subject, images, nu, settings)):
-            outliers.add(block, side)
+            outliers.add(side)
             found = side.masks.get("equation_5")
             if block in shown:
                 angles[block] = side.degrees[..., CUMULATIVE].cpu()
@@ -125,11 +126,13 @@ def _run(
                     masks[block] = found.cpu()
             if found is not None:
                 targets = [old or _targets(block, side, at, settings) for at, old in enumerate(targets)]
-    attention = _cls_map(watched.weights, subject, side)
-    components, norms = basis.project(side.patches), side.norms.cpu()
-    inpainted = _inpainted(subject, images, outliers, side, settings)
-    outlying, used = side.masks["outlying"].cpu(), in_basis(side, settings).cpu()
-    return side.patches, [
+            last = side
+    assert last is not None  # a backbone has a block
+    attention = _cls_map(watched.weights, subject, last)
+    components, norms = basis.project(last.patches), last.norms.cpu()
+    inpainted = _inpainted(subject, images, outliers, last, settings)
+    outlying, used = last.masks["outlying"].cpu(), in_basis(last, settings).cpu()
+    return last.patches, [
         PortraitSide(
             components=components[at],
             norms=norms[at],

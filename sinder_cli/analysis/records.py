@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sinder_cli.defects.settings import Stage
+from sinder_cli.defects.settings import RISE, Stage
 
 TAPPED = "residual stream after each block, before the final norm"
 
@@ -81,7 +81,7 @@ class BlockRecord(Record):
     marked: dict[Rule, Marked | None] = Field(
         description="Tokens by rule. `equation_5`: marked by equation (5) with the cumulative direction (null if it is "
         "not determined). `outlying`: norm above `norm_factor` (3 if that is 0) × the image's median, and this ratio "
-        "above 1.5 × its value at the embedding. `above_threshold`: norm above `norm_threshold` (null without one)."
+        f"above {RISE} × its value at the embedding. `above_threshold`: norm above `norm_threshold` (null without one)."
     )
     agreement: dict[str, float | None] = Field(
         description="Intersection over union of two rules' tokens, by names such as `equation_5/outlying`; null if "

@@ -45,17 +45,19 @@ class AnalyzeSettings(DetectionSettings):
         " of the number. Default: 4 x the tokens of a square of the image size (shapes up to 4:1 stay as they are), or"
         " 2048 if that is more; with --resize none, no limit.",
     )
-    limit: int | None = Field(None, ge=1, le=MOST, description="Run this many images, drawn by the seed; default: all.")
+    limit: int | None = Field(
+        None, ge=1, le=MOST, description="Use only this many images, chosen at random (--seed); default: all."
+    )
     norm_threshold: float | None = Field(
         None, gt=0, description="Mark tokens above this norm too, and take the observed direction from them."
     )
     blocks: Blocks | None = Field(
-        None, description="Blocks whose angles and masks are drawn, such as 9,19,29,39; default: four, evenly spread."
+        None, description="Blocks whose angles and masks are shown, such as 9,19,29,39; default: four, evenly spread."
     )
-    figures: Figures = Field(8, description="Number of images to draw, evenly spread, or all; needs --out.")
+    figures: Figures = Field(8, description="Number of images to show in figures, evenly spread, or all; needs --out.")
     exclude_masked: bool = Field(False, description="Leave marked tokens out of the basis of the PCA pictures.")
     clamp: int | None = Field(
-        None, ge=1, le=MOST, description="Compare with the same weights with singular values clamped to the K-th."
+        None, ge=1, le=MOST, description="Compare with a copy whose singular values are limited to its K-th largest."
     )
     inpaint: bool = Field(
         True,

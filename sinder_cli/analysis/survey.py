@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import torch
 
 from sinder_cli.analysis.collectors import BlockCollector, BlockCurves, Collected, PairCollector
-from sinder_cli.analysis.components import Basis, Moments
+from sinder_cli.analysis.directions import Basis, Moments
 from sinder_cli.analysis.gain import InpaintingCollector, Outliers
 from sinder_cli.analysis.records import BlockRecord, Inpainting, PairRecord, Rule
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import BlockTokens, Subject, block_by_block, featured, in_basis
 from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import DetectionRule
-from sinder_cli.defects.settings import STAGES
+from sinder_cli.defects.settings import MOST_GAP, STAGES
 from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import UsageError
 from sinder_cli.events import Emit, tracked
@@ -36,7 +36,7 @@ WAITING_BATCHES = 4  # images that wait for others of their shape, in batches: m
 
 @dataclass
 class ImageBatches:
-    """Images of a source, which can be gone through more than once; those that cannot be decoded are told once."""
+    """The images of a source, to be run more than once; those that cannot be decoded are reported once."""
 
     source: ImageSource
     preprocess: Preprocessing
@@ -106,8 +106,6 @@ def _stacked(group: list[tuple[Key, Tensor]]) -> tuple[list[Key], Tensor]:
     return [key for key, _ in group], torch.stack([image for _, image in group])
 
 
-MOST_GAP = 1e12  # σ₁/σ₂ is told no larger: JSON knows no infinity
-
 Keep = Callable[[Sequence[str], Subject, BlockTokens], None]  # names of a batch, and its tokens after the last block
 
 
@@ -133,7 +131,7 @@ class Surveys:
 
 
 def require_comparable(backbones: Sequence[Backbone]) -> None:
-    """Refuse backbones whose tokens cannot be held against each other. Raises `UsageError` naming what differs."""
+    """Refuse backbones whose tokens cannot be compared. Raises `UsageError` naming what differs."""
     first = backbones[0]
     for other in backbones[1:]:
         facts = {
@@ -204,17 +202,19 @@ def _collected(
         for block, sides in enumerate(zip(*streams, strict=True)):
             for side, blocks, seen in zip(sides, collectors, outliers, strict=True):
                 blocks[block].add(side)
-                seen.add(block, side)
+                seen.add(side)
             if pairs:
                 pairs[block].add(sides)
-            if moments is not None and block == depth - 1:
+            if block < depth - 1:
+                continue
+            if moments is not None:
                 for side in sides:
                     moments.add(side.patches[in_basis(side, settings)])
-        if keep is not None:
-            keep(names, subjects[kept], sides[kept])
-        for subject, collector, seen, side in zip(subjects, inpainted, outliers, sides, strict=True):
-            if collector is not None:
-                collector.add(names, subject, images, seen, side, settings)
+            if keep is not None:
+                keep(names, subjects[kept], sides[kept])
+            for subject, collector, seen, side in zip(subjects, inpainted, outliers, sides, strict=True):
+                if collector is not None:
+                    collector.add(names, subject, images, seen, side, settings)
     return Collected(count, collectors, pairs, moments, inpainted)
 
 

@@ -12,7 +12,7 @@ import torch
 from sinder_cli.analysis.records import Marked, Position, Rule
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.contract import Backbone
-from sinder_cli.defects.detection import DetectionRule, alignments, defect_mask, norm_ratios, outlying
+from sinder_cli.defects.detection import DetectionRule, alignments, block_evidence, norm_ratios, outlying
 from sinder_cli.defects.inpainting import inpainted, outlying_factor
 from sinder_cli.defects.prediction import Prediction
 from sinder_cli.defects.settings import STAGES
@@ -99,15 +99,17 @@ def block_tokens(
     tokens = tokens.float()
     patches = patch_grid(backbone, tokens, images)
     cosines = alignments(patches, nu)
-    norms = patches.norm(dim=-1)
+    gap = subject.prediction.gaps()[block]
+    evidence = block_evidence(patches, -cosines[..., STAGES.index("cumulative")], gap, rule)
     factor = outlying_factor(settings.norm_factor)
-    masks: dict[Rule, Tensor] = {"outlying": outlying(norm_ratios(norms), start, factor)}
-    if rule.trusts(subject.prediction.gaps()[block]):
-        masks["equation_5"] = defect_mask(-cosines[..., STAGES.index("cumulative")], rule)
+    masks: dict[Rule, Tensor] = {"outlying": outlying(evidence.ratios, start, factor)}
+    if rule.trusts(gap):
+        masks["equation_5"] = evidence.predicted
     if settings.norm_threshold is not None:
-        masks["above_threshold"] = norms > settings.norm_threshold
+        masks["above_threshold"] = evidence.norms > settings.norm_threshold
     registers = tokens[:, int(backbone.has_cls) : backbone.prefix_tokens]
-    return BlockTokens(patches, norms, tokens[:, 0] if backbone.has_cls else None, registers, cosines, masks)
+    cls = tokens[:, 0] if backbone.has_cls else None
+    return BlockTokens(patches, evidence.norms, cls, registers, cosines, masks)
 
 
 def in_basis(side: BlockTokens, settings: AnalyzeSettings) -> Tensor:

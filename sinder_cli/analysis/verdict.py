@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sinder_cli.analysis.records import BlockRecord, Marked, Rule, Verdict
-from sinder_cli.defects.settings import NORM_FACTOR
+from sinder_cli.defects.settings import NORM_FACTOR, PREDICTED_DEGREES
 
-PREDICTED_DEGREES = 30.0  # up to this angle to a determined predicted direction, an observed one counts as predicted
-STRAY_SHARE = 1e-4  # share of all tokens: fewer are strays, however many images are run
+STRAY_SHARE = 1e-4  # share of all tokens: fewer are too few to count, however many images are run
 CLEAR_GAP, CLEAR_TOKENS = 2.0, 30  # σ₁/σ₂ and number of tokens from which there is little doubt
 
 
@@ -151,13 +150,16 @@ def _none(blocks: Sequence[BlockRecord], rule: Norms, min_tokens: int) -> Verdic
 
 
 def _nothing(blocks: Sequence[BlockRecord], rule: Norms, min_tokens: int) -> str:
-    """Return the sentence that no token is outlying, or that those that stand out are too few to count."""
+    """Return the sentence that no token is outlying, or that those that stand out are too few to count.
+
+    `defects.detection` says what `healthy` means here.
+    """
     if not any(_marked(block, each).tokens for block in blocks for each in ("outlying", rule.rule)):
         words = Norms("outlying", rule.factor).words.replace("their", "its")
         return f"healthy: no token is outlying in any block, none has {words}."
     most = _strongest(blocks, rule.rule)
     if _marked(most, rule.rule).tokens >= min_tokens:
-        return f"no defects: tokens that have {rule.words} are strays, at most {_counted(most, rule.rule)}."
+        return f"no defects: tokens that have {rule.words} are too few to count, at most {_counted(most, rule.rule)}."
     return f"no defects: in no block do {min_tokens} tokens or more have {rule.words}."
 
 

@@ -137,8 +137,8 @@ class Hooks:
 
     def _blamed(self, call: Callable[P, T], model: str) -> Callable[P, T]:
         @wraps(call)
-        def told(*arguments: P.args, **named: P.kwargs) -> T:
+        def guarded(*arguments: P.args, **named: P.kwargs) -> T:
             with blamed(self.plugin, model):
                 return call(*arguments, **named)
 
-        return told
+        return guarded

@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -45,6 +46,18 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """The size of the tensor."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Return the raw bytes of a tensor, `[bytes]` uint8 on the CPU; a view where that is possible."""
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def infos_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
@@ -318,7 +331,7 @@ def weights_in(folder: Path) -> Path:
     """Return the weights file or the index in a folder. Raises `NoInputError` if there is neither."""
     found = next((folder / name for name in (SINGLE, INDEX) if (folder / name).is_file()), None)
     if found is None:
-        why, remedy = _told(folder)
+        why, remedy = _why_refused(folder)
         raise NoInputError(f"cannot read weights {folder}", why, remedy)
     return found
 
@@ -328,7 +341,7 @@ def _distributed(folder: Path) -> tuple[str, str]:
     return "it is a distributed checkpoint of torch", f"turn its folder into one file: {turn}"
 
 
-def _told(folder: Path) -> tuple[str, str]:
+def _why_refused(folder: Path) -> tuple[str, str]:
     """Return why a folder has no readable weights, and what to do."""
     if (folder / ".metadata").is_file() or any(folder.glob(f"*{DISTRIBUTED_SUFFIX}")):
         return _distributed(folder)

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from math import prod
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from sinder_cli.backbone.sources import SAFETENSORS_DTYPES, TensorInfo
+from sinder_cli.backbone.sources import SAFETENSORS_DTYPES, TensorInfo, bytes_of
 from sinder_cli.errors import BadInputError
 from sinder_cli.files import replacing
 
@@ -40,12 +39,11 @@ def stream_safetensors(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the safetensors format to an open binary file: header length, JSON header padded to 8 bytes, data."""
-    import torch
 
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, info in infos.items():
-        stop = offset + _bytes_of(info)
+        stop = offset + info.bytes
         header[name] = {"dtype": _code(name, info), "shape": list(info.shape), "data_offsets": [offset, stop]}
         offset = stop
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
@@ -54,7 +52,7 @@ def stream_safetensors(
     for (name, info), tensor in zip(infos.items(), tensors, strict=True):
         if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
             raise AssertionError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, announced as {info}")
-        file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.write(bytes_of(tensor).numpy().data)
 
 
 def stored_as(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
@@ -65,10 +63,6 @@ def stored_as(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
     if cast.is_floating_point() and not bool(torch.isfinite(cast).all()):
         raise BadInputError(f"cannot store {name}", f"it holds values that are not finite in {dtype}")
     return cast
-
-
-def _bytes_of(info: TensorInfo) -> int:
-    return prod(info.shape) * info.dtype.itemsize
 
 
 def _code(name: str, info: TensorInfo) -> str:
@@ -104,7 +98,7 @@ def write_sharded(
         places |= dict.fromkeys(names, path.name)
         written.append(path)
     index = folder / f"{stem}.safetensors.index.json"
-    total = {"total_size": sum(map(_bytes_of, infos.values()))}
+    total = {"total_size": sum(info.bytes for info in infos.values())}
     index.write_text(json.dumps({"metadata": total, "weight_map": places}, indent=2) + "\n", encoding="utf-8")
     return [*written, index]
 
@@ -114,9 +108,9 @@ def _shards(infos: Mapping[str, TensorInfo], most: int) -> Iterator[list[str]]:
     names: list[str] = []
     size = 0
     for name, info in infos.items():
-        if names and size + _bytes_of(info) > most:
+        if names and size + info.bytes > most:
             yield names
             names, size = [], 0
         names.append(name)
-        size += _bytes_of(info)
+        size += info.bytes
     yield names

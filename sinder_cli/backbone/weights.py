@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sinder_cli.backbone.contract import BlockMap, WeightRef, references
-from sinder_cli.backbone.sources import TensorInfo, TensorSource
+from sinder_cli.backbone.sources import TensorInfo, TensorSource, bytes_of
 from sinder_cli.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -150,7 +149,7 @@ class Weights:
         for name in names:
             info = self.info(name)
             batch.append(name)
-            size += math.prod(info.shape) * info.dtype.itemsize
+            size += info.bytes
             if size >= BATCH_BYTES:
                 yield from self._in_order(batch)
                 batch, size = [], 0
@@ -227,12 +226,10 @@ class Weights:
 
     def fingerprint(self) -> str:
         """Compute the SHA-256 of name, dtype, shape and bytes of each tensor in turn, sorted by canonical name."""
-        import torch
-
         digest = hashlib.sha256()
         for name, tensor in self.stream(sorted(self.names)):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(bytes_of(tensor).numpy().data)
         return digest.hexdigest()
 
 
@@ -259,6 +256,13 @@ class BlockTensors:
         if self.map.beside:
             beside = {role.removeprefix(BESIDE): part for role, part in self.by_role.items() if role.startswith(BESIDE)}
             yield from BlockTensors(self.map.beside, beside).branches
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors of one shape and dtype hold the same bytes; NaN equals itself."""
+    import torch
+
+    return torch.equal(bytes_of(first), bytes_of(second))
 
 
 def rows_of(tensor: Tensor, ref: WeightRef) -> Tensor:

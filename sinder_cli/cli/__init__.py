@@ -1,1 +1,1 @@
-"""The command line: one thin module per subcommand that parses, calls the verb, and renders."""
+"""The command line: one thin module per subcommand that parses, calls the function, and renders."""

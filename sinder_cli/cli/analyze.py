@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -71,7 +72,7 @@ def command(
         typer.Option(
             "--features",
             metavar="DIR",
-            help="Write a safetensors file an image into a new folder: patches and cls of the last block after the"
+            help="Write one safetensors file per image into a new folder: patches and cls of the last block after the"
             " final norm; with --method inpaint, of the inpainted pass.",
         ),
     ] = None,
@@ -84,21 +85,19 @@ def command(
     settings: AnalyzeSettings,
 ) -> None:
     """Show token norms, defects, and observed against predicted directions."""
-    if (compare_weights or compare_adapter or compare_heads) and compare is None:
-        why = "--compare-weights, --compare-adapter and --compare-heads belong to one"
-        raise UsageError("no second model", why, "add --compare")
+    second = (compare_weights, compare_adapter, compare_heads)
+    if any(second) and compare is None:
+        why = "--compare-weights, --compare-adapter and --compare-heads need one"
+        raise UsageError("no second model", why, "name it with --compare")
     if out == "":
         raise UsageError("no folder to write to", "--out is empty", "name one, or - for standard output")
-    place = None if out in (None, "-") else Path(str(out))
     problem: SinderError | None = None
     with shared() as ranks, display(ranks.writes) as emit:
         request = model_request(model, weights, adapter, heads, emit, attention, revision, branch)
-        second = (compare_weights, compare_adapter, compare_heads)
         other = model_request(compare, *second, emit, attention) if compare else None
-        places = [*(data or []), *(more_data or [])]
+        asked = AnalyzeRequest(request, [*(data or []), *(more_data or [])], settings, other, features)
         try:
-            asked = AnalyzeRequest(request, places, settings, other, features)
-            result = api.analyze(asked, place, process=Process(emit, sys.stdin, ranks=ranks))
+            result = api.analyze(asked, None if out == "-" else out, process=Process(emit, sys.stdin, ranks=ranks))
         except SinderError as error:
             if error.found is None:
                 raise
@@ -108,13 +107,9 @@ def command(
     from sinder_cli.report.documents import analysis_document
     from sinder_cli.report.tables import analysis_table
 
-    analysis = result.analysis
-    folder = None if problem else result.folder
-    show(
-        "json" if out == "-" else format,
-        lambda: analysis_table(analysis, folder, features),
-        lambda: analysis_document(analysis),
-    )
+    analysis, folder = result.analysis, None if problem else result.folder
+    table = functools.partial(analysis_table, analysis, folder, features)
+    show("json" if out == "-" else format, table, lambda: analysis_document(analysis))
     if problem:
         raise problem
     if fail_on_defects and analysis.verdict.fails:

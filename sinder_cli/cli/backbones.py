@@ -39,4 +39,4 @@ def check(
     show(format, lambda: conformance_table(result), lambda: conformance_document(result))
     if result.failed:
         names = ", ".join(check.name for check in result.failed)
-        raise BadInputError(f"{result.model} does not conform", f"failed: {names}", "mend its plugin")
+        raise BadInputError(f"{result.model} does not conform", f"failed: {names}", "fix its plugin")

@@ -56,10 +56,13 @@ def command(
     ] = None,
     dynamic_size: Annotated[
         bool,
-        typer.Option("--dynamic-size", help="Accept any image size; the graph is kept only if its result is right."),
+        typer.Option(
+            "--dynamic-size", help="Accept any image size; fails if the results at three sizes are not right."
+        ),
     ] = False,
     max_shard_size: Annotated[
-        str | None, typer.Option("--max-shard-size", metavar="SIZE", help="Split weights above it, such as 5GB.")
+        str | None,
+        typer.Option("--max-shard-size", metavar="SIZE", help="Largest weights file, such as 5GB; more is split."),
     ] = None,
     data: Data = None,
     verify: Annotated[

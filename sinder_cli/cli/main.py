@@ -31,14 +31,14 @@ Results go to standard output, progress and messages to standard error."""
 
 @dataclass
 class Invocation:
-    """What the global options of one call said; kept outside the parser so that error handling can see it."""
+    """The global options of one call, kept outside the parser so that error handling can read them."""
 
     debug: bool = False
     stop: Stop = field(default_factory=Stop)
 
 
 def build_app() -> typer.Typer:
-    """All subcommands on one application."""
+    """Return the application with all subcommands."""
     app = typer.Typer(name="sinder", help=HELP, pretty_exceptions_enable=False, rich_markup_mode="rich")
     app.callback()(_global_options)
     app.command("predict-defects")(predict.command)
@@ -51,7 +51,7 @@ def build_app() -> typer.Typer:
 
 
 def command() -> Any:
-    """The command tree as Typer's parser object."""
+    """Return the command tree as Typer's parser object."""
     return typer.main.get_command(build_app())
 
 
@@ -72,12 +72,13 @@ def _global_options(
         context.obj.debug = debug
 
 
+OLD_OPTIONS = {"--stop-density": "--stop-clean-fraction"}  # still accepted
 ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `sinder` with these arguments and end the process with the documented exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    given = [_present(each) for each in (sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     ranks = launched()
     invocation = Invocation(stop=Stop(once=ranks.size > 1, say=_say_at_once if ranks.writes else _say_nothing))
     for number in ENDED:
@@ -108,8 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(failure.exit_code)
 
 
+def _present(argument: str) -> str:
+    """Return an argument with the present name of a renamed option."""
+    name, equals, value = argument.partition("=")
+    return f"{OLD_OPTIONS.get(name, name)}{equals}{value}"
+
+
 def as_failure(error: Exception) -> SinderError:
-    """The documented failure that an exception amounts to; exit code 70 for one that is a bug of ours."""
+    """Return the documented failure for an exception; one that is a bug of ours has exit code 70."""
     if isinstance(error, SinderError):
         return error
     if isinstance(error, typer.TyperException):
@@ -125,7 +132,7 @@ def as_failure(error: Exception) -> SinderError:
 
 
 def _parser_words(error: typer.TyperException) -> str:
-    """What the parser says, with pydantic's words for a value that is no number in ours."""
+    """Return the parser's message; for a value that is no number, our own words replace pydantic's."""
     words = error.format_message().rstrip(".")
     if isinstance(error.__cause__, ValidationError):
         return words.replace(error.message.rstrip("."), first_fault(error.__cause__).why)
@@ -133,7 +140,7 @@ def _parser_words(error: typer.TyperException) -> str:
 
 
 def _say_at_once(text: str) -> None:
-    """A line on standard error from within a signal handler, past whatever is being printed there."""
+    """Write a line to standard error from within a signal handler, without Python's buffers."""
     with suppress(OSError):
         os.write(2, f"sinder: {text}\n".encode())
 
@@ -143,7 +150,7 @@ def _say_nothing(text: str) -> None:
 
 
 def _hear_no_more() -> None:
-    """This process ends already, and is about to say why."""
+    """Ignore further signals: this process is ending and prints the reason."""
     for number in ENDED:
         signal.signal(number, signal.SIG_IGN)
 

@@ -12,7 +12,7 @@ from sinder_cli.report.manual import NAME, escape, head, schema_page
 
 EXIT_CODES = {
     0: "success; skipped inputs, if any, were reported",
-    1: "the answer is no: --fail-on-defects found some, or a repair did not improve the model",
+    1: "negative result: --fail-on-defects found some, or a repair did not improve the model",
     2: "usage",
     65: "bad input data: checkpoint, image, or a plugin's layer map",
     66: "no input: a missing file or an empty folder",
@@ -20,7 +20,7 @@ EXIT_CODES = {
     70: "internal error",
     73: "the output cannot be created",
     74: "input or output failed, or the disk is full",
-    75: "try again: out of memory, or another process holds the folder",
+    75: "try again: out of memory, another process holds the folder, or a process that helped has died",
     78: "settings or plugins contradict each other",
     130: "interrupted (143: terminated, 141: closed pipe)",
 }

@@ -32,7 +32,7 @@ def show(chosen: OutputFormat | None, table: Callable[[], RenderableType], docum
 
 @dataclass(frozen=True)
 class _Escaped:
-    """What Rich makes of a table, with the control characters of its texts escaped; its own colours stay."""
+    """A table whose texts have their control characters escaped when it is printed; colours stay."""
 
     table: RenderableType
 
@@ -45,12 +45,12 @@ SECONDS_TO_TELL = 1.0  # for the process that tells; torchrun ends all others wh
 
 
 def shared() -> AbstractContextManager[Ranks]:
-    """This process's place among those that `torchrun` has started; alone without it."""
+    """Join the processes that `torchrun` has started; yield the ranks, which are one process without it."""
     return joined(_abandon)
 
 
 def tell(line: str) -> None:
-    """Say on standard error why this process ends, unless another one of the same run does."""
+    """Print on standard error why this process ends, unless another process of the run prints it."""
     if tells(launched()):
         say(line)
     else:
@@ -58,6 +58,6 @@ def tell(line: str) -> None:
 
 
 def _abandon(error: LostRankError) -> None:
-    """End at once, whatever the main thread waits for."""
+    """End this process at once, even while the main thread waits."""
     tell(f"sinder: error: {error}")
     os._exit(error.exit_code)

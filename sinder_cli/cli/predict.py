@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated
 
 import typer
 
 from sinder_cli import api
 from sinder_cli.cli.options import AdapterFile, Branch, Format, Heads, Model, Revision, WeightsFile, model_request
 from sinder_cli.cli.output import show
+from sinder_cli.defects.settings import STAGES
 from sinder_cli.report.progress import display
 from sinder_cli.requests import PredictRequest, Process
 
-if TYPE_CHECKING:
-    from sinder_cli.defects.settings import Stage
+
+def stage_name(text: str) -> str:
+    """Return the name of a stage as it was given. Raises typer's own error for any other text."""
+    if text not in STAGES:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(STAGES)}.")
+    return text
 
 
-class StageName(str, Enum):
-    """The four stages, as choices of an option that can be repeated."""
-
-    ATTENTION = "attention"
-    MLP = "mlp"
-    BLOCK = "block"
-    CUMULATIVE = "cumulative"
+def complete_stage(incomplete: str) -> list[str]:
+    """Return the stages whose names begin so."""
+    return [name for name in STAGES if name.startswith(incomplete)]
 
 
 def command(
@@ -40,7 +40,14 @@ def command(
         typer.Option("-o", "--out", metavar="FILE", help="Write the directions as safetensors; - for stdout."),
     ] = None,
     stage: Annotated[
-        list[StageName] | None, typer.Option("--stage", help="Only this stage; repeatable. Default: all four.")
+        list[str] | None,
+        typer.Option(
+            "--stage",
+            metavar=f"<{'|'.join(STAGES)}>",
+            parser=stage_name,
+            autocompletion=complete_stage,
+            help="Only this stage; repeatable. Default: all four.",
+        ),
     ] = None,
     format: Format = None,
 ) -> None:
@@ -48,7 +55,7 @@ def command(
     from sinder_cli.report.documents import prediction_document
     from sinder_cli.report.tables import prediction_table
 
-    stages = cast("list[Stage]", [name.value for name in StageName if name in (stage or StageName)])
+    stages = [name for name in STAGES if name in (stage or STAGES)]
     place = sys.stdout.buffer if out == "-" else Path(out) if out else None
     with display() as emit:
         request = model_request(model, weights, adapter, heads, emit, revision=revision, branch=branch)

@@ -29,20 +29,19 @@ from sinder_cli.cli.options import (
     with_settings,
 )
 from sinder_cli.cli.output import shared, show
-from sinder_cli.cli.trackers import logged
 from sinder_cli.distributed import Ranks
 from sinder_cli.errors import UsageError
 from sinder_cli.escaping import printable
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.repairing.verdict import is_no
 from sinder_cli.report.progress import display
 from sinder_cli.requests import Process, RepairRequest
 from sinder_cli.signals import Ended, Stop
 
 if TYPE_CHECKING:
-    from sinder_cli.repairing.dry_run import Trial
-    from sinder_cli.repairing.folder import FinishedRun, RunFolder
-    from sinder_cli.repairing.results import RepairResult
+    from sinder_cli.repairing.dry_run import DryRun
+    from sinder_cli.repairing.folder import RunFolder
 
 
 @with_settings(RepairSettings)
@@ -73,35 +72,28 @@ def command(
     settings: RepairSettings,
 ) -> None:
     """Repair a backbone's singular defects with unlabelled images."""
-    from sinder_cli.repairing.folder import RunFolder
+    from sinder_cli.repairing.folder import FinishedRun
     from sinder_cli.report.documents import repair_document
     from sinder_cli.report.tables import repair_table
 
     _require_one_intent(resume, force, dry_run)
-    places = [*(data or []), *(more_data or [])]
-    request = model_request(model, weights, adapter, heads, silent, attention, revision, branch)
-    if out is None and resume and (called := api.run_as_called(Path(model), request, settings)):
-        out, (request, settings) = Path(model), called
-    run = RunFolder(out or Path("sinder-runs", model.replace("/", "-")))
-    with shared() as ranks, display(ranks.writes) as shown, logged(settings, run.path, shown, ranks.writes) as emit:
-        asked = RepairRequest(request, places, settings, resume, force)
+    named = model_request(model, weights, adapter, heads, silent, attention, revision, branch)
+    asked = RepairRequest(named, [*(data or []), *(more_data or [])], settings, resume, force)
+    asked, run = api.repair_place(asked, out)
+    with shared() as ranks, display(ranks.writes) as emit:
         process = Process(emit, sys.stdin, context.obj.stop if context.obj else Stop(), ranks)
         if dry_run:
-            _show_trial(api.try_repair(asked, run.path, process) if ranks.writes else None, format)
+            _show_dry_run(api.try_repair(asked, run.path, process) if ranks.writes else None, format)
             return
-        finished = ranks.from_rank0(lambda: resume and run.complete)
-        result: FinishedRun | RepairResult | None
-        with _how_to_resume_printed(run, settings, ranks, emit):
-            if finished:
-                result = api.finished_repair(asked, run.path, process) if ranks.writes else None
-            else:
-                result = api.repair(asked, run.path, process=process)
+        with _how_to_resume_printed(run, asked.settings, ranks, emit):
+            result = api.repair(asked, run.path, process=process)
     if result is None:  # rank 0 has it
         return
-    said = [f"{printable(str(run.path))}: finished already, nothing to resume"] if finished else []
+    over = isinstance(result, FinishedRun)
+    said = [f"{printable(str(run.path))}: finished already, nothing to resume"] if over else []
     show(format, lambda: Group(*said, repair_table(result)), lambda: repair_document(result.summary, run.path))
-    if result.summary["verdict"] == "not improved":
-        raise typer.Exit(1)  # the answer is no
+    if is_no(result.summary):
+        raise typer.Exit(1)
 
 
 def _require_one_intent(resume: bool, force: bool, dry_run: bool) -> None:
@@ -109,7 +101,7 @@ def _require_one_intent(resume: bool, force: bool, dry_run: bool) -> None:
     if resume and force:
         raise UsageError("cannot resume a run and replace it", "--resume and --force exclude each other", "give one")
     if resume and dry_run:
-        raise UsageError("cannot try a resumed run", "--resume and --dry-run exclude each other", "give one")
+        raise UsageError("cannot combine --resume with --dry-run", "a dry run starts at the first step", "give one")
 
 
 @contextmanager
@@ -120,21 +112,21 @@ def _how_to_resume_printed(run: RunFolder, settings: RepairSettings, ranks: Rank
     except Ended:
         if run.resumable:
             how = ", under torchrun" if ranks.size > 1 else ""
-            emit(Noted(f"to go on{how}: {resuming_command(run, settings)}"))
+            emit(Noted(f"to resume{how}, run: {resuming_command(run, settings)}"))
         raise
 
 
-def _show_trial(trial: Trial | None, format: Format) -> None:
-    if trial is None:  # rank 0 has it
+def _show_dry_run(found: DryRun | None, format: Format) -> None:
+    if found is None:  # rank 0 has it
         return
-    from sinder_cli.report.documents import trial_document
-    from sinder_cli.report.tables import trial_table
+    from sinder_cli.report.documents import dry_run_document
+    from sinder_cli.report.tables import dry_run_table
 
-    show(format, lambda: trial_table(trial), lambda: trial_document(trial))
+    show(format, lambda: dry_run_table(found), lambda: dry_run_document(found))
 
 
 def resuming_command(run: RunFolder, settings: RepairSettings) -> str:
-    """The command line that goes on with a run, for the program as it was called."""
+    """Return the command line that resumes a run, for the program as it was called."""
     from sinder_cli.repairing.run_identity import other_options
 
     program, *arguments = sys.argv

@@ -22,7 +22,7 @@ import torch
 from sinder_cli.backbone.contract import BlockMap, GatedMlpMap, NormMap, WeightRef
 from sinder_cli.backbone.weights import BlockTensors, read_block
 from sinder_cli.conformance.subject import GRID, Candidate, NonconformityError, altered, gaussian, relative_error
-from sinder_cli.defects.gaussian import ACTIVATIONS
+from sinder_cli.defects.gaussian import activation
 from sinder_cli.defects.linearize import attention_part, mlp_part
 from sinder_cli.events import Emit, tracked
 
@@ -52,8 +52,7 @@ def _values(block: BlockTensors, x: Tensor) -> Tensor:
 
 
 def _hidden(block: BlockTensors, x: Tensor) -> Tensor:
-    phi = block.map.mlp.activation
-    function = ACTIVATIONS[phi] if isinstance(phi, str) else phi
+    function = activation(block.map.mlp.activation)
     read = _normed(x, block.map.mlp.norm, block, "mlp.norm")
     up = _linear(read, block, "mlp.up")
     return function(_linear(read, block, "mlp.gate")) * up if isinstance(block.map.mlp, GatedMlpMap) else function(up)
@@ -146,9 +145,9 @@ def _difference(subject: Candidate, index: int, block: BlockMap, part: Part, clo
         errors = (mean - expected).norm(dim=1) / scale
         allowed = ERRORS * noise + _bias(block, part, subject.backbone.width)
         at = int((errors - allowed).argmax())
-        if errors[at] <= allowed[at]:
-            break
-    return _Difference(float(errors[at]), float(allowed[at]))
+        if errors[at] <= allowed[at] or rounds == ROUNDS[-1]:
+            return _Difference(float(errors[at]), float(allowed[at]))
+    raise AssertionError("there are no rounds")
 
 
 def _gradients(subject: Candidate, index: int, part: Part, w: Tensor, rounds: int, seed: int) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sinder_cli.backbone.contract import Backbone, BlockMap, LayerMap, WeightRef, references, trained_references
 from sinder_cli.backbone.opening import check_layer_map
-from sinder_cli.backbone.weights import Weights, rows_of
+from sinder_cli.backbone.weights import Weights, rows_of, same_bits
 from sinder_cli.conformance.subject import GRID, Candidate, NonconformityError, gaussian, relative_error
 from sinder_cli.defects.tokens import last_tokens
 from sinder_cli.exporting.native import write_weights
@@ -208,7 +208,7 @@ def repair_keeps_to_the_map(subject: Candidate) -> str:
     gaps = [1.0] * (backbone.depth - 1) + [float("inf")]  # only the last block's direction counts as determined
     directions = Directions(gaussian(backbone.depth, backbone.width), gaps)
     deltas = Deltas(backbone, module)
-    found = step_gradient(backbone, module, directions, deltas, subject.images(2), MARKING)
+    found = step_gradient(deltas, directions, subject.images(2), MARKING)
     if not found.gradients or not found.finite:
         raise NonconformityError("a step on noise has no finite gradient")
     for target in deltas.touched:
@@ -228,10 +228,10 @@ def _require_changed(subject: Candidate, refs: list[WeightRef]) -> int:
         for ref in refs:
             if ref.name != name:
                 continue
-            if torch.equal(_bits(rows_of(now, ref)), _bits(rows_of(before, ref))):
+            if same_bits(rows_of(now, ref), rows_of(before, ref)):
                 raise NonconformityError(f"{ref} did not change")
             rows_of(now, ref).copy_(rows_of(before, ref))
-        if not torch.equal(_bits(now), _bits(before)):
+        if not same_bits(now, before):
             raise NonconformityError(f"{name} changed outside of what the map names as trained")
     return len(refs)
 
@@ -255,7 +255,7 @@ def _require_identical(again: Weights, weights: Weights) -> None:
         raise NonconformityError(f"the plugin finds other tensors in the exported file: {', '.join(different[:3])}")
     pairs = zip(weights.stream(weights.names), again.stream(weights.names), strict=True)
     for (name, tensor), (_, read) in pairs:
-        if tensor.dtype != read.dtype or tensor.shape != read.shape or not torch.equal(_bits(tensor), _bits(read)):
+        if tensor.dtype != read.dtype or tensor.shape != read.shape or not same_bits(tensor, read):
             raise NonconformityError(f"{name} is not the same in the exported file")
 
 
@@ -270,7 +270,3 @@ def _comparable(layers: LayerMap) -> Any:
         return "a function" if callable(value) else value
 
     return plain(layers.model_dump())
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)

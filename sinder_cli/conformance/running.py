@@ -9,7 +9,6 @@ from pathlib import Path
 from sinder_cli.backbone.contract import Backbone
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.conformance import blocks, passes
-from sinder_cli.conformance import passes as changes
 from sinder_cli.conformance.subject import Candidate, CheckedPoint, Conformance, NonconformityError
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.memory import is_out_of_memory
@@ -33,7 +32,7 @@ def _checks(backbone: Backbone, describe: Callable[[Path], Backbone], emit: Emit
         subjects.append(Candidate(backbone, load_module(backbone), describe))
         return f"{len(backbone.weights.names)} tensors"
 
-    fits = _asked("map: tensors", lambda: changes.map_fits_weights(backbone), emit)
+    fits = _asked("map: tensors", lambda: passes.map_fits_weights(backbone), emit)
     yield fits
     yield _asked("module: weights", load, emit) if fits.outcome == "passed" else _not_run("module: weights")
     for name, question in _questions(backbone, emit):
@@ -53,7 +52,7 @@ def _questions(backbone: Backbone, emit: Emit) -> list[tuple[str, Question | Non
     """Return the checks that need a module, by name; None without `forward`. The repair, which changes it, is late."""
     forward = backbone.forward
     return [
-        ("map: roles", lambda subject: changes.roles_are_apart(subject.backbone)),
+        ("map: roles", lambda subject: passes.roles_are_apart(subject.backbone)),
         ("tokens: prefix", passes.tokens_are_counted),
         ("tokens: patches", passes.patches_lie_row_by_row),
         ("passes: forward", None if forward is None else lambda subject: passes.forward_agrees(subject, forward)),
@@ -62,8 +61,8 @@ def _questions(backbone: Backbone, emit: Emit) -> list[tuple[str, Question | Non
         ("passes: gradients", passes.gradients_arrive),
         ("blocks: formula", lambda subject: blocks.blocks_follow_the_map(subject, emit)),
         ("blocks: linearization", lambda subject: blocks.linearization_agrees(subject, emit)),
-        ("repair: step", changes.repair_keeps_to_the_map),
-        ("export: native", changes.export_reads_back),
+        ("repair: step", passes.repair_keeps_to_the_map),
+        ("export: native", passes.export_reads_back),
     ]
 
 

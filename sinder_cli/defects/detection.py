@@ -1,23 +1,33 @@
 """Detection of defective patch tokens: by the predicted direction ν (equation 5), by norm, or by both.
 
 All functions work on the residual stream before the final norm. Shapes: B images, h × w patches, N width.
+
+A model without such tokens is healthy. Three judges say so, each of what it has been asked:
+
+- `repairing.scan.Scan.healthy`: the rule in force marks no token in any block of any image, so that a repair has
+  nothing to train. The repair's verdict is `healthy` only if no token is `standing_out` either.
+- `analysis.gain`: the same, before a repair; as it asks what outliers cost, a rule by angles alone (`norm_factor` 0)
+  gets the default factor.
+- `analysis.verdict`: no norm stands out in any block, whatever the rule makes of it. This describes the model, so it
+  does not depend on `mark`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from sinder_cli.defects.settings import MIN_GAP, NORM_FACTOR, DetectionSettings, Mark
+from sinder_cli.defects.settings import CERTAIN, MIN_GAP, NORM_FACTOR, RISE, DetectionSettings, Mark
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-RISE = 1.5  # × its own ratio at the embedding: a patch of high contrast has a large norm from the start, and no defect
-CERTAIN = 2.0  # × the norm factor: above it, the norm in one block is enough evidence
+ENOUGH_TO_COMPARE = 5  # images: among fewer, the usual norm is not known
+FLOODED = 2.0  # × the usual norm at a block: in a healthy DINOv2, the median patch and cls stay below 1.4 ×
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,20 @@ class DetectionRule:
     def trusts(self, gap: float) -> bool:
         """Return True if a direction is determined well enough to call a block defective."""
         return gap >= self.min_gap
+
+    @property
+    def marks_by_norm(self) -> bool:
+        """True if a norm alone can mark a token, whatever the direction."""
+        return self.norm_factor > 0 and self.mark != "weights"
+
+    def can_mark(self, gap: float) -> bool:
+        """Return True if a token can be marked in a block whose direction has this gap."""
+        return self.marks_by_norm or self.trusts(gap)
+
+
+def standing_out(rule: DetectionRule) -> DetectionRule:
+    """Return the rule for verdicts: tokens that surely stand out by norm count, whatever marks tokens for training."""
+    return replace(rule, mark="norm" if rule.mark == "norm" else "auto", norm_factor=rule.norm_factor or NORM_FACTOR)
 
 
 def alignments(patches: Tensor, directions: Tensor) -> Tensor:
@@ -91,6 +115,21 @@ def outlying(ratios: Tensor, start: Tensor, factor: float) -> Tensor:
     return (ratios > factor) & (ratios > RISE * start)
 
 
+@dataclass(frozen=True)
+class BlockEvidence:
+    """What the patch tokens after one block show, `[B, h, w]` each."""
+
+    norms: Tensor
+    ratios: Tensor  # norm over the median norm of the image
+    predicted: Tensor  # bool: equation (5), with a direction that is determined
+
+
+def block_evidence(patches: Tensor, logits: Tensor, gap: float, rule: DetectionRule) -> BlockEvidence:
+    """Return the evidence of one block, from its patches `[B, h, w, N]` and their logits to its direction."""
+    norms = patches.float().norm(dim=-1)
+    return BlockEvidence(norms, norm_ratios(norms), defect_mask(logits, rule) & rule.trusts(gap))
+
+
 def defective_now(ratios: Tensor, start: Tensor, predicted: Tensor, rule: DetectionRule) -> Tensor:
     """Mark the defective tokens by the evidence of one block: `[B, h, w]` each → bool `[B, h, w]`.
 
@@ -113,14 +152,36 @@ def certain(out: Tensor, ratios: Tensor, predicted: Tensor, rule: DetectionRule)
 
 def defective_somewhere(ratios: Tensor, start: Tensor, predicted: Tensor, rule: DetectionRule) -> Tensor:
     """Mark as `defective_now` in all blocks, `[blocks, B, h, w]`; with `auto`, also tokens outlying twice in a row."""
-    now = torch.stack([defective_now(each, start, seen, rule) for each, seen in zip(ratios, predicted, strict=True)])
-    if rule.mark != "auto" or rule.norm_factor == 0:
+    if rule.norm_factor == 0:
+        return predicted
+    return certain_somewhere(outlying(ratios, start, rule.norm_factor), ratios, predicted, rule)
+
+
+def certain_somewhere(out: Tensor, ratios: Tensor, predicted: Tensor, rule: DetectionRule) -> Tensor:
+    """Return those of the outlying tokens that are `certain`, or with `auto` outlying twice in a row, as `out`.
+
+    All are `[blocks, B, h, w]`.
+    """
+    now = certain(out, ratios, predicted, rule)
+    if rule.mark != "auto":
         return now
-    out = outlying(ratios, start, rule.norm_factor)
     stays = torch.zeros_like(out)
     stays[:-1] |= out[1:]
     stays[1:] |= out[:-1]
     return now | (out & stays)
+
+
+def flooded_images(levels: Mapping[int, Tensor]) -> set[int]:
+    """Find the images, by place, in which most patch tokens are outlying, or cls is.
+
+    `levels` has of each image the median norm of its patches, and the norm of its cls, after each block: `[levels]`. If
+    most tokens are outlying, so is the median, and hardly any token exceeds 3 × the median; but it is far above the
+    medians of other images.
+    """
+    if len(levels) < ENOUGH_TO_COMPARE:
+        return set()
+    usual = torch.stack(list(levels.values())).quantile(0.5, dim=0)
+    return {place for place, norms in levels.items() if bool((norms > FLOODED * usual).any())}
 
 
 # Binomial 3 × 3 and the usual integer 5 × 5 Gaussian, as in the authors' code; weights are renormalized afterwards.

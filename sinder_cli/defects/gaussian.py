@@ -14,6 +14,8 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sinder_cli.backbone.contract import Activation
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -25,6 +27,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "softplus": functional.softplus,
 }
+
+
+def activation(named: Activation | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return the function of an activation that a map gives by name or as a function."""
+    return ACTIVATIONS[named] if isinstance(named, str) else named
+
 
 # The trapezoid rule against the normal density converges geometrically for smooth functions, as Gauss–Hermite does,
 # and unlike it stays accurate to 1e-4 for kinked or very steep ones (ReLU; a trigger neuron's SiLU).

@@ -14,12 +14,12 @@ x ~ N(0, I); with hundreds of features s(y) hardly varies. In front of a sub-lay
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sinder_cli.backbone.contract import GatedMlpMap, NormMap
 from sinder_cli.backbone.weights import BlockTensors
-from sinder_cli.defects.gaussian import ACTIVATIONS, gated_gains, hidden_moments, linear_moments, plain_gains
+from sinder_cli.defects.gaussian import activation, gated_gains, hidden_moments, linear_moments, plain_gains
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def _mlp_part(block: BlockTensors) -> Tensor:
     J = mean_hidden_jacobian(block)
     if (inner := block.map.mlp.inner_norm) is not None:
         W2 = block.get("mlp.up") if isinstance(block.map.mlp, GatedMlpMap) else None
-        moments = hidden_moments(_activation(block), *_gate(block), W2, block.get("mlp.up_bias"))
+        moments = hidden_moments(activation(block.map.mlp.activation), *_gate(block), W2, block.get("mlp.up_bias"))
         J = normalized(J, moments, inner, block.get("mlp.inner_norm.weight"))
     return _around(block["mlp.down"] @ J, block, "mlp", block.map.mlp.norm)
 
@@ -93,17 +93,12 @@ def plus_identity(matrix: Tensor) -> Tensor:
 
 def mean_hidden_jacobian(block: BlockTensors) -> Tensor:
     """Compute E[∂hidden/∂x] for x ~ N(0, I), `[H, N]`; hidden is φ(W₁x+b₁), or φ(W₁x+b₁) ⊙ (W₂x+b₂) when gated."""
-    phi, W1, b1 = _activation(block), *_gate(block)
+    phi, W1, b1 = activation(block.map.mlp.activation), *_gate(block)
     if isinstance(block.map.mlp, GatedMlpMap):
         W2 = block["mlp.up"]
         alpha, beta = gated_gains(phi, W1, b1, W2, block.get("mlp.up_bias"))
         return (alpha[:, None] * W1).addcmul_(beta[:, None], W2)
     return plain_gains(phi, W1, b1)[:, None] * W1
-
-
-def _activation(block: BlockTensors) -> Callable[[Tensor], Tensor]:
-    phi = block.map.mlp.activation
-    return ACTIVATIONS[phi] if isinstance(phi, str) else phi
 
 
 def _gate(block: BlockTensors) -> tuple[Tensor, Tensor | None]:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sinder_cli.errors import NoInputError, UsageError, excerpt
 from sinder_cli.faults import first_fault, quoted
 
+MOST_GAP = 1e12  # σ₁/σ₂ is given as no larger: JSON knows no infinity
+CERTAIN = 2.0  # × the norm factor: above it, the norm in one block is enough evidence
+RISE = 1.5  # × its own ratio at the embedding: a patch of high contrast has a large norm from the start, and no defect
 MIN_GAP = 1.1  # σ₁/σ₂ below which a direction counts as not determined (ours; see DetectionRule)
+
+PREDICTED_DEGREES = 30.0  # an observed direction within this angle of a determined predicted one counts as that one
 
 NORM_FACTOR = 3.0  # × the median patch norm of the image: the rule of thumb for "high-norm"
 
 Mark = Literal["auto", "weights", "norm"]
 Stage = Literal["attention", "mlp", "block", "cumulative"]
-STAGES: tuple[Stage, ...] = ("attention", "mlp", "block", "cumulative")
+STAGES: tuple[Stage, ...] = get_args(Stage)
 SLACK = 0.005  # of a cosine: how much further a state may be from the inpainted original than the original is
 
 
@@ -32,7 +37,8 @@ class DetectionSettings(BaseModel):
 
     mark: Mark = Field(
         "auto",
-        description="weights: tokens along the predicted direction; norm: by norm alone; auto: either, if certain.",
+        description="norm: every token of outlying norm; weights: those of them that the weights predict; auto: those"
+        " that the weights predict, whose norm is very high, or which are outlying in the next block too.",
     )
     norm_factor: float = Field(
         NORM_FACTOR,
@@ -46,7 +52,11 @@ class DetectionSettings(BaseModel):
     min_gap: float = Field(
         MIN_GAP, ge=0, description="σ₁/σ₂ that a direction needs to be trusted; 0: the paper's rule."
     )
-    kernel: Literal[3, 5] = Field(3, description="Side of the neighbourhood, in patches; half of it is the border.")
+    kernel: Literal[3, 5] = Field(
+        3,
+        description="Side of the neighbourhood, in patches; equation (5) marks no token nearer to the"
+        " border than half of it.",
+    )
     image_size: int | None = Field(
         None, ge=1, le=MOST, description="Side of the images in pixels; default: the model's."
     )
@@ -55,8 +65,10 @@ class DetectionSettings(BaseModel):
         "float32", description="Precision of the forward passes; deltas and weights stay float32."
     )
     tf32: bool = Field(False, description="Allow TF32 in the float32 products of a pass, on CUDA devices that have it.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of the order or choice of images, and of drawn ones.")
+    device: str = Field("auto", description="Device to run on: auto, cpu, cuda, cuda:N or mps.")
+    seed: int = Field(
+        0, ge=0, le=2**63 - 1, description="Random seed for the order and choice of images, and for generated images."
+    )
     workers: int | None = Field(
         None,
         ge=0,

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinder_cli.backbone.sources import TensorInfo, open_checkpoint
+from sinder_cli.backbone.sources import TensorInfo, bytes_of, open_checkpoint
 from sinder_cli.backbone.storing import write_safetensors
-from sinder_cli.backbone.weights import Weights
+from sinder_cli.backbone.weights import Weights, same_bits
 from sinder_cli.errors import BadInputError
 from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
 
@@ -53,14 +53,9 @@ def read_back(path: Path, weights: Weights) -> ExportCheck:
         raise BadInputError(what, "names, shapes or dtypes differ when they are read back", "report it")
     pairs = zip(weights.stream(weights.names), written.stream(written.names), strict=True)
     for (_, original), (output, copy) in pairs:
-        if not torch.equal(_bits(original), _bits(copy)):
+        if not same_bits(original, copy):
             raise BadInputError(what, f"{output} differs when it is read back", "check the disk")
     return ExportCheck("read back bit for bit", difference=0.0, tolerance=0.0, versions={"torch": torch.__version__})
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Return the raw bytes of a tensor, so that NaN equals itself."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 ALIGNMENT = 64  # bytes; as torch does, for files that are memory-mapped
@@ -78,8 +73,7 @@ def write_torch_file(path: Path, infos: Mapping[str, TensorInfo], tensors: Itera
         for number, ((name, info), tensor) in enumerate(zip(infos.items(), tensors, strict=True)):
             if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
                 raise AssertionError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, announced as {info}")
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            _add(archive, f"data/{number}", flat.view(torch.uint8).numpy().data)
+            _add(archive, f"data/{number}", bytes_of(tensor).numpy().data)
         _add(archive, "version", b"3\n")
 
 

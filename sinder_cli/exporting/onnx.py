@@ -124,7 +124,7 @@ def _names(backbone: Backbone) -> list[str]:
     return [*first, *(["registers"] if backbone.prefix_tokens > len(first) else []), "patch_tokens"]
 
 
-def _ours(backbone: Backbone, module: nn.Module, images: Tensor) -> dict[str, Tensor]:
+def _tokens_by_kind(backbone: Backbone, module: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return by_kind(backbone, normalized_tokens(backbone, module, images))
 
 
@@ -132,11 +132,11 @@ def _verify(plan: Plan, path: Path) -> ExportCheck:
     images = square_images(plan)
     batches = [images, images[:1]]  # the number of images is dynamic
     if not plan.settings.dynamic_size:
-        return verify_features(plan, path, CHECK, RUNTIME, _ours, batches, TOLERANCE)
+        return verify_features(plan, path, CHECK, RUNTIME, _tokens_by_kind, batches, TOLERANCE)
     patch = plan.backbone.patch_size
     batches += [images[:, :, : 4 * patch, : 5 * patch], images[:, :, : 3 * patch, : 2 * patch]]
     try:
-        return verify_features(plan, path, CHECK, RUNTIME, _ours, batches, TOLERANCE)
+        return verify_features(plan, path, CHECK, RUNTIME, _tokens_by_kind, batches, TOLERANCE)
     except BadInputError as error:  # most exporters fix the position embedding at one size
         detail = "at one of them it cannot be run" if NOT_LOADED in error.why else error.why
         raise _refused(plan, f"the graph is not right at three sizes that were tried: {detail}") from error

@@ -106,7 +106,6 @@ class ExportTarget:
 
 def target_of(name: TargetName) -> ExportTarget:
     """Return the target of that name; only its module is imported. Raises `UsageError` for an unknown name."""
-    name = OLD_NAMES.get(name, name)
     known = get_args(TargetName)
     if name not in known:
         raise UsageError(f"no export format {name!r}", f"there are {', '.join(known)}", "name one of them")
@@ -150,6 +149,9 @@ class ExportSettings:
     max_shard_size: int | None = None  # bytes
     verify: bool = True
     force: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "to", OLD_NAMES.get(self.to, self.to))
 
     @property
     def given(self) -> dict[str, bool]:

@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING
 
 from sinder_cli.errors import BadInputError
 from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
-from sinder_cli.exporting.verifying import normalized_tokens, verify_features
+from sinder_cli.exporting.verifying import all_tokens, verify_features
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from sinder_cli.backbone.contract import Backbone
 
 HUBCONF = '''"""{model} for torch.hub; it needs nothing but torch."""
@@ -109,12 +107,8 @@ def _hubconf(backbone: Backbone, package: str) -> str:
     )
 
 
-def _ours(backbone: Backbone, module: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    return {"tokens": normalized_tokens(backbone, module, images)}
-
-
 def _verify(plan: Plan, path: Path) -> ExportCheck:
-    return verify_features(plan, path, "load_torchhub.py", ("torch",), _ours)
+    return verify_features(plan, path, "load_torchhub.py", ("torch",), all_tokens)
 
 
 def _usage(plan: Plan, folder: str) -> str:

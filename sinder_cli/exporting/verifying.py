@@ -104,6 +104,11 @@ def normalized_tokens(backbone: Backbone, module: nn.Module, images: Tensor) -> 
     return backbone.finish(module, last)
 
 
+def all_tokens(backbone: Backbone, module: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Return the normalized tokens as one feature, as most libraries give them."""
+    return {"tokens": normalized_tokens(backbone, module, images)}
+
+
 def by_kind(backbone: Backbone, tokens: Tensor) -> dict[str, Tensor]:
     """Split tokens `[B, T, N]` into those that exist: `cls` `[B, N]`, `registers`, `patch_tokens` `[B, …, N]`."""
     first, prefix = int(backbone.has_cls), backbone.prefix_tokens

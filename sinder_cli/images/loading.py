@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sinder_cli.images.preprocessing import Pixels
 
 
-Change = Literal["first page", "scaled down"]  # done to some images beyond the usual preprocessing
+ImageChange = Literal["first page", "scaled down"]  # done to some images beyond the usual preprocessing
 READ_AHEAD = 4  # images decoded ahead of the computation, by each process if there are several
 
 
@@ -36,7 +36,7 @@ class LoadedImage:
     name: str
     pixels: Tensor | None
     problem: str = ""
-    changes: tuple[Change, ...] = ()
+    changes: tuple[ImageChange, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class FittedImage:
     index: int
     pixels: Pixels | None
     problem: str = ""
-    changes: tuple[Change, ...] = ()
+    changes: tuple[ImageChange, ...] = ()
 
 
 def load_in_order(
@@ -73,7 +73,7 @@ def _fit(source: ImageSource, preprocess: Preprocessing, index: int) -> FittedIm
         return FittedImage(index, None, str(error))
 
 
-def _changes(image: Image, preprocess: Preprocessing) -> Iterator[Change]:
+def _changes(image: Image, preprocess: Preprocessing) -> Iterator[ImageChange]:
     if LATER_PAGES in image.info:
         yield "first page"
     if preprocess.bounded_size(*image.size) is not None:
@@ -89,7 +89,7 @@ def _loaded(source: ImageSource, preprocess: Preprocessing, fitted: FittedImage)
 class Changes:
     """The names of the changed images, by kind of change; an image loaded several times is listed once."""
 
-    names: dict[Change, dict[str, None]] = field(default_factory=dict)
+    names: dict[ImageChange, dict[str, None]] = field(default_factory=dict)
 
     def add(self, image: LoadedImage) -> None:
         for change in image.changes:

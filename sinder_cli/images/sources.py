@@ -220,8 +220,8 @@ def find_images(places: Sequence[str], stdin: IO[str] | IO[bytes] | None = None,
             found += _listed(_content(place), place)
         else:
             found.append(Path(place))
-    if told := search.passed_over.words:
-        emit(Noted(f"passed over: {told}"))
+    if kinds := search.passed_over.words:
+        emit(Noted(f"passed over: {kinds}"))
     if not found:
         raise NoInputError(
             f"no images in {', '.join(places)}", f"looked for {', '.join(sorted(_suffixes()))}", "check --data"

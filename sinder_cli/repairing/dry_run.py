@@ -15,12 +15,11 @@ from sinder_cli.backbone.weights import rows_of
 from sinder_cli.distributed import ALONE
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.memory import out_of_memory_reported, peak_memory
-from sinder_cli.repairing.batches import step_batches
+from sinder_cli.repairing.choosing import guard_sizes, step_batches
 from sinder_cli.repairing.deltas import SingularBasis, blank_basis
 from sinder_cli.repairing.forward import Directions
-from sinder_cli.repairing.guard import guard_sizes
 from sinder_cli.repairing.loop import size_of_step
-from sinder_cli.repairing.run import Prepared, Start, prepared
+from sinder_cli.repairing.preparing import Prepared, Start, prepare
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.repairing.step import Probes, StepGradient, step_gradient
 
@@ -33,7 +32,7 @@ MARKING = 0.5  # standard deviations; a threshold so low that some token of ever
 
 
 @dataclass(frozen=True)
-class TrialStep:
+class DryStep:
     """One step that changed nothing."""
 
     seconds: float
@@ -42,7 +41,7 @@ class TrialStep:
 
 
 @dataclass(frozen=True)
-class Trial:
+class DryRun:
     """The plan and cost of a repair. Bytes are memory of the CUDA device, or else resident memory of this process."""
 
     model: str
@@ -53,28 +52,27 @@ class Trial:
     weights: int  # trained weights in these blocks
     values: int  # singular values of these weights
     max_steps: int
-    first: TrialStep  # on the first batch, as it is
-    longest: TrialStep  # on the same batch, with tokens marked in the last block that can be defective
+    first: DryStep  # on the first batch, as it is
+    longest: DryStep  # on the same batch, with tokens marked in the last block that can be defective
     step_bytes: int  # at the peak of the longest step, with the bases of its window
     all_bytes: int  # once all these blocks have been touched
     recipe: str = "sinder"
 
 
-def trial(start: Start, emit: Emit) -> Trial:
+def dry_run(start: Start, emit: Emit) -> DryRun:
     """Prepare a repair and measure its first step and the longest possible step. No delta is changed.
 
     Bases are placeholders of the right size, since decomposing a weight takes longer than a step.
     """
     with out_of_memory_reported(*size_of_step(start.preprocess, start.settings)):
-        return _tried(prepared(start, emit, ALONE, decompose=_nothing_decomposed), emit)
+        return _measured(prepare(start, emit, ALONE, decompose=_nothing_decomposed), emit)
 
 
-def _tried(repair: Prepared, emit: Emit) -> Trial:
+def _measured(repair: Prepared, emit: Emit) -> DryRun:
     start = repair.start
     repair.deltas.emit = silent  # it would report decompositions, which are skipped here
     directions, settings = repair.directions, start.settings
-    by_norm = settings.norm_factor > 0 and settings.mark != "weights"
-    judged = [block for block, gap in enumerate(directions.gaps) if by_norm or gap >= settings.min_gap]
+    judged = [block for block, gap in enumerate(directions.gaps) if start.rule.can_mark(gap)]
     blocks = _reachable(judged, settings.window)
     images = _first_images(repair, emit)
     emit(Noted("taking two steps that change nothing"))
@@ -89,7 +87,7 @@ def _tried(repair: Prepared, emit: Emit) -> Trial:
     looked_at = min(len(start.source), settings.scan_images)
     given = min(start.given, looked_at)
     held = sum(guard_sizes(given, looked_at - given, settings.eval_images))
-    return Trial(
+    return DryRun(
         model=start.backbone.name,
         device=start.device,
         training_images=(len(start.source) if settings.visit == "all" else looked_at) - held,
@@ -134,15 +132,16 @@ def _marked_late(
     return replace(directions, gaps=gaps), marking
 
 
-def _step(repair: Prepared, images: Tensor, directions: Directions, settings: RepairSettings) -> TrialStep:
-    backbone, module = repair.start.backbone, repair.module
-    later = dict.fromkeys(range(backbone.depth), 1)  # taken before, as in most steps, which draw fewer probes
+def _step(repair: Prepared, images: Tensor, directions: Directions, settings: RepairSettings) -> DryStep:
+    later = dict.fromkeys(
+        range(repair.start.backbone.depth), 1
+    )  # taken before, as in most steps, which draw fewer probes
     probes = Probes(range(len(images)), later) if settings.step == "greedy" else None
     seconds, gradient = _timed(
         repair.start.device,
-        lambda: step_gradient(backbone, module, directions, repair.deltas, images, settings, None, probes),
+        lambda: step_gradient(repair.deltas, directions, images, settings, None, probes),
     )
-    return TrialStep(round(seconds, 3), len(gradient.losses), gradient.first_block)
+    return DryStep(round(seconds, 3), len(gradient.losses), gradient.first_block)
 
 
 def _timed(device: str, step: Callable[[], StepGradient]) -> tuple[float, StepGradient]:

@@ -26,6 +26,7 @@ from sinder_cli.repairing.run_identity import (
     read_list,
     write_list,
 )
+from sinder_cli.repairing.settings import present_names
 
 if TYPE_CHECKING:
     from sinder_cli.repairing.checkpoints import Checkpoints
@@ -49,7 +50,7 @@ RUN_FILES = {
         "gain, share of clean images"
     ),
     "evaluations.jsonl": (
-        "one line per look at the guard: outlying tokens, cosines to the inpainted original, whether it is "
+        "one line per evaluation of the guard: outlying tokens, cosines to the inpainted original, whether it is "
         "the best state"
     ),
     "outliers.json": "the original: defective tokens of each image by block, and whether the weights predict them",
@@ -137,7 +138,7 @@ class RunFolder:
 
     @property
     def lines(self) -> tuple[Path, Path]:
-        """Files that grow by one line per step, or per look at the guard; each line contains its step."""
+        """Files that grow by one line per step, or per evaluation of the guard; each line contains its step."""
         return (self.metrics, self.evaluations)
 
     @property
@@ -338,6 +339,7 @@ class RunFolder:
         try:
             config: dict[str, Any] = json.loads(self.config.read_text(encoding="utf-8"))
             str(config["model"])
+            config |= {"settings": present_names(config["settings"])} if "settings" in config else {}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             why = excerpt(f"{type(error).__name__}: {error}")
             raise BadInputError(f"cannot read {self.config}", why, "is it a run directory?") from error

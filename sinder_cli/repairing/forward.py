@@ -8,8 +8,9 @@ more are dropped on the way. Shapes: B images still in the pass, T tokens, N wid
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import (
     DetectionRule,
     alignment_logits,
-    defect_mask,
+    block_evidence,
     defective_now,
     norm_ratios,
     unsettled,
@@ -106,83 +107,89 @@ def recorded(backbone: Backbone, module: nn.Module, block: int, tokens: Tensor, 
         return entering, backbone.run_block(module, block, entering, context)
 
 
-@torch.no_grad()
-def first_defects(
-    backbone: Backbone,
-    module: nn.Module,
-    directions: Directions,
-    images: Tensor,
-    rule: DetectionRule,
-    window: int,
-    known: Tensor | None = None,
-    interest: Callable[[BlockDefects], Sequence[Interest]] = lambda found: [FIRST_ALONE] * len(found.images),
-) -> Iterator[BlockDefects]:
-    """Run a batch `[B, 3, H, W]` block by block and yield its defects; by default an image leaves at its first.
-
-    `interest` gives one answer for each image of a block with defects; answers for images without one are ignored. The
-    block is yielded if a gradient of some image is wanted; images that are not to go on then leave the batch.
-
-    `known`, bool `[B, blocks, h, w]`, are tokens that the original marks: they stay defective until they have settled
-    among their neighbours. An image with tokens that are not finite is treated as defective, with no token masked: its
-    loss is NaN, and it does not count as clean. The pass continues when the next defects are requested; the caller
-    removes a block from the window when it is done with it.
-    """
-    last = backbone.depth - 1
-    by_norm = rule.norm_factor > 0 and rule.mark != "weights"
-    judged = {block for block in range(last) if by_norm or rule.trusts(directions.gaps[block])} | {last}
-    earliest = min(judged) - window + 1  # first block of any window
-    batch = _Batch.entering(backbone, module, directions, rule, images, known)
-    for block in range(backbone.depth):
-        batch.run(block, window if block >= earliest else 0)
-        found = batch.defects(block) if block in judged else None  # NaN or infinity stays so: the last block shows it
-        if found is None:
-            continue
-        wanted = interest(found)
-        asked = torch.tensor([each.gradient for each in wanted], device=found.defective.device) & found.defective
-        if not asked.any():
-            continue
-        batch.keep(torch.tensor([each.onward for each in wanted], device=asked.device) | ~found.defective)
-        found = replace(found, defective=asked)
-        if asked.float().mean() < RECORDED_SHARE:
-            found = found.alone()  # under the same name: the graphs of all images must not live on here
-        yield found
-        if not len(batch.tokens):
-            return
-
-
 @dataclass
-class _Batch:
-    """The images of a batch on their way through the blocks; those that have left it are gone from all tensors."""
+class ForwardPass:
+    """The images of a batch on their way through the blocks; those that have left it are gone from all tensors.
+
+    Ask for the `next_defects` until there are none, and after each time say what is `wanted` of them.
+    """
 
     backbone: Backbone
     module: nn.Module
     directions: Directions
     rule: DetectionRule
+    window: int
     images: Tensor  # [B, 3, H, W]: for the patch grid
     context: Any
     tokens: Tensor  # [b, T, N]
     start: Tensor  # [b, h, w]: norm ratios at the embedding
     places: Tensor  # [b]: in the batch
     known: Tensor | None  # bool [b, blocks, h, w]
+    block: int = 0  # the next one
     behind: deque[Passed] = field(default_factory=deque)  # the latest recorded blocks
 
     @classmethod
+    @torch.no_grad()
     def entering(
         cls,
         backbone: Backbone,
         module: nn.Module,
         directions: Directions,
-        rule: DetectionRule,
         images: Tensor,
-        known: Tensor | None,
-    ) -> _Batch:
-        """Embed images `[B, 3, H, W]`."""
+        rule: DetectionRule,
+        window: int,
+        known: Tensor | None = None,
+    ) -> ForwardPass:
+        """Embed images `[B, 3, H, W]`.
+
+        `known`, bool `[B, blocks, h, w]`, are tokens that the original marks: they stay defective until they have
+        settled among their neighbours.
+        """
         tokens, context = backbone.embed(module, images)
         start = norm_ratios(patch_grid(backbone, tokens, images).float().norm(dim=-1))
         places = torch.arange(len(images), device=tokens.device)
-        return cls(backbone, module, directions, rule, images, context, tokens, start, places, known)
+        return cls(backbone, module, directions, rule, window, images, context, tokens, start, places, known)
 
-    def run(self, block: int, window: int) -> None:
+    @cached_property
+    def judged(self) -> set[int]:
+        """The blocks that can be defective: the last one shows tokens that are not finite, if nothing else."""
+        last = self.backbone.depth - 1
+        return {block for block in range(last) if self.rule.can_mark(self.directions.gaps[block])} | {last}
+
+    @torch.no_grad()
+    def next_defects(self) -> BlockDefects | None:
+        """Run on to the next block with a defective image; return None if there is none, or if all images have left.
+
+        An image with tokens that are not finite is treated as defective, with no token masked: its loss is NaN, and it
+        does not count as clean.
+        """
+        earliest = min(self.judged) - self.window + 1  # first block of any window
+        while self.block < self.backbone.depth and len(self.tokens):
+            block = self.block
+            self._run(block, self.window if block >= earliest else 0)
+            self.block += 1
+            if block in self.judged and (found := self._defects(block)) is not None:
+                return found
+        return None
+
+    def wanted(self, found: BlockDefects, interests: Sequence[Interest]) -> BlockDefects | None:
+        """Let images that are not to go on leave; return the defects that a gradient is wanted of, None without any.
+
+        There is one interest for each defective image. The caller should keep the result under the name of what it
+        gives, so that the graphs of images that are left out do not live on, and removes a block from the window when
+        it is done with it.
+        """
+        rows = found.defective.nonzero()[:, 0]
+        asked, stays = torch.zeros_like(found.defective), ~found.defective
+        asked[rows] = torch.tensor([each.gradient for each in interests], device=rows.device)
+        stays[rows] = torch.tensor([each.onward for each in interests], device=rows.device)
+        if not asked.any():
+            return None
+        self._keep(stays)
+        found = replace(found, defective=asked)
+        return found.alone() if asked.float().mean() < RECORDED_SHARE else found
+
+    def _run(self, block: int, window: int) -> None:
         """Run one block, and record it among the last `window`; 0 records nothing."""
         if not window:
             self.tokens = self.backbone.run_block(self.module, block, self.tokens, self.context)
@@ -193,12 +200,12 @@ class _Batch:
         self.behind.append(Passed(block, entering, leaving))
         self.tokens = leaving.detach()
 
-    def defects(self, block: int) -> BlockDefects | None:
+    def _defects(self, block: int) -> BlockDefects | None:
         """Return the images that are defective after a block; None if there are none."""
         patches = patch_grid(self.backbone, self.tokens, self.images)
         logits = alignment_logits(patches, self.directions.nu[block])
-        predicted = defect_mask(logits, self.rule) & self.rule.trusts(self.directions.gaps[block])
-        masks = defective_now(norm_ratios(patches.float().norm(dim=-1)), self.start, predicted, self.rule)
+        evidence = block_evidence(patches, logits, self.directions.gaps[block], self.rule)
+        masks = defective_now(evidence.ratios, self.start, evidence.predicted, self.rule)
         if self.known is not None:
             masks |= _still_defective(patches, masks, self.known[:, block])
         broken = ~logits.isfinite().flatten(1).all(dim=1)
@@ -207,7 +214,7 @@ class _Batch:
             return None
         return BlockDefects(block, self.places, list(self.behind), self.tokens, logits, masks, defective, self.context)
 
-    def keep(self, stay: Tensor) -> None:
+    def _keep(self, stay: Tensor) -> None:
         """Let the other images leave, bool `[b]`; recorded graphs are forgotten, since the defects use them up."""
         self.behind = deque(passed.of(stay) for passed in self.behind)
         self.tokens, self.start, self.places = self.tokens[stay], self.start[stay], self.places[stay]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,9 +22,8 @@ from sinder_cli.defects.shift import CELLS, Retrieval, found_again, shifted
 from sinder_cli.defects.tokens import last_tokens, patch_grid
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, Measured, silent, tracked
-from sinder_cli.images.loading import shuffled
 from sinder_cli.repairing.forward import Directions
-from sinder_cli.repairing.scan import Seen, see
+from sinder_cli.repairing.scan import MarkedBatch, marked_batch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from sinder_cli.repairing.loop import Best
 
 WORST = 0.5  # cosine below which the worst 1 % of good tokens counts as spoilt, whatever the median is
-LEAST_GUARD = 4  # images, if as many can be spared or drawn
 SAMPLES = 6  # images whose patch tokens are kept for pictures
 SHIFTED = 2  # of these, with a marked token, are examined in a shifted view too
 LEAST_GRID = 5  # patches on a side: the smallest grid that every backbone accepts
@@ -185,12 +182,12 @@ class Guard:
     def remember(self) -> None:
         """Run the original and the inpainted original; the module must hold the original weights."""
         marks: list[Tensor] = []
-        original: list[Seen] = []
+        original: list[MarkedBatch] = []
         yardstick = inpainted(self.backbone, self.rule.norm_factor, lambda _, mask: marks.append(mask))
-        for pixels in tracked(self._batches(), self.emit, "looking at the guard", None, "batches"):
+        for pixels in tracked(self._batches(), self.emit, "evaluating the guard", None, "batches"):
             marks.clear()
             reference = last_tokens(yardstick, self.module, pixels).cpu()
-            seen = self._see(pixels)
+            seen = self._run(pixels)
             ever = (torch.stack(marks) | seen.defective).any(dim=0)
             self._references.append((reference, seen.last.cpu()))
             self._marked.append(ever.cpu())
@@ -200,10 +197,10 @@ class Guard:
 
     def look(self) -> Snapshot:
         """Run the module as it is now on the guard's images, and return the snapshot."""
-        self.latest = self._snapshot([self._see(pixels) for pixels in self._batches()])
+        self.latest = self._snapshot([self._run(pixels) for pixels in self._batches()])
         return self.latest
 
-    def _snapshot(self, seen: Sequence[Seen]) -> Snapshot:
+    def _snapshot(self, seen: Sequence[MarkedBatch]) -> Snapshot:
         """Combine the batches of the guard's images into a snapshot, compared with the references."""
         last = [each.last.cpu() for each in seen]
         pixels = next(iter(self.images.values()))
@@ -288,8 +285,8 @@ class Guard:
         beaten = now.left < self.before.left if best is None else best.is_beaten_by(look)
         return replace(look, best=holds and beaten)
 
-    def _see(self, pixels: Tensor) -> Seen:
-        return see(self.backbone, self.module, self.directions, pixels, self.rule)
+    def _run(self, pixels: Tensor) -> MarkedBatch:
+        return marked_batch(self.backbone, self.module, self.directions, pixels, self.rule)
 
     def _batches(self) -> list[Tensor]:
         images = list(self.images.values())
@@ -300,44 +297,3 @@ class Guard:
 def _cosines(tokens: Tensor, reference: Tensor) -> Tensor:
     """Compute the cosines of tokens `[…, N]` to a reference; 0 for those that are not finite."""
     return cosine_similarity(tokens.double(), reference.double(), dim=-1).nan_to_num(0.0).float()
-
-
-def guard_size(count: int, asked: int | None) -> int:
-    """Return how many of `count` images the guard takes: `asked`, or a tenth, at least 4, at most 64; at most half."""
-    wanted = asked if asked is not None else min(max(LEAST_GUARD, round(0.1 * count)), 64)
-    return min(wanted, count // 2)
-
-
-def guard_sizes(given: int, drawn: int, asked: int | None) -> tuple[int, int]:
-    """Return how many of the user's images the guard takes, and how many drawn ones.
-
-    Drawn images are used alone if none of the user's can be spared; unless `asked` is set, they also make up for fewer
-    than `LEAST_GUARD` images of the user.
-    """
-    own = guard_size(given, asked)
-    if own == 0:
-        return 0, guard_size(drawn, asked)
-    more = max(0, LEAST_GUARD - own) if asked is None else 0
-    return own, min(guard_size(drawn, asked), more)
-
-
-def guarded(kinds: Sequence[tuple[int, ...]], size: int, seed: int = 0) -> list[int]:
-    """Return the sorted indices of the guard's images: every kind, and at least half with a defect if possible.
-
-    Within a kind they are drawn by the seed: consecutive images may show the same thing.
-
-    `kinds` are the kinds of all images, empty for one without a defect. At least half of the images of a kind are left
-    for training, so that a kind with a single image is not on the guard.
-    """
-    by_kind: dict[tuple[int, ...], list[int]] = {}
-    for index in islice(shuffled(len(kinds), seed), len(kinds)):
-        kind = kinds[index]
-        by_kind.setdefault(kind, []).append(index)
-    clean = by_kind.pop((), [])
-    offered = [indices[: len(indices) // 2] for _, indices in sorted(by_kind.items(), key=lambda each: len(each[1]))]
-    defective = [group[at] for at in range(max(map(len, offered), default=0)) for group in offered if at < len(group)]
-    share = sum(map(len, by_kind.values())) / max(1, len(kinds))
-    wanted = min(len(defective), max(round(size * share), (size + 1) // 2))
-    taken = defective[:wanted]
-    rest = [*clean[: len(clean) if not by_kind else max(1, len(clean) // 2)], *defective[wanted:]]
-    return sorted([*taken, *rest[: size - len(taken)]])

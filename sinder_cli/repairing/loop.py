@@ -6,25 +6,24 @@ import math
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from sinder_cli.backbone.contract import Backbone
-from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import BadInputError
-from sinder_cli.events import Emit, Measured, Warned, silent
+from sinder_cli.events import Emit, Measured, Warned
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import ImageSource, whole_of
 from sinder_cli.memory import out_of_memory_reported
-from sinder_cli.repairing.batches import Batch, require_readable, step_batches
+from sinder_cli.repairing.choosing import Batch, require_readable, step_batches
 from sinder_cli.repairing.deltas import Deltas
-from sinder_cli.repairing.forward import FIRST_ALONE, Directions, Interest
+from sinder_cli.repairing.forward import FIRST_ALONE, Interest
 from sinder_cli.repairing.greedy import BlockObservation, Observations, polyak_deltas, scale_of
+from sinder_cli.repairing.preparing import Prepared
 from sinder_cli.repairing.settings import RepairSettings
-from sinder_cli.repairing.shared import gathered
+from sinder_cli.repairing.shared import SharedStep, gathered
 from sinder_cli.repairing.step import Probes, StepGradient, step_gradient
 
 if TYPE_CHECKING:
@@ -137,12 +136,16 @@ class Progress:
 
     def finished(self, settings: RepairSettings) -> bool:
         """Return True if no step is left to do."""
-        return bool(self.stopped) or self.steps >= settings.max_steps or self.clean_fraction >= settings.stop_density
+        return (
+            bool(self.stopped)
+            or self.steps >= settings.max_steps
+            or self.clean_fraction >= settings.stop_clean_fraction
+        )
 
     def judge(self, look: Evaluation, values: dict[str, Tensor], stops: bool = True) -> None:
-        """Measured a look at the guard; keep the state (`values`: its ε) if it is the best.
+        """Take an evaluation of the guard into account; keep the state, whose ε are `values`, if it is the best.
 
-        If `stops`, the repair ends after enough looks in a row that are spoilt, clean, or without a new best state.
+        If `stops`, end the repair after enough looks in a row that are spoilt, clean, or without a new best state.
         """
         self.last_look = look.step
         self.clean_looks = self.clean_looks + 1 if look.outlying == 0 else 0
@@ -175,91 +178,47 @@ class Progress:
 class Move:
     """The result of a step: new deltas and new observations."""
 
-    deltas: dict[str, Tensor]  # the new ε of the targets that change
+    deltas: dict[str, Tensor]  # the new ε of the targets that change; sgd changes them by itself
     observed: dict[int, BlockObservation]
     moved: str | None = None
     gain: float | None = None
     helpless: int = 0  # images with a defect that no step can reduce
+    length: float | None = None  # ‖Δδ‖
+    finite: bool = True  # False if loss or gradient is not: nothing changes then
 
 
 def repair_steps(
-    backbone: Backbone,
-    directions: Directions,
-    deltas: Deltas,
-    source: ImageSource,
-    preprocess: Preprocessing,
-    settings: RepairSettings,
-    progress: Progress,
-    emit: Emit = silent,
-    ranks: Ranks = ALONE,
-    known: Known | None = None,
+    prepared: Prepared, source: ImageSource, progress: Progress, known: Known | None = None
 ) -> Generator[StepRecord, None, None]:
-    """Repair `deltas.module` in place and yield a record per step, from `progress` on until it is finished.
+    """Repair the module in place and yield a record per step, from `progress` on until it is finished.
 
-    `known` gives the tokens that the original marks in an image, by its name. Between two records, and after a
-    `SinderError`, deltas and progress are those of a complete step.
+    `source` holds the images to train on. `known` gives the tokens that the original marks in an image, by its name.
+    Between two records, and after a `SinderError`, deltas and progress are those of a complete step.
     Raises `BadInputError` when too many images cannot be decoded, `DivergedError` after ten steps in a row without a
     finite gradient, and `TryAgainError` when memory runs out or a decoding process dies.
     """
+    start, deltas, emit, ranks = prepared.start, prepared.deltas, prepared.emit, prepared.ranks
+    settings, preprocess = start.settings, start.preprocess
     began = time.monotonic() - progress.seconds
     batches = step_batches(source, preprocess, settings, progress.steps, progress.unreadable, emit, ranks)
     while not progress.finished(settings):
         with out_of_memory_reported(*size_of_step(preprocess, settings)):
             batch = next(batches)
-            local = NOTHING
-            if len(batch.pixels):  # none where no image of the batch could be decoded
-                local = _local(backbone, directions, deltas, batch, settings, progress, known)
+            # none where no image of the batch could be decoded
+            local = _local(prepared, batch, progress, known) if len(batch.pixels) else NOTHING
             step = gathered(local, len(batch.pixels), progress.unreadable, deltas, settings.window, ranks, emit)
             require_readable(whole_of(source), progress.unreadable, settings.strict)
-            finite = step.gradient.finite
-            length = None
-            move = Move({}, {})
-            if finite:
-                move = _move(step.gradient, deltas, progress, len(source), settings)
-                length = _length(deltas, move) if move.deltas else None
-                if settings.step == "sgd":
-                    deltas.descend(step.gradient.gradients, settings.lr, settings.momentum)
-                else:
-                    deltas.put(move.deltas)
-                progress.observed.by_block.update(move.observed)
-        losses = [*step.gradient.losses, *(loss for _, loss in step.gradient.idle)]
-        defective = step.gradient.defective
-        helpless = move.helpless + defective - sum(part.leaving for part in step.gradient.parts)
-        if move.deltas or (settings.step == "sgd" and defective and finite):
-            progress.last_move = progress.steps + 1
-        progress.count(step.images, defective - helpless, finite)
-        progress.seconds = time.monotonic() - began
-        if not finite:
-            emit(Warned(f"step {progress.steps} skipped: its loss or gradient is not finite"))
-        yield StepRecord(
-            step=progress.steps,
-            images=progress.images,
-            defective=defective,
-            block=step.gradient.first_block,
-            masked_tokens=step.gradient.masked_tokens,
-            loss=sum(losses) / len(losses) if losses and finite else None,
-            moved=move.moved,
-            length=length,
-            gain=move.gain,
-            clean_fraction=progress.clean_fraction,
-            seconds=round(progress.seconds, 3),
-            skipped=not finite,
-        )
+            move = _move(step.gradient, deltas, progress, len(source), settings)
+            _make(move, step.gradient, deltas, progress, settings)
+        yield _record(step, move, progress, settings, began, emit)
         if progress.nonfinite_in_a_row >= MAX_NONFINITE:
             why = f"{progress.nonfinite_in_a_row} steps in a row had no finite gradient"
             raise DivergedError("the repair has diverged", why, ANEW)
 
 
-def _local(
-    backbone: Backbone,
-    directions: Directions,
-    deltas: Deltas,
-    batch: Batch,
-    settings: RepairSettings,
-    progress: Progress,
-    known: Known | None,
-) -> StepGradient:
+def _local(prepared: Prepared, batch: Batch, progress: Progress, known: Known | None) -> StepGradient:
     """Compute the gradient of this rank's part of a batch."""
+    directions, deltas, settings = prepared.directions, prepared.deltas, prepared.start.settings
     device = directions.nu.device
     probes = None
     if settings.step == "greedy":
@@ -275,18 +234,28 @@ def _local(
         targets = deltas.of_window(block, settings.window) if deltas.by_block.keys() >= set(blocks) else None
         return progress.observed.interest(block, excess, targets, settings)
 
-    return step_gradient(backbone, deltas.module, directions, deltas, pixels, settings, marks, probes, interest)
+    return step_gradient(deltas, directions, pixels, settings, marks, probes, interest)
 
 
 def _move(gradient: StepGradient, deltas: Deltas, progress: Progress, images: int, settings: RepairSettings) -> Move:
     """Compute the move of a step from its gradient; for sgd, which has a velocity, see `Deltas.descend`."""
+    if not gradient.finite:
+        return Move({}, {}, finite=False)
     if settings.step == "sgd" or not gradient.parts:
         return Move({}, {})
     if settings.step == "polyak":
         gradients = gradient.gradients
         targets = [target for target in deltas.touched if target.name in gradients]
         loss = sum(gradient.losses) / len(gradient.losses)
-        return Move(polyak_deltas(targets, gradients, loss, settings.trust), {})
+        changed = polyak_deltas(targets, gradients, loss, settings.trust)
+        return Move(changed, {}, length=_length(deltas, changed))
+    return _greedy_move(gradient, deltas, progress, images, settings)
+
+
+def _greedy_move(
+    gradient: StepGradient, deltas: Deltas, progress: Progress, images: int, settings: RepairSettings
+) -> Move:
+    """Compute the move of a greedy step: at most one shrinkage for each of its defective blocks."""
     changed: dict[str, Tensor] = {}
     observed: dict[int, BlockObservation] = {}
     moved, best, helpless = None, None, 0
@@ -300,20 +269,62 @@ def _move(gradient: StepGradient, deltas: Deltas, progress: Progress, images: in
             moved = moved or shrinkage.target.name
         elif gain < settings.min_gain and seen.is_enough(images):
             helpless += part.leaving
-    return Move(changed, observed, moved, best, helpless)
+    return Move(changed, observed, moved, best, helpless, _length(deltas, changed))
 
 
-def _length(deltas: Deltas, move: Move) -> float:
-    """Compute ‖Δδ‖ of a move."""
+def _make(move: Move, gradient: StepGradient, deltas: Deltas, progress: Progress, settings: RepairSettings) -> None:
+    """Make the move of a step; without a finite gradient nothing changes."""
+    if not move.finite:
+        return
+    if settings.step == "sgd":
+        deltas.descend(gradient.gradients, settings.lr, settings.momentum)
+    else:
+        deltas.put(move.deltas)
+    progress.observed.by_block.update(move.observed)
+
+
+def _record(
+    step: SharedStep, move: Move, progress: Progress, settings: RepairSettings, began: float, emit: Emit
+) -> StepRecord:
+    """Count a step that has been made, and return its line; warn of one that is skipped."""
+    gradient, defective = step.gradient, step.gradient.defective
+    losses = [*gradient.losses, *(loss for _, loss in gradient.idle)]
+    helpless = move.helpless + defective - sum(part.leaving for part in gradient.parts)
+    if move.deltas or (settings.step == "sgd" and defective and move.finite):
+        progress.last_move = progress.steps + 1
+    progress.count(step.images, defective - helpless, move.finite)
+    progress.seconds = time.monotonic() - began
+    if not move.finite:
+        emit(Warned(f"step {progress.steps} skipped: its loss or gradient is not finite"))
+    return StepRecord(
+        step=progress.steps,
+        images=progress.images,
+        defective=defective,
+        block=gradient.first_block,
+        masked_tokens=gradient.masked_tokens,
+        loss=sum(losses) / len(losses) if losses and move.finite else None,
+        moved=move.moved,
+        length=move.length,
+        gain=move.gain,
+        clean_fraction=progress.clean_fraction,
+        seconds=round(progress.seconds, 3),
+        skipped=not move.finite,
+    )
+
+
+def _length(deltas: Deltas, changed: Mapping[str, Tensor]) -> float | None:
+    """Compute ‖Δδ‖ of a move to these ε, by target; None if none changes."""
+    if not changed:
+        return None
     squares = 0.0
     for target in deltas.touched:
-        if target.name in move.deltas:
-            change = (move.deltas[target.name] - target.delta) / scale_of(target).clamp_min(1e-12)
+        if target.name in changed:
+            change = (changed[target.name] - target.delta) / scale_of(target).clamp_min(1e-12)
             squares += float(change.square().sum())
     return math.sqrt(squares)
 
 
-def density_window(images: int, settings: RepairSettings) -> int:
+def clean_window(images: int, settings: RepairSettings) -> int:
     """Return the number of images for the share of clean ones: at most `stop_images`, and at most one pass.
 
     If all images are visited, at most two passes. `images` is the number of images in a pass.

@@ -6,13 +6,12 @@ import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sinder_cli import __version__
 from sinder_cli.backbone.contract import Backbone, ModelRequest
 from sinder_cli.backbone.storing import stored_as, write_safetensors
 from sinder_cli.backbone.weights import Weights, rows_of
-from sinder_cli.defects.settings import SLACK
 from sinder_cli.defects.shift import Retrieval
 from sinder_cli.images.sources import ImageSource
 from sinder_cli.repairing.deltas import Deltas, Target
@@ -21,11 +20,14 @@ from sinder_cli.repairing.guard import Snapshot
 from sinder_cli.repairing.run_identity import call_of
 from sinder_cli.repairing.scan import Scan
 from sinder_cli.repairing.settings import WITHOUT_EFFECT, RepairSettings
+from sinder_cli.repairing.verdict import Elsewhere, stop_reason, verdict_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sinder_cli.repairing.choosing import Chosen
     from sinder_cli.repairing.loop import Progress
+    from sinder_cli.repairing.preparing import Prepared
 
 
 @dataclass(frozen=True)
@@ -71,72 +73,28 @@ def run_config(
     }
 
 
-VerdictWord = Literal["healthy", "repaired", "improved", "not improved"]
-
-
 @dataclass(frozen=True)
-class Elsewhere:
-    """Defective tokens on training images whose kind of defect no image of the guard has."""
+class Outcome:
+    """What a repair has come to, on the images of the guard and on those of kinds that it does not show."""
 
-    images: int
-    before: int
-    after: int
-
-
-def verdict_of(
-    scan: Scan, before: Snapshot, after: Snapshot, changed: bool, floor: float, elsewhere: Elsewhere | None = None
-) -> VerdictWord:
-    """Return the verdict on a repair, judged by the outlying tokens of the guard's images at any block.
-
-    It is "not improved" if nothing was changed, if there are no fewer outlying tokens, if cls or good tokens are spoilt
-    (`Fidelity.holds`), or if there are more defective tokens of a kind that the guard does not show. Otherwise it is
-    only "improved" if anything is left: outlying tokens, tokens that stand out by norm although the current rule does
-    not mark them, or tokens of a kind that the guard does not show; or if marked tokens are further from the yardstick
-    than before. A model in which that rule marks nothing is "healthy" only if no norm stands out.
-    """
-    if scan.healthy:
-        return "not improved" if scan.standing else "healthy"
-    was, now = before.fidelity(), after.fidelity()
-    if not changed or after.left >= before.left or not now.holds(was, floor):
-        return "not improved"
-    if elsewhere and elsewhere.after > elsewhere.before:
-        return "not improved"
-    left = after.left or bool(after.standing.any()) or (elsewhere and elsewhere.after)
-    farther = now.marked is not None and was.marked is not None and now.marked < was.marked - SLACK
-    return "improved" if left or farther else "repaired"
-
-
-def stop_reason(scan: Scan, after: Snapshot, progress: Progress, settings: RepairSettings) -> str:
-    """Return why no further step was taken, as in `summary.json`."""
-    if scan.healthy:
-        return "nothing_marked" if scan.standing else "healthy"
-    if progress.stopped:
-        return progress.stopped
-    if progress.clean_fraction < settings.stop_density:
-        return "max_steps"
-    return "no_gain" if after.left else "clean"
+    before: Snapshot
+    after: Snapshot
+    elsewhere: Elsewhere | None
+    found_again: tuple[Retrieval | None, Retrieval | None]  # before and after: shift retrieval
 
 
 def run_summary(
-    backbone: Backbone,
-    before: Snapshot,
-    after: Snapshot,
-    scan: Scan,
-    also_trained: int,
-    drawn: int,
-    elsewhere: Elsewhere | None,
-    found_again: tuple[Retrieval | None, Retrieval | None],
-    progress: Progress,
-    deltas: Deltas,
-    settings: RepairSettings,
-    config: dict[str, Any],
+    prepared: Prepared, scan: Scan, chosen: Chosen, progress: Progress, outcome: Outcome, config: dict[str, Any]
 ) -> dict[str, Any]:
     """Return `summary.json`, except for the seconds that the run took."""
-    changed = deltas.changed
+    settings, changed = prepared.start.settings, prepared.deltas.changed
+    before, after, elsewhere = outcome.before, outcome.after, outcome.elsewhere
     to_original = after.fidelity("original")
+    verdict = verdict_of(scan, before, after, bool(changed), settings.min_fidelity, elsewhere)
     return {
-        "model": backbone.name,
-        "verdict": verdict_of(scan, before, after, bool(changed), settings.min_fidelity, elsewhere),
+        "model": prepared.start.backbone.name,
+        "verdict": verdict.word,
+        "verdict_reason": verdict.reason,
         "recipe": settings.recipe,
         "defects": {"before": before.defects(), "after": after.defects()},
         "fidelity": {
@@ -145,13 +103,14 @@ def run_summary(
             "floor": settings.min_fidelity,
         },
         "shift_retrieval": {
-            side: asdict(found) if found else None for side, found in zip(("before", "after"), found_again, strict=True)
+            side: asdict(found) if found else None
+            for side, found in zip(("before", "after"), outcome.found_again, strict=True)
         },
         "cls_cosine": to_original.cls,
         "tapped": "residual stream after each block, before the final norm; cosines: after the last block",
         "evaluation_images": before.norms.shape[1],
-        "also_trained": also_trained,
-        "drawn_on_the_guard": drawn,
+        "also_trained": chosen.also_trained,
+        "drawn_on_the_guard": chosen.drawn,
         "kinds_not_on_the_guard": asdict(elsewhere) if elsewhere else None,
         "scan": {
             "images": len(scan.images),

@@ -3,78 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-from sinder_cli.backbone.contract import Backbone
-from sinder_cli.backbone.device import exact_device
-from sinder_cli.backbone.opening import load_module
-from sinder_cli.defects.detection import DetectionRule
-from sinder_cli.defects.prediction import predict
-from sinder_cli.defects.tokens import in_precision
 from sinder_cli.distributed import Ranks
-from sinder_cli.events import Emit, Finished, Noted, Started, Warned
+from sinder_cli.events import Emit, Finished, Noted, Started
 from sinder_cli.files import write_json, write_text
 from sinder_cli.images.loading import load_in_order, readable, require_some, sampled
-from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import ImageSource, SomeImages, files_of
 from sinder_cli.memory import out_of_memory_reported
-from sinder_cli.repairing.batches import forget_mended, require_readable
-from sinder_cli.repairing.deltas import Deltas, SingularBasis, singular_basis
+from sinder_cli.repairing.checkpoints import Checkpoints
+from sinder_cli.repairing.choosing import Chosen, chosen_images, forget_mended, require_readable
 from sinder_cli.repairing.folder import RunFolder
-from sinder_cli.repairing.forward import Directions
-from sinder_cli.repairing.guard import SAMPLES, Evaluation, Guard, Snapshot, guard_sizes, guarded
+from sinder_cli.repairing.guard import SAMPLES, Evaluation, Guard, Snapshot
 from sinder_cli.repairing.loop import (
     ANEW,
     DivergedError,
     Known,
     Progress,
     StepRecord,
-    density_window,
+    clean_window,
     repair_steps,
     size_of_step,
 )
-from sinder_cli.repairing.results import Elsewhere, RepairResult, run_summary, write_model
+from sinder_cli.repairing.preparing import Prepared, Start, prepare
+from sinder_cli.repairing.results import Outcome, RepairResult, run_summary, write_model
 from sinder_cli.repairing.run_identity import listed_images
-from sinder_cli.repairing.scan import ImageOutliers, Scan, rarest_first, scan, see, to_train_on
+from sinder_cli.repairing.scan import Scan, marked_batch, scan
 from sinder_cli.repairing.session import checkpointed, restored, saved_if_it_fails
-from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.repairing.verdict import Elsewhere
 from sinder_cli.repairing.weight_changes import write_adapter
 from sinder_cli.signals import Stop
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-
-MOST_ELSEWHERE = 64  # images with kinds of defects that the guard does not show, examined at the end
-
-
-@dataclass(frozen=True)
-class Start:
-    """The inputs of a repair, and the `config.json` that describes them."""
-
-    backbone: Backbone
-    preprocess: Preprocessing
-    source: ImageSource
-    settings: RepairSettings
-    device: str
-    config: dict[str, Any]
-    given: int  # number of the user's images, which come first in the source; the others are drawn
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A backbone ready for its scan and for steps: directions from the weights, the module, no deltas yet."""
-
-    start: Start
-    directions: Directions
-    module: nn.Module
-    deltas: Deltas
-    emit: Emit
-    ranks: Ranks
 
 
 @dataclass(frozen=True)
@@ -83,12 +43,14 @@ class Repair:
 
     prepared: Prepared
     scan: Scan
-    training: ImageSource  # the images for the steps; empty if there is nothing to repair
+    chosen: Chosen
     guard: Guard | None  # on rank 0; None on the others
-    also_trained: int  # number of guard images that are trained on, since no other image has such a defect
-    drawn: int  # number of guard images that the program drew
-    unjudged: tuple[ImageOutliers, ...]  # their kind of defect is on no image of the guard
     progress: Progress
+
+    @property
+    def training(self) -> ImageSource:
+        """The images for the steps; empty if there is nothing to repair."""
+        return SomeImages(self.prepared.start.source, self.chosen.training)
 
     @property
     def known(self) -> Known | None:
@@ -111,7 +73,7 @@ def run_repair(
     if resume and ranks.writes:
         folder.require_same(start.config, start.source, emit)
     with out_of_memory_reported(*size_of_step(start.preprocess, start.settings)):
-        repair = ready(prepared(start, emit, ranks), folder, resume)
+        repair = ready(prepare(start, emit, ranks), folder, resume)
         _go_on_or_begin(repair, folder, resume)
         earlier = repair.progress.seconds
         after = _repaired(repair, folder, stop)
@@ -120,134 +82,58 @@ def run_repair(
         return _written(repair, folder, repair.guard, after, lambda: earlier + time.monotonic() - began)
 
 
-def prepared(
-    start: Start, emit: Emit, ranks: Ranks, decompose: Callable[[Tensor], SingularBasis] = singular_basis
-) -> Prepared:
-    """Prepare everything that needs no image: directions from the weights, the module, no deltas yet."""
-    settings, backbone = start.settings, start.backbone
-    device = exact_device(start.device)
-    prediction = ranks.from_rank0(lambda: predict(backbone, ("cumulative",), emit, device))
-    directions = Directions(prediction.directions().to(start.device), prediction.gaps())
-    by_weights = settings.mark == "weights" or settings.norm_factor == 0
-    if by_weights and not any(gap >= settings.min_gap for gap in directions.gaps):
-        emit(Warned(f"no direction is determined (σ₁/σ₂ < {settings.min_gap} in every block): no token can be marked"))
-    module = load_module(backbone, start.device)
-    deltas = Deltas(backbone, module, emit, settings.offload, decompose=decompose)
-    return Prepared(start, directions, module, deltas, emit, ranks)
-
-
 def ready(prepared: Prepared, folder: RunFolder, resume: bool) -> Repair:
     """Scan the original, or read an earlier scan, and choose the images to train on and to be judged by."""
-    start, ranks = prepared.start, prepared.ranks
-    settings, source = start.settings, start.source
+    start, emit = prepared.start, prepared.emit
     unreadable: dict[str, str] = {}
-    chosen = sampled(len(source), settings.scan_images, settings.seed)
-    if len(chosen) < len(source):
-        prepared.emit(Noted(f"looking at {len(chosen):,} of {len(source):,} images (--scan-images)"))
-    if ranks.from_rank0(lambda: resume and folder.outliers.is_file()):
-        found = ranks.from_rank0(lambda: Scan.read(folder.outliers)).named_as_in(source)
-        unreadable |= {source.name(place): why for place, why in found.unreadable.items()}
-        require_readable(source, unreadable, settings.strict)
-    else:
-        found = _scanned(prepared, chosen, unreadable)
+    found = _looked_at(prepared, folder, resume, unreadable)
     found.require_finite()
     flooded = [image.name for image in found.images if image.flooded]
     if flooded and not found.healthy:
         which = flooded[0] if len(flooded) == 1 else f"{len(flooded)} images, such as {flooded[0]}"
-        prepared.emit(
-            Noted(f"most tokens, or cls, of {which} have far larger norms than usual: no repair is judged by it")
-        )
-    images = list(found.images)
-    indices = [image.place for image in images]
-    guard_indices, also = _guard_indices(start, found, images, indices)
-    held = set(guard_indices) - set(also)
-    if found.healthy:
-        training: Sequence[int] = ()
-    elif settings.visit == "all":
-        offered = [index for index in range(len(source)) if index not in held]
-        unfit = {image.place for image in images if image.flooded}
-        training = [index for index in offered if index not in unfit] or offered
-    else:
-        chosen_images = to_train_on([image for image in images if image.place not in held])
-        training = rarest_first(chosen_images, [image.place for image in chosen_images])
-    progress = Progress(density_window(len(training), settings), unreadable=unreadable)
-    guard = _guard(prepared, guard_indices, progress) if ranks.writes else None
-    if also:
-        prepared.emit(
+        emit(Noted(f"most tokens, or cls, of {which} have far larger norms than usual: no repair is judged by it"))
+    chosen = chosen_images(found, len(start.source), start.given, start.settings)
+    progress = Progress(clean_window(len(chosen.training), start.settings), unreadable=unreadable)
+    guard = _guard(prepared, chosen.guard, progress) if prepared.ranks.writes else None
+    if chosen.also_trained:
+        emit(
             Noted("the only image with its kind of defect is used for training and for judging: more images would help")
         )
-    judged = {image.kind for image in images if image.place in set(guard_indices)}
-    others = [image for image in images if image.blocks and image.kind not in judged]
-    unjudged = tuple(others[at] for at in sampled(len(others), MOST_ELSEWHERE, settings.seed))
-    drawn = sum(at >= start.given for at in guard_indices)
-    return Repair(prepared, found, SomeImages(source, training), guard, len(also), drawn, unjudged, progress)
+    return Repair(prepared, found, chosen, guard, progress)
 
 
-def _scanned(prepared: Prepared, chosen: Sequence[int], unreadable: dict[str, str]) -> Scan:
-    start = prepared.start
-    found = scan(
-        start.backbone,
-        prepared.module,
-        prepared.directions,
-        start.source,
-        start.preprocess,
-        chosen,
-        start.settings,
-        unreadable,
-        prepared.emit,
-        prepared.ranks,
-    )
-    given = {start.source.name(index) for index in chosen if index < start.given}
-    read = sum(image.name in given for image in found.images)
-    require_some(read, len(given) - read)  # drawn images do not replace the user's if none of these can be read
-    require_readable(start.source, unreadable, start.settings.strict)
+def _looked_at(prepared: Prepared, folder: RunFolder, resume: bool, unreadable: dict[str, str]) -> Scan:
+    """Return the scan of this run's folder if it goes on and has one, or else a new one."""
+    start, ranks = prepared.start, prepared.ranks
+    settings, source = start.settings, start.source
+    places = sampled(len(source), settings.scan_images, settings.seed)
+    if len(places) < len(source):
+        prepared.emit(Noted(f"scanning {len(places):,} of {len(source):,} images (--scan-images)"))
+    if ranks.from_rank0(lambda: resume and folder.outliers.is_file()):
+        found = ranks.from_rank0(lambda: Scan.read(folder.outliers)).named_as_in(source)
+        unreadable |= {source.name(place): why for place, why in found.unreadable.items()}
+    else:
+        found = scan(prepared, places, unreadable)
+        given = {source.name(place) for place in places if place < start.given}
+        read = sum(image.name in given for image in found.images)
+        require_some(read, len(given) - read)  # drawn images do not replace the user's if none of these can be read
+    require_readable(source, unreadable, settings.strict)
     return found
 
 
-def _guard_indices(
-    start: Start, found: Scan, images: Sequence[ImageOutliers], indices: Sequence[int]
-) -> tuple[list[int], list[int]]:
-    """Choose the images of the guard, by index in the source; and those of them to train on too, as no others exist.
-
-    They are images that the user gave, if there are two or more of them, and drawn ones up to four. If none of them has
-    a defect, a defective image is added, which is then lost for training unless it is the only one of its kind. Flooded
-    images are left out if there are others: for them, the inpainted original is no yardstick.
-    """
-    settings = start.settings
-    pairs = list(zip(images, indices, strict=True))
-    fit = [(image, at) for image, at in pairs if not image.flooded] or pairs
-    given = [(image.kind, at) for image, at in fit if at < start.given]
-    drawn = [(image.kind, at) for image, at in fit if at >= start.given]
-    chosen = [
-        offered[place][1]
-        for offered, size in zip((given, drawn), guard_sizes(len(given), len(drawn), settings.eval_images), strict=True)
-        for place in guarded([kind for kind, _ in offered], size, settings.seed)
-    ]
-    if found.healthy:
-        return chosen or list(indices[:1]), []
-    defective = [(image.kind, at) for image, at in fit if image.blocks]
-    defective = defective or [(image.kind, at) for image, at in pairs if image.blocks]
-    shown = Counter(kind for kind, _ in defective)
-    if {at for _, at in defective} & set(chosen):
-        return chosen, []
-    kind, commonest = max(defective, key=lambda each: shown[each[0]])
-    return [*chosen, commonest], [commonest] if shown[kind] == 1 else []
-
-
-def _guard(prepared: Prepared, indices: Sequence[int], progress: Progress) -> Guard:
+def _guard(prepared: Prepared, places: Sequence[int], progress: Progress) -> Guard:
     """Build the guard and run the original on its images. Raises `BadInputError` if a token is not finite."""
     start = prepared.start
-    settings = start.settings
-    loaded = load_in_order(start.source, start.preprocess, indices)
+    loaded = load_in_order(start.source, start.preprocess, places)
     images = dict(readable(loaded, progress.unreadable, prepared.emit))
     require_some(len(images), len(progress.unreadable))
     guard = Guard(
-        backbone=in_precision(start.backbone, settings.dtype, settings.tf32),
+        backbone=start.running,
         module=prepared.module,
         directions=prepared.directions,
-        rule=DetectionRule.of(settings),
+        rule=start.rule,
         images=images,
-        batch_size=settings.batch_size,
+        batch_size=start.settings.batch_size,
         device=start.device,
         emit=prepared.emit,
     )
@@ -308,76 +194,80 @@ def _seen_already(repair: Repair) -> Snapshot | None:
 
 def _take_steps(repair: Repair, folder: RunFolder, stop: Stop) -> None:
     """Take steps until the images are clean, the guard ends the run, or the steps are used up; record each."""
-    ready, progress = repair.prepared, repair.progress
-    start, emit, ranks = ready.start, ready.emit, ready.ranks
-    settings, checkpoints = start.settings, folder.checkpoints
+    prepared, progress = repair.prepared, repair.progress
+    settings, emit, ranks = prepared.start.settings, prepared.emit, prepared.ranks
+    books = _Books(repair, folder, folder.checkpoints)
+    if progress.steps:
+        books.look_if_due(progress.steps)  # an earlier process may have ended before this look
+    steps = repair_steps(prepared, repair.training, progress, repair.known)
+    emit(Started("repairing", settings.max_steps, "steps", progress.steps))
+    with closing(checkpointed(steps, books.save, progress, settings, stop, emit, ranks)) as records:
+        for record in records:
+            with saved_if_it_fails(books.save):
+                books.enter(record)
+    emit(Finished("repairing"))
+    books.look()
 
-    def save() -> None:
-        if ranks.writes:
-            folder.flush_lines()
-            checkpoints.write(ready.deltas, progress)
 
-    def look() -> None:
+@dataclass(frozen=True)
+class _Books:
+    """The books of a repair: rank 0 writes its lines and checkpoints, and every rank knows what the guard says."""
+
+    repair: Repair
+    folder: RunFolder
+    checkpoints: Checkpoints  # the same at every save: it knows which bases are on disk
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        if self.repair.prepared.ranks.writes:
+            self.folder.flush_lines()
+            self.checkpoints.write(self.repair.prepared.deltas, self.repair.progress)
+
+    def enter(self, record: StepRecord) -> None:
+        """Record a step, and let the guard look at the state if that is due."""
+        if self.repair.prepared.ranks.writes:
+            self.folder.record(record)
+        self.repair.prepared.emit(record)
+        self.look_if_due(record.step)
+
+    def look_if_due(self, step: int) -> None:
+        """Let the guard look after every `eval_every` steps."""
+        every = self.repair.prepared.start.settings.eval_every
+        if every and step % every == 0:
+            self.look()
+
+    def look(self) -> None:
         """Let the guard judge the state, unless it has seen it already, and keep the best state."""
+        prepared, progress = self.repair.prepared, self.repair.progress
         if progress.last_look >= progress.last_move:
             return
-        evaluation = ranks.from_rank0(lambda: _evaluation(repair))
-        progress.judge(evaluation, ready.deltas.values(), stops=settings.keep == "best")
-        if ranks.writes:
-            folder.record(evaluation)
-        emit(evaluation)
+        settings = prepared.start.settings
 
-    def tell(record: StepRecord) -> None:
-        if ranks.writes:
-            folder.record(record)
-        emit(record)
-        if settings.eval_every and record.step % settings.eval_every == 0:
-            look()
+        def evaluated() -> Evaluation:
+            assert self.repair.guard is not None  # rank 0 has it
+            guard = self.repair.guard
+            return guard.evaluation(progress.steps, guard.look(), settings.min_fidelity, progress.best)
 
-    if settings.eval_every and progress.steps and progress.steps % settings.eval_every == 0:
-        look()  # an earlier process may have ended before this look
-    steps = repair_steps(
-        start.backbone,
-        ready.directions,
-        ready.deltas,
-        repair.training,
-        start.preprocess,
-        settings,
-        progress,
-        emit,
-        ranks,
-        repair.known,
-    )
-    emit(Started("repairing", settings.max_steps, "steps", progress.steps))
-    with closing(checkpointed(steps, save, progress, settings, stop, emit, ranks)) as records:
-        for record in records:
-            with saved_if_it_fails(save):
-                tell(record)
-    emit(Finished("repairing"))
-    look()
-
-
-def _evaluation(repair: Repair) -> Evaluation:
-    """Return the guard's evaluation of the state after the latest step."""
-    assert repair.guard is not None  # rank 0 has it
-    settings, progress = repair.prepared.start.settings, repair.progress
-    return repair.guard.evaluation(progress.steps, repair.guard.look(), settings.min_fidelity, progress.best)
+        evaluation = prepared.ranks.from_rank0(evaluated)
+        progress.judge(evaluation, prepared.deltas.values(), stops=settings.keep == "best")
+        if prepared.ranks.writes:
+            self.folder.record(evaluation)
+        prepared.emit(evaluation)
 
 
 def _left_elsewhere(repair: Repair) -> Elsewhere | None:
     """Count what is left on training images whose kind of defect the guard does not show; None without such images."""
-    if not repair.unjudged:
+    unjudged, prepared = repair.chosen.unjudged, repair.prepared
+    if not unjudged:
         return None
-    start, ready = repair.prepared.start, repair.prepared
-    running = in_precision(start.backbone, start.settings.dtype, start.settings.tf32)
-    rule = DetectionRule.of(start.settings)
-    loaded = load_in_order(start.source, start.preprocess, [image.place for image in repair.unjudged])
+    start, module, directions = prepared.start, prepared.module, prepared.directions
+    loaded = load_in_order(start.source, start.preprocess, [image.place for image in unjudged])
     left = images = 0
-    for _, pixels in readable(loaded, repair.progress.unreadable, ready.emit):
-        seen = see(running, ready.module, ready.directions, pixels[None].to(start.device), rule)
-        left += int(seen.defective.any(dim=0).sum())
+    for _, pixels in readable(loaded, repair.progress.unreadable, prepared.emit):
+        found = marked_batch(start.running, module, directions, pixels[None].to(start.device), start.rule)
+        left += int(found.defective.any(dim=0).sum())
         images += 1
-    before = sum(len({at for places in image.blocks.values() for at in places}) for image in repair.unjudged)
+    before = sum(len({at for places in image.blocks.values() for at in places}) for image in unjudged)
     return Elsewhere(images, before, left)
 
 
@@ -385,33 +275,25 @@ def _written(
     repair: Repair, folder: RunFolder, guard: Guard, after: Snapshot, seconds: Callable[[], float]
 ) -> RepairResult:
     """Write the repaired weights, the adapter, and last the summary, which marks the run as finished."""
-    start, deltas = repair.prepared.start, repair.prepared.deltas
-    backbone, settings, config = start.backbone, start.settings, folder.read_config()  # from the beginning of the run
+    prepared, config = repair.prepared, folder.read_config()  # from the beginning of the run
+    start, deltas = prepared.start, prepared.deltas
     if not folder.metrics.is_file():  # of a run without a step
         write_text(folder.metrics, "")
-    repair.prepared.emit(Noted(f"writing {folder.model}"))
-    write_model(folder.model, backbone.weights, deltas)
-    write_adapter(folder.adapter, backbone.name, config["weights"]["fingerprint"], deltas, settings)
-    elsewhere = _left_elsewhere(repair) if deltas.changed else None
-    summary = run_summary(
-        backbone,
+    prepared.emit(Noted(f"writing {folder.model}"))
+    write_model(folder.model, start.backbone.weights, deltas)
+    write_adapter(folder.adapter, start.backbone.name, config["weights"]["fingerprint"], deltas, start.settings)
+    outcome = Outcome(
         guard.before,
         after,
-        repair.scan,
-        repair.also_trained,
-        repair.drawn,
-        elsewhere,
+        _left_elsewhere(repair) if deltas.changed else None,
         (guard.found_before, guard.found_again(after) if deltas.changed else guard.found_before),
-        repair.progress,
-        deltas,
-        settings,
-        config,
     )
+    summary = run_summary(prepared, repair.scan, repair.chosen, repair.progress, outcome, config)
     summary["seconds"] = round(seconds(), 3)
     write_json(folder.summary, summary)
     return RepairResult(
         folder=folder.path,
-        model=backbone.name,
+        model=start.backbone.name,
         summary=summary,
         config=config,
         before=guard.before,

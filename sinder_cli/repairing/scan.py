@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,30 +20,26 @@ from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import (
     DetectionRule,
     alignment_logits,
-    defect_mask,
+    block_evidence,
     defective_somewhere,
+    flooded_images,
     norm_ratios,
+    standing_out,
 )
-from sinder_cli.defects.settings import NORM_FACTOR
+from sinder_cli.defects.settings import MOST_GAP, NORM_FACTOR, PREDICTED_DEGREES
 from sinder_cli.defects.spectrum import angle_between, leading_left
-from sinder_cli.defects.tokens import in_precision, patch_grid, stream_from_embedding
-from sinder_cli.distributed import Ranks
+from sinder_cli.defects.tokens import patch_grid, stream_from_embedding
 from sinder_cli.errors import BadInputError
-from sinder_cli.events import Emit, tracked
+from sinder_cli.events import tracked
 from sinder_cli.files import write_text
 from sinder_cli.images.loading import Changes, load_in_order, readable
-from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.processes import worker_count
 from sinder_cli.images.sources import ImageSource, SomeImages
 from sinder_cli.repairing.forward import Directions
-from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.repairing.preparing import Prepared
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-ENOUGH_TO_COMPARE = 5  # images: among fewer, the usual norm is not known
-FLOODED = 2.0  # × the usual norm at a block: in a healthy DINOv2, the median patch and cls stay below 1.4 ×
-PREDICTED_DEGREES = 30.0  # an observed direction within this angle of a determined predicted one counts as that one
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ class Scan:
 
     @property
     def healthy(self) -> bool:
-        """True if no image has a defective token in any block."""
+        """True if no image has a defective token in any block; `defects.detection` tells it from other meanings."""
         return not any(image.blocks for image in self.images)
 
     @property
@@ -127,7 +124,9 @@ class Scan:
         broken = [image.name for image in self.images if not image.finite]
         if broken:
             why = f"its tokens are not finite on {len(broken)} of {len(self.images)} images, such as {broken[0]}"
-            raise BadInputError("the backbone is broken", why, "give other weights, or a --dtype of more range")
+            raise BadInputError(
+                "the backbone is broken", why, "give other weights, or a --dtype with a larger range, such as bfloat16"
+            )
 
     def write(self, path: Path) -> None:
         """Write `outliers.json`."""
@@ -157,7 +156,7 @@ class Scan:
 
 
 @dataclass(frozen=True)
-class Seen:
+class MarkedBatch:
     """Measurements of one batch, block by block; scans and looks at the guard are made of them."""
 
     ratios: Tensor  # [blocks, B, h, w]: norm over the median norm of the image
@@ -170,60 +169,56 @@ class Seen:
 
 
 @torch.no_grad()
-def see(
+def marked_batch(
     backbone: Backbone,
     module: nn.Module,
     directions: Directions,
     images: Tensor,
     rule: DetectionRule,
-    shared: Shared | None = None,
-) -> Seen:
+    far: FarTokens | None = None,
+) -> MarkedBatch:
     """Run a batch `[B, 3, H, W]` and mark its tokens in every block.
 
-    All tokens above the norm factor, marked or not, are added to `shared`, which gives the direction that they share.
+    All tokens above the norm factor, marked or not, are added to `far`, which gives the direction that they share.
     """
     stream = stream_from_embedding(backbone, module, images)
-    start = norm_ratios(patch_grid(backbone, next(stream), images).float().norm(dim=-1))
-    norms, predicted, levels = [], [], []
-    for block, tokens in enumerate(stream):
-        last = tokens
+    tokens = next(stream)
+    start = norm_ratios(patch_grid(backbone, tokens, images).float().norm(dim=-1))
+    found, levels = [], []
+    for block in range(backbone.depth):
+        tokens = next(stream)
         patches = patch_grid(backbone, tokens, images).float()
-        norms.append(patches.norm(dim=-1))
-        levels.append(norms[-1].flatten(1).median(dim=1).values)
+        logits = alignment_logits(patches, directions.nu[block])
+        found.append(block_evidence(patches, logits, directions.gaps[block], rule))
+        levels.append(found[-1].norms.flatten(1).median(dim=1).values)
         if backbone.has_cls:
             levels.append(tokens[:, 0].float().norm(dim=-1))
-        marked = defect_mask(alignment_logits(patches, directions.nu[block]), rule)
-        predicted.append(marked & rule.trusts(directions.gaps[block]))
-        if shared is not None:
-            shared.add(block, patches, norm_ratios(norms[-1]), rule)
-    ratios = torch.stack([norm_ratios(each) for each in norms])
-    marks = torch.stack(predicted)
-    defective = defective_somewhere(ratios, start, marks, rule)
-    standing = defective_somewhere(ratios, start, marks, standing_out(rule)).any(dim=0)
-    return Seen(ratios, torch.stack(norms), marks, defective, standing, last.float(), torch.stack(levels))
-
-
-def standing_out(rule: DetectionRule) -> DetectionRule:
-    """Return the rule for verdicts: tokens that surely stand out by norm count, whatever marks tokens for training."""
-    return replace(rule, mark="norm" if rule.mark == "norm" else "auto", norm_factor=rule.norm_factor or NORM_FACTOR)
+        if far is not None:
+            far.add(block, patches, found[-1].ratios, rule)
+    norms, ratios, predicted = (
+        torch.stack([getattr(each, name) for each in found]) for name in ("norms", "ratios", "predicted")
+    )
+    defective = defective_somewhere(ratios, start, predicted, rule)
+    standing = defective_somewhere(ratios, start, predicted, standing_out(rule)).any(dim=0)
+    return MarkedBatch(ratios, norms, predicted, defective, standing, tokens.float(), torch.stack(levels))
 
 
 @dataclass
-class Shared:
-    """The second moments of far-out tokens' unit vectors, by block: the leading direction is the shared one."""
+class FarTokens:
+    """The second moments of far-out tokens' unit vectors, by block: the leading direction is the one they share."""
 
     moments: dict[int, Tensor] = field(default_factory=dict)  # [N, N]
 
     def add(self, block: int, patches: Tensor, ratios: Tensor, rule: DetectionRule) -> None:
         """Add the tokens of a batch `[B, h, w, N]` that are above the norm factor; an infinite one has no direction."""
-        far = patches[ratios > (rule.norm_factor or DetectionRule().norm_factor)]  # [M, N]
+        far = patches[ratios > (rule.norm_factor or NORM_FACTOR)]  # [M, N]
         far = far[far.isfinite().all(dim=-1)]
         if len(far):
             units = torch.nn.functional.normalize(far, dim=-1)
             moment = (units.T @ units).cpu()
             self.moments[block] = self.moments[block] + moment if block in self.moments else moment
 
-    def merge(self, other: Shared) -> None:
+    def merge(self, other: FarTokens) -> None:
         """Add the tokens of other images."""
         for block, moment in other.moments.items():
             self.moments[block] = self.moments[block] + moment if block in self.moments else moment
@@ -235,82 +230,79 @@ class Shared:
         return angle_between(leading_left(self.moments[block]).direction, nu.cpu())
 
 
-def scan(
-    backbone: Backbone,
-    module: nn.Module,
-    directions: Directions,
-    source: ImageSource,
-    preprocess: Preprocessing,
-    chosen: Sequence[int],
-    settings: RepairSettings,
-    unreadable: dict[str, str],
-    emit: Emit,
-    ranks: Ranks,
-) -> Scan:
-    """Scan the chosen images of a source; each rank scans its share, and all get the whole result.
+@dataclass
+class _Found:
+    """What one rank has found; the images of others can be added."""
+
+    largest: list[float]  # by block: the largest ratio of norms
+    images: list[ImageOutliers] = field(default_factory=list)
+    by_weights: Counter[int] = field(default_factory=Counter)  # by block: marked tokens that the weights predict
+    levels: dict[int, Tensor] = field(default_factory=dict)  # of each image, by place, as in `flooded_images`
+    far: FarTokens = field(default_factory=FarTokens)
+
+    def add(self, places: Mapping[str, int], batch: MarkedBatch) -> None:
+        """Add a batch of images with these names and places."""
+        by_block = (batch.defective & batch.predicted).flatten(1).sum(dim=1).tolist()
+        self.by_weights.update(dict(enumerate(by_block)))
+        most = batch.ratios.nan_to_num(0.0).flatten(1).max(dim=1).values.tolist()
+        self.largest = [max(pair) for pair in zip(self.largest, most, strict=True)]
+        finite = batch.last.flatten(1).isfinite().all(dim=1).tolist()
+        for image, (name, place) in enumerate(places.items()):
+            standing = int(batch.standing[image].sum())
+            self.images.append(_outliers(name, place, batch.defective[:, image], finite[image], standing))
+            self.levels[place] = batch.levels[:, image].cpu()
+
+    def merge(self, other: _Found) -> None:
+        """Add what another rank has found."""
+        self.images += other.images
+        self.levels.update(other.levels)
+        self.far.merge(other.far)
+        self.by_weights.update(other.by_weights)
+        self.largest = [max(pair) for pair in zip(self.largest, other.largest, strict=True)]
+
+
+def scan(prepared: Prepared, chosen: Sequence[int], unreadable: dict[str, str]) -> Scan:
+    """Scan the chosen images, given by place; each rank scans its share, and all get the whole result.
 
     Images that cannot be decoded are named in a warning and added to `unreadable`.
     """
-    running, rule = in_precision(backbone, settings.dtype, settings.tf32), DetectionRule.of(settings)
-    mine = SomeImages(source, ranks.share(chosen))
-    loaded = load_in_order(mine, preprocess, range(len(mine)), worker_count(settings.workers, ranks.local_size))
-    shared = Shared()
-    found: list[ImageOutliers] = []
-    levels: dict[int, Tensor] = {}  # of each image, by its place: its usual norms, as in `flooded_images`
-    by_weights: Counter[int] = Counter()
-    largest = [0.0] * backbone.depth
-    B = max(1, settings.batch_size // ranks.size)
-    batch: list[tuple[str, Tensor]] = []
-    place_of = {source.name(place): place for place in chosen}
-
-    def take() -> None:
-        seen = see(
-            running, module, directions, torch.stack([each for _, each in batch]).to(directions.nu.device), rule, shared
-        )
-        by_block = (seen.defective & seen.predicted).flatten(1).sum(dim=1).tolist()
-        by_weights.update(dict(enumerate(by_block)))
-        for block, ratio in enumerate(seen.ratios.nan_to_num(0.0).flatten(1).max(dim=1).values.tolist()):
-            largest[block] = max(largest[block], ratio)
-        finite = seen.last.flatten(1).isfinite().all(dim=1).tolist()
-        for image, (name, _) in enumerate(batch):
-            standing = int(seen.standing[image].sum())
-            found.append(_outliers(name, place_of[name], seen.defective[:, image], finite[image], standing))
-            levels[place_of[name]] = seen.levels[:, image].cpu()
-        batch.clear()
-
+    start, ranks = prepared.start, prepared.ranks
     changes = Changes()
-    read = readable(loaded, unreadable, emit, changes)
-    for name, pixels in tracked(read, emit, "looking at the original", len(mine), "images"):
-        batch.append((name, pixels))
-        if len(batch) == B:
-            take()
-    if batch:
-        take()
-    sharing = shared if ranks.size > 1 else None
-    parts = ranks.all_gather((found, sharing, dict(by_weights), largest, dict(unreadable), changes, levels))
-    for rank, (_, other, counts, most, broken, changed, norms) in enumerate(parts):
-        levels.update(norms)
-        if rank == ranks.rank:
-            continue
-        if other is not None:
-            shared.merge(other)
-        by_weights.update(counts)
-        largest = [max(pair) for pair in zip(largest, most, strict=True)]
-        unreadable.update(broken)
-        changes.merge(changed)
-    changes.tell(emit)
-    flooded = flooded_images(levels)
+    place_of = {start.source.name(place): place for place in chosen}
+    found = _found(prepared, place_of, SomeImages(start.source, ranks.share(chosen)), unreadable, changes)
+    for rank, (other, broken, changed) in enumerate(ranks.all_gather((found, dict(unreadable), changes))):
+        if rank != ranks.rank:
+            found.merge(other)
+            unreadable.update(broken)
+            changes.merge(changed)
+    changes.tell(prepared.emit)
+    flooded = flooded_images(found.levels)
     images = tuple(
-        replace(image, flooded=image.place in flooded)
-        for image in sorted((each for part in parts for each in part[0]), key=lambda image: image.place)
+        replace(image, flooded=image.place in flooded) for image in sorted(found.images, key=lambda image: image.place)
     )
-    blocks = tuple(
-        _block(block, images, by_weights[block], largest[block], directions, shared, rule)
-        for block in range(backbone.depth)
-    )
+    blocks = tuple(_block(block, images, found, prepared) for block in range(start.backbone.depth))
     tokens = sum(image.grid[0] * image.grid[1] for image in images)
     failed = {place_of[name]: why for name, why in unreadable.items() if name in place_of}
     return Scan(images, blocks, tokens, failed)
+
+
+def _found(
+    prepared: Prepared, place_of: Mapping[str, int], mine: ImageSource, unreadable: dict[str, str], changes: Changes
+) -> _Found:
+    """Run this rank's images, batch by batch."""
+    start, ranks, settings = prepared.start, prepared.ranks, prepared.start.settings
+    running, rule = start.running, start.rule
+    found = _Found([0.0] * start.backbone.depth)
+    loaded = load_in_order(mine, start.preprocess, range(len(mine)), worker_count(settings.workers, ranks.local_size))
+    read = readable(loaded, unreadable, prepared.emit, changes)
+    images = tracked(read, prepared.emit, "scanning the original", len(mine), "images")
+    while batch := list(islice(images, max(1, settings.batch_size // ranks.size))):
+        pixels = torch.stack([image for _, image in batch]).to(prepared.directions.nu.device)
+        found.add(
+            {name: place_of[name] for name, _ in batch},
+            marked_batch(running, prepared.module, prepared.directions, pixels, rule, found.far),
+        )
+    return found
 
 
 def _outliers(name: str, place: int, masks: Tensor, finite: bool, standing: int) -> ImageOutliers:
@@ -320,56 +312,17 @@ def _outliers(name: str, place: int, masks: Tensor, finite: bool, standing: int)
     return ImageOutliers(name, place, (masks.shape[1], masks.shape[2]), finite, blocks, standing)
 
 
-def flooded_images(levels: Mapping[int, Tensor]) -> set[int]:
-    """Find the images, by place, in which most patch tokens are outlying, or cls is.
-
-    `levels` has of each image the median norm of its patches, and the norm of its cls, after each block: `[levels]`. If
-    most tokens are outlying, so is the median, and hardly any token exceeds 3 × the median; but it is far above the
-    medians of other images.
-    """
-    if len(levels) < ENOUGH_TO_COMPARE:
-        return set()
-    usual = torch.stack(list(levels.values())).quantile(0.5, dim=0)
-    return {place for place, norms in levels.items() if bool((norms > FLOODED * usual).any())}
-
-
-def _block(
-    block: int,
-    images: Sequence[ImageOutliers],
-    by_weights: int,
-    largest: float,
-    directions: Directions,
-    shared: Shared,
-    rule: DetectionRule,
-) -> BlockOutliers:
+def _block(block: int, images: Sequence[ImageOutliers], found: _Found, prepared: Prepared) -> BlockOutliers:
     having = [image for image in images if block in image.blocks]
-    angle = shared.angle(block, directions.nu[block]) if having else None
-    gap = directions.gaps[block]
+    angle = found.far.angle(block, prepared.directions.nu[block]) if having else None
+    gap = prepared.directions.gaps[block]
     return BlockOutliers(
         block=block,
         tokens=sum(len(image.blocks[block]) for image in having),
         images=len(having),
-        marked_by_weights=by_weights,
-        max_ratio=largest,
-        gap=min(gap, 1e12) if math.isfinite(gap) else 1e12,
+        marked_by_weights=found.by_weights[block],
+        max_ratio=found.largest[block],
+        gap=min(gap, MOST_GAP) if math.isfinite(gap) else MOST_GAP,
         angle_deg=angle,
-        predicted=angle is not None and angle <= PREDICTED_DEGREES and rule.trusts(gap),
+        predicted=angle is not None and angle <= PREDICTED_DEGREES and prepared.start.rule.trusts(gap),
     )
-
-
-def to_train_on(images: Sequence[ImageOutliers]) -> list[ImageOutliers]:
-    """Return the images with a defect, without flooded ones if another image has the same kind of defect.
-
-    The neighbours of a token in a flooded image are outlying themselves: no target to learn.
-    """
-    kinds = {image.kind for image in images if image.blocks and not image.flooded}
-    return [image for image in images if image.blocks and not (image.flooded and image.kind in kinds)]
-
-
-def rarest_first(images: Sequence[ImageOutliers], indices: Sequence[int]) -> list[int]:
-    """Return the indices of the images, one of each kind in turn, beginning with the rarest kind."""
-    kinds: dict[tuple[int, ...], list[int]] = {}
-    for image, index in zip(images, indices, strict=True):
-        kinds.setdefault(image.kind, []).append(index)
-    queues = sorted(kinds.values(), key=len)
-    return [queue[at] for at in range(max(map(len, queues), default=0)) for queue in queues if at < len(queue)]

@@ -25,7 +25,7 @@ RECIPES: dict[Recipe, dict[str, object]] = {
         "min_gap": 0.0,
         "min_tokens": 3,
         "max_steps": 30_000,
-        "stop_density": 0.75,
+        "stop_clean_fraction": 0.75,
         "stop_images": 1000,
         "eval_every": 100,
     },
@@ -42,10 +42,22 @@ LogName = Literal["tensorboard", "wandb"]
 WITHOUT_EFFECT = frozenset({"workers", "checkpoint_every", "strict", "offload", "device", "log"})
 
 
+OLD_NAMES = {"stop_density": "stop_clean_fraction"}  # of settings; still accepted
+
+
+def present_names(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings under the names that they have now."""
+    return {OLD_NAMES.get(name, name): value for name, value in settings.items()}
+
+
 class RepairSettings(DetectionSettings):
     """Settings of a repair; the defaults are those of the recipe `sinder`, and another recipe has other defaults."""
 
-    recipe: Recipe = Field("sinder", description="A named set of all values below: sinder, polyak, or paper.")
+    recipe: Recipe = Field(
+        "sinder",
+        description="Set of defaults for many options: sinder, polyak, or paper. Options that are given"
+        " take precedence.",
+    )
     min_tokens: int = Field(1, ge=1, le=MOST, description="Defective tokens that make a block of an image defective.")
     step: Literal["greedy", "polyak", "sgd"] = Field(
         "greedy",
@@ -74,25 +86,34 @@ class RepairSettings(DetectionSettings):
         10, ge=1, le=MOST, description="Blocks, ending at the first defective one, that a step may change."
     )
     visit: Literal["defective", "all"] = Field(
-        "defective", description="Images to take steps on: those with a defect before the repair, or all."
+        "defective", description="Images to train on: those with a defect before the repair, or all."
     )
     scan_images: int = Field(
-        1000, ge=1, le=MOST, description="Largest number of images examined before the first step, drawn by the seed."
+        1000,
+        ge=1,
+        le=MOST,
+        description="Largest number of images examined before the first step, chosen at random (--seed).",
     )
     max_steps: int = Field(1000, ge=1, le=MOST, description="Largest number of steps; the images are used repeatedly.")
-    stop_density: float = Field(
-        1.0, gt=0, le=1, description="Stop when this share of the latest images had no defect that a step can reduce."
+    stop_clean_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Stop when this fraction of the latest images has no defect that a step can reduce.",
     )
     stop_images: int = Field(
-        64, ge=1, le=MOST, description="Number of latest images for stop_density; at most one pass (paper: two)."
+        64, ge=1, le=MOST, description="Number of latest images for stop_clean_fraction; at most one pass (paper: two)."
     )
     eval_images: int | None = Field(
         None,
         ge=1,
         le=MOST,
-        description="Images of the guard, never trained on; default: a tenth, at least 4, at most 64.",
+        description="Number of images in the guard, which are never trained on; default: a tenth, at least"
+        " 4, at most 64.",
     )
-    eval_every: int = Field(5, ge=0, le=MOST, description="Steps between two looks at the guard; 0: only at the end.")
+    eval_every: int = Field(
+        5, ge=0, le=MOST, description="Steps between two evaluations on the guard's images; 0: only at the end."
+    )
     min_fidelity: float = Field(
         0.95,
         ge=0,
@@ -119,6 +140,7 @@ class RepairSettings(DetectionSettings):
         """Fill in the values of the named recipe for settings that are not given."""
         if not isinstance(given, dict):
             return given
+        given = present_names(given)
         below = next((values for name, values in RECIPES.items() if name == given.get("recipe")), {})
         return {**below, **given}
 

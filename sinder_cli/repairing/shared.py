@@ -28,7 +28,7 @@ class SharedStep:
 
 
 @dataclass(frozen=True)
-class _Told:
+class _RankShare:
     """The message of one rank to the others about its part of a batch."""
 
     images: int
@@ -57,26 +57,28 @@ def gathered(
         return SharedStep(local, images)
     touched = frozenset(target.block for target in deltas.touched)
     parts = {part.block: replace(part, gradients={}, responses={}) for part in local.parts}
-    told = ranks.all_gather(_Told(images, parts, local.masked_tokens, local.defective, local.idle, touched, unreadable))
-    skip_all([each.unreadable for each in told], unreadable, emit)
-    deltas.agree([each.blocks for each in told], ranks)
-    whole = StepGradient(
-        _reduced(local, told, deltas, window, ranks),
-        sum(each.masked_tokens for each in told),
-        sum(each.defective for each in told),
-        tuple(pair for each in told for pair in each.idle),
+    shares = ranks.all_gather(
+        _RankShare(images, parts, local.masked_tokens, local.defective, local.idle, touched, unreadable)
     )
-    return SharedStep(whole, sum(each.images for each in told))
+    skip_all([each.unreadable for each in shares], unreadable, emit)
+    deltas.agree([each.blocks for each in shares], ranks)
+    whole = StepGradient(
+        _reduced(local, shares, deltas, window, ranks),
+        sum(each.masked_tokens for each in shares),
+        sum(each.defective for each in shares),
+        tuple(pair for each in shares for pair in each.idle),
+    )
+    return SharedStep(whole, sum(each.images for each in shares))
 
 
 def _reduced(
-    local: StepGradient, told: Sequence[_Told], deltas: Deltas, window: int, ranks: Ranks
+    local: StepGradient, shares: Sequence[_RankShare], deltas: Deltas, window: int, ranks: Ranks
 ) -> tuple[BlockGradient, ...]:
     """Compute the sums over all ranks, in one all-reduce, for the blocks that any rank found defective."""
     mine = {part.block: part for part in local.parts}
-    blocks = sorted({block for each in told for block in each.parts})
+    blocks = sorted({block for each in shares for block in each.parts})
     targets_of = {block: deltas.of_window(block, window) for block in blocks}
-    of_block = {block: [each.parts[block] for each in told if block in each.parts] for block in blocks}
+    of_block = {block: [each.parts[block] for each in shares if block in each.parts] for block in blocks}
     probes_of = {block: max(one.probes for one in of_block[block]) for block in blocks}  # 0, or the same on all ranks
 
     def row(block: int, kind: str, target: Target) -> Tensor:

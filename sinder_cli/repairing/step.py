@@ -34,8 +34,8 @@ from sinder_cli.repairing.forward import (
     FIRST_ALONE,
     BlockDefects,
     Directions,
+    ForwardPass,
     Interest,
-    first_defects,
     recorded,
 )
 from sinder_cli.repairing.settings import RepairSettings
@@ -113,10 +113,8 @@ class StepGradient:
 
 @torch.no_grad()
 def step_gradient(
-    backbone: Backbone,
-    module: nn.Module,
-    directions: Directions,
     deltas: Deltas,
+    directions: Directions,
     images: Tensor,
     settings: RepairSettings,
     known: Tensor | None = None,
@@ -129,58 +127,49 @@ def step_gradient(
     ordinary tokens whose responses a greedy step needs. `interest` decides, from a block and the excess of an image's
     loss there, whether a gradient is needed, and whether the image goes on to later blocks.
     """
-    running = in_precision(backbone, settings.dtype, settings.tf32)
-    rule = DetectionRule.of(settings)
-    scale = LOSS_SCALES.get(settings.dtype, 1.0)
+    backbone = in_precision(deltas.backbone, settings.dtype, settings.tf32)
+    rule, scale = DetectionRule.of(settings), LOSS_SCALES.get(settings.dtype, 1.0)
+    passing = ForwardPass.entering(backbone, deltas.module, directions, images, rule, settings.window, known)
     parts: list[BlockGradient] = []
     idle: list[tuple[int, float]] = []
-    masked = 0
-    met = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    latest: list[tuple[dict[int, tuple[Loss, Interest]], Tensor]] = []  # by place in the batch
-
-    def wanted(found: BlockDefects) -> list[Interest]:
-        nonlocal masked
-        masked += int(found.masks[found.defective].sum())
-        numbers = found.images[found.defective].tolist()
-        met[numbers] = True
-        losses, gradient = _losses(running, found, images, settings, scale)
-        each = [interest(found.block, loss.excess) for loss in losses]
-        ways = zip(numbers, losses, each, strict=True)
-        asked = {number: (loss, way) for number, loss, way in ways if way.gradient}
-        idle.extend((found.block, loss.value) for loss, way in zip(losses, each, strict=True) if not way.gradient)
-        latest[:] = [(asked, gradient)]
-        answers = iter(each)
-        return [next(answers) if defective else FIRST_ALONE for defective in found.defective.tolist()]
-
-    with _trained(backbone, module):
-        for found in first_defects(running, module, directions, images, rule, settings.window, known, wanted):
-            asked, gradient = latest.pop()
-            losses = [loss for loss, _ in asked.values()]
-            seed = torch.zeros_like(found.tokens)
-            for at, number in enumerate(found.images.tolist()):
-                if number in asked:
-                    seed[at] = gradient[asked[number][0].at]
-            drawn, probed = probes.drawn(running, found, images) if probes else ([], 0)
-            seeds = [seed, *drawn]
-            gradients: dict[str, Tensor] = {}
-            responses: dict[str, Tensor] = {}
-            for name, (slope, *answers) in _window_gradients(running, module, found, seeds, deltas, settings.tf32):
-                gradients[name] = slope / scale
-                if answers:
-                    responses[name] = torch.stack(answers)
+    masked, met = 0, torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    with _trained(backbone, deltas.module):
+        while (found := passing.next_defects()) is not None:
+            masked += int(found.masks[found.defective].sum())
+            met[found.images[found.defective]] = True
+            losses, slopes = _losses(backbone, found, images, settings, scale)
+            ways = [interest(found.block, loss.excess) for loss in losses]
+            asked = [(loss, way) for loss, way in zip(losses, ways, strict=True) if way.gradient]
+            idle += [(found.block, loss.value) for loss, way in zip(losses, ways, strict=True) if not way.gradient]
+            found = passing.wanted(found, ways)  # under the same name: graphs of all images must not live on here
+            if found is None:
+                continue
+            seed = _seed(found, [loss for loss, _ in asked], slopes)
+            drawn, probed = probes.drawn(backbone, found, images) if probes else ([], 0)
+            projected = _window_gradients(backbone, found, [seed, *drawn], deltas, settings.tf32)
+            by_target = {name: (slope / scale, answers) for name, (slope, *answers) in projected}
             parts.append(
                 BlockGradient(
-                    found.block,
-                    tuple(loss.value for loss in losses),
-                    sum(not way.onward for _, way in asked.values()),
-                    sum(loss.excess for loss in losses),
-                    gradients,
-                    responses,
-                    len(drawn),
-                    probed,
+                    block=found.block,
+                    losses=tuple(loss.value for loss, _ in asked),
+                    leaving=sum(not way.onward for _, way in asked),
+                    excess=sum(loss.excess for loss, _ in asked),
+                    gradients={name: gradient for name, (gradient, _) in by_target.items()},
+                    responses={name: torch.stack(answers) for name, (_, answers) in by_target.items() if answers},
+                    probes=len(drawn),
+                    probed=probed,
                 )
             )
     return StepGradient(tuple(parts), masked, int(met.sum()), tuple(idle))
+
+
+def _seed(found: BlockDefects, losses: Sequence[Loss], slopes: Tensor) -> Tensor:
+    """Return ∂/∂tokens `[B, T, N]` of the given losses, from that of all, for the images of `found`."""
+    seed = torch.zeros_like(found.tokens)
+    rows = {place: row for row, place in enumerate(found.images.tolist())}
+    for loss in losses:
+        seed[rows[loss.image]] = slopes[loss.at]
+    return seed
 
 
 @dataclass
@@ -238,7 +227,8 @@ def _trained(backbone: Backbone, module: nn.Module) -> Iterator[None]:
 class Loss:
     """The loss of one image at one block."""
 
-    at: int  # index of the image among those that reached the block
+    image: int  # its place in the batch
+    at: int  # its index among those that reached the block
     value: float
     excess: float  # above that of ordinary tokens
 
@@ -254,9 +244,9 @@ def _losses(
         losses = torch.stack([_loss(grids[i], found.logits[i], found.masks[i], settings) for i in defective])
         (gradient,) = torch.autograd.grad(losses.sum() * scale, tokens)
     usual = [float(ordinary_loss(grids[i].detach(), found.masks[i])) for i in defective]
-    return [
-        Loss(at, value, value - least) for at, value, least in zip(defective, losses.tolist(), usual, strict=True)
-    ], gradient
+    places = found.images[found.defective].tolist()
+    each = zip(places, defective, losses.tolist(), usual, strict=True)
+    return [Loss(place, at, value, value - least) for place, at, value, least in each], gradient
 
 
 def _loss(patches: Tensor, logits: Tensor, mask: Tensor, settings: RepairSettings) -> Tensor:
@@ -266,12 +256,13 @@ def _loss(patches: Tensor, logits: Tensor, mask: Tensor, settings: RepairSetting
 
 
 def _window_gradients(
-    backbone: Backbone, module: nn.Module, found: BlockDefects, seeds: list[Tensor], deltas: Deltas, tf32: bool
+    backbone: Backbone, found: BlockDefects, seeds: list[Tensor], deltas: Deltas, tf32: bool
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """Yield ∂/∂ε of each target of the window by name, one for each gradient `[B, T, N]` of the window's output.
 
     The window is emptied on the way, so that the graph of a block is freed before the next one is needed.
     """
+    module = deltas.module
     blocks = [passed.block for passed in found.window]
     if not deltas.by_block.keys() >= set(blocks):
         found.forget()  # decomposing needs the memory

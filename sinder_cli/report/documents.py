@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.exporting.drafts import ExportResult
-    from sinder_cli.repairing.dry_run import Trial
+    from sinder_cli.repairing.dry_run import DryRun
 
 
 def finite(value: Any) -> Any:
@@ -78,9 +78,9 @@ def export_document(result: ExportResult) -> dict[str, Any]:
     )
 
 
-def trial_document(trial: Trial) -> dict[str, Any]:
+def dry_run_document(dry_run: DryRun) -> dict[str, Any]:
     """Return the document of `sinder repair --dry-run --format json`."""
-    return asdict(trial) | {"blocks": list(trial.blocks)}
+    return asdict(dry_run) | {"blocks": list(dry_run.blocks)}
 
 
 def conformance_document(result: Conformance) -> dict[str, Any]:

@@ -57,9 +57,9 @@ def number(value: float, digits: int = 4) -> str:
 def numbers(values: Sequence[float]) -> list[str]:
     """Return each value as `number` writes it, with as many digits as are needed to tell them apart."""
     for digits in range(4, 17):
-        told = [number(value, digits) for value in values]
-        if len(set(told)) == len(set(values)):
-            return told
+        texts = [number(value, digits) for value in values]
+        if len(set(texts)) == len(set(values)):
+            return texts
     return [repr(value) for value in values]
 
 

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.text import Text
 
 from sinder_cli.escaping import printable
-from sinder_cli.events import Advanced, Emit, Event, Finished, Noted, Started, Warned, silent
+from sinder_cli.events import Advanced, Emit, Event, Finished, Measured, Noted, Started, Warned, silent
 from sinder_cli.memory import peak_memory
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -123,6 +123,8 @@ def message(event: Event) -> str:
         return f"sinder: {event.text}"
     if isinstance(event, Warned):
         return f"sinder: warning: {event.text}"
+    if not isinstance(event, Measured):
+        return ""
     from sinder_cli.repairing.guard import Evaluation
 
     if isinstance(event, Evaluation):
@@ -137,13 +139,15 @@ def message(event: Event) -> str:
 
 def _step(event: Event) -> tuple[int, str] | None:
     """Return the number of a repair step and the text about it; None for other events."""
+    if not isinstance(event, Measured):
+        return None
     from sinder_cli.repairing.loop import StepRecord
 
     if not isinstance(event, StepRecord):
         return None
     found = f"block {event.block}, loss {event.loss:.3g}" if event.loss is not None else "no defect"
     found += f", shrinks {event.moved}" if event.moved else ""
-    return event.step, f"{found}, {event.clean_fraction:.0%} clean, {_memory()}"
+    return event.step, f"{found}, clean fraction {event.clean_fraction:.0%}, {_memory()}"
 
 
 def _memory() -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import BlockSpectrum, PositionCheck, Prediction
     from sinder_cli.exporting.drafts import ExportResult
-    from sinder_cli.repairing.dry_run import Trial, TrialStep
+    from sinder_cli.repairing.dry_run import DryRun, DryStep
 
 BARS = "▁▂▃▄▅▆▇█"
 FLAT = 0.05  # logarithmic range, 5 %, below which all bars have the same height
@@ -202,7 +202,7 @@ def repair_table(result: facts.Recorded) -> RenderableType:
         *([verdict.advice] if verdict.advice else []),
         table,
         Text("Good tokens: marked at no block of the original; marked tokens: at one or more.", "dim"),
-        Text("Nearness to the original is no goal: outliers spoil its cls.", "dim"),
+        Text("Similarity to the original is not a goal: outliers spoil its cls.", "dim"),
         *([_repaired_blocks(rows)] if rows else []),
         f"run directory: {printable(str(result.folder))}",
         f"outlying tokens {defects['before']['tokens']:,} → {defects['after']['tokens']:,},"
@@ -221,7 +221,7 @@ def _repaired_blocks(rows: Sequence[facts.BlockComparison]) -> RenderableType:
     for row in rows:
         cells = [f"{row.before:,}", f"{row.after:,}", row.ratio_before, row.ratio_after, f"{row.seen:,}"]
         table.add_row(str(row.block), *cells, row.along, row.angle, row.gap, row.predicted, row.rule)
-    words = "seen: in all images of the first look; along ν: those marked by the predicted direction ν."
+    words = "seen: in all images of the scan; along ν: those marked by the predicted direction ν."
     return Group("", table, Text(words, "dim"))
 
 
@@ -233,12 +233,12 @@ def export_table(result: ExportResult) -> RenderableType:
     )
 
 
-def trial_table(trial: Trial) -> RenderableType:
+def dry_run_table(dry_run: DryRun) -> RenderableType:
     """Return what a repair would train, and what it would cost."""
     table = _table("")
     for name in ("", "", ""):
         table.add_column(name)
-    for fact in trial_facts(trial):
+    for fact in dry_run_facts(dry_run):
         table.add_row(fact.name, fact.value, Text(fact.meaning, "dim"))
     return Group(table, "Nothing was written.")
 
@@ -271,9 +271,9 @@ def conformance_table(result: Conformance) -> RenderableType:
     for check in result.checks:
         table.add_row(check.name, Text(check.outcome, OUTCOMES[check.outcome]), check.detail)
     counts = Counter(check.outcome for check in result.checks)
-    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if outcome != "passed")
+    others = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if outcome != "passed")
     verdict = "does not conform" if result.failed else "conforms"
-    words = f"{result.model} {verdict}: {counted(counts['passed'], 'check')} passed" + (f", {told}" if told else "")
+    words = f"{result.model} {verdict}: {counted(counts['passed'], 'check')} passed" + (f", {others}" if others else "")
     return Group(f"{result.model} ({result.weights})", table, f"{words}.")
 
 
@@ -302,34 +302,34 @@ def _whole(value: int | None) -> str:
     return "" if value is None else str(value)
 
 
-def trial_facts(trial: Trial) -> list[Named]:
+def dry_run_facts(dry_run: DryRun) -> list[Named]:
     """Return what would be trained, on which images, and the cost of a step."""
     batch = "the first batch, as it is"
     return [
-        Named("Model", trial.model),
-        Named("Recipe", trial.recipe),
+        Named("Model", dry_run.model),
+        Named("Recipe", dry_run.recipe),
         Named(
             "Images",
-            f"{trial.training_images:,} to train on, those with a defect; {trial.evaluation_images:,} on the guard",
+            f"{dry_run.training_images:,} to train on, those with a defect; {dry_run.evaluation_images:,} on the guard",
         ),
-        Named("Blocks", _runs(trial.blocks), "that a step may change"),
-        Named("Weights", f"{trial.weights:,}", "value, output and MLP weights of these blocks"),
-        Named("Singular values", f"{trial.values:,}", "all that is trained"),
-        Named("Device", trial.device),
-        Named("A step", duration(trial.first.seconds), f"{batch}: {_found(trial.first)}"),
-        Named("The longest step", duration(trial.longest.seconds), "its images marked in the last of these blocks"),
-        Named("All steps", f"at most {duration(trial.longest.seconds * trial.max_steps)}", _steps(trial)),
-        Named("Memory", _gib(trial.step_bytes), "at the peak of these steps"),
-        Named("Memory, later", _gib(trial.all_bytes), "once all these blocks have been decomposed"),
+        Named("Blocks", _runs(dry_run.blocks), "that a step may change"),
+        Named("Weights", f"{dry_run.weights:,}", "value, output and MLP weights of these blocks"),
+        Named("Singular values", f"{dry_run.values:,}", "all that is trained"),
+        Named("Device", dry_run.device),
+        Named("A step", duration(dry_run.first.seconds), f"{batch}: {_found(dry_run.first)}"),
+        Named("The longest step", duration(dry_run.longest.seconds), "its images marked in the last of these blocks"),
+        Named("All steps", f"at most {duration(dry_run.longest.seconds * dry_run.max_steps)}", _steps(dry_run)),
+        Named("Memory", _gib(dry_run.step_bytes), "at the peak of these steps"),
+        Named("Memory, later", _gib(dry_run.all_bytes), "once all these blocks have been decomposed"),
     ]
 
 
-def _found(step: TrialStep) -> str:
+def _found(step: DryStep) -> str:
     return f"{counted(step.defective, 'image')} defective, first at block {step.block}" if step.defective else "clean"
 
 
-def _steps(trial: Trial) -> str:
-    return f"{trial.max_steps:,} steps, plus decomposing each block once; fewer if the images become clean"
+def _steps(dry_run: DryRun) -> str:
+    return f"{dry_run.max_steps:,} steps, plus decomposing each block once; fewer if the images become clean"
 
 
 def _runs(blocks: tuple[int, ...]) -> str:

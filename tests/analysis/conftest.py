@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from photographs import copied_photographs
 from PIL import Image
 from planted_dinov2 import random_tensors
 from safetensors.torch import save_file
@@ -39,12 +39,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of photographs of several shapes, as scikit-image brings them."""
-    import skimage
-
-    folder = tmp_path_factory.mktemp("photographs")
-    for name in PHOTOGRAPHS:
-        shutil.copy(Path(skimage.__file__).parent / "data" / name, folder / name)
-    return folder
+    return copied_photographs(tmp_path_factory.mktemp("photographs"), PHOTOGRAPHS)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sinder_cli.analysis.components import Basis, Moments
+from sinder_cli.analysis.directions import Basis, Moments
 
 
 def drawn(count: int, width: int, seed: int = 0) -> Tensor:

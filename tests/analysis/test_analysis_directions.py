@@ -232,7 +232,7 @@ def test_equal_tokens_spread_by_nothing_and_orthogonal_by_right_angles() -> None
     assert apart.explained == pytest.approx(0.5)
 
 
-def test_the_angle_to_each_predicted_direction_is_told() -> None:
+def test_the_angle_to_each_predicted_direction_is_reported() -> None:
     tokens = images([5, 6], noise=0.0, bend=0.0)
     nu = leading(torch.cat(tokens))
     other = drawn(N, seed=11)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sinder_cli import Backbone, ModelRequest, UsageError, api
 from sinder_cli.analysis import gain as module
-from sinder_cli.analysis.components import Basis
+from sinder_cli.analysis.directions import Basis
 from sinder_cli.analysis.gain import SAME, InpaintingCollector, gain_of, gain_sentence
 from sinder_cli.analysis.per_image import portraits
 from sinder_cli.analysis.records import Distribution, ImageInpainting, Inpainting
@@ -280,8 +280,8 @@ def test_collectors_of_two_ranks_add_up_to_one() -> None:
         outliers = module.Outliers(settings)
         nu = subject.directions("cpu")
         names = [f"{at}.png" for at, image in enumerate(images) if any(image is each for each in chosen)]
-        for block, side in enumerate(block_by_block(subject, batch, nu, settings)):
-            outliers.add(block, side)
+        for side in block_by_block(subject, batch, nu, settings):
+            outliers.add(side)
         part.add(names, subject, batch, outliers, side, settings)
     first = parts[0].to_cpu()
     first.merge(parts[1].to_cpu())
@@ -298,9 +298,9 @@ def test_outliers_are_the_tokens_that_a_repair_would_mark(mark: Mark, predicted:
     start = torch.full((4, 9, 9), 0.5)
     rule = DetectionRule(mark=mark)
     outliers = module.Outliers(AnalyzeSettings(mark=mark))
-    for block, (each, seen) in enumerate(zip(ratios, along, strict=True)):
+    for each, seen in zip(ratios, along, strict=True):
         masks = {"outlying": outlying(each, start, 3.0)} | ({"equation_5": seen} if predicted else {})
-        outliers.add(block, SimpleNamespace(norms=each, masks=masks))  # type: ignore[arg-type]
+        outliers.add(SimpleNamespace(norms=each, masks=masks))  # type: ignore[arg-type]
     expected = defective_somewhere(ratios, start, along & predicted, rule)
     assert torch.equal(outliers.marked, expected.any(dim=0))
     assert torch.equal(outliers.by_norm, outlying(ratios, start, 3.0).any(dim=0))

@@ -79,7 +79,7 @@ def test_the_most_frequent_places_come_first() -> None:
     assert found == [(5, 5, 1.0), (0, 4, 0.5), (3, 0, 0.5), (3, 1, 0.5)]
 
 
-def test_no_more_than_twenty_places_are_told() -> None:
+def test_no_more_than_twenty_places_are_reported() -> None:
     places = PlaceCounts(GRID)
     places.add(torch.ones(1, *GRID, dtype=torch.bool))
     assert [p.row * 6 + p.column for p in places.most_frequent()] == list(range(SHOWN_POSITIONS))

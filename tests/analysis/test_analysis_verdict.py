@@ -192,7 +192,9 @@ def test_strays_are_no_defects_and_not_called_healthy() -> None:
     few = Marked(tokens=5, share=5 / 13_700_000, images=0, positions=())
     stray = block(1)
     verdict = judge([block(0), stray.model_copy(update={"marked": stray.marked | {"outlying": few}})], 3)
-    assert verdict.sentence.startswith("no defects: tokens that have a norm above 3 × their image's median are strays")
+    assert verdict.sentence.startswith(
+        "no defects: tokens that have a norm above 3 × their image's median are too few to count"
+    )
 
 
 def test_outliers_of_a_middle_block_are_seen_despite_clean_ones() -> None:

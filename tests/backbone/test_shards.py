@@ -75,19 +75,19 @@ def test_shards_may_lie_in_a_folder_below(folder: Path, tensors: dict[str, Tenso
     assert torch.equal(open_checkpoint(folder).read(["a"])["a"], tensors["a"])
 
 
-def test_a_name_that_its_shard_lacks_is_told(folder: Path) -> None:
+def test_a_name_that_its_shard_lacks_is_reported(folder: Path) -> None:
     write_index(folder, MAP | {"d": SECOND, "e": SECOND})
     with pytest.raises(BadInputError, match=f"d and 1 more are not in {SECOND}, contrary to the index"):
         open_checkpoint(folder)
 
 
-def test_a_shard_tensor_that_the_index_lacks_is_told(folder: Path) -> None:
+def test_a_shard_tensor_that_the_index_lacks_is_reported(folder: Path) -> None:
     write_index(folder, {"b": SECOND, "a": FIRST})
     with pytest.raises(BadInputError, match=f"c is in {FIRST}, contrary to the index"):
         open_checkpoint(folder)
 
 
-def test_a_tensor_that_two_shards_have_is_told(folder: Path, tensors: dict[str, Tensor]) -> None:
+def test_a_tensor_that_two_shards_have_is_reported(folder: Path, tensors: dict[str, Tensor]) -> None:
     save_file({"b": tensors["b"], "a": tensors["a"]}, folder / SECOND)
     with pytest.raises(BadInputError, match=f"a is in {SECOND}, contrary to the index"):
         open_checkpoint(folder)

@@ -196,7 +196,7 @@ def test_nothing_is_read_until_it_is_asked_for() -> None:
     assert source.asked == [["a.bias"]]
 
 
-def test_mapped_weights_change_some_tensors_as_they_are_read_and_keep_the_rest() -> None:
+def test_mapped_weights_change_tensors_as_they_are_read() -> None:
     stored = {"model.a": torch.arange(6.0).view(3, 2), "model.b": torch.ones(2), "model.n": torch.tensor([3])}
     weights = Weights.of(MemoryTensors("memory", stored)).renamed(lambda name: name.removeprefix("model."))
     read: list[str] = []

@@ -114,7 +114,7 @@ def _side(
     deltas = Deltas(backbone, module)
 
     def step(images: Tensor) -> float | None:
-        gradient = step_gradient(backbone, module, directions, deltas, images, settings)
+        gradient = step_gradient(deltas, directions, images, settings)
         deltas.descend(gradient.gradients, settings.lr, settings.momentum)
         return sum(gradient.losses) / len(gradient.losses) if gradient.losses else None
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from photographs import copied_photographs
 from PIL import Image
 from planted_dinov2 import PHOTOGRAPHS, SIDE, SMALL, SMALL_REGISTERS, chunked, planted, random_tensors
 from safetensors.torch import save_file
@@ -18,12 +18,7 @@ from warm import Server
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of photographs, as scikit-image brings them."""
-    import skimage
-
-    folder = tmp_path_factory.mktemp("photographs")
-    for name in PHOTOGRAPHS:
-        shutil.copy(Path(skimage.__file__).parent / "data" / name, folder / name)
-    return folder
+    return copied_photographs(tmp_path_factory.mktemp("photographs"), PHOTOGRAPHS)
 
 
 @pytest.fixture(scope="session")

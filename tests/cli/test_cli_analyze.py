@@ -374,7 +374,7 @@ def test_tokens_that_are_not_finite_are_no_clean_bill(
     assert "2 blocks without a finite token" in run.stdout
 
 
-def test_clamping_that_changes_nothing_is_told(sinder: Sinder, with_registers: Path, photographs: Path) -> None:
+def test_clamping_that_changes_nothing_is_reported(sinder: Sinder, with_registers: Path, photographs: Path) -> None:
     run = sinder("analyze", CUSTOM, "--weights", with_registers, photographs / "rocket.jpg", "--clamp", "999")
     assert run.returncode == 0, run.stderr
     assert "sinder: warning: clamping to singular value 999 changes nothing" in run.stderr

@@ -52,7 +52,7 @@ def test_one_that_does_not_exits_65_and_names_what_failed(sinder: Sinder, nano: 
     assert not document["conforms"]
     failed = {check["name"]: check["detail"] for check in document["checks"] if check["outcome"] == "failed"}
     assert "block 0, mlp: the map's formula is off by" in failed["blocks: formula"]
-    told = f"sinder: error: nano_vit does not conform: failed: {', '.join(failed)}; mend its plugin"
+    told = f"sinder: error: nano_vit does not conform: failed: {', '.join(failed)}; fix its plugin"
     assert run.stderr.splitlines()[-1] == told
 
 

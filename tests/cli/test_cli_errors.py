@@ -184,7 +184,7 @@ def test_a_checkpoint_of_another_pickle_protocol_brings_out_no_warning(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there_is_told(sinder: Sinder, tmp_path: Path) -> None:
+def test_a_device_that_is_not_there_is_reported(sinder: Sinder, tmp_path: Path) -> None:
     run = sinder("repair", "demo_vit", "--device", "cuda", "--out", tmp_path / "run")
     require_one_line(run, 69, "--device cpu")
     assert not (tmp_path / "run").exists()

@@ -274,7 +274,7 @@ def test_a_conflict_can_be_left_out(sinder: Sinder, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_a_plugin_that_the_environment_names_in_vain_is_told(sinder: Sinder) -> None:
+def test_a_plugin_that_the_environment_names_in_vain_is_reported(sinder: Sinder) -> None:
     run = sinder("backbones", SINDER_PLUGINS="demo,dinov3")
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr.startswith(

@@ -150,7 +150,14 @@ def test_a_bad_settings_file_is_refused_by_the_setting(line: str, word: str, sin
 
 
 def test_a_repair_that_diverges_says_so_and_writes_no_model(small: Path, photographs: Path, tmp_path: Path) -> None:
-    few = {"recipe": "paper", "keep": "last", "max_steps": 2, "eval_images": 2, "stop_density": 1.0, "workers": 0}
+    few = {
+        "recipe": "paper",
+        "keep": "last",
+        "max_steps": 2,
+        "eval_images": 2,
+        "stop_clean_fraction": 1.0,
+        "workers": 0,
+    }
     settings = RepairSettings.model_validate(few).model_copy(update={"lr": 1e15})  # more than a user may ask for
     request = ModelRequest(CUSTOM, small)
     with pytest.raises(DivergedError, match="start anew with a lower --trust, or --lr, and --force"):

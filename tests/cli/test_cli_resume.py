@@ -26,8 +26,8 @@ from warm import Ended, Running, Server
 from sinder_cli import ModelRequest, api
 from sinder_cli.errors import BadInputError
 from sinder_cli.images.loading import shuffled
+from sinder_cli.repairing.choosing import guarded
 from sinder_cli.repairing.deltas import Deltas
-from sinder_cli.repairing.guard import guarded
 from sinder_cli.repairing.loop import DivergedError
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.requests import RepairRequest
@@ -77,7 +77,7 @@ def repair(small: Path, photos: Path) -> tuple[str, ...]:
         "last",
         "--max-steps",
         str(STEPS),
-        "--stop-density",
+        "--stop-clean-fraction",
         "1",
         "--lr",
         "0.2",
@@ -510,11 +510,11 @@ def test_a_signal_finishes_and_saves_the_step(
     assert answer == "sinder: stopping after this step, with a checkpoint; a second signal ends at once"
     (step,) = steps_of(run)
     assert wrote == f"sinder: wrote a checkpoint after step {step}"
-    assert how.startswith("sinder: to go on: ")
+    assert how.startswith("sinder: to resume, run: ")
     assert last == f"sinder: {said}"
     assert len((run / "metrics.jsonl").read_text().splitlines()) == step
     assert temporaries(run) == []
-    again = shlex.split(how.removeprefix("sinder: to go on: "))
+    again = shlex.split(how.removeprefix("sinder: to resume, run: "))
     resumed = warm.run(*again[1:], cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert finished(run) == finished(uninterrupted)
@@ -533,7 +533,7 @@ def test_the_command_that_resumes_is_the_one_that_was_called(
         process.terminate()
         _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGTERM
-    pasted = errors.splitlines()[-2].removeprefix("sinder: to go on: ")
+    pasted = errors.splitlines()[-2].removeprefix("sinder: to resume, run: ")
     again = subprocess.run(pasted, shell=True, env=environment, cwd=tmp_path, capture_output=True, check=False)
     assert again.returncode == 0, again.stderr
     assert finished(run) == finished(uninterrupted)
@@ -550,7 +550,7 @@ def test_a_second_signal_ends_at_once_with_a_good_checkpoint(
     ended = running.wait()
     assert ended.returncode in (-signal.SIGINT, -signal.SIGTERM)  # both may come between two instructions
     assert "Traceback" not in ended.stderr
-    assert "to go on: " in ended.stderr
+    assert "to resume, run: " in ended.stderr
     assert temporaries(run) == []
     resumed = warm.run(*repair, "--out", "run", "--resume", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr
@@ -565,7 +565,7 @@ def test_a_signal_before_the_first_step_leaves_no_folder(warm: Server, repair: t
     ended = running.wait()
     assert ended.returncode == -signal.SIGTERM
     assert ended.stderr.splitlines()[-1] == "sinder: terminated"
-    assert "to go on" not in ended.stderr
+    assert "to resume" not in ended.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -702,7 +702,7 @@ def test_a_run_goes_on_after_a_really_full_small_disk(
 def test_a_delta_that_is_not_finite_makes_no_model(
     small: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sinder_cli.repairing import run
+    from sinder_cli.repairing import preparing
     from sinder_cli.repairing.guard import Guard, Snapshot
 
     deltas: list[Any] = []
@@ -721,7 +721,7 @@ def test_a_delta_that_is_not_finite_makes_no_model(
             deltas.append(self)
 
     monkeypatch.setattr(Guard, "look", spoil)
-    monkeypatch.setattr(run, "Deltas", Kept)
+    monkeypatch.setattr(preparing, "Deltas", Kept)
     settings = RepairSettings(recipe="paper", keep="last", max_steps=1, eval_images=1, workers=0)
     with pytest.raises(BadInputError, match="not finite") as caught:
         api.repair(RepairRequest(ModelRequest("dinov2_custom", small), [str(photos)], settings), tmp_path / "run")
@@ -929,7 +929,14 @@ def test_a_dry_run_touches_no_run_that_is_there(warm: Server, stopped: Path, rep
 
 
 def test_a_run_that_diverges_keeps_the_last_good_state(small: Path, photos: Path, tmp_path: Path) -> None:
-    given = {"recipe": "paper", "keep": "last", "max_steps": 40, "stop_density": 1.0, "eval_images": 2, "workers": 0}
+    given = {
+        "recipe": "paper",
+        "keep": "last",
+        "max_steps": 40,
+        "stop_clean_fraction": 1.0,
+        "eval_images": 2,
+        "workers": 0,
+    }
     settings = RepairSettings.model_validate(given | {"checkpoint_every": "1"})
     too_fast = settings.model_copy(update={"lr": 1e38})  # more than a user may ask for
     with pytest.raises(DivergedError, match="; start anew with a lower --trust, or --lr, and --force"):

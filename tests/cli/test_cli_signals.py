@@ -65,7 +65,7 @@ def test_a_run_under_nohup_stops_with_a_checkpoint_on_sigterm(
     assert wrote.startswith("sinder: wrote a checkpoint after step ")
     assert last == "sinder: terminated"
     assert psutil.wait_procs(children, timeout=5)[1] == []
-    again = [*shlex.split(how.removeprefix("sinder: to go on: ")), "--max-steps", "1"]
+    again = [*shlex.split(how.removeprefix("sinder: to resume, run: ")), "--max-steps", "1"]
     refused = subprocess.run(again, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert refused.returncode == 78, refused.stderr  # the command is one, and the run is there to go on with
     assert "setting max_steps was 10000 and is 1" in refused.stderr

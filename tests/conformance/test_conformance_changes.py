@@ -13,7 +13,7 @@ from drawn_vit import Shape, Vit, norm_map, random_state, read, ref, vit
 from torch import Tensor, nn
 
 from sinder_cli import Backbone, BlockMap, MemoryTensors, Weights
-from sinder_cli.conformance import passes as changes
+from sinder_cli.conformance import passes
 from sinder_cli.conformance import passes as maps
 from sinder_cli.conformance.subject import Candidate, NonconformityError
 
@@ -25,7 +25,7 @@ AT = "blocks.1.branches.0"
 def test_a_step_changes_only_the_trained_weights_of_its_window(subject: Make) -> None:
     looked_at = subject(Shape(gated=True))
     before = random_state(Shape(gated=True))
-    assert changes.repair_keeps_to_the_map(looked_at) == "10 weights of the last 2 blocks, and nothing else"
+    assert passes.repair_keeps_to_the_map(looked_at) == "10 weights of the last 2 blocks, and nothing else"
     after = looked_at.module.state_dict()
     changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     trained = ("qkv.weight", "out.weight", "first.weight", "down.weight")
@@ -34,31 +34,31 @@ def test_a_step_changes_only_the_trained_weights_of_its_window(subject: Make) ->
     assert torch.equal(after[f"{AT}.qkv.weight"][qk], before[f"{AT}.qkv.weight"][qk])
 
 
-def test_a_module_that_writes_into_itself_is_told(subject: Make) -> None:
+def test_a_module_that_writes_into_itself_is_reported(subject: Make) -> None:
     def counting(module: Vit, index: int, x: Tensor, _: object) -> Tensor:
         module.get_parameter("norm.bias").data[0] += 1
         y: Tensor = module.blocks[index](x)
         return y
 
     with pytest.raises(NonconformityError, match=r"norm\.bias changed outside of what the map names as trained"):
-        changes.repair_keeps_to_the_map(subject(run_block=counting))
+        passes.repair_keeps_to_the_map(subject(run_block=counting))
 
 
-def test_a_weight_that_the_blocks_do_not_use_is_told(subject: Make) -> None:
+def test_a_weight_that_the_blocks_do_not_use_is_reported(subject: Make) -> None:
     def idle(module: Vit, index: int, x: Tensor, _: object) -> Tensor:
         branch = module.blocks[index].branches[0]  # type: ignore[index, union-attr]
         y: Tensor = x + branch.attention(x) + branch.mlp(x) * 0  # type: ignore[operator]
         return y
 
     with pytest.raises(NonconformityError, match=r"first\.weight did not change"):
-        changes.repair_keeps_to_the_map(subject(run_block=idle))
+        passes.repair_keeps_to_the_map(subject(run_block=idle))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_an_export_keeps_every_bit(dtype: torch.dtype, subject: Make) -> None:
     state = {name: tensor.to(dtype) for name, tensor in random_state(Shape()).items()}
     weights = Weights.of(MemoryTensors("memory", state))
-    assert changes.export_reads_back(subject(weights=weights)) == f"{len(state)} tensors"
+    assert passes.export_reads_back(subject(weights=weights)) == f"{len(state)} tensors"
 
 
 def test_a_newly_made_activation_function_is_the_same_map(subject: Make) -> None:
@@ -70,7 +70,7 @@ def test_a_newly_made_activation_function_is_the_same_map(subject: Make) -> None
         return replace(backbone, layers=backbone.layers.model_copy(update={"blocks": tuple(blocks)}))
 
     again = replace(subject(), describe=lambda path: with_function(read(path)))
-    assert changes.export_reads_back(replace(again, backbone=with_function(again.backbone)))
+    assert passes.export_reads_back(replace(again, backbone=with_function(again.backbone)))
 
 
 def halved(path: Path) -> Backbone:
@@ -98,11 +98,11 @@ def fickle(path: Path) -> Backbone:
         (fickle, "describes the exported file with another layer map"),
     ],
 )
-def test_a_plugin_that_reads_its_own_export_otherwise_is_told(
+def test_a_plugin_that_reads_its_own_export_otherwise_is_reported(
     describe: Callable[[Path], Backbone], told: str, subject: Make
 ) -> None:
     with pytest.raises(NonconformityError, match=told):
-        changes.export_reads_back(replace(subject(), describe=describe))
+        passes.export_reads_back(replace(subject(), describe=describe))
 
 
 def overlapping(block: BlockMap) -> BlockMap:
@@ -111,7 +111,7 @@ def overlapping(block: BlockMap) -> BlockMap:
     return block.model_copy(update={"attention": block.attention.model_copy(update={"key": key})})
 
 
-def test_roles_that_share_rows_are_told(mapped: Mapped) -> None:
+def test_roles_that_share_rows_are_reported(mapped: Mapped) -> None:
     backbone = vit()
     assert maps.roles_are_apart(backbone) == "32 roles"
     wrong = replace(backbone, layers=mapped(backbone, overlapping))
@@ -120,7 +120,7 @@ def test_roles_that_share_rows_are_told(mapped: Mapped) -> None:
         maps.roles_are_apart(wrong)
 
 
-def test_blocks_that_share_a_tensor_are_told(mapped: Mapped) -> None:
+def test_blocks_that_share_a_tensor_are_reported(mapped: Mapped) -> None:
     backbone = vit()
     wrong = replace(backbone, layers=mapped(backbone, lambda _: backbone.layers.blocks[0]))
     with pytest.raises(NonconformityError, match=r"block 0, .* and block 1, .* both mean"):

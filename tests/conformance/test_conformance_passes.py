@@ -119,7 +119,7 @@ def test_a_right_plugin_passes(check: Callable[[Candidate], str], subject: Make)
 
 
 @pytest.mark.parametrize(("check", "wrong", "told"), BREACHES.values(), ids=BREACHES)
-def test_a_breach_is_told(check: str, wrong: dict[str, Any], told: str, subject: Make) -> None:
+def test_a_breach_is_reported(check: str, wrong: dict[str, Any], told: str, subject: Make) -> None:
     with pytest.raises(NonconformityError, match=told):
         CHECKS[check](subject(**wrong))
 

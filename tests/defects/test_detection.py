@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sinder_cli.defects.detection import (
     CERTAIN,
+    FLOODED,
     RISE,
     DetectionRule,
     alignment_logits,
@@ -20,6 +21,7 @@ from sinder_cli.defects.detection import (
     defect_mask,
     defective_now,
     defective_somewhere,
+    flooded_images,
     interior,
     norm_ratios,
     outlying,
@@ -273,3 +275,28 @@ def test_no_image_makes_a_token_of_another_stay() -> None:
     ratios[0, 0, 1, 1] = ratios[1, 1, 1, 1] = ratios[1, 0, 1, 2] = 3.5
     nothing = torch.zeros(2, 2, 3, 3, dtype=torch.bool)
     assert not defective_somewhere(ratios, torch.ones(2, 3, 3), nothing, DetectionRule()).any()
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.3, FLOODED * 0.99])
+def test_an_image_of_far_higher_median_norm_is_flooded(factor: float) -> None:
+    usual = torch.tensor([1.0, 5.0, 3.0])
+    medians = {at: usual * (1 + 0.01 * at) for at in range(9)}
+    assert flooded_images(medians | {20: usual * factor}) == set()
+    assert flooded_images(medians | {20: usual * torch.tensor([1.0, 2 * FLOODED, 1.0])}) == {20}
+    assert flooded_images({}) == flooded_images({0: usual, 1: usual * 9, 2: usual, 3: usual}) == set()  # too few
+
+
+@pytest.mark.parametrize(
+    ("rule", "doubtful", "determined"),
+    [
+        (DetectionRule(), True, True),
+        (DetectionRule(mark="norm"), True, True),
+        (DetectionRule(mark="weights"), False, True),
+        (DetectionRule(norm_factor=0), False, True),
+    ],
+)
+def test_a_block_can_be_marked_by_norm_or_along_a_determined_direction(
+    rule: DetectionRule, doubtful: bool, determined: bool
+) -> None:
+    assert (rule.can_mark(1.0), rule.can_mark(2.0)) == (doubtful, determined)
+    assert rule.marks_by_norm is doubtful

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import tiny_vit
 import torch
+from photographs import copied_photographs
 from planted_dinov2 import PHOTOGRAPHS, SMALL, planted
 from safetensors.torch import save_file
 
@@ -97,11 +98,7 @@ def forked() -> type[Forked]:
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six photographs."""
-    skimage = pytest.importorskip("skimage")
-    folder = tmp_path_factory.mktemp("photographs")
-    for name in PHOTOGRAPHS:
-        (folder / name).write_bytes((Path(skimage.__file__).parent / "data" / name).read_bytes())
-    return folder
+    return copied_photographs(tmp_path_factory.mktemp("photographs"), PHOTOGRAPHS)
 
 
 @pytest.fixture(scope="session")

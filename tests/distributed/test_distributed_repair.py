@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +30,8 @@ from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.repairing import step as step_module
 from sinder_cli.repairing.checkpoints import Checkpoints
 from sinder_cli.repairing.deltas import Deltas
-from sinder_cli.repairing.loop import Progress, density_window, repair_steps
+from sinder_cli.repairing.loop import Progress, clean_window, repair_steps
+from sinder_cli.repairing.preparing import Prepared, Start
 from sinder_cli.repairing.session import checkpointed, restored
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.requests import Process, RepairRequest
@@ -73,18 +74,17 @@ class Run:
         self, tiny: ModuleType, ranks: Ranks = ALONE, pictures: Pictures | None = None, **settings: Any
     ) -> None:
         planted = tiny.plant(True, torch.float32)
-        paper = {"recipe": "paper", "min_gap": 1.1, "lr": 0.05, "stop_density": 1.0}
+        paper = {"recipe": "paper", "min_gap": 1.1, "lr": 0.05, "stop_clean_fraction": 1.0}
         chosen = paper | {"batch_size": 3, "max_steps": 8} | settings
         self.settings, self.ranks = RepairSettings.model_validate(chosen), ranks
         pictures = pictures or Pictures(tiny)
-        self.progress = Progress(density_window(len(pictures), self.settings))
+        self.progress = Progress(clean_window(len(pictures), self.settings))
         self.deltas = Deltas(planted.backbone, planted.module)
         self.warnings: list[str] = []
         preprocess = Preprocessing(24, planted.backbone.mean, planted.backbone.std)
-        directions, settings_ = planted.directions, self.settings
-        self.steps = repair_steps(
-            planted.backbone, directions, self.deltas, pictures, preprocess, settings_, self.progress, self.hear, ranks
-        )
+        start = Start(planted.backbone, preprocess, pictures, self.settings, "cpu", {}, len(pictures))
+        prepared = Prepared(start, planted.directions, planted.module, self.deltas, self.hear, ranks)
+        self.steps = repair_steps(prepared, pictures, self.progress)
 
     def hear(self, event: object) -> None:
         if isinstance(event, Warned):
@@ -233,22 +233,23 @@ def test_two_ranks_shrink_the_singular_values_that_one_shrinks(
     assert json.loads(of_one)["images"] == json.loads(of_two)["images"]
 
 
-def test_a_dry_run_and_a_finished_run_read_standard_input_on_the_first_rank_alone(
+def test_standard_input_reaches_a_dry_run_and_a_finished_run(
     forked: Any, small: Path, photographs: Path, tmp_path: Path
 ) -> None:
-    """The command line calls them on rank 0 only: a broadcast there would wait for ranks that never come."""
+    """Rank 0 alone calls the first: a broadcast would wait for ranks that never come. All of them call the second."""
     listed = "\n".join(str(path) for path in sorted(photographs.iterdir()))
     settings = RepairSettings(image_size=168, batch_size=2, workers=0, recipe="paper", keep="last", max_steps=1)
     request = RepairRequest(ModelRequest("dinov2_custom", small), ["-"], settings)
     api.repair(request, tmp_path / "run", process=Process(stdin=StringIO(listed)))
 
     def asked(ranks: Ranks) -> tuple[int, str] | None:
-        if not ranks.writes:
-            return None
-        process = Process(stdin=StringIO(listed), ranks=ranks)
-        trial = api.try_repair(request, tmp_path / "other", process)
-        process = Process(stdin=StringIO(listed), ranks=ranks)
-        return trial.values, str(api.finished_repair(request, tmp_path / "run", process).folder)
+        values = 0
+        if ranks.writes:
+            process = Process(stdin=StringIO(listed), ranks=ranks)
+            values = api.try_repair(request, tmp_path / "other", process).values
+        process = Process(stdin=StringIO(listed if ranks.writes else ""), ranks=ranks)
+        finished = api.repair(replace(request, resume=True), tmp_path / "run", process=process)
+        return None if finished is None else (values, str(finished.folder))
 
     first, second = forked(asked).answers(120)
     assert first[0] > 0
@@ -312,7 +313,7 @@ def test_a_run_that_lost_a_rank_ends_with_one_process(
     assert run.returncode != 0
     assert shown == ""
     assert said.count("sinder: terminated") == 1
-    assert sum("to go on" in line for line in said) == 1
+    assert sum("to resume" in line for line in said) == 1
     newest = max(int(path.name[5:]) for path in (out / "checkpoints").glob("step-*"))
     assert f"sinder: wrote a checkpoint after step {newest}" in said
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [

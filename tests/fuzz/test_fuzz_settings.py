@@ -73,10 +73,7 @@ def resumed(run: Path, content: bytes) -> Callable[[], object]:
 
     def go_on() -> object:
         (run / "config.json").write_bytes(content)
-        called = api.run_as_called(run, ModelRequest(str(run)), RepairSettings())
-        if called is not None:
-            request, settings = called
-            api.finished_repair(RepairRequest(request, [], settings), run)
+        api.repair(RepairRequest(str(run), resume=True))
         return api.open_model(ModelRequest(str(run)))
 
     return go_on

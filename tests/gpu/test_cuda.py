@@ -75,7 +75,7 @@ def test_a_batch_gives_the_mean_of_its_images_gradients(dtype: str) -> None:
     settings = RepairSettings.model_validate({"dtype": dtype})
 
     def gradient(chosen: Tensor) -> StepGradient:
-        return step_gradient(backbone, module, directions, Deltas(backbone, module), chosen, settings)
+        return step_gradient(Deltas(backbone, module), directions, chosen, settings)
 
     together, alone = gradient(images), [gradient(image[None]) for image in images]
     count = sum(len(each.losses) for each in alone)

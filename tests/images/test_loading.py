@@ -174,7 +174,7 @@ def test_an_error_in_the_consumer_ends_the_processes() -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSYS])
 @pytest.mark.parametrize("order", [itertools.repeat(0), [0] * 9], ids=["endless", "all sent"])
 @pytest.mark.timeout(60)
-def test_a_process_that_dies_is_told(order: Iterable[int], number: signal.Signals) -> None:
+def test_a_process_that_dies_is_reported(order: Iterable[int], number: signal.Signals) -> None:
     """SIGSYS stands for every crash: it dumps core, too, and pytest does not print a traceback of it."""
     loaded = load_in_order(Drawn(), LARGE, order, workers=2)
     next(loaded)
@@ -186,7 +186,7 @@ def test_a_process_that_dies_is_told(order: Iterable[int], number: signal.Signal
     assert caught.value.exit_code == 75
 
 
-def test_a_process_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_cannot_be_started_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     fork, started = os.fork, []
 
     def once() -> int:

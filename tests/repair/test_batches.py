@@ -15,7 +15,7 @@ from tiny_runs import Pictures
 from sinder_cli.errors import BadInputError
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import CHANGED, ImageFiles
-from sinder_cli.repairing.batches import forget_mended, require_readable, step_batches
+from sinder_cli.repairing.choosing import forget_mended, require_readable, step_batches
 from sinder_cli.repairing.settings import RepairSettings
 
 PLAIN = Preprocessing(4, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

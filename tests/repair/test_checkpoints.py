@@ -29,7 +29,7 @@ from sinder_cli.repairing.loop import Best, Progress
 
 BLUE = [(2, 7), (6, 3), (8, 8)]
 STEPS = 8
-SETTINGS: dict[str, Any] = {"lr": 0.01, "max_steps": STEPS, "stop_density": 1.0}
+SETTINGS: dict[str, Any] = {"lr": 0.01, "max_steps": STEPS, "stop_clean_fraction": 1.0}
 
 
 def pictures(planted: Any) -> Pictures:
@@ -117,7 +117,7 @@ def of_greedy_steps(progress: Progress) -> tuple[dict[str, Tensor], list[Any]]:
     return tensors, numbers
 
 
-GREEDY: dict[str, Any] = {"recipe": "sinder", "trust": 0.1, "max_steps": 9, "stop_density": 1.0}
+GREEDY: dict[str, Any] = {"recipe": "sinder", "trust": 0.1, "max_steps": 9, "stop_clean_fraction": 1.0}
 
 
 @pytest.mark.parametrize("steps", [1, 4, 8])
@@ -498,7 +498,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert restored(single, tmp_path).progress.steps == 3
 
 
-def test_a_place_where_no_checkpoint_can_be_is_told(single: Any, tmp_path: Path) -> None:
+def test_a_place_where_no_checkpoint_can_be_is_reported(single: Any, tmp_path: Path) -> None:
     run = Run(single, pictures(single), **SETTINGS)
     run.take(1)
     (tmp_path / "checkpoints").write_text("a file")

@@ -94,7 +94,7 @@ def test_a_folder_above_that_was_there_stays(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_file_system_that_locks_no_folder_is_told(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_locks_no_folder_is_reported(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(errno.EBADF, "Bad file descriptor")
 
@@ -281,7 +281,7 @@ def test_weights_may_have_moved(run: RunFolder) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("threads", 2), ("versions", {"torch": "2.14.0"})])
-def test_what_may_change_the_last_bits_is_told(name: str, value: object, run: RunFolder) -> None:
+def test_what_may_change_the_last_bits_is_reported(name: str, value: object, run: RunFolder) -> None:
     told: list[object] = []
     run.require_same(config(**{name: value}), emit=told.append)
     (warned,) = told

@@ -124,9 +124,7 @@ def test_probes_measure_the_mean_square_jacobian_of_ordinary_tokens(
         {"recipe": "paper", "min_gap": 1.1, "step": "greedy", "window": 1, "min_tokens": 2}
     )
     probes = Probes((1, 2, 3), {})
-    found = step_gradient(
-        planted.backbone, planted.module, planted.directions, deltas, images, chosen, None, probes
-    ).parts[0]
+    found = step_gradient(deltas, planted.directions, images, chosen, None, probes).parts[0]
     assert (found.block, found.probes) == (EARLY, MANY)
 
     def tokens() -> Tensor:
@@ -169,8 +167,7 @@ def test_a_block_measured_before_takes_fewer_probes(planted: Any) -> None:
     def seen(taken: dict[int, int], seed: int = 0) -> BlockGradient:
         probes = Probes((seed,), taken)
         deltas = Deltas(planted.backbone, planted.module)
-        arguments = (planted.backbone, planted.module, planted.directions, deltas, images, chosen, None, probes)
-        return step_gradient(*arguments).parts[0]
+        return step_gradient(deltas, planted.directions, images, chosen, None, probes).parts[0]
 
     assert seen({}).probes == seen({EARLY + 1: 9}).probes == step_module.PROBES
     assert seen({EARLY: step_module.ENOUGH_PROBES - 1}).probes == step_module.MORE_PROBES
@@ -190,9 +187,8 @@ def test_crowded_images_are_probed_only_where_nothing_is_known_yet(
     chosen = RepairSettings.model_validate({"recipe": "paper", "min_gap": 1.1, "step": "greedy", "min_tokens": 2})
 
     def seen(taken: dict[int, int], *images: Tensor) -> BlockGradient:
-        arguments = (planted.backbone, planted.module, planted.directions, Deltas(planted.backbone, planted.module))
-        probes = Probes((5, 6)[-len(images) :], taken)
-        return step_gradient(*arguments, torch.stack(images), chosen, None, probes).parts[0]
+        deltas, probes = Deltas(planted.backbone, planted.module), Probes((5, 6)[-len(images) :], taken)
+        return step_gradient(deltas, planted.directions, torch.stack(images), chosen, None, probes).parts[0]
 
     few = planted.image(1, red=RED[1:])
     first, later = seen({}, crowded), seen({EARLY: 4}, crowded)
@@ -209,9 +205,7 @@ def test_a_singular_value_that_writes_the_defect_answers_for_it(writer: Any) -> 
     deltas = Deltas(writer.backbone, writer.module)
     chosen = RepairSettings()
     probes = Probes((1, 2), {})
-    (found,) = step_gradient(
-        writer.backbone, writer.module, writer.directions, deltas, images, chosen, None, probes
-    ).parts
+    (found,) = step_gradient(deltas, writer.directions, images, chosen, None, probes).parts
     assert found.block == EARLY  # by norm, though no direction is determined
     targets = deltas.of_window(EARLY, chosen.window)
     seen, _, _ = Observations().step(found, targets, 2, chosen)

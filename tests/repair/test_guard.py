@@ -20,20 +20,10 @@ from sinder_cli.defects.settings import SLACK
 from sinder_cli.defects.shift import Retrieval, found_again, shifted
 from sinder_cli.defects.tokens import last_tokens
 from sinder_cli.errors import BadInputError
-from sinder_cli.repairing.guard import (
-    SAMPLES,
-    SHIFTED,
-    WORST,
-    Evaluation,
-    Fidelity,
-    Guard,
-    Snapshot,
-    guard_size,
-    guard_sizes,
-    guarded,
-)
+from sinder_cli.repairing.choosing import guard_size, guard_sizes, guarded
+from sinder_cli.repairing.guard import SAMPLES, SHIFTED, WORST, Evaluation, Fidelity, Guard, Snapshot
 from sinder_cli.repairing.loop import CLEAN_LOOKS, EQUAL_FIDELITY, IDLE_LOOKS, SPOILT_LOOKS, Best, Progress
-from sinder_cli.repairing.scan import see
+from sinder_cli.repairing.scan import marked_batch
 
 FLOOR = 0.95
 PATCH = 2  # pixels
@@ -357,7 +347,9 @@ def test_the_guard_compares_with_the_original_plain_and_inpainted(single_writer:
     original = last_tokens(single_writer.backbone, single_writer.module, pixels_of(guard))
     reference = last_tokens(inpainted(single_writer.backbone), single_writer.module, pixels_of(guard))
     before = guard.before
-    seen = see(single_writer.backbone, single_writer.module, single_writer.directions, pixels_of(guard), guard.rule)
+    seen = marked_batch(
+        single_writer.backbone, single_writer.module, single_writer.directions, pixels_of(guard), guard.rule
+    )
     assert torch.equal(before.outlying, seen.defective)
     assert before.left == 2 * len(RED)
     assert before.ever.nonzero().tolist() == [[image, *spot] for image in (1, 2) for spot in RED]

@@ -13,7 +13,7 @@ from sinder_cli.defects.detection import DetectionRule, alignment_logits, defect
 from sinder_cli.errors import BadInputError, TryAgainError
 from sinder_cli.images.loading import shuffled
 from sinder_cli.repairing import loop
-from sinder_cli.repairing.loop import Progress, density_window
+from sinder_cli.repairing.loop import Progress, clean_window
 from sinder_cli.repairing.settings import RepairSettings
 
 
@@ -23,7 +23,7 @@ def weights_of(planted: Any) -> dict[str, Tensor]:
 
 def test_clean_images_change_nothing_and_end_the_run(single: Any) -> None:
     before = weights_of(single)
-    run = Run(single, Pictures(*[single.image(i) for i in range(4)]), stop_density=0.75)
+    run = Run(single, Pictures(*[single.image(i) for i in range(4)]), stop_clean_fraction=0.75)
     records = run.finish()
     assert len(records) == 6  # 75 % of a window of two passes, 8 images
     assert [record.clean_fraction for record in records] == [(i + 1) / 8 for i in range(6)]
@@ -31,7 +31,7 @@ def test_clean_images_change_nothing_and_end_the_run(single: Any) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in single.module.state_dict().items())
 
 
-def test_defective_images_hold_the_density_down_until_max_steps(single: Any) -> None:
+def test_defective_images_hold_the_clean_fraction_down_until_max_steps(single: Any) -> None:
     pictures = Pictures(*[single.image(i, red=RED) for i in range(2)])
     records = Run(single, pictures, lr=1e-9, max_steps=7).finish()
     assert [record.step for record in records] == list(range(1, 8))
@@ -61,7 +61,7 @@ def test_two_runs_of_the_same_seed_are_bit_identical(single: Any) -> None:
 
     def repaired(seed: int) -> tuple[list[float | None], dict[str, Tensor]]:
         single.module.load_state_dict(original)
-        records = Run(single, Pictures(*pictures), seed=seed, max_steps=6, stop_density=1.0).finish()
+        records = Run(single, Pictures(*pictures), seed=seed, max_steps=6, stop_clean_fraction=1.0).finish()
         return [record.loss for record in records], weights_of(single)
 
     (losses, weights), (again, same), (other, _) = repaired(0), repaired(0), repaired(1)
@@ -70,7 +70,7 @@ def test_two_runs_of_the_same_seed_are_bit_identical(single: Any) -> None:
     assert all(torch.equal(weights[name], same[name]) for name in weights)
 
 
-def test_the_density_counts_images_not_seen_yet_as_defective() -> None:
+def test_the_clean_fraction_counts_images_not_seen_yet_as_defective() -> None:
     progress = Progress(10)
     progress.recent.extend([True] * 4)
     assert progress.clean_fraction == 0.4
@@ -79,14 +79,14 @@ def test_the_density_counts_images_not_seen_yet_as_defective() -> None:
 
 
 @pytest.mark.parametrize(("images", "window"), [(1, 2), (4, 8), (499, 998), (500, 1000), (30_000, 1000)])
-def test_the_density_window_is_two_passes_at_most(images: int, window: int) -> None:
-    assert density_window(images, RepairSettings.model_validate({"recipe": "paper"})) == window
+def test_the_clean_window_is_two_passes_at_most(images: int, window: int) -> None:
+    assert clean_window(images, RepairSettings.model_validate({"recipe": "paper"})) == window
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(single: Any) -> None:
     before = weights_of(single)
     pictures = Pictures(single.image(0, green=[(5, 5)]), single.image(1))
-    run = Run(single, pictures, max_steps=4, stop_density=1.0)
+    run = Run(single, pictures, max_steps=4, stop_clean_fraction=1.0)
     records = run.finish()
     assert sorted(record.skipped for record in records) == [False, False, True, True]
     assert all(record.loss is None for record in records)
@@ -114,7 +114,7 @@ def test_a_finite_step_in_between_starts_the_count_anew(single: Any) -> None:
 
 
 def test_the_window_of_defective_images_is_one_pass_at_most() -> None:
-    assert [density_window(images, RepairSettings()) for images in (0, 1, 40, 1000)] == [1, 1, 40, 64]
+    assert [clean_window(images, RepairSettings()) for images in (0, 1, 40, 1000)] == [1, 1, 40, 64]
 
 
 def test_an_image_that_is_not_finite_is_not_clean(single_writer: Any) -> None:
@@ -152,7 +152,7 @@ def test_a_run_by_polyaks_length_lowers_the_loss(single_writer: Any, trust: floa
 
 def test_an_unreadable_image_is_named_once(single: Any) -> None:
     pictures = Pictures(single.image(0), None, single.image(2))
-    run = Run(single, pictures, max_steps=6, stop_density=1.0)
+    run = Run(single, pictures, max_steps=6, stop_clean_fraction=1.0)
     records = run.finish()
     assert len(records) == 6
     assert records[-1].images == 4
@@ -180,7 +180,7 @@ def test_images_none_of_which_can_be_decoded_are_bad_input(single: Any) -> None:
     assert caught.value.exit_code == 65
 
 
-def test_memory_that_runs_out_in_a_step_is_told(single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_in_a_step_is_reported(single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
 
@@ -212,7 +212,7 @@ def test_memory_that_runs_out_leaves_the_step_before(part: str, single: Any, mon
 
 def test_a_batch_runs_over_the_end_of_a_pass(single: Any) -> None:
     pictures = Pictures(*[single.image(i) for i in range(3)])
-    records = Run(single, pictures, batch_size=2, max_steps=3, stop_density=1.0).finish()
+    records = Run(single, pictures, batch_size=2, max_steps=3, stop_clean_fraction=1.0).finish()
     assert [record.images for record in records] == [2, 4, 6]
     assert pictures.loaded[:6] == [index for index, _ in zip(shuffled(3, 0), range(6), strict=False)]
 

@@ -64,7 +64,7 @@ def test_options_given_now_go_over_the_stored_ones(run: RunFolder) -> None:
     assert settings == STORED.model_copy(update={"lr": 0.005, "strict": True})  # the default counts where it is given
 
 
-def test_changed_options_that_change_no_result_are_told(run: RunFolder) -> None:
+def test_changed_options_that_change_no_result_are_reported(run: RunFolder) -> None:
     assert other_options(run, STORED) == []
     now = STORED.model_copy(update={"workers": 0, "strict": True, "log": ("wandb", "tensorboard"), "device": "cuda:1"})
     told = "--device cuda:1 --log wandb --log tensorboard --strict --workers 0"

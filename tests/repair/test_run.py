@@ -7,9 +7,18 @@ from typing import Any
 
 import pytest
 
-from sinder_cli.repairing.run import _guard_indices, _seen_already
+from sinder_cli.repairing.choosing import judging
+from sinder_cli.repairing.run import _seen_already
 
 BEFORE, LATEST = object(), object()
+
+
+def judged_by(images: Any) -> tuple[list[int], list[int]]:
+    """The places of the guard's images, and of those of them that are trained on; the user gave all of them."""
+    for place, image in enumerate(images):
+        image.place = place
+    settings: Any = SimpleNamespace(eval_images=None, seed=0)
+    return judging(SimpleNamespace(healthy=False, images=tuple(images)), len(images), settings)  # type: ignore[arg-type]
 
 
 def repair(keep: str, best: int | None, last_look: int, last_move: int, *, changed: bool = True) -> Any:
@@ -50,8 +59,7 @@ def test_the_guard_looks_again_only_at_an_unseen_state(state: Any, expected: obj
 )
 def test_the_only_image_of_its_kind_is_still_trained_on(kinds: list[tuple[int, ...]], trained: bool) -> None:
     images: Any = [SimpleNamespace(kind=kind, blocks=dict.fromkeys(kind, (0,)), flooded=False) for kind in kinds]
-    start: Any = SimpleNamespace(settings=SimpleNamespace(eval_images=None, seed=0), given=len(kinds))
-    guard, also = _guard_indices(start, SimpleNamespace(healthy=False), images, range(len(kinds)))  # type: ignore[arg-type]
+    guard, also = judged_by(images)
     judged = [at for at in guard if kinds[at]]
     assert judged
     assert also == (judged if trained else [])
@@ -65,8 +73,7 @@ def test_mostly_outlying_images_are_judged_on_only_without_others(flooded: set[i
         else SimpleNamespace(kind=(), blocks={}, flooded=at in flooded)
         for at in range(8)
     ]
-    start: Any = SimpleNamespace(settings=SimpleNamespace(eval_images=None, seed=0), given=len(images))
-    guard, _ = _guard_indices(start, SimpleNamespace(healthy=False), images, range(len(images)))  # type: ignore[arg-type]
+    guard, _ = judged_by(images)
     assert guard
     assert not flooded & set(guard) or not judged
 
@@ -74,7 +81,6 @@ def test_mostly_outlying_images_are_judged_on_only_without_others(flooded: set[i
 def test_one_flooded_image_is_judged_on_where_all_are() -> None:
     images: Any = [SimpleNamespace(kind=(), blocks={}, flooded=False) for _ in range(6)]
     images.append(SimpleNamespace(kind=(8,), blocks={8: (0,)}, flooded=True))
-    start: Any = SimpleNamespace(settings=SimpleNamespace(eval_images=None, seed=0), given=len(images))
-    guard, also = _guard_indices(start, SimpleNamespace(healthy=False), images, range(len(images)))  # type: ignore[arg-type]
+    guard, also = judged_by(images)
     assert guard[-1] == 6
     assert also == [6]

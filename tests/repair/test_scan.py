@@ -15,25 +15,23 @@ from PIL import Image
 from threaded_ranks import side_by_side
 from tiny_runs import RED, SIZE, Pictures
 
-from sinder_cli.defects.detection import CERTAIN, RISE, DetectionRule
+from sinder_cli.defects.detection import CERTAIN, RISE, DetectionRule, standing_out
 from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.images.decoding import LATER_PAGES
 from sinder_cli.images.preprocessing import Preprocessing
+from sinder_cli.repairing.choosing import rarest_first, to_train_on
+from sinder_cli.repairing.deltas import Deltas
 from sinder_cli.repairing.forward import Directions
+from sinder_cli.repairing.preparing import Prepared, Start
 from sinder_cli.repairing.scan import (
-    FLOODED,
     BlockOutliers,
+    FarTokens,
     ImageOutliers,
     Scan,
-    Shared,
-    flooded_images,
-    rarest_first,
+    marked_batch,
     scan,
-    see,
-    standing_out,
-    to_train_on,
 )
 from sinder_cli.repairing.settings import RepairSettings
 
@@ -53,18 +51,12 @@ def scanned(
     emit: Emit = silent,
     **settings: Any,
 ) -> Scan:
-    return scan(
-        planted.backbone,
-        planted.module,
-        planted.directions,
-        source,
-        Preprocessing(SIZE, planted.backbone.mean, planted.backbone.std),
-        range(len(source)),
-        RepairSettings.model_validate({"workers": 0} | settings),
-        {} if unreadable is None else unreadable,
-        emit,
-        ranks,
-    )
+    chosen = RepairSettings.model_validate({"workers": 0} | settings)
+    preprocess = Preprocessing(SIZE, planted.backbone.mean, planted.backbone.std)
+    start = Start(planted.backbone, preprocess, source, chosen, "cpu", {}, len(source))
+    deltas = Deltas(planted.backbone, planted.module)
+    prepared = Prepared(start, planted.directions, planted.module, deltas, emit, ranks)
+    return scan(prepared, range(len(source)), {} if unreadable is None else unreadable)
 
 
 def looped_marks(planted: Any, picture: torch.Tensor) -> tuple[list[set[int]], list[set[int]], list[float]]:
@@ -190,7 +182,7 @@ def test_moments_of_other_images_are_added() -> None:
     nu = torch.nn.functional.normalize(torch.arange(1.0, 9.0), dim=0)
     patches = torch.randn(3, 2, 2, 8, generator=torch.Generator().manual_seed(0)) + 3 * nu
     ratios = torch.tensor([3.01, 3.0, 0.5, 9.0]).view(1, 2, 2).expand(3, 2, 2)
-    whole, one, other = Shared(), Shared(), Shared()
+    whole, one, other = FarTokens(), FarTokens(), FarTokens()
     whole.add(4, patches, ratios, DetectionRule())
     one.add(4, patches[:1], ratios[:1], DetectionRule())
     other.add(4, patches[1:], ratios[1:], DetectionRule(norm_factor=0))  # 0: the default
@@ -220,7 +212,8 @@ def test_verdicts_count_what_stands_out_whatever_marks(mark: Any, factor: float,
 
 def test_levels_are_medians_and_norms_of_cls_of_every_block(single_writer: Any) -> None:
     images = torch.stack([single_writer.image(at, torch.float32, red=RED) for at in range(3)])
-    found = see(single_writer.backbone, single_writer.module, single_writer.directions, images, DetectionRule())
+    arguments = (single_writer.backbone, single_writer.module, single_writer.directions)
+    found = marked_batch(*arguments, images, DetectionRule())
     tokens, context = single_writer.backbone.embed(single_writer.module, images)
     expected = []
     for block in range(DEPTH):
@@ -359,15 +352,6 @@ def test_a_file_of_another_form_is_bad_input(place: str, value: object, tmp_path
         Scan.read(path)
 
 
-@pytest.mark.parametrize("factor", [0.5, 1.3, FLOODED * 0.99])
-def test_an_image_of_far_higher_median_norm_is_flooded(factor: float) -> None:
-    usual = torch.tensor([1.0, 5.0, 3.0])
-    medians = {at: usual * (1 + 0.01 * at) for at in range(9)}
-    assert flooded_images(medians | {20: usual * factor}) == set()
-    assert flooded_images(medians | {20: usual * torch.tensor([1.0, 2 * FLOODED, 1.0])}) == {20}
-    assert flooded_images({}) == flooded_images({0: usual, 1: usual * 9, 2: usual, 3: usual}) == set()  # too few
-
-
 def test_flooded_images_are_trained_on_only_without_others() -> None:
     def image(name: str, kind: int | None, flooded: bool) -> ImageOutliers:
         return ImageOutliers(name, 0, (1, 1), True, {} if kind is None else {kind: (0,)}, flooded=flooded)
@@ -379,7 +363,6 @@ def test_flooded_images_are_trained_on_only_without_others() -> None:
 
 def test_images_come_in_turn_the_rarest_kind_first() -> None:
     kinds = [4, 4, 4, 2, 7, 7]
-    images = [ImageOutliers(str(at), at, (1, 1), True, {kind: (0,)}) for at, kind in enumerate(kinds)]
-    indices = [10 * at for at in range(6)]
-    assert rarest_first(images, indices) == [30, 40, 0, 50, 10, 20]
-    assert rarest_first([], []) == []
+    images = [ImageOutliers(str(at), 10 * at, (1, 1), True, {kind: (0,)}) for at, kind in enumerate(kinds)]
+    assert rarest_first(images) == [30, 40, 0, 50, 10, 20]
+    assert rarest_first([]) == []

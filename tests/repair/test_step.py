@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from sinder_cli.defects.detection import DetectionRule, alignment_logits, unsett
 from sinder_cli.distributed import Ranks
 from sinder_cli.repairing import forward, step
 from sinder_cli.repairing.deltas import Deltas, Target
-from sinder_cli.repairing.forward import FIRST_ALONE, Directions, Interest, first_defects
+from sinder_cli.repairing.forward import FIRST_ALONE, BlockDefects, Directions, ForwardPass, Interest
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.repairing.shared import SharedStep, gathered
 from sinder_cli.repairing.step import BlockGradient, Probes, StepGradient, step_gradient
@@ -37,7 +38,20 @@ def gradient_of(planted: Any, images: list[Tensor], decomposed: bool = True, **s
     for block in range(DEPTH) if decomposed else ():
         deltas.of_block(block)
     chosen = RepairSettings.model_validate(PAPER | settings)
-    return step_gradient(planted.backbone, planted.module, planted.directions, deltas, torch.stack(images), chosen)
+    return step_gradient(deltas, planted.directions, torch.stack(images), chosen)
+
+
+def passing(planted: Any, images: Tensor) -> ForwardPass:
+    """A pass with windows of two blocks."""
+    return ForwardPass.entering(planted.backbone, planted.module, planted.directions, images, RULE, 2)
+
+
+def first_defects(through: ForwardPass) -> Iterator[BlockDefects]:
+    """The defects of a pass that each image leaves at its first."""
+    while (found := through.next_defects()) is not None:
+        asked = through.wanted(found, [FIRST_ALONE] * int(found.defective.sum()))
+        assert asked is not None
+        yield asked
 
 
 def looped_loss(grid: Tensor, nu: Tensor, marked: list[tuple[int, int]], tau: float = 0.1) -> Tensor:
@@ -228,7 +242,7 @@ def test_blocks_before_every_window_are_not_recorded(planted: Any) -> None:
 
 def test_an_image_leaves_with_the_input_of_its_own_window(planted: Any) -> None:
     images = torch.stack([planted.image(2, red=RED), planted.image(0, blue=BLUE)])
-    early, late = first_defects(planted.backbone, planted.module, planted.directions, images, RULE, 2)
+    early, late = first_defects(passing(planted, images))
     stream = planted.module(images)
     assert [[passed.block for passed in found.window] for found in (early, late)] == [
         [EARLY - 1, EARLY],
@@ -254,8 +268,7 @@ def test_an_image_that_goes_on_shows_its_later_defects_too(planted: Any, gradien
         return Interest(gradient, True) if block < LATE else FIRST_ALONE
 
     def found(interest: Any, images: Tensor) -> StepGradient:
-        arguments = (planted.backbone, planted.module, planted.directions, deltas, images, chosen, None, None)
-        return step_gradient(*arguments, interest)
+        return step_gradient(deltas, planted.directions, images, chosen, None, None, interest)
 
     both = found(interest, images)
     assert {EARLY, LATE} <= set(asked)
@@ -289,8 +302,7 @@ def test_an_image_without_interest_adds_to_no_gradient(planted: Any) -> None:
             return Interest(gradient=excess > limit, onward=False)
 
         deltas, probes = Deltas(planted.backbone, planted.module), Probes(range(4), {})
-        arguments = (planted.backbone, planted.module, planted.directions, deltas, torch.stack(images), chosen)
-        return step_gradient(*arguments, None, probes, interest)
+        return step_gradient(deltas, planted.directions, torch.stack(images), chosen, None, probes, interest)
 
     everything = found(-math.inf)
     limit = sorted(excesses)[1]  # two of four are above it
@@ -308,7 +320,8 @@ def test_an_image_without_interest_adds_to_no_gradient(planted: Any) -> None:
 def test_without_a_norm_factor_only_determined_directions_judge(factor: float, block: int, planted: Any) -> None:
     doubtful, broken = Directions(planted.directions.nu, [1.0] * DEPTH), planted.image(0, green=[(5, 5)])[None]
     rule = DetectionRule(norm_factor=factor)
-    found = next(first_defects(planted.backbone, planted.module, doubtful, broken, rule, 2))
+    through = ForwardPass.entering(planted.backbone, planted.module, doubtful, broken, rule, 2)
+    found = next(first_defects(through))
     assert found.block == block  # where NaN is first looked for
 
 
@@ -317,7 +330,7 @@ def test_a_block_whose_direction_is_not_determined_is_never_defective(planted: A
     assert gradient_of(planted, [image], min_gap=0).first_block == 0  # the paper's rule
     assert gradient_of(planted, [image]).first_block == EARLY
     doubtful = Directions(planted.directions.nu, [1.05] * DEPTH)
-    assert not list(first_defects(planted.backbone, planted.module, doubtful, image[None], RULE, 2))
+    assert passing(replace(planted, directions=doubtful), image[None]).next_defects() is None
 
 
 def test_too_few_marked_tokens_make_no_defect(planted: Any) -> None:
@@ -330,7 +343,7 @@ def test_a_clean_image_gives_no_gradient_and_decomposes_nothing(planted: Any) ->
     deltas = Deltas(planted.backbone, planted.module)
     images = planted.image(1)[None]
     settings = RepairSettings.model_validate(PAPER)
-    found = step_gradient(planted.backbone, planted.module, planted.directions, deltas, images, settings)
+    found = step_gradient(deltas, planted.directions, images, settings)
     assert found == StepGradient()
     assert (found.losses, found.gradients, found.first_block, found.masked_tokens) == ((), {}, None, 0)
     assert found.finite
@@ -455,8 +468,8 @@ def test_known_tokens_stay_defective_until_they_have_settled(planted: Any, leave
         known[0, EARLY][tuple(zip(*RED, strict=True))] = True
     known[1, LATE][tuple(zip(*spots, strict=True))] = True
     rule = replace(RULE, threshold=100.0)
-    passing = first_defects(planted.backbone, planted.module, planted.directions, images, rule, 2, known)
-    found = list(passing)
+    through = ForwardPass.entering(planted.backbone, planted.module, planted.directions, images, rule, 2, known)
+    found = list(first_defects(through))
     assert [each.block for each in found] == [EARLY, LATE][not leaves :]
     late = found[-1]
     grid = planted.module(images)[LATE][1, 1:].unflatten(0, (12, 12))
@@ -482,7 +495,7 @@ def test_two_ranks_share_a_step(planted: Any, case: str) -> None:
     chosen = RepairSettings.model_validate(PAPER | {"step": "greedy"})
 
     def local(deltas: Deltas, places: range) -> StepGradient:
-        arguments = (planted.backbone, deltas.module, planted.directions, deltas)
+        arguments = (deltas, planted.directions)
         probes = None if case == "without probes" else Probes(list(places), {})
         batch = torch.stack([images[place] for place in places])
         if not idle:
@@ -519,14 +532,12 @@ def test_two_ranks_share_a_step(planted: Any, case: str) -> None:
 def test_a_pass_keeps_no_graph_of_images_that_were_left_out(planted: Any) -> None:
     """What few images of a batch are asked for is recorded again alone; the pass must not hold the whole batch's."""
     images = torch.stack([planted.image(0, red=RED), *(planted.image(index) for index in range(1, 6))])
-    graphs: list[weakref.ref[Any]] = []
-
-    def seen(found: forward.BlockDefects) -> list[Interest]:
-        graphs.extend(weakref.ref(passed.leaving) for passed in found.window if passed.leaving is not None)
-        return [FIRST_ALONE] * len(found.images)
-
-    passing = first_defects(planted.backbone, planted.module, planted.directions, images, RULE, 2, None, seen)
-    found = next(passing)
+    through = passing(planted, images)
+    found = through.next_defects()
+    assert found is not None
+    graphs = [weakref.ref(passed.leaving) for passed in found.window if passed.leaving is not None]
+    found = through.wanted(found, [FIRST_ALONE])
+    assert found is not None
     assert all(passed.leaving is None for passed in found.window)
     assert graphs
     gc.collect()

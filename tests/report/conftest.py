@@ -25,8 +25,9 @@ from made_repair import (
 )
 
 from sinder_cli.defects.shift import Retrieval
+from sinder_cli.repairing.choosing import Chosen
 from sinder_cli.repairing.guard import SAMPLES
-from sinder_cli.repairing.results import RepairResult, run_summary
+from sinder_cli.repairing.results import Outcome, RepairResult, run_summary
 from sinder_cli.repairing.settings import RepairSettings
 
 MakeResult = Callable[..., RepairResult]
@@ -76,14 +77,14 @@ def make_result(tmp_path: Path) -> MakeResult:
             "device": "cpu",
             "versions": {"sinder": "0.1.0", "torch": "2.10.0", "python": "3.11.2"},
         }
-        backbone: Any = SimpleNamespace(name=model)
-        deltas: Any = SimpleNamespace(changed=[SimpleNamespace(delta=torch.ones(192))] * changed)
+        start = SimpleNamespace(backbone=SimpleNamespace(name=model), settings=chosen)
+        deltas = SimpleNamespace(changed=[SimpleNamespace(delta=torch.ones(192))] * changed)
         progress = progress_of(steps, stopped_by, last, bool(changed), chosen)
         found = scan_of(first if before else snapshot_of(clean, original, elsewhere, has_cls), shown)
         again = (Retrieval(0.125, 0.5), Retrieval(0.5 if changed else 0.125, 0.5))
-        summary = run_summary(
-            backbone, first, last, found, also_trained, 0, None, again, progress, deltas, chosen, config
-        )
+        prepared: Any = SimpleNamespace(start=start, deltas=deltas)
+        judged = Chosen((), (), also_trained, 0, ())
+        summary = run_summary(prepared, found, judged, progress, Outcome(first, last, None, again), config)
         summary["seconds"] = 66.2
         return RepairResult(
             folder, model, summary, config, first, last, list(normalized[:SAMPLES]), shown[:SAMPLES], MEAN, STD

@@ -88,6 +88,17 @@ def test_the_verdict_is_the_same_everywhere(outcome: RepairResult) -> None:
     assert bool(verdict.advice) == (outcome.summary["verdict"] in ("improved", "not improved"))
 
 
+def test_the_advice_follows_the_reason_of_the_verdict(make_result: MakeResult) -> None:
+    """A part of the good tokens may be spoilt though their median is not: the verdict knows, and the advice with it."""
+    result = make_result(after=2, stopped_by="no_gain")
+    result.summary["verdict"] = "not improved"
+    assert facts.verdict(result).advice.startswith("Try a lower --min-gain")
+    result.summary["verdict_reason"] = "spoilt"
+    assert facts.verdict(result).advice.startswith("Try smaller steps (lower --max-drift")
+    del result.summary["verdict_reason"]  # of an earlier version
+    assert facts.verdict(result).advice.startswith("Try a lower --min-gain")
+
+
 def test_what_is_not_repaired_is_never_green(outcome: RepairResult) -> None:
     kinds = {"healthy": "good", "repaired": "good", "improved": "open", "not improved": "bad"}
     kind = kinds[outcome.summary["verdict"]]
@@ -167,7 +178,7 @@ def test_it_is_not_healthy_where_the_rule_marks_nothing(
     assert "marks none of the tokens that stand out" in text_of(result)
 
 
-def test_tokens_that_stand_out_unmarked_and_drawn_images_are_told(make_result: MakeResult) -> None:
+def test_tokens_that_stand_out_unmarked_and_drawn_images_are_reported(make_result: MakeResult) -> None:
     result = make_result()
     result.summary["defects"]["after"]["standing"] = 7
     result.summary["drawn_on_the_guard"] = 1
@@ -319,7 +330,7 @@ def test_names_cannot_break_out_of_the_page(make_result: MakeResult) -> None:
     assert any(name in (picture["alt"] or "") for picture in page.all("img"))
 
 
-def test_folders_of_the_images_are_not_told(make_result: MakeResult) -> None:
+def test_folders_of_the_images_are_not_reported(make_result: MakeResult) -> None:
     assert "somewhere" not in render_repair_page(make_result(names=["/somewhere/private/a.png", "somewhere/b.png"]))
 
 

@@ -748,7 +748,7 @@ def metadata() -> Iterator[Case]:
         furnished(folder)
         for at in range(17):
             picture(at).save(folder / "photos" / f"{at}.jpg", **({"exif": TURNED} if at < 2 else {}))
-        steps = ("--max-steps", "40", "--stop-density", "1", "--eval-images", "1", "--workers", "0")
+        steps = ("--max-steps", "40", "--stop-clean-fraction", "1", "--eval-images", "1", "--workers", "0")
         return Call(("repair", CUSTOM, *TINY, "--data", "photos", *steps, "--out", "run"))
 
     yield Case(4, "two such among twenty, to repair", 0, r'"stopped_by"', twenty)
@@ -1221,7 +1221,7 @@ def signals() -> Iterator[Case]:
     def running(steps: int, *numbers: signal.Signals) -> Callable[[Path], Call]:
         def build(folder: Path) -> Call:
             furnished(folder)
-            options = ("--eval-images", "1", "--stop-density", "1", "--workers", "1", "--image-size", "112")
+            options = ("--eval-images", "1", "--stop-clean-fraction", "1", "--workers", "1", "--image-size", "112")
             arguments = ("repair", "demo_vit", "--data", "photos", "--max-steps", str(steps), "--out", "run", *options)
             return Call(arguments, signals=numbers)
 

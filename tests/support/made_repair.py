@@ -171,14 +171,14 @@ def evaluations_of(before: Snapshot, after: Snapshot, steps: int) -> list[Evalua
 def progress_of(steps: int, stopped_by: str, after: Snapshot, kept: bool, settings: RepairSettings) -> Progress:
     """A loop that has ended as `stopped_by` says."""
     progress = Progress(window=10)
-    ends_by_density = stopped_by in ("no_gain", "clean")
-    progress.recent.extend([True] * 10 if ends_by_density else [True] * 7 + [False] * 3)
+    ends_clean = stopped_by in ("no_gain", "clean")
+    progress.recent.extend([True] * 10 if ends_clean else [True] * 7 + [False] * 3)
     progress.steps = progress.images = steps
     progress.stopped = stopped_by if stopped_by in ("fidelity", "no_improvement") else ""
     if kept:
         fidelity = after.fidelity()
         progress.best = Best(steps, after.left, fidelity.cls, fidelity.good, fidelity.marked, {})
-    assert ends_by_density or progress.clean_fraction < settings.stop_density
+    assert ends_clean or progress.clean_fraction < settings.stop_clean_fraction
     return progress
 
 

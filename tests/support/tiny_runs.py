@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sinder_cli.distributed import ALONE
 from sinder_cli.events import Warned
 from sinder_cli.images.decoding import UnreadableImageError
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.repairing.deltas import Deltas
-from sinder_cli.repairing.loop import Progress, StepRecord, density_window, repair_steps
+from sinder_cli.repairing.loop import Progress, StepRecord, clean_window, repair_steps
+from sinder_cli.repairing.preparing import Prepared, Start
 from sinder_cli.repairing.settings import RepairSettings
 
 SIZE = 24  # pixels
@@ -54,20 +56,14 @@ class Run:
 
     def __init__(self, planted: Any, pictures: Pictures, **settings: Any) -> None:
         self.settings = RepairSettings.model_validate({"recipe": "paper", "min_gap": 1.1} | settings)
-        self.progress = Progress(density_window(len(pictures), self.settings))
+        self.progress = Progress(clean_window(len(pictures), self.settings))
         self.module = planted.module
         self.deltas = Deltas(planted.backbone, planted.module)
         self.events: list[object] = []
-        self.steps = repair_steps(
-            planted.backbone,
-            planted.directions,
-            self.deltas,
-            pictures,
-            Preprocessing(SIZE, planted.backbone.mean, planted.backbone.std),
-            self.settings,
-            self.progress,
-            self.events.append,
-        )
+        preprocess = Preprocessing(SIZE, planted.backbone.mean, planted.backbone.std)
+        start = Start(planted.backbone, preprocess, pictures, self.settings, "cpu", {}, len(pictures))
+        prepared = Prepared(start, planted.directions, planted.module, self.deltas, self.events.append, ALONE)
+        self.steps = repair_steps(prepared, pictures, self.progress)
 
     def take(self, count: int) -> list[StepRecord]:
         """The next steps."""

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
     folder = RunFolder(Path(arguments[0]))
     planted = plant(True, torch.float32)
     pictures = Pictures(*[planted.image(index, torch.float32, red=RED) for index in range(2)])
-    run = Run(planted, pictures, lr=0.01, max_steps=3, stop_density=1.0, window=1, checkpoint_every=1)
+    run = Run(planted, pictures, lr=0.01, max_steps=3, stop_clean_fraction=1.0, window=1, checkpoint_every=1)
     checkpoints = folder.checkpoints
     with folder.held():
         if not folder.require_free(resume=True, force=False):

@@ -254,7 +254,7 @@ def origin_rows(analysis: Analysis) -> list[Named]:
     """Return what was run: models, weights, images and the version of the program."""
     sides = sides_of(analysis)
     order = ("",) if len(sides) == 1 else (" of the first", " of the second")
-    told = [
+    models = [
         row
         for side, which in zip(sides, order, strict=True)
         for row in (
@@ -264,7 +264,7 @@ def origin_rows(analysis: Analysis) -> list[Named]:
         )
     ]
     return [
-        *told,
+        *models,
         Named("Images", f"{analysis.images:,}"),
         Named("Images skipped", f"{len(analysis.skipped):,}"),
         Named("Tokens from", analysis.tapped),
@@ -272,7 +272,7 @@ def origin_rows(analysis: Analysis) -> list[Named]:
     ]
 
 
-def images_told(analysis: Analysis) -> str:
+def images_sentence(analysis: Analysis) -> str:
     """Return the number of images in words: 64 images, 2 skipped."""
     skipped = f", {len(analysis.skipped):,} skipped" if analysis.skipped else ""
     return counted(analysis.images, "image") + skipped

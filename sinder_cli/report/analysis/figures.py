@@ -132,7 +132,7 @@ def _position_group(analysis: Analysis, sides: list[ChartSide]) -> ChartGroup:
 
 def _position_charts(analysis: Analysis, sides: list[ChartSide], block: int) -> Iterator[Chart]:
     shares = [
-        {told: side.survey.shares[block].get(rule) for rule, told in rule_words(analysis).items()} for side in sides
+        {words: side.survey.shares[block].get(rule) for rule, words in rule_words(analysis).items()} for side in sides
     ]
     known = [share for side in shares for share in side.values() if share is not None]
     top = max(share.nan_to_num().max().item() for share in known)

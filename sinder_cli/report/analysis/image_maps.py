@@ -108,7 +108,7 @@ def paint_image(image: DrawnImage, scales: Scales, labels: Sequence[str]) -> Ima
 
     `labels` names the sides of a comparison; for a single side it is one empty text.
     """
-    told = f"Cosine between both sides' tokens of {image.name}"
+    description = f"Cosine between both sides' tokens of {image.name}"
     cosine = image.patch_cosine
     return ImageMaps(
         name=image.name,
@@ -117,14 +117,14 @@ def paint_image(image: DrawnImage, scales: Scales, labels: Sequence[str]) -> Ima
             _side_maps(image, side, scales, f"{image.name}, {label}" if label else image.name)
             for side, label in zip(image.sides, labels, strict=True)
         ),
-        cosine=None if cosine is None else LabelledPicture("Cosine", told, scales.cosine.paint(cosine)),
+        cosine=None if cosine is None else LabelledPicture("Cosine", description, scales.cosine.paint(cosine)),
     )
 
 
 def _side_maps(image: DrawnImage, side: PortraitSide, scales: Scales, name: str) -> SideMaps:
     outlying, finite = int(side.outlying.sum()), side.norms[side.norms.isfinite()]
     largest = finite.max().item() if len(finite) else math.nan
-    told = f"Token norms of {name}: largest {number(largest)}, outlying {outlying:,}"
+    description = f"Token norms of {name}: largest {number(largest)}, outlying {outlying:,}"
     attention, inpainted = side.attention, side.inpainted
     return SideMaps(
         pca=LabelledPicture(
@@ -132,7 +132,7 @@ def _side_maps(image: DrawnImage, side: PortraitSide, scales: Scales, name: str)
             f"Principal components of the tokens of {name}, as colours",
             pca_map(side.components, scales.pca),
         ),
-        norm=LabelledPicture("Norm", told, scales.norms[-1].paint(side.norms)),
+        norm=LabelledPicture("Norm", description, scales.norms[-1].paint(side.norms)),
         attention=None
         if attention is None
         else LabelledPicture(
@@ -159,8 +159,8 @@ def _side_maps(image: DrawnImage, side: PortraitSide, scales: Scales, name: str)
 
 
 def _somewhere(image: DrawnImage, inpainted: InpaintedMaps, name: str) -> LabelledPicture:
-    told = f"{counted(int(inpainted.marked.sum()), 'patch')} outlying in some block, {name}"
-    return LabelledPicture("outlying in some block", told, mask_map(image.photograph, inpainted.marked))
+    description = f"{counted(int(inpainted.marked.sum()), 'patch')} outlying in some block, {name}"
+    return LabelledPicture("outlying in some block", description, mask_map(image.photograph, inpainted.marked))
 
 
 def _inpainted_words(inpainted: InpaintedMaps) -> str:
@@ -177,8 +177,8 @@ def _inpainted_words(inpainted: InpaintedMaps) -> str:
 def _mask_picture(image: DrawnImage, block: int, mask: Tensor | None, name: str) -> LabelledPicture:
     if mask is None:
         return LabelledPicture(f"block {block}", f"Block {block}: the direction is not determined", None)
-    told = f"{counted(int(mask.sum()), 'patch')} marked at block {block}, {name}"
-    return LabelledPicture(f"block {block}", told, mask_map(image.photograph, mask))
+    description = f"{counted(int(mask.sum()), 'patch')} marked at block {block}, {name}"
+    return LabelledPicture(f"block {block}", description, mask_map(image.photograph, mask))
 
 
 def mask_map(photograph: Picture, mask: Tensor) -> Picture:

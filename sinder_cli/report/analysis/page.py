@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sinder_cli.analysis.records import Analysis, FigureFile
+from sinder_cli.defects.settings import RISE
 from sinder_cli.events import Emit, tracked
 from sinder_cli.files import replacing_folder, write_json, write_text
 from sinder_cli.report import formatting
@@ -97,9 +98,10 @@ def render_analysis_page(
             for label, side in zip(labels, sides_of(analysis), strict=True)
         ],
         analysis=analysis,
-        images_told=facts.images_told(analysis),
+        images_sentence=facts.images_sentence(analysis),
         measures=facts.key_measures(analysis),
         norm_factor=facts.norm_factor(analysis),
+        rise=RISE,
         gains=facts.gain_sentences(analysis),
         gain_measures=facts.gain_measures(analysis),
         gain_images=facts.gain_images(analysis),
@@ -218,11 +220,13 @@ def write_analysis(folder: Path, result: AnalysisResult, emit: Emit) -> Analysis
         _write_directions(temporary / "directions.safetensors", result)
         groups = analysis_charts(result)
         figures = [_write_chart(temporary, chart) for group in groups for chart in group.charts]
-        shown, scales = [], None
-        for index, (image, scales) in enumerate(_painted(result, emit)):
-            figures += _write_figures(temporary, index, image, scales, result.analysis)
+        shown: list[PageImage] = []
+        scales: Scales | None = None  # the same for all images
+        for index, (image, shared) in enumerate(_painted(result, emit)):
+            scales = shared
+            figures += _write_figures(temporary, index, image, shared, result.analysis)
             if index < EMBEDDED_IMAGES:
-                shown.append(embedded(image, scales, _side_labels(result.analysis)))
+                shown.append(embedded(image, shared, _side_labels(result.analysis)))
         analysis = result.analysis.model_copy(update={"figures": tuple(figures)})
         write_json(temporary / "report.json", analysis_document(analysis))
         write_text(temporary / "report.html", render_analysis_page(analysis, groups, shown, result.drawn, scales))

@@ -142,9 +142,10 @@ def draw_positions(figure: Figure, title: str, shares: Mapping[str, Tensor | Non
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     shape = next(share.shape for share in shares.values() if share is not None)
     axes = figure.subplots(1, len(shares), squeeze=False, sharey=True)[0]
+    maps = []
     for each, (rule, share) in zip(axes, shares.items(), strict=True):
         values = 100 * share if share is not None else torch.full(shape, torch.nan)
-        drawn = each.imshow(values.numpy(), cmap=colour_map, vmin=0, vmax=100 * top, interpolation="nearest")
+        maps.append(each.imshow(values.numpy(), cmap=colour_map, vmin=0, vmax=100 * top, interpolation="nearest"))
         if share is None:
             each.text(0.5, 0.5, "ν not\ndetermined", transform=each.transAxes, ha="center", va="center", color="white")
         each.set_title(rule, fontsize=9.5)
@@ -153,7 +154,7 @@ def draw_positions(figure: Figure, title: str, shares: Mapping[str, Tensor | Non
         for axis in (each.xaxis, each.yaxis):
             axis.set_major_locator(MaxNLocator(nbins=5, integer=True, min_n_ticks=1))
     axes[0].set_ylabel("row, patches")
-    bar = figure.colorbar(drawn, ax=list(axes), label="share of the tokens there, %", shrink=0.85, pad=0.02)
+    bar = figure.colorbar(maps[-1], ax=list(axes), label="share of the tokens there, %", shrink=0.85, pad=0.02)
     bar.outline.set_visible(False)
     assert bar.solids is not None
     bar.solids.set_rasterized(True)  # drawn as an image: 256 separate bands would show gaps between them

@@ -66,7 +66,7 @@ def pca_maps(before: Tensor, after: Tensor) -> tuple[Picture, Picture]:
 
     Red, green and blue are principal components 1–3 of the tokens of all images and both sides together.
     """
-    from sinder_cli.analysis.components import Moments
+    from sinder_cli.analysis.directions import Moments
 
     moments = Moments(before.shape[-1])
     for image in (*before, *after):  # one at a time: ViT-g's pooled tokens would be 200 MB in float64

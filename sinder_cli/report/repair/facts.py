@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from sinder_cli.defects.settings import NORM_FACTOR, SLACK, Mark
+from sinder_cli.defects.settings import CERTAIN, MOST_GAP, NORM_FACTOR, RISE, Mark
 from sinder_cli.files import public_model, public_source
 from sinder_cli.repairing.settings import RECIPES, RepairSettings
+from sinder_cli.repairing.verdict import VerdictWord, is_no, is_spoilt, verdict_in
 from sinder_cli.report.formatting import NOTHING, Named, counted, degrees, duration, number, percent, setting_rows
 
 if TYPE_CHECKING:
@@ -19,11 +20,10 @@ if TYPE_CHECKING:
 
     from sinder_cli.repairing.results import RepairResult
 
-KINDS = {"healthy": "good", "repaired": "good", "improved": "open", "not improved": "bad"}
+KINDS: dict[VerdictWord, str] = {"healthy": "good", "repaired": "good", "improved": "open", "not improved": "bad"}
 AS_IT_WAS = "the weights are bit-identical to the original's"
 NO_CLS, NONE_MARKED = "no cls token", "none marked"
 NEAR = 0.9  # cosine from which a marked token counts as equal to that of the inpainted original
-UNBOUNDED = 1e12  # σ₁/σ₂ that `outliers.json` contains where σ₂ is 0
 
 
 class RepairVerdict(NamedTuple):
@@ -58,7 +58,7 @@ class Compared(NamedTuple):
 
 
 class BlockComparison(NamedTuple):
-    """One block: its outlying tokens on the guard's images, and what the first look at the original found in it."""
+    """One block: its outlying tokens on the guard's images, and what the scan of the original found in it."""
 
     block: int
     before: int  # outlying tokens
@@ -81,14 +81,14 @@ class BlockComparison(NamedTuple):
 def verdict(result: Recorded) -> RepairVerdict:
     """Return the outcome of a repair as one sentence with numbers; terminal, page and card show the same one."""
     summary, settings = result.summary, result.config["settings"]
-    word = str(summary["verdict"])
+    word = verdict_in(summary)
     if word == "healthy":
         return _healthy(summary, settings)
     if summary["stopped_by"] == "nothing_marked":
         return _nothing_marked(summary, settings)
     before, after = (summary["defects"][side] for side in ("before", "after"))
     advice = "" if word == "repaired" else _advice(summary, settings)
-    if word == "not improved" and not summary["changed_weights"]:
+    if is_no(summary) and not summary["changed_weights"]:
         why = (
             "the steps spoilt cls or good tokens, so none of them is kept"
             if summary["stopped_by"] == "fidelity"
@@ -111,7 +111,7 @@ def title(summary: dict[str, Any]) -> str:
     """Return the words behind the model's name; only a model that was improved is called repaired."""
     if not summary["changed_weights"]:
         return ", unchanged"
-    return ", changed" if summary["verdict"] == "not improved" else ", repaired"
+    return ", changed" if is_no(summary) else ", repaired"
 
 
 def _elsewhere(summary: dict[str, Any]) -> str:
@@ -181,9 +181,9 @@ def _advice(summary: dict[str, Any], settings: dict[str, Any]) -> str:
         "max_steps": f"a higher --max-steps (now {settings['max_steps']:,})",
         "no_gain": f"a lower --min-gain (now {number(settings['min_gain'])})"
         if greedy
-        else f"a higher --stop-density (now {number(settings['stop_density'])})",
+        else f"a higher --stop-clean-fraction (now {number(settings['stop_clean_fraction'])})",
     }
-    stopped = "fidelity" if _spoilt(summary) else summary["stopped_by"]
+    stopped = "fidelity" if is_spoilt(summary) else summary["stopped_by"]
     by_norm = "--mark norm" + ("" if settings["norm_factor"] else f" --norm-factor {number(NORM_FACTOR)}")
     ways = [
         *([first[stopped]] if stopped in first else []),
@@ -192,12 +192,6 @@ def _advice(summary: dict[str, Any], settings: dict[str, Any]) -> str:
         *([] if settings["mark"] == "norm" else [by_norm]),
     ]
     return f"Try {_listed(ways)}. Run sinder analyze to see which tokens stand out, and at which blocks."
-
-
-def _spoilt(summary: dict[str, Any]) -> bool:
-    """Return True if the kept state lies further from the yardstick than the original, by more than `SLACK`."""
-    was, now = (summary["fidelity"]["to_inpainted"][side] for side in ("before", "after"))
-    return any(now[key] is not None and now[key] < was[key] - SLACK for key in ("cls", "good"))
 
 
 def _listed(parts: list[str]) -> str:
@@ -327,7 +321,7 @@ def _rule(seen: dict[str, Any], mark: Mark) -> str:
 
 
 def _gap(gap: float) -> str:
-    return "∞" if gap >= UNBOUNDED else f"{gap:.2f}" if gap < 100 else number(gap)
+    return "∞" if gap >= MOST_GAP else f"{gap:.2f}" if gap < 100 else number(gap)
 
 
 def block_words(result: Recorded) -> str:
@@ -337,7 +331,7 @@ def block_words(result: Recorded) -> str:
     undetermined = f" *: ν is not determined, since σ₁/σ₂ is under {number(settings['min_gap'])}." if weak else ""
     images = counted(scan["images"], "image")
     return (
-        f"The first look was at {images}. Along ν: tokens that equation (5) marks with the direction ν that the weights"
+        f"The scan was of {images}. Along ν: tokens that equation (5) marks with the direction ν that the weights"
         " predict. Angle: between the direction that the tokens share and ν. Predicted: that angle is at most 30° and ν"
         " is determined. Trained by: the reason why tokens were marked, and so trained: they lie along ν (weights), by"
         f" their norm alone (norm), or some for one reason and some for the other (both).{undetermined}"
@@ -351,14 +345,14 @@ def rule_words(result: Recorded) -> str:
     if factor == 0:
         return "A token counts as outlying at a block where equation (5) marks it, whatever its norm."
     high = (
-        f"its norm is above {number(factor)} × the median of its image, and this ratio is above 1.5 × its value at the"
-        " embedding"
+        f"its norm is above {number(factor)} × the median of its image, and this ratio is above {RISE} ×"
+        " its value at the embedding"
     )
     more = {
         "norm": "",
         "weights": ", and equation (5) marks it with a direction that is determined",
         "auto": ", and it is certain: equation (5) marks it with a direction that is determined, or its norm is above"
-        f" {number(2 * factor)} × the median, or it stays that high over two blocks",
+        f" {number(CERTAIN * factor)} × the median, or it stays that high over two blocks",
     }
     return f"A token is outlying at a block where {high}{more[settings['mark']]}."
 
@@ -412,7 +406,7 @@ def run_facts(result: Recorded) -> list[Named]:
         Named("Steps", f"{summary['steps']:,}{skipped[0]}"),
         Named("State that is kept", "the original" if kept is None else f"after step {kept:,}"),
         Named("Stopped by", stop_reason(result)),
-        Named("Images in the first look", f"{scan['images']:,}, {scan['defective_images']:,} with an outlying token"),
+        Named("Images in the scan", f"{scan['images']:,}, {scan['defective_images']:,} with an outlying token"),
         Named("Images seen in steps", f"{summary['images']:,}{skipped[1]}"),
         Named("Judged on", guard_images(summary)),
         Named("Time", duration(summary["seconds"])),
@@ -435,7 +429,7 @@ def stop_reason(result: Recorded) -> str:
     greedy = settings["step"] == "greedy"
     share = f"{percent(summary['clean_fraction'])} of the latest images without a defect"
     share += " that a step can help" if greedy else ""
-    goal = percent(settings["stop_density"])
+    goal = percent(settings["stop_clean_fraction"])
     stopped = str(summary["stopped_by"])
     words = {
         "healthy": "nothing to repair: no image has an outlying token",

@@ -45,7 +45,7 @@ def render_repair_page(result: RepairResult) -> str:
         samples=samples,
         ratios_uri=image_file(samples.ratios.bar()).uri,
         fidelity_uri=image_file(samples.fidelity.bar()).uri,
-        charts=charts(read_lines(result.folder / "metrics.jsonl"), result.config["settings"]["stop_density"]),
+        charts=charts(read_lines(result.folder / "metrics.jsonl"), result.config["settings"]["stop_clean_fraction"]),
         guard=guard_charts(read_lines(result.folder / "evaluations.jsonl"), result),
         kept=result.summary["best_step"],
         caution=formatting.CAUTION,

@@ -15,7 +15,7 @@ from sinder_cli.report.drawing.pictures import Panel
 WORDS = "words.json"  # the description of each picture, by its file name
 
 
-class Picture(NamedTuple):
+class PictureFile(NamedTuple):
     """A picture as a file, and a description of it."""
 
     name: str
@@ -43,10 +43,10 @@ def write_pictures(folder: Path, panels: Sequence[Panel]) -> None:
         write_json(temporary / WORDS, words)
 
 
-def read_pictures(folder: Path) -> list[Picture]:
+def read_pictures(folder: Path) -> list[PictureFile]:
     """Read the pictures of a run; return an empty list if the folder is missing or damaged."""
     try:
         words = json.loads((folder / WORDS).read_text(encoding="utf-8"))
-        return [Picture(name, str(said), (folder / name).read_bytes()) for name, said in words.items()]
+        return [PictureFile(name, str(said), (folder / name).read_bytes()) for name, said in words.items()]
     except (OSError, ValueError, AttributeError):
         return []

@@ -163,7 +163,7 @@ def test_a_revision_is_one_commit_for_all_files(predict: Predict, hub: Hub, cach
     )
 
 
-def test_offline_the_cache_is_enough_and_its_gaps_are_told(predict: Predict, hub: Hub) -> None:
+def test_offline_the_cache_is_enough_and_its_gaps_are_reported(predict: Predict, hub: Hub) -> None:
     told = line(predict("hf/owner/name", HF_HUB_OFFLINE="1"), 69)
     assert "cannot fetch config.json of owner/name: offline mode is on, and it is not in the cache; run once" in told
     online = predict("hf/owner/name")
@@ -210,7 +210,7 @@ def test_a_refusal_of_the_hub_is_told_with_a_remedy(
     assert why in line(predict("hf/owner/name"), code)
 
 
-def test_a_hub_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_a_hub_that_does_not_answer_is_reported(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """In this process, where the client's patience can be cut short."""
     nobody = "http://127.0.0.1:9"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody + "/{repo_id}/resolve/{revision}/{filename}")

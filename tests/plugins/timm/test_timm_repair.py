@@ -49,7 +49,7 @@ def test_three_steps_leave_a_file_that_timm_loads_strictly(
 ) -> None:
     request = ModelRequest(f"timm/{NAMES[kind]}", stored(kind))
     settings = RepairSettings(
-        recipe="paper", keep="last", max_steps=3, lr=0.05, eval_images=2, stop_density=1.0, **EAGER_TO_MARK
+        recipe="paper", keep="last", max_steps=3, lr=0.05, eval_images=2, stop_clean_fraction=1.0, **EAGER_TO_MARK
     )
     result = api.repair(RepairRequest(request, [str(photos)], settings), tmp_path / "run")
     assert result is not None
@@ -78,7 +78,7 @@ def test_a_repair_leaves_queries_and_keys_of_fused_projections_alone(
     stored: Stored, photos: Path, tmp_path: Path
 ) -> None:
     settings = RepairSettings(
-        recipe="paper", keep="last", max_steps=3, lr=0.05, eval_images=1, stop_density=1.0, **EAGER_TO_MARK
+        recipe="paper", keep="last", max_steps=3, lr=0.05, eval_images=1, stop_clean_fraction=1.0, **EAGER_TO_MARK
     )
     api.repair(
         RepairRequest(ModelRequest("timm/small_plain", stored("plain")), [str(photos)], settings), tmp_path / "run"

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from sinder_cli import Backbone, UsageError
-from sinder_cli.analysis.components import Basis
+from sinder_cli.analysis.directions import Basis
 from sinder_cli.analysis.per_image import TEMPERATURES, Portrait, portraits, shown_blocks
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.tokens import Subject

@@ -10,28 +10,26 @@ import torch
 from tiny_runs import RED, SIZE, Pictures
 
 from sinder_cli.images.preprocessing import Preprocessing
-from sinder_cli.repairing import dry_run as trial
-from sinder_cli.repairing import run
-from sinder_cli.repairing.dry_run import Trial, TrialStep
+from sinder_cli.repairing import dry_run as module
+from sinder_cli.repairing.dry_run import DryRun, DryStep, dry_run
 from sinder_cli.repairing.forward import Directions
-from sinder_cli.repairing.run import Start
+from sinder_cli.repairing.preparing import Start, prepare
 from sinder_cli.repairing.settings import RepairSettings
 
 N, HIDDEN, DEPTH = 32, 24, 6  # of the tiny model
 VALUES = N + N + 3 * HIDDEN  # singular values of a gated block: value, output, gate, up, down
 
 
-def tried(planted: Any, monkeypatch: pytest.MonkeyPatch, gaps: list[float], **settings: Any) -> Trial:
-    """A trial in which the directions are the planted ones."""
-    prepared = run.prepared
+def tried(planted: Any, monkeypatch: pytest.MonkeyPatch, gaps: list[float], **settings: Any) -> DryRun:
+    """A dry run in which the directions are the planted ones."""
 
     def with_directions(*arguments: Any, **named: Any) -> Any:
-        repair = prepared(*arguments, **named)
+        repair = prepare(*arguments, **named)
         modules.append(repair.module)
         return replace(repair, directions=Directions(planted.directions.nu, gaps))
 
     modules: list[Any] = []
-    monkeypatch.setattr(trial, "prepared", with_directions)
+    monkeypatch.setattr(module, "prepare", with_directions)
     pictures = Pictures(*[planted.image(index, torch.float32, red=RED) for index in range(4)])
     preprocess = Preprocessing(SIZE, planted.backbone.mean, planted.backbone.std)
     chosen = RepairSettings.model_validate(
@@ -39,7 +37,7 @@ def tried(planted: Any, monkeypatch: pytest.MonkeyPatch, gaps: list[float], **se
     )
     start = Start(planted.backbone, preprocess, pictures, chosen, "cpu", {}, len(pictures))
     before = {name: tensor.clone() for name, tensor in planted.module.state_dict().items()}
-    found = trial.trial(start, lambda _: None)
+    found = dry_run(start, lambda _: None)
     assert all(torch.equal(before[name], tensor) for name, tensor in modules[0].state_dict().items())
     return found
 
@@ -59,7 +57,7 @@ def test_the_first_step_and_the_longest_are_tried(single: Any, monkeypatch: pyte
     assert found.longest.seconds > 0
 
 
-def test_memory_grows_by_the_blocks_the_trial_has_not_touched(single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_grows_by_the_blocks_the_dry_run_has_not_touched(single: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = tried(single, monkeypatch, [2.0] * DEPTH, window=1)
     touched = 2  # the first block, where red is defective, and the last
     weight, narrow = N * N + 2 * N * N, HIDDEN * N + HIDDEN * (HIDDEN + N)
@@ -71,7 +69,7 @@ def test_where_no_direction_is_determined_nothing_would_be_trained(
 ) -> None:
     found = tried(single, monkeypatch, [1.0] * DEPTH)
     assert (found.blocks, found.weights, found.values) == ((), 0, 0)
-    assert found.first == TrialStep(found.first.seconds, 0, None)
+    assert found.first == DryStep(found.first.seconds, 0, None)
 
 
 def test_held_out_images_are_not_trained_on(single: Any, monkeypatch: pytest.MonkeyPatch) -> None:

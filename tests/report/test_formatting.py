@@ -51,7 +51,7 @@ def test_shares_times_and_counts() -> None:
     assert [counted(count, "step") for count in (0, 1, 1200)] == ["0 steps", "1 step", "1,200 steps"]
 
 
-def test_skipped_steps_and_images_are_told(make_result: Callable[..., RepairResult]) -> None:
+def test_skipped_steps_and_images_are_reported(make_result: Callable[..., RepairResult]) -> None:
     result = make_result()
     result.summary.update(skipped_steps=1, skipped_images=3)
     values = {fact.name: fact.value for fact in run_facts(result)}

@@ -261,7 +261,7 @@ def test_the_default_bound_is_four_squares_or_2048_tokens(size: int, most: int, 
     assert [api.preprocessing(backbone, size, resize).max_tokens for resize in ("square", "none")] == [None, None]
 
 
-def test_a_long_image_is_scaled_down_and_this_is_told(random_model: ModelRequest, tmp_path: Path) -> None:
+def test_a_long_image_is_scaled_down_and_this_is_reported(random_model: ModelRequest, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name, shape in (("four.png", (70, 280)), ("long.png", (70, 2240)), ("line.png", (1, 5000))):
         Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(tmp_path / name)

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from sinder_cli.cli.trackers import logged, logged_values
 from sinder_cli.errors import UnavailableError
 from sinder_cli.events import Noted, Warned
 from sinder_cli.repairing.guard import Evaluation
 from sinder_cli.repairing.loop import StepRecord
 from sinder_cli.repairing.settings import WITHOUT_EFFECT, RepairSettings
+from sinder_cli.repairing.trackers import logged, logged_values
 
 
 def record(step: int, loss: float | None = 0.5) -> StepRecord:
