@@ -30,6 +30,7 @@ from sinder_cli.repairing.scan import (
     FarTokens,
     ImageOutliers,
     Scan,
+    marked_batch,
     scan,
 )
 from sinder_cli.repairing.settings import RepairSettings
@@ -207,6 +208,20 @@ def test_moments_of_other_images_are_added() -> None:
 def test_verdicts_count_what_stands_out_whatever_marks(mark: Any, factor: float, expected: tuple[str, float]) -> None:
     found = standing_out(DetectionRule(threshold=2.5, min_tokens=7, mark=mark, norm_factor=factor))
     assert (found.mark, found.norm_factor, found.threshold, found.min_tokens) == (*expected, 2.5, 7)
+
+
+def test_levels_are_medians_and_norms_of_cls_of_every_block(single_writer: Any) -> None:
+    images = torch.stack([single_writer.image(at, torch.float32, red=RED) for at in range(3)])
+    arguments = (single_writer.backbone, single_writer.module, single_writer.directions)
+    found = marked_batch(*arguments, images, DetectionRule())
+    tokens, context = single_writer.backbone.embed(single_writer.module, images)
+    expected = []
+    for block in range(DEPTH):
+        tokens = single_writer.backbone.run_block(single_writer.module, block, tokens, context)
+        for part in (slice(1, None), slice(1)):
+            norms = [sorted(float(token.norm()) for token in image[part]) for image in tokens]
+            expected.append([each[(len(each) - 1) // 2] for each in norms])
+    torch.testing.assert_close(found.levels, torch.tensor(expected))
 
 
 def test_an_image_that_cannot_be_decoded_is_left_out(single_writer: Any) -> None:

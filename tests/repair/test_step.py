@@ -480,7 +480,7 @@ def test_known_tokens_stay_defective_until_they_have_settled(planted: Any, leave
     assert late.masks[~late.defective].sum() == 0
 
 
-@pytest.mark.parametrize("case", ["as it comes", "some idle", "each block on one rank", "without probes"])
+@pytest.mark.parametrize("case", ["as it comes", "some idle", "each block on one rank", "without probes", "clean"])
 def test_two_ranks_share_a_step(planted: Any, case: str) -> None:
     idle, apart = case == "some idle", case == "each block on one rank"
     images = [
@@ -491,6 +491,7 @@ def test_two_ranks_share_a_step(planted: Any, case: str) -> None:
         planted.image(4, blue=BLUE) if apart else planted.image(4, red=RED),
         planted.image(5, red=RED) if apart else planted.image(5, red=RED, blue=BLUE),
     ]
+    images = [planted.image(seed) for seed in range(6)] if case == "clean" else images
     chosen = RepairSettings.model_validate(PAPER | {"step": "greedy"})
 
     def local(deltas: Deltas, places: range) -> StepGradient:
