@@ -99,7 +99,6 @@ def cases() -> Iterator[Case]:
 
 def _dinov2_cases() -> Iterator[Case]:
     from safetensors.torch import save_file
-
     from sinder_plugins.dinov2.config import Config, tensor_shapes
 
     kinds = {

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from sinder_plugins.demo.drawing import draw_images
 
 import sinder_cli
 from sinder_cli import ModelRequest, NoInputError, PredictRequest, predict_defects
 from sinder_cli.requests import Process
-from sinder_plugins.demo.drawing import draw_images
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "python.md"
 pytestmark = pytest.mark.slow

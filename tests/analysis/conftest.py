@@ -14,13 +14,13 @@ from photographs import copied_photographs
 from PIL import Image
 from planted_dinov2 import random_tensors
 from safetensors.torch import save_file
+from sinder_plugins.dinov2.config import OFFICIAL, Config
 from torch import Tensor
 
 from sinder_cli import Backbone, ModelRequest, api
 from sinder_cli.analysis.tokens import Subject
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.defects.prediction import predict
-from sinder_plugins.dinov2.config import OFFICIAL, Config
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
 SMALL = Config(width=128, depth=3, hidden=256, grid=8, registers=2)

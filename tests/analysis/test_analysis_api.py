@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sinder_plugins.demo.planting import BLOCK, NEURON, demo_weights
 from torch import Tensor
 
 from sinder_cli import BadInputError, ModelRequest, UsageError, api, inputs
@@ -24,7 +25,6 @@ from sinder_cli.events import Noted, Warned
 from sinder_cli.files import json_text
 from sinder_cli.report.documents import analysis_document
 from sinder_cli.requests import AnalyzeRequest, Process
-from sinder_plugins.demo.planting import BLOCK, NEURON, demo_weights
 
 DRAWN = 6
 

@@ -21,10 +21,10 @@ import skimage
 import torch
 from PIL import Image
 from repair_step import random_tensor
+from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
 
 from sinder_cli import TensorInfo
 from sinder_cli.backbone.storing import write_safetensors
-from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
 
 MODEL, SIDE = "dinov2_vits14", 518
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg")

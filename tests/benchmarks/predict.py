@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 from repair_step import random_tensor
+from sinder_plugins.dinov2.config import OFFICIAL, tensor_shapes
 
 from sinder_cli import TensorInfo
 from sinder_cli.backbone.storing import write_safetensors
-from sinder_plugins.dinov2.config import OFFICIAL, tensor_shapes
 
 MODEL = "dinov2_vitg14"
 

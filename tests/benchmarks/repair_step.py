@@ -25,6 +25,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from sinder_plugins.dinov2 import sinder_backbone
+from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
 from torch import Tensor, nn
 
 from sinder_cli import Backbone, MemoryTensors, ModelRequest, Weights
@@ -34,8 +36,6 @@ from sinder_cli.repairing.deltas import Deltas
 from sinder_cli.repairing.forward import Directions
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.repairing.step import step_gradient
-from sinder_plugins.dinov2 import sinder_backbone
-from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
 
 SIDES = ("reference", "with-sdpa", "ours")
 

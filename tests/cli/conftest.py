@@ -11,9 +11,8 @@ from photographs import copied_photographs
 from PIL import Image
 from planted_dinov2 import PHOTOGRAPHS, SIDE, SMALL, SMALL_REGISTERS, chunked, planted, random_tensors
 from safetensors.torch import save_file
-from warm import Server
-
 from sinder_plugins.dinov2.config import OFFICIAL
+from warm import Server
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from sinder_plugins.dinov2.module import VisionTransformer
 from torch import Tensor
 
 from sinder_cli import attention_kernel
-from sinder_plugins.dinov2.module import VisionTransformer
 
 Sinder = Callable[..., subprocess.CompletedProcess[str]]
 CUSTOM = "dinov2_custom"

@@ -15,12 +15,12 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load, load_file
+from sinder_plugins.dinov2.config import OFFICIAL
 
 from sinder_cli import Backbone, ModelRequest, UnavailableError, api
 from sinder_cli.defects.settings import STAGES
 from sinder_cli.report.tables import prediction_table
 from sinder_cli.requests import PredictRequest
-from sinder_plugins.dinov2.config import OFFICIAL
 
 Sinder = Callable[..., subprocess.CompletedProcess[str]]
 CUSTOM = "dinov2_custom"

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from planted_dinov2 import random_tensors
 from safetensors.torch import save_file
-
 from sinder_plugins.dinov2.config import Config
 
 SMALL = Config(width=64, depth=3, hidden=128, grid=6, registers=1)

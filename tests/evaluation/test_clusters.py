@@ -9,13 +9,6 @@ import numpy as np
 import pytest
 import torch
 from label_sets import halves, labels
-from stub_features import StubFeatures, scoring, values
-from torch import Tensor
-from torch.nn.functional import normalize
-
-from sinder_cli import BadInputError, ModelRequest, api
-from sinder_cli.evaluation.settings import EvaluateSettings
-from sinder_cli.requests import EvaluateRequest
 from sinder_plugins.tasks.clusters import (
     TASK,
     ClusterSettings,
@@ -27,6 +20,13 @@ from sinder_plugins.tasks.clusters import (
     score,
     spherical_kmeans,
 )
+from stub_features import StubFeatures, scoring, values
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sinder_cli import BadInputError, ModelRequest, api
+from sinder_cli.evaluation.settings import EvaluateSettings
+from sinder_cli.requests import EvaluateRequest
 
 SIDE = 84  # pixels: 6 × 6 patches
 

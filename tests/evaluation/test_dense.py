@@ -8,10 +8,6 @@ import numpy as np
 import pytest
 import torch
 from kept_features import KeptFeatures
-from torch import Tensor
-
-from sinder_cli.evaluation.contract import Dataset, Scores, Scoring, SideFeatures
-from sinder_cli.images.sources import DrawnImages
 from sinder_plugins.tasks.dense import (
     SHIFTED,
     TASK,
@@ -21,6 +17,10 @@ from sinder_plugins.tasks.dense import (
     effective_rank,
     gram_drift,
 )
+from torch import Tensor
+
+from sinder_cli.evaluation.contract import Dataset, Scores, Scoring, SideFeatures
+from sinder_cli.images.sources import DrawnImages
 
 CELLS = 2
 

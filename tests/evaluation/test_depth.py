@@ -16,16 +16,6 @@ import torch
 from kept_features import KeptFeatures
 from PIL import Image
 from pydantic import ValidationError
-from torch.nn.functional import interpolate
-
-from sinder_cli import BadInputError, ModelRequest, NoInputError, UnavailableError, UsageError, api
-from sinder_cli.cli.main import main
-from sinder_cli.evaluation.contract import Dataset, Figure, Places, Scoring, SideFeatures, View
-from sinder_cli.evaluation.settings import EvaluateSettings
-from sinder_cli.evaluation.views import ViewPreprocessing
-from sinder_cli.images.sources import DrawnImages
-from sinder_cli.requests import EvaluateRequest
-from sinder_cli.tasks import read_depth
 from sinder_plugins.tasks.depth import (
     FLIPPED,
     PLAIN,
@@ -39,6 +29,16 @@ from sinder_plugins.tasks.depth import (
     log_loss,
     schedule,
 )
+from torch.nn.functional import interpolate
+
+from sinder_cli import BadInputError, ModelRequest, NoInputError, UnavailableError, UsageError, api
+from sinder_cli.cli.main import main
+from sinder_cli.evaluation.contract import Dataset, Figure, Places, Scoring, SideFeatures, View
+from sinder_cli.evaluation.settings import EvaluateSettings
+from sinder_cli.evaluation.views import ViewPreprocessing
+from sinder_cli.images.sources import DrawnImages
+from sinder_cli.requests import EvaluateRequest
+from sinder_cli.tasks import read_depth
 
 SETTINGS = DepthSettings(scale=1000)
 NO_SCALE = DepthSettings()

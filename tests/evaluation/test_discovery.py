@@ -15,6 +15,14 @@ import torch
 from kept_features import KeptFeatures
 from PIL import Image
 from pydantic import ValidationError
+from sinder_plugins.tasks.discovery import (
+    TASK,
+    DiscoverySettings,
+    best_figure,
+    in_pixels,
+    iou,
+    lost_box,
+)
 from tiny_vit import GRID, PATCH, N, plant
 
 from sinder_cli import BadInputError, ModelRequest, NoInputError, UsageError, api
@@ -25,14 +33,6 @@ from sinder_cli.evaluation.views import Observer
 from sinder_cli.images.sources import DrawnImages
 from sinder_cli.requests import EvaluateRequest
 from sinder_cli.tasks import Box, Boxes
-from sinder_plugins.tasks.discovery import (
-    TASK,
-    DiscoverySettings,
-    best_figure,
-    in_pixels,
-    iou,
-    lost_box,
-)
 
 SETTINGS = DiscoverySettings()
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from kept_features import KeptFeatures
 from PIL import Image
+from sinder_plugins.tasks.knn import TASK, VIEW, KnnSettings, neighbour_votes
 from sklearn.neighbors import KNeighborsClassifier
 
 from sinder_cli import BadInputError, NoInputError, SinderError
 from sinder_cli.evaluation.contract import Dataset, Places, Scoring, SideFeatures
 from sinder_cli.images.sources import DrawnImages
-from sinder_plugins.tasks.knn import TASK, VIEW, KnnSettings, neighbour_votes
 
 
 def test_votes_are_those_of_a_loop() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sinder_plugins.tasks.linear import TASK, LinearSettings, chosen_lambda, held_out_split, probabilities, score
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -19,7 +20,6 @@ from torch import Tensor
 from sinder_cli import BadInputError, ModelRequest, api
 from sinder_cli.evaluation.settings import EvaluateSettings
 from sinder_cli.requests import EvaluateRequest
-from sinder_plugins.tasks.linear import TASK, LinearSettings, chosen_lambda, held_out_split, probabilities, score
 
 SIDE = 84  # pixels: 6 × 6 patches
 NAMES = ("ant", "bee", "cat")

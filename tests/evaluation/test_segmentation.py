@@ -9,15 +9,6 @@ import numpy as np
 import pytest
 import torch
 from label_sets import halves, labels, write_image, write_label
-from sklearn.metrics import accuracy_score, jaccard_score, recall_score
-from stub_features import scoring, values
-from torch import Tensor
-
-from sinder_cli import BadInputError, ModelRequest, api
-from sinder_cli.evaluation.settings import EvaluateSettings
-from sinder_cli.evaluation.statistics import resamples
-from sinder_cli.requests import EvaluateRequest
-from sinder_cli.tasks import LabelRule
 from sinder_plugins.tasks.labelling import (
     class_picture,
     figures_by_class,
@@ -40,6 +31,15 @@ from sinder_plugins.tasks.segmentation import (
     score,
     trained_head,
 )
+from sklearn.metrics import accuracy_score, jaccard_score, recall_score
+from stub_features import scoring, values
+from torch import Tensor
+
+from sinder_cli import BadInputError, ModelRequest, api
+from sinder_cli.evaluation.settings import EvaluateSettings
+from sinder_cli.evaluation.statistics import resamples
+from sinder_cli.requests import EvaluateRequest
+from sinder_cli.tasks import LabelRule
 
 SIDE = 84  # pixels: 6 × 6 patches
 TRUTH = torch.tensor([[0, 0, 1], [1, 3, -1]])

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-
 from sinder_plugins.dinov2.config import Config, tensor_shapes
+from torch import Tensor
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -46,7 +46,6 @@ def sinder(*arguments: str | Path | int, codes: Sequence[int] = (0,)) -> str:
 def photographs(folder: Path) -> Path:
     """Six drawn pictures, one of them as HEIC."""
     import pillow_heif
-
     from sinder_plugins.demo.drawing import draw_images
 
     pillow_heif.register_heif_opener()

@@ -9,13 +9,13 @@ import pytest
 import torch
 from photographs import copied_photographs
 from safetensors.torch import load_file
+from sinder_plugins.dinov2.config import OFFICIAL, tensor_shapes
 from torch import Tensor
 
 from sinder_cli import ModelRequest, api
 from sinder_cli.exporting.targets import ExportSettings
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.requests import ExportRequest, PredictRequest, RepairRequest
-from sinder_plugins.dinov2.config import OFFICIAL, tensor_shapes
 
 STEPS, SIZE = 4, 518
 MARKING = {

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from sinder_plugins.dinov2.config import Config, tensor_shapes
+from torch import Tensor
 
 CUSTOM = "dinov2_custom"
 PLAIN = Config(width=128, depth=3, hidden=512, grid=6)

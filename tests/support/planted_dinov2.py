@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from sinder_plugins.dinov2.config import Config, tensor_shapes
+from sinder_plugins.dinov2.module import VisionTransformer
 from torch import Tensor
 
 from sinder_cli import IMAGENET_MEAN, IMAGENET_STD, attention_kernel
 from sinder_cli.images.decoding import decode
 from sinder_cli.images.preprocessing import Preprocessing
-from sinder_plugins.dinov2.config import Config, tensor_shapes
-from sinder_plugins.dinov2.module import VisionTransformer
 
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg")
 

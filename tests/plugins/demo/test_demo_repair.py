@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from sinder_plugins.demo.drawing import draw_images
+from sinder_plugins.demo.planting import demo_weights
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from sinder_cli import ModelRequest, api
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.defects.tokens import last_tokens
-from sinder_plugins.demo.drawing import draw_images
-from sinder_plugins.demo.planting import demo_weights
 
 README = Path(__file__).parents[3] / "README.md"
 pytestmark = pytest.mark.slow

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from sinder_plugins.demo import tensor_shapes
+from sinder_plugins.demo.drawing import draw_images
+from sinder_plugins.demo.model import DemoVit
+from sinder_plugins.demo.planting import BLOCK, NEURON, demo_weights
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -21,10 +25,6 @@ from sinder_cli.defects.detection import norm_ratios
 from sinder_cli.defects.spectrum import angle_between
 from sinder_cli.defects.tokens import patch_grid, residual_stream
 from sinder_cli.requests import AnalyzeRequest, PredictRequest
-from sinder_plugins.demo import tensor_shapes
-from sinder_plugins.demo.drawing import draw_images
-from sinder_plugins.demo.model import DemoVit
-from sinder_plugins.demo.planting import BLOCK, NEURON, demo_weights
 
 COLUMN = f"blocks.{BLOCK}.down.weight"
 HASH = "import hashlib; from sinder_plugins.demo.planting import demo_weights; " + (

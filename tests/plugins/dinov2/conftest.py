@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from export_models import random_tensors
+from sinder_plugins.dinov2.config import Config
 from torch import Tensor
 
 from sinder_cli import Backbone, MemoryTensors, ModelRequest
 from sinder_cli.backbone.opening import open_backbone
 from sinder_cli.backbone.registry import installed_plugins, load_plugin
-from sinder_plugins.dinov2.config import Config
 
 TINY = {
     "plain": Config(width=128, depth=3, hidden=512, grid=5),

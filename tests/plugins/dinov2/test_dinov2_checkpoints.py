@@ -11,15 +11,15 @@ import pytest
 import torch
 from in_turn import unseen
 from safetensors.torch import save_file
+from sinder_plugins.dinov2 import sinder_backbone
+from sinder_plugins.dinov2.checkpoints import infer_config
+from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
 from torch import Tensor
 
 from sinder_cli import Backbone, BadInputError, MemoryTensors, ModelRequest, TensorInfo, UsageError, Weights
 from sinder_cli.backbone import weights as weights_module
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.events import Noted
-from sinder_plugins.dinov2 import sinder_backbone
-from sinder_plugins.dinov2.checkpoints import infer_config
-from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
 
 Describe = Callable[..., Backbone]
 Draw = Callable[[Config], dict[str, Tensor]]

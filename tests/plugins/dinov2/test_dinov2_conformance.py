@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from sinder_plugins.dinov2.config import Config
 from torch import Tensor
 
 from sinder_cli import ModelRequest, api
-from sinder_plugins.dinov2.config import Config
 
 Drawn = Callable[[Config], dict[str, Tensor]]
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from sinder_plugins import dinov2
+from sinder_plugins.dinov2.config import Config
 from torch import Tensor
 
 from sinder_cli import ModelRequest, UnavailableError
 from sinder_cli.backbone.opening import open_backbone
-from sinder_plugins import dinov2
-from sinder_plugins.dinov2.config import Config
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from sinder_plugins import dinov2
+from sinder_plugins.dinov2.config import Config
+from sinder_plugins.dinov2.module import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
 
 from sinder_cli import Backbone, BlockMap, GatedMlpMap, UnavailableError, WeightRef, attention_kernel
 from sinder_cli.backbone.device import AttentionName
 from sinder_cli.backbone.opening import load_module
-from sinder_plugins import dinov2
-from sinder_plugins.dinov2.config import Config
-from sinder_plugins.dinov2.module import VisionTransformer
 
 Describe = Callable[..., Backbone]
 Draw = Callable[[Config], dict[str, Tensor]]

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-
-from sinder_cli import ModelRequest, UsageError, api, attention_kernel
 from sinder_plugins.dinov2 import official_url
 from sinder_plugins.dinov2.config import OFFICIAL, Config, parameter_count, tensor_shapes
 from sinder_plugins.dinov2.module import VisionTransformer
+
+from sinder_cli import ModelRequest, UsageError, api, attention_kernel
 
 
 def built(config: Config, heads: int = 2) -> VisionTransformer:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from sinder_plugins.dinov2.checkpoints import without_leftovers
+from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
 from torch import Tensor
 
 from sinder_cli import Backbone, BadInputError, MemoryTensors, Weights
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.events import Noted
-from sinder_plugins.dinov2.checkpoints import without_leftovers
-from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
 
 Describe = Callable[..., Backbone]
 Draw = Callable[[Config], dict[str, Tensor]]

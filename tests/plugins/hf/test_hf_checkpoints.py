@@ -15,14 +15,14 @@ import transformers
 from hf_samples import SAMPLES
 from in_turn import unseen
 from safetensors.torch import load_file, save_file
+from sinder_plugins.hf.checkpoint import as_stored, encoder, is_fused, require_whole
+from sinder_plugins.hf.config import read_config
+from sinder_plugins.hf.families import FAMILIES
 from torch import Tensor
 
 from sinder_cli import Backbone, BadInputError, ModelRequest, UsageError, Weights, api
 from sinder_cli.backbone.opening import require_loadable
 from sinder_cli.defects.prediction import predict
-from sinder_plugins.hf.checkpoint import as_stored, encoder, is_fused, require_whole
-from sinder_plugins.hf.config import read_config
-from sinder_plugins.hf.families import FAMILIES
 
 Saved = Callable[[str], Path]
 Opened = Callable[..., Backbone]

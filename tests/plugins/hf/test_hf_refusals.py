@@ -13,11 +13,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from sinder_plugins.hf.config import REFUSED
+from sinder_plugins.hf.families import FAMILIES
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from sinder_cli import Backbone, BadInputError, ModelRequest, NoInputError, SinderError, UsageError, api
-from sinder_plugins.hf.config import REFUSED
-from sinder_plugins.hf.families import FAMILIES
 
 Saved = Callable[[str], Path]
 Opened = Callable[..., Backbone]

@@ -15,13 +15,13 @@ from families import EAGER
 from hf_samples import SAMPLES
 from PIL import Image
 from safetensors.torch import load_file
+from sinder_plugins.hf.families import FAMILIES
 
 from sinder_cli import Backbone, ModelRequest, NoInputError, api
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.exporting.targets import ExportSettings
 from sinder_cli.requests import AnalyzeRequest, ExportRequest, PredictRequest, RepairRequest
-from sinder_plugins.hf.families import FAMILIES
 
 Saved = Callable[[str], Path]
 Opened = Callable[..., Backbone]

@@ -12,6 +12,9 @@ import timm
 import torch
 from in_turn import unseen
 from safetensors.torch import save_file
+from sinder_plugins.dinov2.config import Config, tensor_shapes
+from sinder_plugins.timm.architecture import architecture
+from sinder_plugins.timm.checkpoints import backbone_weights
 from timm.models import _builder
 from timm_samples import NAMES, made, random_tensors
 from torch import Tensor
@@ -19,9 +22,6 @@ from torch import Tensor
 from sinder_cli import Backbone, BadInputError, ModelRequest, Weights, api
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.defects.prediction import predict
-from sinder_plugins.dinov2.config import Config, tensor_shapes
-from sinder_plugins.timm.architecture import architecture
-from sinder_plugins.timm.checkpoints import backbone_weights
 
 Describe = Callable[..., Backbone]
 Tensors = dict[str, Tensor]

@@ -135,7 +135,6 @@ def test_without_a_network_one_line_says_what_to_fetch(sinder: Sinder, tmp_path:
 
 def test_a_hub_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.errors import LocalEntryNotFoundError
-
     from sinder_plugins.timm import hub as place
 
     asked: list[str] = []

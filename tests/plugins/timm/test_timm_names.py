@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from sinder_plugins.timm.architecture import architecture, create
+from sinder_plugins.timm.blocks import InexpressibleError, Part, activation, block_map
 from timm.layers import Attention, GELUTanh, GlobalResponseNormMlp, GroupNorm1, PReLU
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block, ParallelScalingBlock
@@ -19,8 +21,6 @@ from timm_samples import made
 from torch import nn
 
 from sinder_cli import Backbone, ModelRequest, UsageError, api
-from sinder_plugins.timm.architecture import architecture, create
-from sinder_plugins.timm.blocks import InexpressibleError, Part, activation, block_map
 
 Describe = Callable[..., Backbone]
 
