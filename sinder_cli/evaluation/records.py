@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from sinder_cli.evaluation.contract import SideName
-from sinder_cli.evaluation.statistics import Difference, Standing
+
+Standing = Literal["better", "worse", "within noise", "too few images", "higher", "lower"]
 
 
 class Record(BaseModel):
@@ -25,11 +25,6 @@ class DifferenceRecord(Record):
     low: float = Field(description="2.5th percentile over resamples of the images.")
     high: float = Field(description="97.5th percentile.")
     standing: Standing
-
-
-def difference_record(difference: Difference | None) -> DifferenceRecord | None:
-    """Return a difference as a record."""
-    return None if difference is None else DifferenceRecord(**asdict(difference))
 
 
 class ValueRecord(Record):

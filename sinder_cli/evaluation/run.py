@@ -36,7 +36,6 @@ from sinder_cli.evaluation.records import (
     SideRecord,
     TaskRecord,
     ValueRecord,
-    difference_record,
 )
 from sinder_cli.evaluation.registry import blamed
 from sinder_cli.evaluation.sentences import sentences_of
@@ -411,8 +410,8 @@ def _figures(scores: Mapping[SideName, Scores], images: int, settings: EvaluateS
             ValueRecord(
                 side=side,
                 value=measured.value,
-                to_original=difference_record(measured.to_original),
-                to_smoothed=difference_record(measured.to_smoothed),
+                to_original=measured.to_original,
+                to_smoothed=measured.to_smoothed,
             )
             for side, measured in compared(of_sides, images, settings.resamples, settings.seed).items()
         )

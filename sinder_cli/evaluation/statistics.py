@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from sinder_cli.evaluation.contract import Figure, SideName
+from sinder_cli.evaluation.records import DifferenceRecord, Standing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,17 +24,6 @@ AT_A_TIME = 256  # resamples
 LEVEL = 0.95
 LEAST_IMAGES = 5  # with something to measure, for an interval to mean anything
 KNOWN = 0.9  # share of the resamples in which there is something to measure
-Standing = Literal["better", "worse", "within noise", "too few images", "higher", "lower"]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A side's value less another's, in shown units, with the bootstrap interval over images."""
-
-    value: float
-    low: float
-    high: float
-    standing: Standing
 
 
 @dataclass(frozen=True)
@@ -41,8 +31,8 @@ class Measured:
     """One figure of one side in shown units (%: × 100); None where there is nothing to measure."""
 
     value: float | None
-    to_original: Difference | None = None  # None for the original itself
-    to_smoothed: Difference | None = None
+    to_original: DifferenceRecord | None = None  # None for the original itself
+    to_smoothed: DifferenceRecord | None = None
 
 
 def resamples(images: int, count: int, seed: int) -> Iterator[Tensor]:
@@ -64,7 +54,7 @@ def compared(figures: Mapping[SideName, Figure], images: int, count: int, seed: 
             parts[side].append(figure.value(counts @ statistics[side]) * _scale(figure))
     resampled = {side: torch.cat(found) for side, found in parts.items()}
 
-    def difference(side: SideName, base: SideName) -> Difference | None:
+    def difference(side: SideName, base: SideName) -> DifferenceRecord | None:
         own, other = values[side], values.get(base)
         if side == base or own is None or other is None:
             return None
@@ -90,13 +80,13 @@ def _value(figure: Figure, statistics: Tensor) -> float | None:
     return value if math.isfinite(value) else None  # nothing to measure
 
 
-def _difference(figure: Figure, value: float, resampled: Tensor, informative: int) -> Difference:
+def _difference(figure: Figure, value: float, resampled: Tensor, informative: int) -> DifferenceRecord:
     known = resampled[resampled.isfinite()]
     if informative < LEAST_IMAGES or len(known) < KNOWN * len(resampled):
-        return Difference(value, value, value, "too few images")
+        return DifferenceRecord(value=value, low=value, high=value, standing="too few images")
     tail = (1 - LEVEL) / 2
     low, high = (torch.quantile(known, at).item() for at in (tail, 1 - tail))
-    return Difference(value, low, high, _standing(figure, value, low, high))
+    return DifferenceRecord(value=value, low=low, high=high, standing=_standing(figure, value, low, high))
 
 
 def _standing(figure: Figure, value: float, low: float, high: float) -> Standing:

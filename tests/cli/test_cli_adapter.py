@@ -144,4 +144,4 @@ def test_an_adapter_of_a_further_repair_fits_the_repaired_run(
 def test_an_adapter_of_the_second_model_needs_a_second_model(sinder: Sinder, adapter: Path) -> None:
     done = sinder("analyze", CUSTOM, "--compare-adapter", adapter)
     assert done.returncode == 2
-    assert "add --compare" in done.stderr
+    assert "name it with --compare" in done.stderr

@@ -69,7 +69,7 @@ CASES = {
         "analyze dinov2_custom --weights {small} --compare demo_vit {photos}", 2, "their width differs"
     ),
     "a comparison with two models": Case("analyze demo_vit --compare demo_vit_clean --clamp 3", 2, "leave one of them"),
-    "weights of no second model": Case("analyze demo_vit --compare-weights {small}", 2, "add --compare"),
+    "weights of no second model": Case("analyze demo_vit --compare-weights {small}", 2, "name it with --compare"),
     "a comparison with no run": Case("analyze demo_vit --compare {empty}", 66, "no run directory"),
     "a size for images that keep theirs": Case("analyze demo_vit --resize none --image-size 70", 2, "no image_size"),
     "an unknown way of resizing": Case("analyze demo_vit --resize long", 2, "'short', 'square' or 'none'"),

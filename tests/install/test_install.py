@@ -15,9 +15,13 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
+COMMANDS = ("analyze", "backbones", "check-backbone", "evaluate", "export", "predict-defects", "repair")
 PAGES = {
     "sinder.1",
-    *(f"sinder-{name}.1" for name in ("analyze", "backbones", "check-backbone", "export", "predict-defects", "repair")),
+    *(
+        f"sinder-{name}.1"
+        for name in ("analyze", "backbones", "check-backbone", "evaluate", "export", "predict-defects", "repair")
+    ),
 }
 FORMATS = {"sinder-analysis.5"}
 WHERE = "import sinder_cli, sinder_plugins, importlib.util as u; print(sinder_cli.__file__, u.find_spec('plugins'))"

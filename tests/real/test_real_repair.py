@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from evidence import judged, marked
-from real_files import NotToBeHadError, Photographs, photographs, real_weights
+from real_files import Photographs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,28 +19,8 @@ from sinder_cli.images.decoding import decode
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.requests import RepairRequest
 
-SIZE = 266  # pixels: 19 × 19 patches
-PLANT = plants.Plant("block 7", (plants.Defect(7, 0.004, 15.0, seed=3),))
+SIZE = 266  # pixels, as the plant has it
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def real() -> tuple[Path, Photographs]:
-    try:
-        return real_weights(), photographs()
-    except NotToBeHadError as error:
-        pytest.skip(f"no real weights or photographs: {error}")
-
-
-@pytest.fixture(scope="module")
-def twins(real: tuple[Path, Photographs], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The planted checkpoint, and its twin's."""
-    weights, pictures = real
-    folder = tmp_path_factory.mktemp("real")
-    states = plants.planted(weights, PLANT, [*pictures.training[::4], *pictures.held_out], SIZE)
-    for name, state in zip(("planted", "twin"), states, strict=True):
-        torch.save(state, folder / f"{name}.pth")
-    return folder / "planted.pth", folder / "twin.pth"
 
 
 def test_a_planted_defect_goes_and_the_features_come_back(

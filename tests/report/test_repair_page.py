@@ -85,7 +85,16 @@ def test_the_verdict_is_the_same_everywhere(outcome: RepairResult) -> None:
     assert said in terminal
     for place in (page, card, terminal):
         assert verdict.advice in place
-    assert bool(verdict.advice) == (outcome.summary["verdict"] in ("improved", "not improved"))
+    advice = verdict.advice.removesuffix(facts.DRAWN_ALONE)
+    assert bool(advice) == (outcome.summary["verdict"] in ("improved", "not improved"))
+
+
+@pytest.mark.parametrize(("given", "cautioned"), [(0, True), (1, False)])
+def test_a_verdict_from_drawn_pictures_alone_says_so(make_result: MakeResult, given: int, cautioned: bool) -> None:
+    """Drawn pictures may not have what sets a defect off: a model that they call healthy need not be."""
+    result = make_result(given=given)
+    assert (facts.DRAWN_ALONE in facts.verdict(result).advice) is cautioned
+    assert (facts.DRAWN_ALONE in text_of(result)) is cautioned
 
 
 def test_the_advice_follows_the_reason_of_the_verdict(make_result: MakeResult) -> None:

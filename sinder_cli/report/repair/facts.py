@@ -78,8 +78,18 @@ class BlockComparison(NamedTuple):
         return bool(self.before or self.after)
 
 
+DRAWN_ALONE = "Judged on drawn pictures alone: photographs (--data) may show defects that these do not."
+
+
 def verdict(result: Recorded) -> RepairVerdict:
     """Return the outcome of a repair as one sentence with numbers; terminal, page and card show the same one."""
+    found = _verdict(result)
+    if result.config["images"]["given"]:
+        return found
+    return found._replace(advice=f"{found.advice} {DRAWN_ALONE}".lstrip())
+
+
+def _verdict(result: Recorded) -> RepairVerdict:
     summary, settings = result.summary, result.config["settings"]
     word = verdict_in(summary)
     if word == "healthy":
