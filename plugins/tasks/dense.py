@@ -94,8 +94,24 @@ def score(scoring: Scoring) -> Scores:
             mean_figure("largest norm / median", found["largest"], "neither", unit=""),
         ]
     broken = int(found["finite"].eq(0).sum())
-    notes = (f"tokens of {broken} images are not finite: these count only where they can",) if broken else ()
-    return Scores(tuple(figures), by_image=_overall(found), picture=_pictures(scoring), notes=notes)
+    notes = [f"tokens of {broken} images are not finite: these count only where they can"] if broken else []
+    if scoring.side not in ("smoothed", "blurred"):
+        notes.append(f"largest norm / median by block: {', '.join(f'{ratio:.3g}' for ratio in _by_block(scoring))}")
+    return Scores(tuple(figures), by_image=_overall(found), picture=_pictures(scoring), notes=tuple(notes))
+
+
+def _by_block(scoring: Scoring) -> list[float]:
+    """Return the largest norm over the image's median norm in each block, over all images."""
+    import torch
+
+    whole = scoring.features.test[WHOLE]
+    worst = [_ratios(whole.part("norms", index)).flatten(1).amax(dim=1) for index in range(len(whole))]
+    return torch.stack(worst).amax(dim=0).tolist()
+
+
+def _ratios(norms: Tensor) -> Tensor:
+    """Divide norms `[blocks, h, w]` by the median of the image at each block."""
+    return norms / norms.flatten(1).nanmedian(dim=1).values[:, None, None]
 
 
 def _names(rows: list[dict[str, float]]) -> list[str]:
@@ -123,10 +139,8 @@ def _measured(scoring: Scoring, index: int) -> dict[str, float]:
     numbers = found | {"contrast": contrast, "shuffled": shuffled, "rank": effective_rank(patches)}
     numbers["finite"] = float(bool(patches.isfinite().all()))
     numbers |= _fidelity(scoring, index, patches, marked)
-    norms = whole.part("norms", index)
-    ratios = norms / norms.flatten(1).nanmedian(dim=1).values[:, None, None]
     numbers["outlying"] = whole.part("outlying", index).float().mean().item()
-    numbers["largest"] = ratios.max().item()
+    numbers["largest"] = _ratios(whole.part("norms", index)).max().item()
     return numbers
 
 

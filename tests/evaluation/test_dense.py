@@ -122,6 +122,8 @@ def test_figures_tell_a_repair_from_the_original() -> None:
     assert value(repaired, "marked to original") < 0.9
     assert value(original, "marked to original") == pytest.approx(1)
     assert value(original, "largest norm / median") > 20 > value(repaired, "largest norm / median")
+    (by_block,) = repaired.notes
+    assert by_block == f"largest norm / median by block: {value(repaired, 'largest norm / median'):.3g}"  # of one block
     assert original.by_image is not None
     assert repaired.by_image is not None
     assert repaired.by_image[0] >= original.by_image[0]
@@ -143,6 +145,6 @@ def test_tokens_that_are_not_finite_end_nothing() -> None:
     features = side(patches, torch.zeros(8, 8, dtype=torch.bool), drawn(8, 8, 3).sigmoid(), drawn(8))
     scores = scored(features, features)
     assert math.isnan(effective_rank(patches))
-    assert scores.notes == ("tokens of 1 images are not finite: these count only where they can",)
+    assert scores.notes[0] == "tokens of 1 images are not finite: these count only where they can"
     assert scores.picture is not None
     assert scores.picture(0).shape == (8, 8, 3)
