@@ -9,6 +9,7 @@ from threading import Barrier
 from typing import Any, TypeVar
 
 from torch import Tensor
+from torch.backends import cuda, cudnn
 
 from sinder_cli.distributed import Ranks
 
@@ -17,13 +18,13 @@ T = TypeVar("T")
 
 def side_by_side(work: Callable[[Ranks], T]) -> list[T]:
     """What the work returns on each of two ranks."""
-    barrier, told = Barrier(2, timeout=60), [b"", b""]
+    barrier, sent = Barrier(2, timeout=60), [b"", b""]
 
     class Threaded(Ranks):
         def all_gather(self, value: Any) -> list[Any]:
-            told[self.rank] = pickle.dumps(value)
+            sent[self.rank] = pickle.dumps(value)
             barrier.wait()
-            values = [pickle.loads(each) for each in told]
+            values = [pickle.loads(each) for each in sent]
             barrier.wait()
             return values
 
@@ -41,5 +42,12 @@ def side_by_side(work: Callable[[Ranks], T]) -> list[T]:
             barrier.abort()
             raise
 
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(run, range(2)))
+    # Passes set switches of the whole process; two threads may put them back in the wrong order.
+    switches = (cuda.matmul, cudnn.conv)
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(run, range(2)))
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
