@@ -118,6 +118,7 @@ class Extraction:
 
     def run(
         self,
+        missing: Sequence[int],
         observer: Observer,
         side: SideName,
         batch_size: int,
@@ -126,12 +127,11 @@ class Extraction:
         emit: Emit,
         ranks: Ranks,
     ) -> None:
-        """Extract what is missing; each of several ranks takes its share of the parts.
+        """Extract the `missing` parts; each of several ranks takes its share of them.
 
         Raises `StorageError` or `CannotCreateError` for what the file system refuses.
         """
-        missing = ranks.from_rank0(self.store.missing)
-        if missing and ranks.writes:
+        if ranks.writes:
             self._begin()
         ranks.all_gather(None)  # the folder is there now
         mine = list(ranks.share(missing))

@@ -118,13 +118,15 @@ def run_evaluation(
     read = [_Task.read(run, given.original, settings) for run in given.tasks]  # all of them, before anything is run
     for each in read:
         require_alike({f"data of {each.task.name}": each.dataset.test.fingerprint()}, ranks)
-    _extract_all(read, given, settings, emit, ranks)
+    fingerprints = _fingerprints(given)
+    stores = [_stores_by_side(each, given, settings, fingerprints) for each in read]
+    _extract_all(stores, given, settings, emit, ranks)
     if not ranks.writes:
         return None
-    finished = [_scored(each, given, settings, emit) for each in read]
+    finished = [_scored(each, of, given, settings, emit) for each, of in zip(read, stores, strict=True)]
     evaluation = Evaluation(
         sinder=__version__,
-        sides=_side_records(given, settings),
+        sides=_side_records(given, settings, fingerprints),
         tasks=tuple(record for record, _ in finished),
         settings=settings.model_dump(exclude={"workers"}) | {"device": given.device},
     )
@@ -178,13 +180,9 @@ def _limited(dataset: Dataset, settings: EvaluateSettings) -> Dataset:
     """Return at most `settings.limit` images of each split."""
     if settings.limit is None:
         return dataset
-    test = sampled(len(dataset.test), settings.limit, settings.seed)
-    dataset = replace(dataset, test=SomeImages(dataset.test, test), truth=[dataset.truth[at] for at in test])
-    if dataset.train is None:
-        return dataset
-    train = sampled(len(dataset.train), settings.limit, settings.seed)
-    truth = [dataset.train_truth[at] for at in train]
-    return replace(dataset, train=SomeImages(dataset.train, train), train_truth=truth)
+    splits = {"test": dataset.test, "train": dataset.train}
+    counts = {split: len(source) for split, source in splits.items() if source is not None}
+    return _some(dataset, {split: sampled(count, settings.limit, settings.seed) for split, count in counts.items()})
 
 
 def sides_of(given: EvaluationInput, settings: EvaluateSettings, patches_matter: bool = True) -> tuple[SideName, ...]:
@@ -203,17 +201,34 @@ def _passes(given: EvaluationInput, settings: EvaluateSettings) -> Iterator[tupl
         yield "inpainted", inpainted(given.original, settings.norm_factor)
 
 
-def _stores(
-    each: _Task, side: SideName, backbone: Backbone, given: EvaluationInput, settings: EvaluateSettings
-) -> dict[tuple[str, str], Extraction]:
-    """Return the features that a task needs of a side that runs a backbone, by split and view."""
-    found = {}
-    for split, source in each.splits():
-        for name, view in each.views.items():
-            about = _about(side, backbone, view, source, given, settings)
-            store = Store.of(given.features, about, len(source), view.parts)
-            found[split, name] = Extraction(store, about, source, ViewPreprocessing.of(view, backbone))
+Stores = dict[tuple[str, str], Extraction]  # the features of one side, by split and view
+
+
+def _stores_by_side(
+    each: _Task, given: EvaluationInput, settings: EvaluateSettings, fingerprints: Mapping[SideName, str]
+) -> dict[SideName, Stores]:
+    """Return the features that a task needs of every side that runs a backbone."""
+    found: dict[SideName, Stores] = {}
+    for side, backbone in _passes(given, settings):
+        found[side] = {}
+        for split, source in each.splits():
+            for name, view in each.views.items():
+                about = _about(side, backbone, view, source, given, settings, fingerprints[side])
+                store = Store.of(given.features, about, len(source), view.parts)
+                found[side][split, name] = Extraction(store, about, source, ViewPreprocessing.of(view, backbone))
     return found
+
+
+def _model_of(side: SideName, given: EvaluationInput) -> Backbone:
+    """Return the model whose weights a side has; all placebos have the original's."""
+    return given.repaired if side == "repaired" and given.repaired is not None else given.original
+
+
+def _fingerprints(given: EvaluationInput) -> dict[SideName, str]:
+    """Return the fingerprint of every side's weights; all of a model's weights are read for it, once."""
+    sides: tuple[SideName, ...] = ("original", *PLACEBOS)
+    found = dict.fromkeys(sides, given.original.weights.fingerprint())
+    return found if given.repaired is None else {**found, "repaired": given.repaired.weights.fingerprint()}
 
 
 def _about(
@@ -223,6 +238,7 @@ def _about(
     source: ImageSource,
     given: EvaluationInput,
     settings: EvaluateSettings,
+    fingerprint: str,
 ) -> dict[str, Any]:
     """Return all that features depend on; a model has the same features on whichever side it stands."""
     import torch
@@ -231,7 +247,7 @@ def _about(
     return {
         "pass": "inpainted" if side == "inpainted" else "plain",
         "model": backbone.name,
-        "fingerprint": backbone.weights.fingerprint(),
+        "fingerprint": fingerprint,
         "heads": [block.attention.heads for block in backbone.layers.blocks],
         "sidecars": hashlib.sha256(sidecars).hexdigest(),
         "norm_factor": settings.norm_factor,
@@ -257,38 +273,44 @@ def _states(source: ImageSource) -> list[tuple[int, int] | None]:
 
 
 def _extract_all(
-    tasks: Sequence[_Task], given: EvaluationInput, settings: EvaluateSettings, emit: Emit, ranks: Ranks
+    tasks: Sequence[Mapping[SideName, Stores]],
+    given: EvaluationInput,
+    settings: EvaluateSettings,
+    emit: Emit,
+    ranks: Ranks,
 ) -> None:
     """Extract all features that are not on disk yet, side by side: one module at a time is in memory."""
     workers = worker_count(settings.workers, ranks.local_size)
     loaded: list[nn.Module] = []  # one at most
-    of = given.original
     for side, backbone in sorted(_passes(given, settings), key=lambda each: each[0] == "repaired"):
-        if side == "repaired" and given.repaired is not None:
-            of = given.repaired
+        if side == "repaired":
             loaded.clear()
-        for extraction in (
-            found for each in tasks for found in _stores(each, side, backbone, given, settings).values()
-        ):
-            if not ranks.from_rank0(extraction.store.missing):
+        for extraction in (found for stores in tasks for found in stores[side].values()):
+            missing = ranks.from_rank0(extraction.store.missing)
+            if not missing:
                 continue
             if not loaded:
-                loaded.append(load_module(of, given.device))
+                loaded.append(load_module(_model_of(side, given), given.device))
             view = extraction.preprocess.view
             observer = Observer.of(
                 backbone, loaded[0], view, settings.norm_factor, settings.dtype, settings.tf32, given.device
             )
             sizes = f"at {view.size} pixels and batch size {settings.batch_size}"
             with out_of_memory_reported(sizes, "lower --image-size or --batch-size"):
-                extraction.run(observer, side, settings.batch_size, workers, given.device, emit, ranks)
+                extraction.run(missing, observer, side, settings.batch_size, workers, given.device, emit, ranks)
             del observer  # it holds the module
 
 
-def _scored(each: _Task, given: EvaluationInput, settings: EvaluateSettings, emit: Emit) -> tuple[TaskRecord, Scored]:
+def _scored(
+    each: _Task,
+    stores: Mapping[SideName, Stores],
+    given: EvaluationInput,
+    settings: EvaluateSettings,
+    emit: Emit,
+) -> tuple[TaskRecord, Scored]:
     """Score every side of a task and compare them."""
     began = time.monotonic()
     task = each.task
-    stores = {side: _stores(each, side, backbone, given, settings) for side, backbone in _passes(given, settings)}
     usable, skipped = _usable(each, stores, emit)
     dataset = _some(each.dataset, usable)
     features = {
@@ -374,13 +396,13 @@ def _usable(
     return usable, skipped
 
 
-def _some(dataset: Dataset, usable: Mapping[str, Sequence[int]]) -> Dataset:
-    """Return the dataset without the images that could not be read."""
-    test = usable["test"]
+def _some(dataset: Dataset, kept: Mapping[str, Sequence[int]]) -> Dataset:
+    """Return the dataset with these images of each split, and no others."""
+    test = kept["test"]
     dataset = replace(dataset, test=SomeImages(dataset.test, test), truth=[dataset.truth[at] for at in test])
     if dataset.train is None:
         return dataset
-    train = usable["train"]
+    train = kept["train"]
     truth = [dataset.train_truth[at] for at in train]
     return replace(dataset, train=SomeImages(dataset.train, train), train_truth=truth)
 
@@ -419,10 +441,12 @@ def _figures(scores: Mapping[SideName, Scores], images: int, settings: EvaluateS
     return tuple(records)
 
 
-def _side_records(given: EvaluationInput, settings: EvaluateSettings) -> tuple[SideRecord, ...]:
+def _side_records(
+    given: EvaluationInput, settings: EvaluateSettings, fingerprints: Mapping[SideName, str]
+) -> tuple[SideRecord, ...]:
     records = []
     for side in sides_of(given, settings):
-        backbone = given.repaired if side == "repaired" and given.repaired is not None else given.original
+        backbone = _model_of(side, given)
         records.append(
             SideRecord(
                 side=side,
@@ -430,7 +454,7 @@ def _side_records(given: EvaluationInput, settings: EvaluateSettings) -> tuple[S
                 made=MADE[side],
                 model=backbone.name,
                 weights=printable(backbone.weights.source.label),
-                fingerprint=backbone.weights.fingerprint(),
+                fingerprint=fingerprints[side],
             )
         )
     return tuple(records)
