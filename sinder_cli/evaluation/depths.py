@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sinder_cli.errors import BadInputError, NoInputError, SinderError, UnavailableError, UsageError
 from sinder_cli.evaluation.contract import Dataset, Places
-from sinder_cli.evaluation.layouts import split_folders
+from sinder_cli.evaluation.layouts import one_folder, split_by_seed, split_folders
 from sinder_cli.events import tracked
 from sinder_cli.images.decoding import UnreadableImageError, upright_size
 from sinder_cli.images.sources import ImageFiles, find_images
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
 DepthMap: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"  # metres, [H, W]
 Pair = tuple[Path, Path]  # an image, and its depth
+WANTED = ("depth", "images with depth")
 SUFFIXES = (".png", ".npy", ".exr")
 NYU_IMAGE, NYU_DEPTH = "rgb_", "sync_depth_"  # how BTS names the files of NYUd
 NYU_LISTS = ("nyu_train.txt", "nyu_test.txt")
@@ -54,9 +54,9 @@ def depth_pairs(
 
 def _both_splits(places: Places, train_share: float) -> tuple[list[Pair], list[Pair], str]:
     """Return the pairs to train on and to test, and how they were found."""
-    folder = _one_folder(places.data, "--data")
+    folder = one_folder(places.data, "--data", *WANTED)
     if places.train:
-        train = _one_folder(places.train, "--train")
+        train = one_folder(places.train, "--train", *WANTED)
         return _pairs(train), _pairs(folder), f"from {train} and {folder}"
     if folder.joinpath("nyu_depth_v2").is_dir():
         folder = folder / "nyu_depth_v2"
@@ -76,14 +76,7 @@ def _both_splits(places: Places, train_share: float) -> tuple[list[Pair], list[P
         depth = folder / "depth"
         found = [_by_stem(images, depth / images.name) for images in (first, second)]
         return found[0], found[1], f"from {first} and {second}"
-    return *_split_by_seed(_pairs(folder), folder, train_share, places.seed), f"{folder}, split by the seed"
-
-
-def _one_folder(places: Sequence[str], option: str) -> Path:
-    if len(places) != 1 or not Path(places[0]).is_dir():
-        why = "images with depth lie in one folder" if places else "nothing is named"
-        raise NoInputError(f"cannot read depth from {', '.join(places) or option}", why, f"name it with {option}")
-    return Path(places[0])
+    return *_split_pairs(_pairs(folder), folder, train_share, places.seed), f"{folder}, split by the seed"
 
 
 def _pairs(folder: Path) -> list[Pair]:
@@ -180,12 +173,11 @@ def _listed(path: Path) -> list[Pair]:
     return sorted(pairs)
 
 
-def _split_by_seed(pairs: list[Pair], folder: Path, train_share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+def _split_pairs(pairs: list[Pair], folder: Path, train_share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     if len(pairs) < 2:
         raise BadInputError(f"cannot split {folder}", "there is one image", "give two or more")
-    shuffled = random.Random(f"{seed} depth").sample(pairs, len(pairs))
-    count = min(max(1, round(train_share * len(pairs))), len(pairs) - 1)
-    return sorted(shuffled[:count]), sorted(shuffled[count:])
+    train, test = split_by_seed(pairs, train_share, f"{seed} depth")
+    return sorted(train), sorted(test)
 
 
 def _check(image: Path, path: Path, scale: float | None, valid: Callable[[Path, DepthMap], Any]) -> None:

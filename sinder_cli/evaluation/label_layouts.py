@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from sinder_cli.errors import BadInputError, NoInputError, UsageError
 from sinder_cli.evaluation.contract import Dataset, Places
 from sinder_cli.evaluation.labels import SUFFIXES, LabelImage, LabelRule
-from sinder_cli.evaluation.layouts import split_folders
+from sinder_cli.evaluation.layouts import one_folder, split_by_seed, split_folders
 from sinder_cli.events import tracked
 from sinder_cli.images.sources import ImageFiles, find_images
 
@@ -42,6 +41,9 @@ class _Found:
     names: tuple[str, ...] = ()
 
 
+WANTED = ("labels", "images and labels")
+
+
 def labelled_images(places: Places, rule: LabelRule, train_share: float | None = None) -> Dataset:
     """Read images with a label image each, `LabelImage`, from a folder in one of the layouts.
 
@@ -56,10 +58,10 @@ def labelled_images(places: Places, rule: LabelRule, train_share: float | None =
     are read; where only they say how many classes there are, all are read here.
     Raises `NoInputError` for a missing folder, and `BadInputError`, which names the file, for what is malformed.
     """
-    folder = _folder(places.data, "--data")
+    folder = one_folder(places.data, "--data", *WANTED)
     found = _found(folder, rule)
     if places.train and train_share is not None:
-        other = _found(_folder(places.train, "--train"), rule)
+        other = _found(one_folder(places.train, "--train", *WANTED), rule)
         found = replace(found, train=_ruled(other.train or other.test, found.rule))
     found = _split(found, folder, train_share, places.seed)
     pairs = [*(found.train or ()), *found.test]
@@ -68,13 +70,6 @@ def labelled_images(places: Places, rule: LabelRule, train_share: float | None =
     if found.rule.classes is None:
         found = _counted(found, folder, places)
     return _dataset(found, folder)
-
-
-def _folder(places: Sequence[str], option: str) -> Path:
-    if len(places) != 1 or not Path(places[0]).is_dir():
-        why = "images and labels lie in one folder" if places else "nothing is named"
-        raise NoInputError(f"cannot read labels from {', '.join(places) or option}", why, f"name it with {option}")
-    return Path(places[0])
 
 
 def _found(folder: Path, rule: LabelRule) -> _Found:
@@ -252,9 +247,8 @@ def _split(found: _Found, folder: Path, train_share: float | None, seed: int) ->
         found = replace(found, train=None)
     elif found.train is None:
         _require_images(len(found.test), 3, "", folder)
-        shuffled = random.Random(f"{seed} labels").sample(found.test, len(found.test))
-        count = min(max(1, round(train_share * len(shuffled))), len(shuffled) - 2)
-        train, test = (sorted(part, key=lambda pair: pair[0]) for part in (shuffled[:count], shuffled[count:]))
+        parts = split_by_seed(found.test, train_share, f"{seed} labels", least=2)
+        train, test = (sorted(part, key=lambda pair: pair[0]) for part in parts)
         found = replace(found, train=train, test=test, layout=f"{found.layout}, split by the seed")
     _require_images(len(found.test), 2, " to test on", folder)
     return found

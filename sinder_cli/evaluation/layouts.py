@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from sinder_cli.errors import BadInputError, NoInputError
 from sinder_cli.evaluation.contract import Dataset, Places
 from sinder_cli.images.sources import ImageFiles, find_images
 
+T = TypeVar("T")
 TRAIN = ("train", "training")
 TEST = ("val", "validation", "test", "testing")
 
@@ -27,13 +29,13 @@ def class_folders(places: Places, train_share: float) -> Dataset:
     Raises `NoInputError` for a missing folder, and `BadInputError` for a folder of no classes, an empty class, a class
     that only one split has, or fewer than two classes.
     """
-    folder = _one_folder(places.data, "--data")
+    folder = one_folder(places.data, "--data")
     if places.train:
-        train, test = _one_folder(places.train, "--train"), folder
+        train, test = one_folder(places.train, "--train"), folder
     else:
         first, second = split_folders(folder)
         if first is None or second is None:
-            return _split_by_seed(folder, train_share, places.seed)
+            return _split_classes(folder, train_share, places.seed)
         train, test = first, second
     classes, known = _images_by_class(train), _images_by_class(test)
     for name in known:
@@ -47,11 +49,19 @@ def class_folders(places: Places, train_share: float) -> Dataset:
     return Dataset(ImageFiles(images), truth, ImageFiles(train_images), train_truth, names, note)
 
 
-def _one_folder(places: Sequence[str], option: str) -> Path:
+def one_folder(places: Sequence[str], option: str, wanted: str = "classes", lying: str = "class folders") -> Path:
+    """Return the one folder that is named. Raises `NoInputError` for none, several, or what is no folder."""
     if len(places) != 1 or not Path(places[0]).is_dir():
-        why = "class folders lie in one folder" if places else "nothing is named"
-        raise NoInputError(f"cannot read classes from {', '.join(places) or option}", why, f"name it with {option}")
+        why = f"{lying} lie in one folder" if places else "nothing is named"
+        raise NoInputError(f"cannot read {wanted} from {', '.join(places) or option}", why, f"name it with {option}")
     return Path(places[0])
+
+
+def split_by_seed(items: Sequence[T], train_share: float, key: str, least: int = 1) -> tuple[list[T], list[T]]:
+    """Draw a share of the items to train on; at least one, and at least `least` are left to test. Orders are drawn."""
+    drawn = random.Random(key).sample(items, len(items))
+    count = min(max(1, round(train_share * len(items))), len(items) - least)
+    return drawn[:count], drawn[count:]
 
 
 def _images_by_class(folder: Path) -> dict[str, list[Path]]:
@@ -81,7 +91,7 @@ def _flat(by_class: dict[str, list[Path]], names: Sequence[str]) -> tuple[tuple[
     return tuple(path for path, _ in pairs), [at for _, at in pairs]
 
 
-def _split_by_seed(folder: Path, train_share: float, seed: int) -> Dataset:
+def _split_classes(folder: Path, train_share: float, seed: int) -> Dataset:
     by_class = _images_by_class(folder)
     names = tuple(by_class)
     _require_classes(names, folder)
@@ -92,9 +102,7 @@ def _split_by_seed(folder: Path, train_share: float, seed: int) -> Dataset:
             raise BadInputError(
                 f"cannot split {folder / name}", "the class has one image", "give every class two or more"
             )
-        shuffled = random.Random(f"{seed} {name}").sample(paths, len(paths))
-        count = min(max(1, round(train_share * len(paths))), len(paths) - 1)
-        train[name], test[name] = sorted(shuffled[:count]), sorted(shuffled[count:])
+        train[name], test[name] = map(sorted, split_by_seed(paths, train_share, f"{seed} {name}"))
     images, truth = _flat(test, names)
     train_images, train_truth = _flat(train, names)
     note = (
