@@ -161,12 +161,13 @@ class Head:
         import torch
         from torch.nn.functional import interpolate
 
+        from .enlarging import enlarged_sums
+
         scores = patches @ self.weight.T + self.bias
         if self.cls_weight is not None and cls is not None:
             scores = scores + cls @ self.cls_weight.T
-        grid = scores[None].permute(0, 3, 1, 2)  # its channels stay last in memory, which is faster
-        large = interpolate(grid, scale_factor=UPSAMPLED, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
-        summed, total = (large.relu() @ torch.stack([self.depths, torch.ones_like(self.depths)], dim=1)).unbind(dim=-1)
+        weights = torch.stack([self.depths, torch.ones_like(self.depths)], dim=1)
+        summed, total = enlarged_sums(scores, weights, UPSAMPLED).unbind(dim=-1)
         mean = (summed + WEIGHT * self.depths.sum()) / (total + WEIGHT * BINS)
         return interpolate(mean[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
 

@@ -10,6 +10,7 @@ Shapes: h × w patches, N width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -53,6 +54,7 @@ class DiscoverySettings(TaskSettings):
     k: int = Field(100, ge=1)  # patches with the fewest alike
     part: Steering = "key"
     bias: float | None = Field(None, ge=0, lt=1)  # threshold as a quantile of an image's dot products; default: 0
+    most_tokens: int = Field(8192, ge=25)  # images in their own size with more patches are scaled down
     sweep: bool = False
     sweep_blocks: int = Field(3, ge=1)  # last blocks
     sweep_biases: tuple[float, ...] = (0.25, 0.5, 0.75)  # beside a threshold of 0
@@ -95,7 +97,10 @@ def views(backbone: Backbone, size: int | None, settings: DiscoverySettings) -> 
     kind = NATIVE if size is None else SCALED
     parts: tuple[Part, ...] = PARTS if settings.sweep else (settings.part,)
     blocks = range(-1, -1 - min(settings.sweep_blocks, backbone.depth), -1) if settings.sweep else (-1,)
-    return {f"{kind} {block}": View(parts, size or backbone.image_size, resize, block=block) for block in blocks}
+    side = size or backbone.image_size
+    return {
+        f"{kind} {block}": View(parts, side, resize, block=block, most_tokens=settings.most_tokens) for block in blocks
+    }
 
 
 def score(scoring: Scoring) -> Scores:
@@ -106,14 +111,14 @@ def score(scoring: Scoring) -> Scores:
     usual = Choice(settings.part, -1, settings.bias)
     overlaps = torch.tensor(_overlaps(scoring, usual), dtype=torch.float64)
     figures = [mean_figure("CorLoc", (overlaps >= LEAST_IOU).double())]
-    notes: tuple[str, ...] = ()
+    notes = _words_on_scaling(scoring)
     if settings.sweep:
         tried = [usual, *(choice for choice in _choices(scoring) if choice != usual)]
         hits = [overlaps >= LEAST_IOU]
         hits += [torch.tensor(_overlaps(scoring, choice)) >= LEAST_IOU for choice in tried[1:]]
         figures.append(best_figure(f"CorLoc, best of {len(tried)}", torch.stack(hits, dim=1)))
         best = int(torch.stack(hits).sum(dim=1).argmax())  # the first of equals
-        notes = (f"best: {tried[best]}; chosen on the images that it is reported on",)
+        notes += (f"best: {tried[best]}; chosen on the images that it is reported on",)
     return Scores(tuple(figures), by_image=overlaps, picture=lambda index: _picture(scoring, usual, index), notes=notes)
 
 
@@ -126,6 +131,15 @@ def best_figure(name: str, hits: Tensor) -> Figure:
 
     statistics = torch.cat([hits.double(), torch.ones(len(hits), 1, dtype=torch.float64)], dim=1)
     return Figure(name, statistics, lambda sums: sums[..., :-1].amax(dim=-1) / sums[..., -1])
+
+
+def _words_on_scaling(scoring: Scoring) -> tuple[str, ...]:
+    """Return how many images were too large to be taken in their own size, if any were."""
+    if not next(iter(scoring.features.test)).startswith(NATIVE):
+        return ()
+    most = scoring.settings.most_tokens
+    scaled = sum(math.prod(_own_grid(truth, scoring.patch_size)) > most for truth in scoring.dataset.truth)
+    return (f"{scaled:,} images scaled down to at most {most:,} patches",) if scaled else ()
 
 
 def _choices(scoring: Scoring) -> Iterator[Choice]:
@@ -149,8 +163,14 @@ def _found(scoring: Scoring, choice: Choice, index: int) -> tuple[Box, Box]:
     name, tokens = _tokens(scoring.features, choice, index)
     box = lost_box(tokens, scoring.settings.k, choice.bias)
     truth: Boxes = scoring.dataset.truth[index]
-    patch = scoring.patch_size if name.startswith(NATIVE) else None
-    return in_pixels(box, (tokens.shape[0], tokens.shape[1]), (truth.width, truth.height), patch), box
+    grid = (tokens.shape[0], tokens.shape[1])
+    in_own_size = name.startswith(NATIVE) and grid == _own_grid(truth, scoring.patch_size)
+    return in_pixels(box, grid, (truth.width, truth.height), scoring.patch_size if in_own_size else None), box
+
+
+def _own_grid(truth: Boxes, patch: int) -> tuple[int, int]:
+    """Return the rows and columns of whole patches of an image in its own size; one scaled down has fewer."""
+    return truth.height // patch, truth.width // patch
 
 
 def _tokens(features: SideFeatures, choice: Choice, index: int) -> tuple[str, Tensor]:

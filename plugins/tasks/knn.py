@@ -6,13 +6,24 @@ exp(s / T). Images are resized to 256 on the shorter side (scaled with the crop)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
 from sinder_cli import Backbone, hookimpl
-from sinder_cli.tasks import Dataset, Places, Scores, Scoring, Task, TaskSettings, View, class_folders, mean_figure
+from sinder_cli.tasks import (
+    Dataset,
+    Features,
+    Places,
+    Scores,
+    Scoring,
+    Task,
+    TaskSettings,
+    View,
+    class_folders,
+    mean_figure,
+)
 
 from .classifying import VIEW, crop_view, split_at_commas
 
@@ -20,7 +31,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SINDER_API = 1
-AT_A_TIME = 256  # images that are compared with all training images
+KNOWN_AT_A_TIME = 65_536  # training images whose vectors are in memory
+TESTED_AT_A_TIME = 16_384  # test images whose vectors are
+AT_A_TIME = 256  # test images that are compared at once
 
 
 class KnnSettings(TaskSettings):
@@ -57,43 +70,67 @@ def score(scoring: Scoring) -> Scores:
     """Return top-1 and top-5 for every k."""
     import torch
 
-    train, test = scoring.features.train[VIEW].stacked("cls"), scoring.features.test[VIEW].stacked("cls")
-    known = torch.tensor(list(scoring.dataset.train_truth))
-    truth = torch.tensor(list(scoring.dataset.truth))
-    most = min(max(scoring.settings.k), len(train))
-    ranked = neighbour_votes(
-        test, train, known, len(scoring.dataset.classes), scoring.settings.k, scoring.settings.temperature
-    )
+    settings, classes = scoring.settings, len(scoring.dataset.classes)
+    train, test = scoring.features.train[VIEW], scoring.features.test[VIEW]
+    known, truth = (torch.tensor(list(each)) for each in (scoring.dataset.train_truth, scoring.dataset.truth))
+    most = min(max(settings.k), len(train))
+    found = [
+        votes_of(neighbours(some, _vectors(train, KNOWN_AT_A_TIME), most), known, classes, settings)
+        for some in _vectors(test, TESTED_AT_A_TIME)
+    ]
+    ranked = {k: torch.cat([votes[k] for votes in found]) for k in settings.k}
     figures, notes = [], []
     for k, votes in ranked.items():
-        best = votes.topk(min(5, votes.shape[1]), dim=1).indices
-        right = best == truth[:, None]
+        right = votes.topk(min(5, classes), dim=1).indices == truth[:, None]
         figures.append(mean_figure(f"top-1, k={k}", right[:, 0].double()))
-        if votes.shape[1] > 5:
+        if classes > 5:
             figures.append(mean_figure(f"top-5, k={k}", right.any(dim=1).double()))
         if k > most:
             notes.append(f"k={k}: there are {most} training images")
-    first = next(iter(ranked.values()))
-    chance = first.gather(1, truth[:, None])[:, 0]
+    chance = ranked[settings.k[0]].gather(1, truth[:, None])[:, 0]
     return Scores(tuple(figures), by_image=chance, notes=tuple(notes))
 
 
-def neighbour_votes(
-    test: Tensor, train: Tensor, classes: Tensor, count: int, ks: tuple[int, ...], temperature: float
-) -> dict[int, Tensor]:
-    """Return for every k the votes `[images, classes]` of the k nearest training images by cosine."""
+def _vectors(features: Features, at_a_time: int) -> Iterator[Tensor]:
+    """Yield cls of some images at a time, normalized, `[n, N]`; values that are not finite become 0."""
     import torch
-    from torch.nn.functional import normalize, one_hot
+    from torch.nn.functional import normalize
 
-    test, train = (normalize(each.float().nan_to_num(posinf=0, neginf=0), dim=1) for each in (test, train))
-    most = min(max(ks), len(train))
-    votes: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for part in test.split(AT_A_TIME):
-        near = (part @ train.T).topk(most, dim=1)  # the best first
-        weights = (near.values / temperature).softmax(dim=1)[..., None] * one_hot(classes[near.indices], count)
-        for k in ks:
-            votes[k].append(weights[:, :k].sum(dim=1))
-    return {k: torch.cat(parts) for k, parts in votes.items()}
+    for first in range(0, len(features), at_a_time):
+        some = range(first, min(first + at_a_time, len(features)))
+        vectors = torch.stack([features.part("cls", index) for index in some])
+        yield normalize(vectors.nan_to_num(nan=0, posinf=0, neginf=0), dim=1)
+
+
+def neighbours(test: Tensor, train: Iterable[Tensor], most: int) -> tuple[Tensor, Tensor]:
+    """Return the largest cosines of unit vectors `[n, N]` with those of `train`, and their indices, `[n, most]`.
+
+    `train` yields unit vectors `[m, N]`, which are counted on; the nearest come first.
+    """
+    import torch
+
+    values, indices = torch.empty(len(test), 0), torch.empty(len(test), 0, dtype=torch.int64)
+    first = 0
+    for known in train:
+        near = [(part @ known.T).topk(min(most, len(known)), dim=1) for part in test.split(AT_A_TIME)]
+        values = torch.cat([values, torch.cat([each.values for each in near])], dim=1)
+        indices = torch.cat([indices, torch.cat([each.indices for each in near]) + first], dim=1)
+        order = values.topk(min(most, values.shape[1]), dim=1)
+        values, indices = order.values, indices.gather(1, order.indices)
+        first += len(known)
+    return values, indices
+
+
+def votes_of(near: tuple[Tensor, Tensor], classes: Tensor, count: int, settings: KnnSettings) -> dict[int, Tensor]:
+    """Return for every k the votes `[n, count]` of the k nearest, for cosines and indices `[n, most]` of neighbours.
+
+    `classes` has the class of every training image.
+    """
+
+    cosines, indices = near
+    weights, voted = (cosines / settings.temperature).softmax(dim=1), classes[indices]
+    none = weights.new_zeros(len(cosines), count)
+    return {k: none.scatter_add(1, voted[:, :k], weights[:, :k]) for k in settings.k}
 
 
 TASK = Task(

@@ -56,7 +56,8 @@ class View:
     """How images are shown to a backbone, and which parts of its pass are kept.
 
     `resize`: `fit` scales the shorter side to `size` and both sides to the nearest whole patches, so that nothing is
-    cut off; `square` scales the shorter side to `size` and cuts the centre; `none` only cuts to whole patches. With
+    cut off; `square` scales the shorter side to `size` and cuts the centre; `none` only cuts to whole patches,
+    but scales an image of more than `most_tokens` patches down to at most that many, and cuts nothing off then. With
     `crop`, the centre square of that side is cut after scaling. `shift` patches are then cut off at the top and the
     left. With `window`, the image is seen through overlapping square windows of that side, `stride` pixels apart (both
     whole patches), and tokens are averages over the windows that show them. With `flip`, left and right are exchanged
@@ -72,6 +73,7 @@ class View:
     stride: int | None = None  # pixels
     flip: bool = False
     block: int = -1
+    most_tokens: int | None = None
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sinder_cli.errors import BadInputError, NoInputError, SinderError, UnavailableError, UsageError
 from sinder_cli.evaluation.contract import Dataset, Places
-from sinder_cli.evaluation.layouts import one_folder, split_by_seed, split_folders
+from sinder_cli.evaluation.layouts import one_folder, pairs_by_stem, split_by_seed, split_folders, without_partner
 from sinder_cli.events import tracked
 from sinder_cli.images.decoding import UnreadableImageError, upright_size
 from sinder_cli.images.sources import ImageFiles, find_images
@@ -98,10 +98,10 @@ def _nyu_pairs(folder: Path) -> list[Pair]:
     for image in images:
         depth = depths.pop(image.with_name(NYU_DEPTH + image.stem.removeprefix(NYU_IMAGE)), None)
         if depth is None:
-            raise _without_partner(image, "depth", image.parent)
+            raise without_partner(image, "depth", image.parent)
         pairs.append((image, depth))
     for depth in depths.values():
-        raise _without_partner(depth, "image", depth.parent)
+        raise without_partner(depth, "image", depth.parent)
     return pairs
 
 
@@ -110,25 +110,7 @@ def _by_stem(images: Path, depth: Path) -> list[Pair]:
     for folder in (images, depth):
         if not folder.is_dir():
             raise NoInputError(f"cannot read {folder}", "there is no such folder", "images/ and depth/ belong together")
-    first = _by_name(_images(images), images)
-    second = _by_name(_depths(depth), depth)
-    for name, path in first.items():
-        if name not in second:
-            raise _without_partner(path, "depth", depth)
-    for name, path in second.items():
-        if name not in first:
-            raise _without_partner(path, "image", images)
-    return [(path, second[name]) for name, path in first.items()]
-
-
-def _by_name(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
-    """Return files by their path in a folder, without what follows the name's last dot."""
-    found: dict[str, Path] = {}
-    for path in paths:
-        other = found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
-        if other != path:
-            raise BadInputError(f"cannot use {path}", f"{other.name} has the same name", "remove one")
-    return found
+    return pairs_by_stem((images, _images(images)), (depth, _depths(depth)), "depth")
 
 
 def _images(folder: Path) -> list[Path]:
@@ -143,10 +125,6 @@ def _images(folder: Path) -> list[Path]:
 def _depths(folder: Path) -> list[Path]:
     hidden = lambda path: any(part.startswith(".") for part in path.relative_to(folder).parts)  # noqa: E731
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not hidden(path))
-
-
-def _without_partner(path: Path, partner: str, folder: Path) -> BadInputError:
-    return BadInputError(f"cannot use {path}", f"it has no {partner} in {folder}", f"add the {partner}, or remove it")
 
 
 def _listed(path: Path) -> list[Pair]:

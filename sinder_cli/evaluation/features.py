@@ -1,8 +1,10 @@
 """Features on disk: extracted once for a model, a view and a list of images, in float16, and read one image at a time.
 
-A store is a folder `KEY/` of parts, `00000.safetensors` and so on, each with the features of some images in their
-order; a part is written whole or not at all, so that an extraction goes on where it was interrupted. KEY is a hash of
-all that the features depend on, which `about.json` lists. Memory does not grow with the number of images.
+A store is a folder `KEY/` of chunks, `00000.safetensors` and so on, each with the features of some images in their
+order; a chunk is written whole or not at all, so that an extraction goes on where it was interrupted. KEY is a hash of
+all that the features depend on, which `about.json` lists; which parts of the pass are kept is not among it: tasks that
+see the same images in the same way share a store, and a part that only a later task needs is added to the chunks.
+Memory does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -36,10 +38,11 @@ if TYPE_CHECKING:
     from sinder_cli.images.loading import LoadedImage
     from sinder_cli.images.sources import ImageSource
 
-VERSION = 1  # of what the parts hold; a change of their computation must raise it
-MAPS_AT_A_TIME = 16  # images of a part, where maps are kept of each
+VERSION = 2  # of what the chunks hold; a change of their computation must raise it
+MAPS_AT_A_TIME = 16  # images of a chunk, where maps are kept of each
 VECTORS_AT_A_TIME = 512  # where only vectors are
 VECTORS = frozenset({"cls", "mean", "stream_cls", *DERIVED_MEANS.values(), "outlying"})
+ALWAYS = frozenset({"outlying"})  # kept in every chunk: the placebos need it
 EXACT = frozenset({"norms"})  # kept in float32: norms exceed what float16 holds
 MOST_FLOAT16 = 65504.0
 
@@ -54,32 +57,36 @@ class Store:
 
     @classmethod
     def of(cls, root: Path, about: Mapping[str, Any], images: int, parts: Iterable[Part]) -> Store:
-        """Return the store for features that depend on `about`, below `root`; nothing is written."""
-        text = json.dumps({**about, "version": VERSION}, sort_keys=True, default=str)
+        """Return the store for features that depend on `about`, below `root`; nothing is written.
+
+        Of `parts`, it only matters whether they are vectors alone.
+        """
+        at_a_time = MAPS_AT_A_TIME if set(parts) - VECTORS else VECTORS_AT_A_TIME
+        text = json.dumps({**about, "at_a_time": at_a_time, "version": VERSION}, sort_keys=True, default=str)
         key = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        maps = bool(set(parts) - VECTORS)
-        return cls(root / key, images, MAPS_AT_A_TIME if maps else VECTORS_AT_A_TIME)
+        return cls(root / key, images, at_a_time)
 
     @property
-    def parts(self) -> range:
+    def chunks(self) -> range:
         return range((self.images + self.at_a_time - 1) // self.at_a_time)
 
-    def path(self, part: int) -> Path:
-        return self.folder / f"{part:05}.safetensors"
+    def path(self, chunk: int) -> Path:
+        return self.folder / f"{chunk:05}.safetensors"
 
-    def missing(self) -> list[int]:
-        """Return the parts that are not there yet, cannot be read, or lack an image that could not be read then."""
-        return [part for part in self.parts if not _whole(self.path(part))]
+    def missing(self, parts: Iterable[Part]) -> list[int]:
+        """Return the chunks that cannot be read, or lack one of the parts, or an image that could not be read then."""
+        wanted = ALWAYS | set(parts)
+        return [chunk for chunk in self.chunks if not wanted <= _kept(self.path(chunk))]
 
-    def indices(self, part: int) -> range:
-        """Return the images of a part."""
-        return range(part * self.at_a_time, min((part + 1) * self.at_a_time, self.images))
+    def indices(self, chunk: int) -> range:
+        """Return the images of a chunk."""
+        return range(chunk * self.at_a_time, min((chunk + 1) * self.at_a_time, self.images))
 
     def problems(self) -> dict[int, str]:
         """Return the images that could not be read, with the reason."""
         found: dict[int, str] = {}
-        for part in self.parts:
-            with safe_open(self.path(part), "pt") as file:
+        for chunk in self.chunks:
+            with safe_open(self.path(chunk), "pt") as file:
                 noted = json.loads((file.metadata() or {}).get("problems", "{}"))
             found |= {int(index): why for index, why in noted.items()}
         return found
@@ -91,14 +98,16 @@ class Store:
         return file.get_tensor(key) if key in names else None
 
 
-def _whole(path: Path) -> bool:
+def _kept(path: Path) -> frozenset[str]:
+    """Return the parts that a chunk holds of all its images; none if it is to be extracted again."""
     if not path.is_file():
-        return False
+        return frozenset()
     try:
         with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("problems") == "{}"
+            noted = file.metadata() or {}
     except (SafetensorError, OSError):
-        return False
+        return frozenset()
+    return frozenset(json.loads(noted["parts"])) if noted.get("problems") == "{}" else frozenset()
 
 
 @lru_cache(maxsize=8)
@@ -116,6 +125,14 @@ class Extraction:
     source: ImageSource
     preprocess: ViewPreprocessing
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.preprocess.view.parts
+
+    def missing(self) -> list[int]:
+        """Return the chunks that are not there yet, or lack one of the parts."""
+        return self.store.missing(self.parts)
+
     def run(
         self,
         missing: Sequence[int],
@@ -127,7 +144,7 @@ class Extraction:
         emit: Emit,
         ranks: Ranks,
     ) -> None:
-        """Extract the `missing` parts; each of several ranks takes its share of them.
+        """Extract the `missing` chunks; each of several ranks takes its share of them.
 
         Raises `StorageError` or `CannotCreateError` for what the file system refuses.
         """
@@ -135,12 +152,12 @@ class Extraction:
             self._begin()
         ranks.all_gather(None)  # the folder is there now
         mine = list(ranks.share(missing))
-        order = [index for part in mine for index in self.store.indices(part)]
+        order = [index for chunk in mine for index in self.store.indices(chunk)]
         loaded = load_in_order(self.source, self.preprocess, order, workers)
         label = f"{side}: features"
         with_progress = tracked(loaded, emit, label, len(order), "images") if order else iter(())
-        for part, images in groupby(with_progress, key=lambda image: image.index // self.store.at_a_time):
-            self._write(part, list(_observed(observer, images, batch_size, device)))
+        for chunk, images in groupby(with_progress, key=lambda image: image.index // self.store.at_a_time):
+            self._write(chunk, list(_observed(observer, images, batch_size, device)))
         ranks.all_gather(None)
 
     def _begin(self) -> None:
@@ -150,12 +167,38 @@ class Extraction:
             raise output_error(self.store.folder, error) from error
         write_json(self.store.folder / "about.json", {**self.about, "version": VERSION})
 
-    def _write(self, part: int, images: Sequence[_Observed]) -> None:
+    def _write(self, chunk: int, images: Sequence[_Observed]) -> None:
+        """Write a chunk; parts that it held already and that are not among ours stay."""
+        path = self.store.path(chunk)
         found = {f"{each.index}.{name}": _stored(name, value) for each in images for name, value in each.parts.items()}
         problems = {str(each.index): each.problem for each in images if each.problem}
-        path = self.store.path(part)
-        _opened.cache_clear()  # a part that could not be read may have been replaced
-        write_safetensors(path, infos_of(found), found.values(), {"problems": json.dumps(problems)})
+        fresh = ALWAYS | set(self.parts)
+        kept = _kept(path) - fresh
+        found |= _tensors_of(path, kept)
+        noted = {"problems": json.dumps(problems), "parts": json.dumps(sorted(fresh | kept))}
+        _opened.cache_clear()  # the chunk may be another now
+        write_safetensors(path, infos_of(found), found.values(), noted)
+
+
+def _tensors_of(path: Path, parts: Iterable[str]) -> dict[str, Tensor]:
+    """Return some parts of all images of a chunk, by their names in the file."""
+    names = {name for part in parts for name in (part, *(DERIVED_MEANS.values() if part == "mean" else ()))}
+    if not names:
+        return {}
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys() if key.partition(".")[2] in names}  # noqa: SIM118
+
+
+def shared(extractions: Iterable[Extraction]) -> list[Extraction]:
+    """Return the extractions with those of one store joined into one, of all their parts: one pass serves them all."""
+    joined: dict[Path, Extraction] = {}
+    for each in extractions:
+        if (other := joined.get(each.store.folder)) is not None:
+            parts = tuple(dict.fromkeys((*other.parts, *each.parts)))
+            view = replace(each.preprocess.view, parts=parts)
+            each = replace(each, preprocess=replace(each.preprocess, view=view))
+        joined[each.store.folder] = each
+    return list(joined.values())
 
 
 @dataclass(frozen=True)
@@ -209,12 +252,15 @@ class StoredFeatures:
     store: Store
     side: SideName
     indices: Sequence[int]  # images of the store, in the order of the split
+    parts: frozenset[str]  # that the view keeps: a store may hold more, for other tasks
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def part(self, name: Part, index: int) -> Tensor:
-        """Return one part of one image: float32, or bool for `outlying`."""
+        """Return one part of one image: float32, or bool for `outlying`. Raises `ValueError` for one not kept."""
+        if name not in self.parts:
+            raise ValueError(f"the view keeps {', '.join(sorted(self.parts))}, and no {name}")
         at = self.indices[index]
         if name == "mean":
             return self._read(DERIVED_MEANS.get(self.side, name), at)

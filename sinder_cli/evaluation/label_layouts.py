@@ -9,7 +9,7 @@ from pathlib import Path
 from sinder_cli.errors import BadInputError, NoInputError, UsageError
 from sinder_cli.evaluation.contract import Dataset, Places
 from sinder_cli.evaluation.labels import SUFFIXES, LabelImage, LabelRule
-from sinder_cli.evaluation.layouts import one_folder, split_by_seed, split_folders
+from sinder_cli.evaluation.layouts import one_folder, pairs_by_stem, split_by_seed, split_folders
 from sinder_cli.events import tracked
 from sinder_cli.images.sources import ImageFiles, find_images
 
@@ -178,28 +178,13 @@ def _images_in(folder: Path) -> tuple[Path, ...]:
 
 def _pairs(images: Path, labels: Path, rule: LabelRule) -> list[Pair]:
     """Return images and labels with the same path but for the suffix. Raises `BadInputError` for one without other."""
-    of_image = _by_stem(images, _images_in(images))
+    found = _images_in(images)
     if not labels.is_dir():
         raise BadInputError(f"cannot use {images}", f"there is no folder {labels}", "give the labels of its images")
     files = sorted(path for path in labels.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    of_label = _by_stem(labels, [path for path in files if not path.name.startswith("._")])
-    for stem, image in of_image.items():
-        if stem not in of_label:
-            raise BadInputError(f"cannot use {image}", f"there is no label image {labels / stem}.png", "add it")
-    for stem, label in of_label.items():
-        if stem not in of_image:
-            raise BadInputError(f"cannot use {label}", f"there is no image {images / stem}", "add it")
-    return [(image, LabelImage(of_label[stem], rule)) for stem, image in of_image.items()]
-
-
-def _by_stem(folder: Path, paths: Sequence[Path]) -> dict[Path, Path]:
-    found: dict[Path, Path] = {}
-    for path in paths:
-        stem = path.relative_to(folder).with_suffix("")
-        if stem in found:
-            raise BadInputError(f"cannot use {path}", f"{found[stem].name} has the same stem", "rename one of them")
-        found[stem] = path
-    return found
+    shown = [path for path in files if not path.name.startswith("._")]
+    pairs = pairs_by_stem((images, found), (labels, shown), "label image")
+    return [(image, LabelImage(label, rule)) for image, label in pairs]
 
 
 def _require_file(path: Path, other: Path) -> None:

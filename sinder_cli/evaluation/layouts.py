@@ -64,6 +64,37 @@ def split_by_seed(items: Sequence[T], train_share: float, key: str, least: int =
     return drawn[:count], drawn[count:]
 
 
+def pairs_by_stem(
+    images: tuple[Path, Sequence[Path]], truths: tuple[Path, Sequence[Path]], what: str
+) -> list[tuple[Path, Path]]:
+    """Return images with their truths: of two folders, the files of the same path but for what follows the last dot.
+
+    `what` is what a truth is called. Raises `BadInputError` for one without the other, and two of one path.
+    """
+    of_image, of_truth = _by_stem(*images), _by_stem(*truths)
+    for stem, path in of_image.items():
+        if stem not in of_truth:
+            raise without_partner(path, what, truths[0])
+    for stem, path in of_truth.items():
+        if stem not in of_image:
+            raise without_partner(path, "image", images[0])
+    return [(path, of_truth[stem]) for stem, path in of_image.items()]
+
+
+def without_partner(path: Path, partner: str, folder: Path) -> BadInputError:
+    """Return the error for a file whose partner should be in a folder."""
+    return BadInputError(f"cannot use {path}", f"it has no {partner} in {folder}", f"add the {partner}, or remove it")
+
+
+def _by_stem(folder: Path, paths: Sequence[Path]) -> dict[Path, Path]:
+    found: dict[Path, Path] = {}
+    for path in paths:
+        other = found.setdefault(path.relative_to(folder).with_suffix(""), path)
+        if other != path:
+            raise BadInputError(f"cannot use {path}", f"{other.name} has the same name", "remove or rename one")
+    return found
+
+
 def _images_by_class(folder: Path) -> dict[str, list[Path]]:
     """Return the images of each class. Raises `BadInputError` for a folder of no classes, or an empty class."""
     found: dict[str, list[Path]] = {}

@@ -92,7 +92,7 @@ class Evaluation(Record):
         for task in self.tasks:
             for figure in task.figures:
                 for value in figure.values:
-                    to_original = value.to_original
+                    to_original, to_smoothed = value.to_original, value.to_smoothed
                     yield {
                         "task": task.task,
                         "figure": figure.name,
@@ -104,4 +104,8 @@ class Evaluation(Record):
                         "low": to_original and to_original.low,
                         "high": to_original and to_original.high,
                         "standing": to_original and to_original.standing,
+                        "difference_to_smoothed": to_smoothed and to_smoothed.value,
+                        "low_to_smoothed": to_smoothed and to_smoothed.low,
+                        "high_to_smoothed": to_smoothed and to_smoothed.high,
+                        "standing_to_smoothed": to_smoothed and to_smoothed.standing,
                     }

@@ -29,7 +29,7 @@ from sinder_cli.evaluation.contract import (
     Task,
     View,
 )
-from sinder_cli.evaluation.features import Extraction, Store, StoredFeatures
+from sinder_cli.evaluation.features import ALWAYS, Extraction, Store, StoredFeatures, shared
 from sinder_cli.evaluation.records import (
     Evaluation,
     FigureRecord,
@@ -240,7 +240,10 @@ def _about(
     settings: EvaluateSettings,
     fingerprint: str,
 ) -> dict[str, Any]:
-    """Return all that features depend on; a model has the same features on whichever side it stands."""
+    """Return all that features depend on; a model has the same features on whichever side it stands.
+
+    Which parts of them a view keeps is left out: tasks share what they see in the same way.
+    """
     import torch
 
     sidecars = json.dumps(dict(backbone.sidecars), sort_keys=True).encode("utf-8", "surrogateescape")
@@ -251,7 +254,7 @@ def _about(
         "heads": [block.attention.heads for block in backbone.layers.blocks],
         "sidecars": hashlib.sha256(sidecars).hexdigest(),
         "norm_factor": settings.norm_factor,
-        "view": asdict(view),
+        "view": asdict(replace(view, parts=())),
         "images": source.fingerprint(),
         "states": hashlib.sha256(repr(_states(source)).encode()).hexdigest(),
         "dtype": settings.dtype,
@@ -285,8 +288,8 @@ def _extract_all(
     for side, backbone in sorted(_passes(given, settings), key=lambda each: each[0] == "repaired"):
         if side == "repaired":
             loaded.clear()
-        for extraction in (found for stores in tasks for found in stores[side].values()):
-            missing = ranks.from_rank0(extraction.store.missing)
+        for extraction in shared(found for stores in tasks for found in stores[side].values()):
+            missing = ranks.from_rank0(extraction.missing)
             if not missing:
                 continue
             if not loaded:
@@ -416,7 +419,10 @@ def _features_of(
     """Return a side's features; a placebo that changes patches at the end reads the original's."""
     of = stores["original" if side in DERIVED else side]
     by_split: dict[str, dict[str, Features]] = {
-        split: {name: StoredFeatures(of[split, name].store, side, usable[split]) for name in each.views}
+        split: {
+            name: StoredFeatures(of[split, name].store, side, usable[split], ALWAYS | set(view.parts))
+            for name, view in each.views.items()
+        }
         for split, _ in each.splits()
     }
     return SideFeatures(by_split["test"], by_split.get("train", {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,7 @@ class ViewPreprocessing(Preprocessing):
         from PIL import Image as pillow
 
         view, patch, given = self.view, self.patch, image
+        least = MIN_PATCHES * patch
         if view.resize != "none":
             scale = view.size / min(image.size)
             exact = view.resize == "square"
@@ -64,21 +66,37 @@ class ViewPreprocessing(Preprocessing):
             if width * height > MAX_PIXELS:
                 raise UnreadableImageError(f"{image.width}×{image.height} pixels are too narrow to be scaled")
             image = image.resize((width, height), pillow.Resampling.BICUBIC)
+        elif bounded := bounded_size(image.size, patch, view.most_tokens):
+            if min(bounded) < least:
+                raise UnreadableImageError(f"{image.width}×{image.height} pixels are too narrow to be scaled down")
+            image = image.resize(bounded, pillow.Resampling.BICUBIC)
         side = view.crop or (view.size if view.resize == "square" else None)
         if side is not None:
             left, top = (image.width - side) // 2, (image.height - side) // 2
             image = image.crop((left, top, left + side, top + side))
         image = whole_patches(image, patch)
         image = image.crop((view.shift * patch, view.shift * patch, image.width, image.height))
-        if min(image.size) < MIN_PATCHES * patch:
+        if min(image.size) < least:
             raise UnreadableImageError(
                 f"{given.width}×{given.height} pixels make under {MIN_PATCHES} × {MIN_PATCHES} patches of {patch}"
             )
         return np.asarray(image.transpose(pillow.Transpose.FLIP_LEFT_RIGHT) if view.flip else image)
 
-    def bounded_size(self, width: int, height: int) -> None:  # noqa: ARG002
-        """Return None: a view bounds no number of tokens."""
-        return
+    def bounded_size(self, width: int, height: int) -> tuple[int, int] | None:
+        """Return the width and height in pixels to which an image in its own size is scaled down; None if it is not."""
+        return bounded_size((width, height), self.patch, self.view.most_tokens) if self.view.resize == "none" else None
+
+
+def bounded_size(size: tuple[int, int], patch: int, most_tokens: int | None) -> tuple[int, int] | None:
+    """Return width and height, in whole patches, of at most `most_tokens` patches and nearly the same shape.
+
+    None for an image (width, height in pixels) that has no more than that.
+    """
+    width, height = size
+    if most_tokens is None or (width // patch) * (height // patch) <= most_tokens:
+        return None
+    scale = math.sqrt(most_tokens / (width * height))  # patches a pixel
+    return int(width * scale) * patch, int(height * scale) * patch
 
 
 def _whole(side: float, patch: int) -> int:

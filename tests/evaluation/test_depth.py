@@ -16,6 +16,7 @@ import torch
 from kept_features import KeptFeatures
 from PIL import Image
 from pydantic import ValidationError
+from sinder_plugins.tasks import enlarging
 from sinder_plugins.tasks.depth import (
     FLIPPED,
     PLAIN,
@@ -55,6 +56,22 @@ def random_maps(seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor, torch.T
         )
         for shape in shapes
     ]
+
+
+@pytest.mark.parametrize("at_a_time", [1, 300, 2**18])
+def test_enlarged_sums_are_those_of_interpolate(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradient, for rows that are split as they may be."""
+    monkeypatch.setitem(enlarging.AT_A_TIME, "cpu", at_a_time)
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randn(5, 3, 6, generator=draw, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(6, 2, generator=draw, dtype=torch.float64)
+    large = interpolate(scores[None].permute(0, 3, 1, 2), scale_factor=4, mode="bilinear", align_corners=False)[0]
+    expected = torch.einsum("khw,km->hwm", large.relu(), weights)
+    given = torch.randn(expected.shape, generator=draw, dtype=torch.float64)
+    (slope,) = torch.autograd.grad(expected, scores, given)
+    found = enlarging.enlarged_sums(scores, weights, 4)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, scores, given)[0], slope)
 
 
 def test_the_log_loss_is_that_of_a_loop() -> None:
@@ -431,7 +448,7 @@ MALFORMED: list[tuple[Callable[[Path], None], str]] = [
     (too_far, r"cannot use .*depth/a\.png: no pixel has a depth within the range; it has 60 to 60"),
     (no_depth, r"cannot use .*images/a\.jpg: it has no depth in .*depth"),
     (no_image, r"cannot use .*depth/a\.png: it has no image in .*images"),
-    (twice, r"cannot use .*depth/a\.png: a\.npy has the same name; remove one"),
+    (twice, r"cannot use .*depth/a\.png: a\.npy has the same name; remove or rename one"),
     (alone, r"cannot split .*: there is one image; give two or more"),
     (broken_image, r"cannot read .*images/a\.jpg: "),
 ]

@@ -158,6 +158,16 @@ def test_corloc_counts_images_with_a_found_box() -> None:
     assert scores.by_image.tolist() == pytest.approx([1, 1, 20 / 42])
 
 
+def test_boxes_of_images_that_were_scaled_down_are_in_their_own_pixels() -> None:
+    keys, truths = objects()
+    large = Boxes(1000, 800, ((300, 200, 600, 700),))  # of which 10 × 8 patches are kept
+    (figure,) = TASK.score(scoring(keys[:1], [large], DiscoverySettings(most_tokens=80))).figures
+    assert value(figure) == 1
+    scores = TASK.score(scoring(keys, [large, *truths[1:]], DiscoverySettings(most_tokens=80)))
+    assert scores.notes == ("1 images scaled down to at most 80 patches",)
+    assert TASK.score(scoring(keys, truths)).notes == ()
+
+
 def test_pictures_show_the_boxes() -> None:
     given = scoring(*objects())
     scores = TASK.score(given)

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from sinder_cli import ModelRequest, SinderError, api
 from sinder_cli.cli.main import main
 from sinder_cli.evaluation import features as features_module
+from sinder_cli.evaluation import registry
+from sinder_cli.evaluation.contract import Scores, Scoring, Task, View, mean_figure
 from sinder_cli.evaluation.features import Store
 from sinder_cli.evaluation.settings import EvaluateSettings
 from sinder_cli.evaluation.views import Observer
@@ -89,6 +92,73 @@ def test_features_are_kept_and_used_again(request_: EvaluateRequest, tmp_path: P
     assert again.evaluation.tasks[0].figures == first.evaluation.tasks[0].figures
     api.evaluate(replace(request, settings=request.settings.model_copy(update={"image_size": 126})))
     assert len(passes) == 60
+
+
+def only_these_views(monkeypatch: pytest.MonkeyPatch, views_by_task: dict[str, dict[str, View]]) -> None:
+    """Replace all tasks by ones that report the mean of what their views keep."""
+
+    def score(views: dict[str, View], scoring: Scoring) -> Scores:
+        figures = []
+        for name, view in views.items():
+            features = scoring.features.test[name]
+            for part in view.parts:
+                means = torch.stack([features.part(part, index).double().mean() for index in range(len(features))])
+                figures.append(mean_figure(f"{name} {part}", means, unit=""))
+        return Scores(tuple(figures))
+
+    dense = registry.task_named("dense")
+
+    def task_named(name: str) -> Task:
+        views = views_by_task[name]
+        return replace(dense, name=name, views=lambda *_: views, score=partial(score, views))
+
+    monkeypatch.setattr(registry, "task_named", task_named)
+
+
+def test_tasks_that_see_images_in_the_same_way_share_one_pass(
+    request_: EvaluateRequest, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within one call, and when a later call needs another part; what an earlier one kept stays."""
+    views = {
+        "one": {"a": View(("stream", "mean"), 98)},
+        "two": {"b": View(("patches", "stream"), 98), "c": View(("patches",), 98, flip=True)},
+        "three": {"d": View(("norms", "mean"), 98)},
+    }
+    only_these_views(monkeypatch, views)
+    both = replace(request_, tasks=["one", "two"], features=tmp_path / "features")
+    together = api.evaluate(both).evaluation
+    assert len(passes) == 3 * 2 * 5  # three sides, two views (the flipped one is another), five images
+    assert len(list((tmp_path / "features").iterdir())) == 3 * 2
+    later = api.evaluate(replace(both, tasks=["three"])).evaluation
+    assert len(passes) == 30 + 3 * 5
+    again = api.evaluate(replace(both, tasks=["one", "two", "three"])).evaluation
+    assert len(passes) == 45
+    assert [task.figures for task in again.tasks] == [task.figures for task in (*together.tasks, *later.tasks)]
+    alone = [api.evaluate(replace(both, tasks=[name], features=None)).evaluation.tasks[0] for name in views]
+    assert [task.figures for task in again.tasks] == [task.figures for task in alone]
+
+
+def test_a_part_that_only_another_task_keeps_is_refused(
+    request_: EvaluateRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a task would work or fail by what else is run."""
+    dense = registry.task_named("dense")
+    view = View(("stream",), 98)
+    only_these_views(monkeypatch, {"one": {"a": view}})
+    request = replace(request_, tasks=["one"], features=tmp_path / "features")
+    api.evaluate(request)
+
+    def task_named(name: str) -> Task:
+        def score(scoring: Scoring) -> Scores:
+            scoring.features.test["a"].part("stream", 0)
+            raise AssertionError
+
+        return replace(dense, name=name, views=lambda *_: {"a": replace(view, parts=("norms",))}, score=score)
+
+    monkeypatch.setattr(registry, "task_named", task_named)
+    with pytest.raises(SinderError, match="the view keeps norms, outlying, and no stream") as error:
+        api.evaluate(request)
+    assert error.value.exit_code == 69
 
 
 def test_an_interrupted_extraction_goes_on_where_it_was(
@@ -229,8 +299,6 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(
 def test_two_tasks_share_standard_input(
     request_: EvaluateRequest, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sinder_cli.evaluation import registry
-
     dense = registry.task_named("dense")
     monkeypatch.setattr(registry, "task_named", lambda name: replace(dense, name=name))
     listed = "\n".join(str(path) for path in sorted(pictures.iterdir()))

@@ -10,19 +10,28 @@ import pytest
 import torch
 from kept_features import KeptFeatures
 from PIL import Image
-from sinder_plugins.tasks.knn import TASK, VIEW, KnnSettings, neighbour_votes
+from sinder_plugins.tasks.knn import TASK, VIEW, KnnSettings, neighbours, votes_of
 from sklearn.neighbors import KNeighborsClassifier
+from torch.nn.functional import normalize
 
 from sinder_cli import BadInputError, NoInputError, SinderError
 from sinder_cli.evaluation.contract import Dataset, Places, Scoring, SideFeatures
 from sinder_cli.images.sources import DrawnImages
 
 
-def test_votes_are_those_of_a_loop() -> None:
+def voted(
+    test: torch.Tensor, train: torch.Tensor, classes: torch.Tensor, count: int, settings: KnnSettings, at_a_time: int
+) -> dict[int, torch.Tensor]:
+    test, train = normalize(test, dim=1), normalize(train, dim=1)
+    return votes_of(neighbours(test, train.split(at_a_time), max(settings.k)), classes, count, settings)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3, 5, 100])
+def test_votes_are_those_of_a_loop(at_a_time: int) -> None:
     draw = torch.Generator().manual_seed(0)
     test, train = torch.randn(5, 6, generator=draw), torch.randn(12, 6, generator=draw)
     classes = torch.tensor([index % 3 for index in range(12)])
-    found = neighbour_votes(test, train, classes, 3, (1, 4), temperature=0.2)
+    found = voted(test, train, classes, 3, KnnSettings(k=(1, 4), temperature=0.2), at_a_time)
     for at, token in enumerate(test):
         cosines = [
             (torch.cosine_similarity(token, other, dim=0).item(), int(classes[i])) for i, other in enumerate(train)
@@ -40,7 +49,7 @@ def test_the_nearest_neighbour_is_scikit_learns() -> None:
     draw = np.random.default_rng(0)
     test, train, classes = draw.normal(size=(30, 8)), draw.normal(size=(50, 8)), draw.integers(0, 4, 50)
     theirs = KNeighborsClassifier(1, metric="cosine").fit(train, classes).predict(test)
-    ours = neighbour_votes(torch.tensor(test), torch.tensor(train), torch.tensor(classes), 4, (1,), 0.07)[1]
+    ours = voted(torch.tensor(test), torch.tensor(train), torch.tensor(classes), 4, KnnSettings(k=(1,)), 7)[1]
     assert ours.argmax(dim=1).tolist() == theirs.tolist()
 
 

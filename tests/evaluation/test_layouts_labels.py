@@ -246,7 +246,7 @@ def test_too_few_images_are_refused(tmp_path: Path, stems: str, share: float | N
 
 def test_same_stem_twice_is_refused(tmp_path: Path) -> None:
     write_image(two_folders(tmp_path, *"abc") / "images" / "a.png")
-    with pytest.raises(BadInputError, match=r"images/a\.png: a\.jpg has the same stem"):
+    with pytest.raises(BadInputError, match=r"images/a\.png: a\.jpg has the same name"):
         read(tmp_path)
 
 

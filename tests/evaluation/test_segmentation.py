@@ -330,8 +330,8 @@ MALFORMED = {
         lambda data: write_label(data / "labels" / "all1.png", np.ones((70, 80))),
         "labels/all1.png: it has 80×70 pixels, and all1.png has 80×80",
     ),
-    "missing label": (lambda data: (data / "labels" / "all1.png").unlink(), "images/all1.png: there is no label image"),
-    "missing image": (lambda data: (data / "images" / "all1.png").unlink(), "labels/all1.png: there is no image"),
+    "missing label": (lambda data: (data / "labels" / "all1.png").unlink(), "images/all1.png: it has no label image"),
+    "missing image": (lambda data: (data / "images" / "all1.png").unlink(), "labels/all1.png: it has no image"),
     "colours": (
         lambda data: write_image(data / "labels" / "all1.png", (80, 80)),
         "labels/all1.png: its pixels are colours (RGB), not indices of classes",

@@ -113,6 +113,9 @@ def test_windows_end_at_the_edge(length: int, window: int, stride: int, expected
         (View((), 84, resize="square"), (200, 100), (84, 84)),
         (View((), 96, resize="square", crop=84), (200, 100), (84, 84)),
         (View((), 84, resize="none"), (100, 90), (98, 84)),
+        (View((), 84, resize="none", most_tokens=42), (100, 90), (98, 84)),
+        (View((), 84, resize="none", most_tokens=41), (100, 90), (84, 84)),
+        (View((), 84, resize="none", most_tokens=64), (2000, 1000), (154, 70)),
         (View((), 84, shift=1), (200, 100), (154, 70)),
     ],
 )

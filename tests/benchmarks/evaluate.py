@@ -1,0 +1,90 @@
+"""`sinder evaluate` on many images of 518 px: time and memory of the features, and of each task.
+
+    python tests/benchmarks/evaluate.py [--images 100 1000] [--tasks dense knn …]
+
+ViT-S with random weights, in the official format; crops of scikit-image's photographs, saved as JPEG. Labels, depth and
+boxes are made up: they cost what true ones cost. One side, the original, so that the times are those of one model. The
+first process runs all tasks with one step of training each, and so extracts the features that they need; then each task
+runs alone on the features that are there, with its usual number of steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from analyze import MODEL, SIDE, measured, write_checkpoint, write_images
+from PIL import Image
+from sinder_plugins.dinov2.config import OFFICIAL
+
+TASKS = ("dense", "knn", "linear", "segmentation", "clusters", "depth", "discovery")
+TRAINED = ("segmentation", "depth")
+CLASSES = 5
+
+
+def write_sets(folder: Path, count: int) -> dict[str, Path]:
+    """Sets of the same images for every task: class folders, label images, depth maps, boxes."""
+    folder.mkdir()
+    files = sorted(write_images(folder / "images", count).iterdir())
+    (folder / "labels").mkdir()
+    (folder / "depth").mkdir()
+    rows, columns = np.mgrid[:SIDE, :SIDE].astype(np.float32)
+    boxes = []
+    for index, path in enumerate(files):
+        place = folder / "classes" / str(index % CLASSES) / path.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(path)
+        grey = np.asarray(Image.open(path).convert("L"))
+        Image.fromarray(np.minimum(grey // 52, CLASSES - 1)).save(folder / "labels" / f"{path.stem}.png")
+        depth = 1 + (rows + (1 + index % 7) * columns) / (8 * SIDE)
+        Image.fromarray((1000 * depth).astype(np.uint16)).save(folder / "depth" / f"{path.stem}.png")
+        boxes.append({"id": index, "image_id": index, "category_id": 1, "bbox": [100, 120, 250, 200], "iscrowd": 0})
+    images = [{"id": at, "file_name": path.name, "width": SIDE, "height": SIDE} for at, path in enumerate(files)]
+    document = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "thing"}]}
+    (folder / "annotations.json").write_text(json.dumps(document))
+    places = dict.fromkeys(TASKS, folder)
+    return places | {"dense": folder / "images", "knn": folder / "classes", "linear": folder / "classes"}
+
+
+def evaluate(folder: Path, places: dict[str, Path], tasks: list[str], steps: int | None = None) -> list[str]:
+    """The command line."""
+    named = [f"--data={task}={places[task]}" for task in tasks]
+    chosen = {"depth.scale": 1000} | ({} if steps is None else {f"{task}.steps": steps for task in TRAINED})
+    options = [f"--set={name}={value}" for name, value in chosen.items() if name.partition(".")[0] in tasks]
+    kept = [f"--features={folder / 'features'}", f"--out={folder / 'out'}", "--force"]
+    given = [*named, *options, *kept, f"--weights={folder / 'weights.safetensors'}", "--no-placebos"]
+    return [sys.executable, "-m", "sinder_cli", "evaluate", MODEL, *tasks, *given]
+
+
+def main() -> None:
+    """Measure all tasks together and each alone, for every number of images, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--steps", type=int, help="of training; as many as the tasks take usually, if not given")
+    options = parser.parse_args()
+    print(f"| images of {SIDE} px, {MODEL} | s | peak resident memory |\n|---|---:|---:|")
+    for count in options.images:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            write_checkpoint(folder / "weights.safetensors", OFFICIAL[MODEL])
+            places = write_sets(folder / "set", count)
+            whole, peak = measured(evaluate(folder, places, options.tasks, steps=1))
+            document = json.loads((folder / "out" / "evaluation.json").read_text())
+            size = sum(path.stat().st_size for path in folder.glob("features/*/*")) / 2**30
+            seconds = whole - sum(task["seconds"] for task in document["tasks"])
+            print(
+                f"| {count:,}: features of all tasks, {size:.2f} GB on disk | {seconds:.0f} | {peak:.2f} GB |",
+                flush=True,
+            )
+            for task in options.tasks:
+                seconds, peak = measured(evaluate(folder, places, [task], options.steps))
+                print(f"| {count:,}: {task} | {seconds:.0f} | {peak:.2f} GB |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
