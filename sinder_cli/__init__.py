@@ -17,40 +17,8 @@ and exit code; any other exception is reported as a failure of the plugin. The R
 `sinder check-backbone` runs one through all that the engine relies on.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING
-
-from sinder_cli.backbone.contract import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    SINDER_API,
-    AttentionMap,
-    Backbone,
-    BlockMap,
-    GatedMlpMap,
-    LayerMap,
-    Listing,
-    ModelRequest,
-    NormMap,
-    PlainMlpMap,
-    PositionMap,
-    StemMap,
-    WeightRef,
-    hookimpl,
-)
-from sinder_cli.backbone.device import attention_kernel
-from sinder_cli.backbone.download import download
-from sinder_cli.backbone.opening import require_matching
-from sinder_cli.backbone.sources import (
-    MemoryTensors,
-    TensorInfo,
-    TensorSource,
-    open_checkpoint,
-    shard_names,
-    weights_in,
-)
-from sinder_cli.backbone.torchvision_shim import define_torchvision_operators
-from sinder_cli.backbone.weights import Weights
-from sinder_cli.errors import BadInputError, NoInputError, SinderError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from sinder_cli.api import (
@@ -69,6 +37,38 @@ if TYPE_CHECKING:
         predict_defects,
         repair,
     )
+    from sinder_cli.backbone.contract import (
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        SINDER_API,
+        AttentionMap,
+        Backbone,
+        BlockMap,
+        GatedMlpMap,
+        LayerMap,
+        Listing,
+        ModelRequest,
+        NormMap,
+        PlainMlpMap,
+        PositionMap,
+        StemMap,
+        WeightRef,
+        hookimpl,
+    )
+    from sinder_cli.backbone.device import attention_kernel
+    from sinder_cli.backbone.download import download
+    from sinder_cli.backbone.opening import require_matching
+    from sinder_cli.backbone.sources import (
+        MemoryTensors,
+        TensorInfo,
+        TensorSource,
+        open_checkpoint,
+        shard_names,
+        weights_in,
+    )
+    from sinder_cli.backbone.torchvision_shim import define_torchvision_operators
+    from sinder_cli.backbone.weights import Weights
+    from sinder_cli.errors import BadInputError, NoInputError, SinderError, UnavailableError, UsageError
 
 __version__ = "0.1.0"
 
@@ -121,11 +121,25 @@ __all__ = [
     "weights_in",
 ]
 
+_NAMES_BY_MODULE = {
+    "backbone.contract": "IMAGENET_MEAN IMAGENET_STD SINDER_API AttentionMap Backbone BlockMap GatedMlpMap LayerMap "
+    "Listing ModelRequest NormMap PlainMlpMap PositionMap StemMap WeightRef hookimpl",
+    "backbone.device": "attention_kernel",
+    "backbone.download": "download",
+    "backbone.opening": "require_matching",
+    "backbone.sources": "MemoryTensors TensorInfo TensorSource open_checkpoint shard_names weights_in",
+    "backbone.torchvision_shim": "define_torchvision_operators",
+    "backbone.weights": "Weights",
+    "errors": "BadInputError NoInputError SinderError UnavailableError UsageError",
+    "api": "AnalyzeRequest AnalyzeSettings EvaluateRequest EvaluateSettings ExportRequest ExportSettings "
+    "PredictRequest RepairRequest RepairSettings analyze evaluate export predict_defects repair",
+}
+_MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names.split()}
+
 
 def __getattr__(name: str) -> object:
-    """Import the functions of the API when they are first used: a plugin, or `sinder --help`, does not need them."""
-    if name in __all__:
-        from sinder_cli import api
-
-        return getattr(api, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import what is first used: `sinder --help` needs nothing of it, and a plugin not all."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(import_module(f"sinder_cli.{_MODULE_OF[name]}"), name)
+    return found

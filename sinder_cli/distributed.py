@@ -6,6 +6,7 @@ If a run has a single process, nothing of this is imported or started.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sinder_cli.errors import ConflictError, TryAgainError
+from sinder_cli.escaping import say
 from sinder_cli.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ TO_MEET = timedelta(days=1)  # in a collective: rank 0 may have much to write, a
 TO_ANSWER = timedelta(seconds=10)  # for the store, once all have joined
 BEAT_SECONDS = 2.0
 MISSED_BEATS = 10  # until a rank counts as lost: 20 s, for a promise of 30
+
+SECONDS_TO_TELL = 1.0  # for the process that tells; torchrun ends all others when the first has ended
 
 LOST = ("a process of this run was lost", "it has died or cannot be reached", "continue a repair with --resume")
 
@@ -185,6 +189,14 @@ def tells(ranks: Ranks) -> bool:
     except RuntimeError:  # the store is gone
         return True
     return bool(answered_by == str(ranks.rank).encode())
+
+
+def tell(line: str) -> None:
+    """Print on standard error why this process ends, unless another process of the run prints it."""
+    if tells(launched()):
+        say(line)
+    else:
+        time.sleep(SECONDS_TO_TELL)
 
 
 @contextmanager

@@ -10,17 +10,15 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
+from typer.core import TyperCommand, TyperGroup
 
 from sinder_cli import __version__
-from sinder_cli.cli import analyze, backbones, evaluate, export, predict, repair
-from sinder_cli.cli.output import tell
-from sinder_cli.distributed import launched
+from sinder_cli.distributed import launched, tell
 from sinder_cli.errors import SinderError, StorageError, TryAgainError, UsageError
-from sinder_cli.faults import first_fault
 from sinder_cli.memory import is_out_of_memory
 from sinder_cli.signals import Ended, Stop
 
@@ -37,23 +35,73 @@ class Invocation:
     stop: Stop = field(default_factory=Stop)
 
 
-def build_app() -> typer.Typer:
-    """Return the application with all subcommands."""
-    app = typer.Typer(name="sinder", help=HELP, pretty_exceptions_enable=False, rich_markup_mode="rich")
-    app.callback()(_global_options)
-    app.command("predict-defects")(predict.command)
-    app.command("analyze")(analyze.command)
-    app.command("repair")(repair.command)
-    app.command("evaluate")(evaluate.command)
-    app.command("export")(export.command)
-    app.command("backbones")(backbones.listing)
-    app.command("check-backbone")(backbones.check)
-    return app
+@dataclass(frozen=True)
+class Subcommand:
+    """A subcommand, whose module is imported when it is called."""
+
+    module: str
+    function: str
+    summary: str
+
+    def load(self, name: str) -> Any:
+        """Return it as Typer's parser object."""
+        app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
+        app.command(name)(getattr(import_module(f"sinder_cli.cli.{self.module}"), self.function))
+        return typer.main.get_command(app)
+
+
+SUBCOMMANDS = {
+    "predict-defects": Subcommand(
+        "predict", "command", "Predict the defect directions of every block from the weights alone."
+    ),
+    "analyze": Subcommand(
+        "analyze", "command", "Show token norms, defects, and observed against predicted directions."
+    ),
+    "repair": Subcommand("repair", "command", "Repair a backbone's singular defects with unlabelled images."),
+    "evaluate": Subcommand(
+        "evaluate",
+        "command",
+        "Evaluate a model, or a run before and after, by tasks, with placebos beside them.",
+    ),
+    "export": Subcommand(
+        "export",
+        "command",
+        "Write the weights of a run or a model in a format that others load; checked before it gets its name.",
+    ),
+    "backbones": Subcommand("backbones", "listing", "List the models that the installed plugins offer."),
+    "check-backbone": Subcommand(
+        "backbones", "check", "Check that a plugin describes a model as sinder needs it; exit 65 if it does not."
+    ),
+}
+
+
+class Subcommands(TyperGroup):
+    """The subcommands by name and summary; the one that is called is loaded."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Return the subcommand that the arguments name, and the arguments that it gets."""
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, SUBCOMMANDS[name].load(name) if name else None, rest
 
 
 def command() -> Any:
-    """Return the command tree as Typer's parser object."""
-    return typer.main.get_command(build_app())
+    """Return the command tree as Typer's parser object, without its subcommands' options."""
+    app = typer.Typer(
+        name="sinder", help=HELP, cls=Subcommands, pretty_exceptions_enable=False, rich_markup_mode="rich"
+    )
+    app.callback()(_global_options)
+    tree: Any = typer.main.get_command(app)
+    for name, subcommand in SUBCOMMANDS.items():
+        tree.add_command(TyperCommand(name, help=subcommand.summary))
+    return tree
+
+
+def whole_tree() -> Any:
+    """Return the command tree with every subcommand loaded, as manual pages are written from."""
+    tree = command()
+    for name, subcommand in SUBCOMMANDS.items():
+        tree.add_command(subcommand.load(name), name)
+    return tree
 
 
 def _show_version(wanted: bool) -> None:
@@ -134,6 +182,10 @@ def as_failure(error: Exception) -> SinderError:
 
 def _parser_words(error: typer.TyperException) -> str:
     """Return the parser's message; for a value that is no number, our own words replace pydantic's."""
+    from pydantic import ValidationError
+
+    from sinder_cli.faults import first_fault
+
     words = error.format_message().rstrip(".")
     if isinstance(error.__cause__, ValidationError):
         return words.replace(error.message.rstrip("."), first_fault(error.__cause__).why)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sinder_cli.cli.main import HELP, command
+from sinder_cli.cli.main import HELP, whole_tree
 from sinder_cli.files import write_text
 from sinder_cli.report.manual import NAME, escape, head, schema_page
 
@@ -28,7 +28,7 @@ EXIT_CODES = {
 
 def pages() -> dict[str, str]:
     """Return the roff text of each page by file name: `sinder`, every subcommand and the format of an analysis."""
-    tree = command()
+    tree = whole_tree()
     rendered = {"sinder.1": _main_page(tree)}
     for name, subcommand in sorted(tree.commands.items()):
         rendered[f"sinder-{name}.1"] = _page(f"sinder {name}", subcommand)

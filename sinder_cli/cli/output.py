@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,10 +13,9 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
 
 from sinder_cli.cli.options import OutputFormat
-from sinder_cli.distributed import LostRankError, Ranks, joined, launched, tells
+from sinder_cli.distributed import LostRankError, Ranks, joined, tell
 from sinder_cli.escaping import printable_lines
 from sinder_cli.files import json_text
-from sinder_cli.report.progress import say
 
 
 def show(chosen: OutputFormat | None, table: Callable[[], RenderableType], document: Callable[[], Any]) -> None:
@@ -41,20 +39,9 @@ class _Escaped:
             yield part if part.control else Segment(printable_lines(part.text), part.style)
 
 
-SECONDS_TO_TELL = 1.0  # for the process that tells; torchrun ends all others when the first has ended
-
-
 def shared() -> AbstractContextManager[Ranks]:
     """Join the processes that `torchrun` has started; yield the ranks, which are one process without it."""
     return joined(_abandon)
-
-
-def tell(line: str) -> None:
-    """Print on standard error why this process ends, unless another process of the run prints it."""
-    if tells(launched()):
-        say(line)
-    else:
-        time.sleep(SECONDS_TO_TELL)
 
 
 def _abandon(error: LostRankError) -> None:

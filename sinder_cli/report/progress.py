@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -20,7 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from sinder_cli.escaping import printable
+from sinder_cli.escaping import printable, say
 from sinder_cli.events import Advanced, Emit, Event, Finished, Measured, Noted, Started, Warned, silent
 from sinder_cli.memory import peak_memory
 
@@ -106,15 +105,6 @@ class _Lines:
         rate = (done - self.started[phase].done) / max(now - self.began, 1e-9)
         left = f", {_clock((total - done) / rate)} left" if total else ""
         say(f"sinder: {phase}: {done}/{total or '?'} {unit}, {rate:.3g}/s{left}{detail}")
-
-
-def say(text: str) -> None:
-    """Print a line on standard error; if that is closed, go on, since a missing reader is no reason to stop.
-
-    Control characters in the line, which names of files may contain, are escaped.
-    """
-    with suppress(OSError):
-        print(printable(text), file=sys.stderr, flush=True)
 
 
 def message(event: Event) -> str:

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
+from sinder_cli import escaping
 from sinder_cli.events import Advanced, Started, Warned
 from sinder_cli.repairing.loop import StepRecord
 from sinder_cli.report import progress as display
@@ -69,7 +70,7 @@ def test_a_listener_that_has_gone_is_no_reason_to_stop(monkeypatch: pytest.Monke
         raise BrokenPipeError
 
     monkeypatch.setattr("builtins.print", broken)
-    display.say("nobody hears this")
+    escaping.say("nobody hears this")
 
 
 def test_names_in_messages_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:

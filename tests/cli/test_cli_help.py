@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+import sinder_cli
 from sinder_cli import __version__, errors
-from sinder_cli.cli.main import command
+from sinder_cli.cli.main import SUBCOMMANDS, command, whole_tree
 from sinder_cli.cli.manpage import EXIT_CODES, pages
 
 Sinder = Callable[..., subprocess.CompletedProcess[str]]
@@ -24,14 +25,41 @@ HEAVY = {"torch", "matplotlib", "numpy", "PIL", "transformers", "safetensors", "
 
 def options_of(name: str) -> list[str]:
     """Every long option of a subcommand."""
-    tree: Any = command()
+    tree: Any = whole_tree()
     flags = [flag for parameter in tree.commands[name].params for flag in parameter.opts if flag.startswith("--")]
     return [*flags, "--help"]
 
 
 def test_these_are_the_commands() -> None:
-    tree: Any = command()
+    tree: Any = whole_tree()
     assert sorted(tree.commands) == list(COMMANDS)
+
+
+def test_a_command_has_the_same_summary_before_it_is_loaded() -> None:
+    loaded: Any = whole_tree()
+    summaries = {name: each.help.split("\n\n")[0] for name, each in loaded.commands.items()}
+    assert {name: each.help for name, each in command().commands.items()} == summaries
+    assert list(SUBCOMMANDS) == list(summaries)
+
+
+def test_help_loads_no_command_and_nothing_of_what_they_need(environment: dict[str, str]) -> None:
+    """It has about a tenth of the time that torch takes to load."""
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print(*sorted(sys.modules), file=sys.stderr))\n"
+        "from sinder_cli.cli.main import main\nmain(['--help'])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    modules = set(run.stderr.split())
+    assert "pydantic" not in modules
+    assert {name for name in modules if name.startswith("sinder_cli.cli.")} == {"sinder_cli.cli.main"}
+
+
+def test_every_public_name_is_found() -> None:
+    found = {name: getattr(sinder_cli, name) for name in sinder_cli.__all__}
+    assert not [name for name, value in found.items() if value is None]
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        sinder_cli.nothing  # noqa: B018
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["repair", "--help"], ["--version"], []])
@@ -51,7 +79,7 @@ def test_asking_for_help_imports_nothing_heavy(arguments: list[str], environment
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_names_every_option_within_80_columns(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    tree: Any = command()
+    tree: Any = whole_tree()
     tree.main(args=[name, "--help"], prog_name="sinder", standalone_mode=False)
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
