@@ -3,9 +3,9 @@
     python tests/benchmarks/evaluate.py [--images 100 1000] [--tasks dense knn …]
 
 ViT-S with random weights, in the official format; crops of scikit-image's photographs, saved as JPEG. Labels, depth and
-boxes are made up: they cost what true ones cost. One side, the original, so that the times are those of one model. The
-first process runs all tasks with one step of training each, and so extracts the features that they need; then each task
-runs alone on the features that are there, with its usual number of steps.
+boxes are made up: they cost what true ones cost. One side, the original, so that the times are those of one model. A
+process for each size runs all its tasks with one step of training, and so extracts the features that they need; then
+each task runs alone on the features that are there, with its usual number of steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from analyze import MODEL, SIDE, measured, write_checkpoint, write_images
 from PIL import Image
 from sinder_plugins.dinov2.config import OFFICIAL
 
-TASKS = ("dense", "knn", "linear", "segmentation", "clusters", "depth", "discovery")
+GROUPS = {SIDE: ("dense", "segmentation", "clusters", "depth", "discovery"), 224: ("knn", "linear")}  # tasks by size
+TASKS = tuple(task for tasks in GROUPS.values() for task in tasks)
 TRAINED = ("segmentation", "depth")
 CLASSES = 5
 
@@ -50,13 +51,20 @@ def write_sets(folder: Path, count: int) -> dict[str, Path]:
     return places | {"dense": folder / "images", "knn": folder / "classes", "linear": folder / "classes"}
 
 
-def evaluate(folder: Path, places: dict[str, Path], tasks: list[str], steps: int | None = None) -> list[str]:
+def evaluate(folder: Path, places: dict[str, Path], tasks: list[str], size: int, steps: int | None = None) -> list[str]:
     """The command line."""
     named = [f"--data={task}={places[task]}" for task in tasks]
     chosen = {"depth.scale": 1000} | ({} if steps is None else {f"{task}.steps": steps for task in TRAINED})
     options = [f"--set={name}={value}" for name, value in chosen.items() if name.partition(".")[0] in tasks]
     kept = [f"--features={folder / 'features'}", f"--out={folder / 'out'}", "--force"]
-    given = [*named, *options, *kept, f"--weights={folder / 'weights.safetensors'}", "--no-placebos"]
+    given = [
+        *named,
+        *options,
+        *kept,
+        f"--weights={folder / 'weights.safetensors'}",
+        "--no-placebos",
+        f"--image-size={size}",
+    ]
     return [sys.executable, "-m", "sinder_cli", "evaluate", MODEL, *tasks, *given]
 
 
@@ -67,23 +75,34 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--steps", type=int, help="of training; as many as the tasks take usually, if not given")
     options = parser.parse_args()
-    print(f"| images of {SIDE} px, {MODEL} | s | peak resident memory |\n|---|---:|---:|")
+    print(f"| images, {MODEL} | s | peak resident memory |\n|---|---:|---:|")
     for count in options.images:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_checkpoint(folder / "weights.safetensors", OFFICIAL[MODEL])
             places = write_sets(folder / "set", count)
-            whole, peak = measured(evaluate(folder, places, options.tasks, steps=1))
-            document = json.loads((folder / "out" / "evaluation.json").read_text())
-            size = sum(path.stat().st_size for path in folder.glob("features/*/*")) / 2**30
-            seconds = whole - sum(task["seconds"] for task in document["tasks"])
-            print(
-                f"| {count:,}: features of all tasks, {size:.2f} GB on disk | {seconds:.0f} | {peak:.2f} GB |",
-                flush=True,
-            )
-            for task in options.tasks:
-                seconds, peak = measured(evaluate(folder, places, [task], options.steps))
-                print(f"| {count:,}: {task} | {seconds:.0f} | {peak:.2f} GB |", flush=True)
+            for size, of_size in GROUPS.items():
+                tasks = [task for task in of_size if task in options.tasks]
+                if tasks:
+                    measure(folder, places, tasks, size, options.steps, f"{count:,}")
+
+
+def measure(folder: Path, places: dict[str, Path], tasks: list[str], size: int, steps: int | None, count: str) -> None:
+    """Print a line for the features of some tasks at one size, and a line for each task."""
+    before = bytes_below(folder / "features")
+    whole, peak = measured(evaluate(folder, places, tasks, size, steps=1))
+    document = json.loads((folder / "out" / "evaluation.json").read_text())
+    seconds = whole - sum(task["seconds"] for task in document["tasks"])
+    gigabytes = (bytes_below(folder / "features") - before) / 2**30
+    print(f"| {count} at {size} px: features, {gigabytes:.2f} GB on disk | {seconds:.0f} | {peak:.2f} GB |", flush=True)
+    for task in tasks:
+        seconds, peak = measured(evaluate(folder, places, [task], size, steps))
+        print(f"| {count} at {size} px: {task} | {seconds:.0f} | {peak:.2f} GB |", flush=True)
+
+
+def bytes_below(folder: Path) -> int:
+    """The size of all files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 if __name__ == "__main__":
