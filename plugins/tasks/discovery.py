@@ -97,10 +97,8 @@ def views(backbone: Backbone, size: int | None, settings: DiscoverySettings) -> 
     kind = NATIVE if size is None else SCALED
     parts: tuple[Part, ...] = PARTS if settings.sweep else (settings.part,)
     blocks = range(-1, -1 - min(settings.sweep_blocks, backbone.depth), -1) if settings.sweep else (-1,)
-    side = size or backbone.image_size
-    return {
-        f"{kind} {block}": View(parts, side, resize, block=block, most_tokens=settings.most_tokens) for block in blocks
-    }
+    side, most = size or backbone.image_size, settings.most_tokens if size is None else None
+    return {f"{kind} {block}": View(parts, side, resize, block=block, most_tokens=most) for block in blocks}
 
 
 def score(scoring: Scoring) -> Scores:
