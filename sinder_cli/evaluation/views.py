@@ -52,6 +52,11 @@ class ViewPreprocessing(Preprocessing):
             raise UsageError(f"image size {view.size} is too small", why, f"use --image-size {least * patch} or more")
         return cls(view.size, backbone.mean, backbone.std, patch=patch, view=view)
 
+    @property
+    def decoded_for(self) -> int | None:
+        """The shorter side, in pixels, to which every image is scaled; None if images keep their size."""
+        return None if self.view.resize == "none" else self.view.size
+
     def fit(self, image: Image) -> Pixels:
         """Scale and cut an RGB image to `[H, W, 3]` uint8. Raises `UnreadableImageError` for one too narrow."""
         import numpy as np

@@ -37,6 +37,7 @@ REMEDIES = {
     "HEIF": "HEIC is read by an extra: pip install 'sinder-cli[heic]'",
     "AVIF": "AVIF is read by newer versions of Pillow: pip install --upgrade pillow",
 }
+SPARE = {8: 2.5, 4: 2.5, 2: 2.0}  # by factor: pixels that a reduced JPEG has on a side for each that it is scaled to
 LATER_PAGES = "later pages"  # key in the `info` of an image that is the first of several in its file
 MAX_PIXELS = 178_956_970  # Pillow's own limit for sizes in headers, which a program may have lifted; also for resizing
 PLAIN_PIXELS = 2**24  # 4096 × 4096, allowed for a file of any size
@@ -47,8 +48,11 @@ class UnreadableImageError(Exception):
     """An image cannot be decoded; the message says why. Callers skip it, report its name and count it."""
 
 
-def decode(path: Path) -> Image:
+def decode(path: Path, side: int | None = None) -> Image:
     """Return a regular file of the formats above as an RGB image, with its EXIF rotation applied.
+
+    If the caller will scale the image so that its shorter side is `side` pixels, a large JPEG is decoded at half, a
+    quarter or an eighth of its size, where what is scaled from it differs by less than 1/255 on average (`reduction`).
 
     Of an animation or several pages, the first is returned, with `LATER_PAGES` as the only entry of its `info`.
 
@@ -67,13 +71,13 @@ def decode(path: Path) -> Image:
             raise UnreadableImageError("not a regular file")
         formats = _formats(path)
         try:
-            return _decoded(path, formats, path.stat().st_size)
+            return _decoded(path, formats, path.stat().st_size, side)
         except Exception as error:
             refused = isinstance(error, UnreadableImageError) or is_out_of_memory(error)
             mended = None if refused else without_metadata(path)
             if mended is None:
                 raise
-        return _decoded(mended, formats, path.stat().st_size)
+        return _decoded(mended, formats, path.stat().st_size, side)
     except UnreadableImageError:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, … on bad files
@@ -129,15 +133,27 @@ def _needed(start: bytes) -> str | None:
     return next((name for name, of in BRANDS.items() if brands & of), None)
 
 
-def _decoded(source: Path | IO[bytes], formats: list[str], bytes_of_file: int) -> Image:
+def _decoded(source: Path | IO[bytes], formats: list[str], bytes_of_file: int, side: int | None) -> Image:
     from PIL import Image as pillow
 
     with pillow.open(source, formats=formats) as file:
         _require_plausible(file.width, file.height, bytes_of_file)
+        if side is not None:
+            factor = reduction(file.size, side)
+            file.draft(None, (file.width // factor, file.height // factor))  # only JPEG heeds it
         file.load()
         rgb = to_rgb(upright(file))
         rgb.info = {LATER_PAGES: True} if _has_more(file) else {}
         return rgb
+
+
+def reduction(size: tuple[int, int], side: int) -> int:
+    """Return by what factor a JPEG of this width and height may be reduced if its shorter side becomes `side` pixels.
+
+    Only factors that divide both sides: any other would shift what is in the image by a part of a pixel.
+    """
+    fitting = (factor for factor in SPARE if not size[0] % factor and not size[1] % factor)
+    return next((factor for factor in fitting if min(size) / factor >= SPARE[factor] * side), 1)
 
 
 def _has_more(file: Image) -> bool:

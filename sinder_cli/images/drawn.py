@@ -48,7 +48,7 @@ class DrawnPictures:
     def name(self, index: int) -> str:
         return f"drawn picture {index}"
 
-    def load(self, index: int) -> Image:
+    def load(self, index: int, side: int | None = None) -> Image:  # noqa: ARG002
         if not 0 <= index < self.count:
             raise IndexError(index)
         return _picture(index, self.size, self.seed)

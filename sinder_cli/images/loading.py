@@ -67,7 +67,7 @@ def load_in_order(
 
 def _fit(source: ImageSource, preprocess: Preprocessing, index: int) -> FittedImage:
     try:
-        image = source.load(index)
+        image = source.load(index, preprocess.decoded_for)
         return FittedImage(index, preprocess.fit(image), changes=tuple(_changes(image, preprocess)))
     except UnreadableImageError as error:
         return FittedImage(index, None, str(error))

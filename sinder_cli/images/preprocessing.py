@@ -78,6 +78,11 @@ class Preprocessing:
         """Return the image as `[3, H, W]` float32. Raises `UnreadableImageError` as `fit` does."""
         return self.normalize(self.fit(image))
 
+    @property
+    def decoded_for(self) -> int | None:
+        """The shorter side, in pixels, to which every image is scaled; None if images keep their size."""
+        return None if self.resize == "none" else self.size
+
     def fit(self, image: Image) -> Pixels:
         """Resize and crop an RGB image to `[H, W, 3]` uint8.
 

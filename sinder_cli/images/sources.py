@@ -40,8 +40,11 @@ class ImageSource(Protocol):
         """Return the name of the image in messages."""
         ...
 
-    def load(self, index: int) -> Image:
-        """Decode the image to RGB. Raises `UnreadableImageError`."""
+    def load(self, index: int, side: int | None = None) -> Image:
+        """Decode the image to RGB; one that will be scaled to a shorter `side` may be smaller, as `decode` says.
+
+        Raises `UnreadableImageError`.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -67,9 +70,9 @@ class ImageFiles:
     def name(self, index: int) -> str:
         return str(self.paths[index])
 
-    def load(self, index: int) -> Image:
+    def load(self, index: int, side: int | None = None) -> Image:
         try:
-            image = decode(self.paths[index])
+            image = decode(self.paths[index], side)
         except UnreadableImageError as error:
             if self._has_changed(index):
                 raise UnreadableImageError(f"{CHANGED}: {error}") from error
@@ -103,7 +106,7 @@ class DrawnImages:
     def name(self, index: int) -> str:
         return f"{self.label} #{index}"
 
-    def load(self, index: int) -> Image:
+    def load(self, index: int, side: int | None = None) -> Image:  # noqa: ARG002  # it is there already
         return self.images[index]
 
     def fingerprint(self) -> str:
@@ -130,8 +133,8 @@ class SomeImages:
     def name(self, index: int) -> str:
         return self.source.name(self.indices[index])
 
-    def load(self, index: int) -> Image:
-        return self.source.load(self.indices[index])
+    def load(self, index: int, side: int | None = None) -> Image:
+        return self.source.load(self.indices[index], side)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(f"{self.source.fingerprint()} {list(self.indices)}".encode()).hexdigest()
@@ -154,9 +157,9 @@ class JoinedImages:
         part, at = self._place(index)
         return part.name(at)
 
-    def load(self, index: int) -> Image:
+    def load(self, index: int, side: int | None = None) -> Image:
         part, at = self._place(index)
-        return part.load(at)
+        return part.load(at, side)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(" ".join(part.fingerprint() for part in self.parts).encode()).hexdigest()

@@ -57,7 +57,7 @@ class Pictures:
     def name(self, index: int) -> str:
         return f"picture {index}"
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int, side: int | None = None) -> Image.Image:  # noqa: ARG002
         if index == BROKEN:
             raise UnreadableImageError("it is broken")
         pixels = (self.tensors[index].permute(1, 2, 0).numpy() * 255).round()

@@ -21,6 +21,7 @@ from PIL import Image
 from sinder_cli.errors import TryAgainError
 from sinder_cli.images import decoding
 from sinder_cli.images.decoding import LATER_PAGES, UnreadableImageError, decode
+from sinder_cli.images.preprocessing import Preprocessing
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -406,3 +407,40 @@ def test_a_pointer_out_of_range_costs_a_tiff_no_pixel(tag: int, tmp_path: Path) 
         warnings.simplefilter("ignore")  # Pillow's, of what it reads first
         found = decode(tmp_path / "odd.tif")
     assert np.array_equal(np.asarray(found), np.asarray(drawn))
+
+
+def large_jpeg(path: Path, name: str, turned: int | None = None) -> Path:
+    """A photograph of 3072 × 2304 pixels with grain, as JPEG; `turned` is its EXIF orientation."""
+    photograph = Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB")
+    pixels = np.asarray(photograph.resize((3072, 2304), Image.Resampling.LANCZOS), dtype=np.float32)
+    grain = np.random.default_rng(0).normal(0, 4, (2304, 3072, 1))
+    exif = Image.Exif()
+    if turned is not None:
+        exif[0x0112] = turned
+    Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("name", ["astronaut.png", "chelsea.png", "rocket.jpg"])
+def test_a_reduced_jpeg_gives_the_same_scaled_image(name: str, tmp_path: Path) -> None:
+    """Within 1/255 on average, with as few pixels to spare as are allowed."""
+    path = large_jpeg(tmp_path / "large.jpg", name)
+    whole = decode(path)
+    for side, factor in ((98, 8), (115, 8), (230, 4), (576, 2)):
+        small = decode(path, side)
+        assert (whole.width // factor, whole.height // factor) == small.size
+        fit = Preprocessing(side, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "short").fit
+        assert np.abs(fit(small).astype(float) - fit(whole).astype(float)).mean() < 1
+
+
+def test_a_jpeg_is_reduced_by_what_divides_it_and_leaves_pixels_to_spare() -> None:
+    assert [decoding.reduction((4000, 3000), side) for side in (150, 151, 300, 301, 750, 751)] == [8, 4, 4, 2, 2, 1]
+    assert [decoding.reduction(size, 100) for size in ((4000, 3001), (4002, 3002), (4004, 3004))] == [1, 2, 4]
+
+
+def test_a_reduced_jpeg_is_turned_and_other_formats_are_whole(tmp_path: Path) -> None:
+    path = large_jpeg(tmp_path / "large.jpg", "coffee.png", turned=6)
+    assert decode(path, 518).size == (1152, 1536)
+    assert decode(path, 4000).size == (2304, 3072)
+    decode(path).save(tmp_path / "large.png")
+    assert decode(tmp_path / "large.png", 126).size == (2304, 3072)

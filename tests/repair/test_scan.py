@@ -143,8 +143,8 @@ def test_a_shared_direction_is_predicted_where_near_and_determined(single_writer
 class WithPages(Pictures):
     """Pictures 3 and 4 have two pages."""
 
-    def load(self, index: int) -> Image.Image:
-        page = super().load(index)
+    def load(self, index: int, side: int | None = None) -> Image.Image:
+        page = super().load(index, side)
         page.info |= {LATER_PAGES: True} if index in (3, 4) else {}
         return page
 

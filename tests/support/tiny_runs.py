@@ -39,7 +39,7 @@ class Pictures:
     def name(self, index: int) -> str:
         return f"picture {index}"
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int, side: int | None = None) -> Image.Image:  # noqa: ARG002
         self.loaded.append(index)
         tensor = self.tensors[index]
         if tensor is None:
