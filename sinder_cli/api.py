@@ -437,7 +437,7 @@ def evaluate(
     with _reporting(process, progress, request.model) as emit:
         from sinder_cli.evaluation.folder import features_folder, require_evaluation_place
         from sinder_cli.evaluation.run import EvaluationInput, TaskRun, run_evaluation
-        from sinder_cli.report.evaluation.page import write_evaluation
+        from sinder_cli.report.evaluation.page import write_evaluation, write_values
 
         if folder is not None and ranks.writes:
             require_evaluation_place(folder, request.force)
@@ -453,7 +453,8 @@ def evaluate(
             given = EvaluationInput(
                 original, second, label, runs, features, device, model_named(request.model).attention
             )
-            result = run_evaluation(given, settings, emit, ranks)
+            keep = (lambda so_far: write_values(folder, so_far)) if folder is not None else (lambda _: None)
+            result = run_evaluation(given, settings, emit, ranks, keep)
             if result is not None and folder is not None:
                 write_evaluation(folder, result, settings, emit)
                 return replace(result, folder=folder)

@@ -38,6 +38,12 @@ if TYPE_CHECKING:
 SINDER_API = 1
 CELLS = 2  # patches by which the second view is shifted, down and to the right
 WHOLE, SHIFTED = "whole", "shifted"
+BLIND = {  # what figures cannot see
+    "retrieval": "A ruined model, whose tokens hold little but their place, retrieves well, too.",
+    "contrast": "It knows colours, not objects.",
+    "fidelity": "It rewards whatever stays near the original.",
+    "outlying": "Fewer of them are no success by themselves.",
+}
 LEAST_PAIRS = 8  # of neighbours, similar and unlike, for the contrast of an image to be known
 
 
@@ -57,7 +63,7 @@ def read(places: Places, settings: DenseSettings) -> Dataset:  # noqa: ARG001
 def views(backbone: Backbone, size: int | None, settings: DenseSettings) -> Mapping[str, View]:  # noqa: ARG001
     """Show images whole, and once more without their first rows and columns."""
     side = size or backbone.image_size
-    parts: tuple[Part, ...] = ("stream", "stream_cls", "norms", "colour", "outlying")
+    parts: tuple[Part, ...] = ("stream", "stream_cls", "norms", "colour", "outlying", "outlying_by_block")
     return {WHOLE: View(parts, side), SHIFTED: View(("stream", "outlying"), side, shift=CELLS)}
 
 
@@ -71,16 +77,16 @@ def score(scoring: Scoring) -> Scores:
     }
 
     def tokens(name: str, label: str) -> Figure:
-        return mean_figure(label, found[name], weights=found[f"{name} tokens"])
+        return mean_figure(label, found[name], weights=found[f"{name} tokens"], caution=BLIND["retrieval"])
 
     figures = [
         tokens("found marked", "shift retrieval, marked"),
         tokens("found near", "shift retrieval, beside marked"),
         tokens("found others", "shift retrieval, others"),
-        mean_figure("boundary contrast", found["contrast"], unit=""),
+        mean_figure("boundary contrast", found["contrast"], unit="", caution=BLIND["contrast"]),
         mean_figure("boundary contrast, shuffled", found["shuffled"], "neither", unit=""),
         *(
-            mean_figure(f"{kind} to {to}", found[f"{kind} {to}"], "neither", unit="")
+            mean_figure(f"{kind} to {to}", found[f"{kind} {to}"], "neither", unit="", caution=BLIND["fidelity"])
             for to in ("inpainted", "original")
             for kind in ("cls", "good", "marked")
             if f"{kind} {to}" in found
@@ -90,23 +96,28 @@ def score(scoring: Scoring) -> Scores:
     ]
     if scoring.side not in ("smoothed", "blurred"):  # which change tokens at the end, and no block
         figures += [
-            mean_figure("outlying tokens", found["outlying"], "neither"),
+            mean_figure("outlying tokens", found["outlying"], "neither", caution=BLIND["outlying"]),
             mean_figure("largest norm / median", found["largest"], "neither", unit=""),
         ]
     broken = int(found["finite"].eq(0).sum())
-    notes = [f"tokens of {broken} images are not finite: these count only where they can"] if broken else []
+    words = "image has" if broken == 1 else "images have"
+    notes = [f"{broken:,} {words} tokens that are not finite: left out where nothing can be measured"] if broken else []
     if scoring.side not in ("smoothed", "blurred"):
-        notes.append(f"largest norm / median by block: {', '.join(f'{ratio:.3g}' for ratio in _by_block(scoring))}")
+        largest, shares = _by_block(scoring)
+        notes.append(f"outlying tokens by block: {', '.join(f'{100 * share:.2g} %' for share in shares)}")
+        notes.append(f"largest norm / median by block: {', '.join(f'{ratio:.3g}' for ratio in largest)}")
     return Scores(tuple(figures), by_image=_overall(found), picture=_pictures(scoring), notes=tuple(notes))
 
 
-def _by_block(scoring: Scoring) -> list[float]:
-    """Return the largest norm over the image's median norm in each block, over all images."""
+def _by_block(scoring: Scoring) -> tuple[list[float], list[float]]:
+    """Return, over all images, the largest norm over the image's median in each block, and the outlying share there."""
     import torch
 
     whole = scoring.features.test[WHOLE]
     worst = [_ratios(whole.part("norms", index)).flatten(1).amax(dim=1) for index in range(len(whole))]
-    return torch.stack(worst).amax(dim=0).tolist()
+    marked = [whole.part("outlying_by_block", index).float().flatten(1) for index in range(len(whole))]
+    shares = sum(each.sum(dim=1) for each in marked) / sum(each.shape[1] for each in marked)
+    return torch.stack(worst).amax(dim=0).tolist(), torch.as_tensor(shares).tolist()
 
 
 def _ratios(norms: Tensor) -> Tensor:
@@ -141,6 +152,7 @@ def _measured(scoring: Scoring, index: int) -> dict[str, float]:
     numbers |= _fidelity(scoring, index, patches, marked)
     numbers["outlying"] = whole.part("outlying", index).float().mean().item()
     numbers["largest"] = _ratios(whole.part("norms", index)).max().item()
+    numbers["finite"] *= float(math.isfinite(numbers["largest"]))
     return numbers
 
 
@@ -228,11 +240,15 @@ def _fidelity(scoring: Scoring, index: int, patches: Tensor, marked: Tensor) -> 
 
 
 def gram_drift(patches: Tensor, reference: Tensor) -> float:
-    """Return the root mean square difference of the cosines between all pairs of tokens, to those of the reference."""
+    """Return the root mean square difference of the cosines between all pairs of tokens, to those of the reference.
+
+    For unit tokens A and B, `[T, N]`: ‖AAᵀ − BBᵀ‖² = ‖AᵀA‖² + ‖BᵀB‖² − 2 ‖AᵀB‖², which needs no T × T matrix.
+    """
     from torch.nn.functional import normalize
 
-    one, other = (normalize(each.flatten(0, 1), dim=-1) for each in (patches, reference))
-    return (one @ one.T - other @ other.T).square().mean().sqrt().item()
+    one, other = (normalize(each.flatten(0, 1).double(), dim=-1) for each in (patches, reference))
+    squared = (one.T @ one).square().sum() + (other.T @ other).square().sum() - 2 * (one.T @ other).square().sum()
+    return (squared.clamp_min(0).sqrt() / len(one)).item()
 
 
 def _pictures(scoring: Scoring) -> Callable[[int], Pixels]:

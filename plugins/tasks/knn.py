@@ -15,6 +15,7 @@ from sinder_cli import Backbone, hookimpl
 from sinder_cli.tasks import (
     Dataset,
     Features,
+    Pixels,
     Places,
     Scores,
     Scoring,
@@ -74,42 +75,60 @@ def score(scoring: Scoring) -> Scores:
     train, test = scoring.features.train[VIEW], scoring.features.test[VIEW]
     known, truth = (torch.tensor(list(each)) for each in (scoring.dataset.train_truth, scoring.dataset.truth))
     most = min(max(settings.k), len(train))
-    found = [
-        votes_of(neighbours(some, _vectors(train, KNOWN_AT_A_TIME), most), known, classes, settings)
-        for some in _vectors(test, TESTED_AT_A_TIME)
-    ]
-    ranked = {k: torch.cat([votes[k] for votes in found]) for k in settings.k}
+    right: dict[int, list[Tensor]] = {k: [] for k in settings.k}  # by k: of the five best classes, bool [n, ≤ 5]
+    chances, nearest, first = [], [], 0
+    for some in _vectors(test, TESTED_AT_A_TIME, scoring.device):
+        near = neighbours(some, _vectors(train, KNOWN_AT_A_TIME, scoring.device), most)
+        own = truth[first : first + len(some)]
+        for k, votes in votes_of(near, known, classes, settings).items():
+            right[k].append(votes.topk(min(5, classes), dim=1).indices == own[:, None])
+            if k == settings.k[0]:
+                chances.append(votes.gather(1, own[:, None])[:, 0])
+        nearest.append(near[1][:, 0])
+        first += len(some)
     figures, notes = [], []
-    for k, votes in ranked.items():
-        right = votes.topk(min(5, classes), dim=1).indices == truth[:, None]
-        figures.append(mean_figure(f"top-1, k={k}", right[:, 0].double()))
+    for k, parts in right.items():
+        found = torch.cat(parts)
+        figures.append(mean_figure(f"top-1, k={k}", found[:, 0].double()))
         if classes > 5:
-            figures.append(mean_figure(f"top-5, k={k}", right.any(dim=1).double()))
+            figures.append(mean_figure(f"top-5, k={k}", found.any(dim=1).double()))
         if k > most:
             notes.append(f"k={k}: there are {most} training images")
-    chance = ranked[settings.k[0]].gather(1, truth[:, None])[:, 0]
-    return Scores(tuple(figures), by_image=chance, notes=tuple(notes))
+    if classes <= 5:
+        notes.append("top-5 is left out: there are no more than five classes")
+    indices = torch.cat(nearest)
+
+    def picture(index: int) -> Pixels:
+        """Show the nearest image to train on."""
+        from sinder_cli.tasks import shrunk
+
+        train = scoring.dataset.train
+        assert train is not None  # the task reads it
+        return shrunk(train.load(int(indices[index])))[0]
+
+    return Scores(tuple(figures), by_image=torch.cat(chances), picture=picture, notes=tuple(notes))
 
 
-def _vectors(features: Features, at_a_time: int) -> Iterator[Tensor]:
+def _vectors(features: Features, at_a_time: int, device: str) -> Iterator[Tensor]:
     """Yield cls of some images at a time, normalized, `[n, N]`; values that are not finite become 0."""
     import torch
     from torch.nn.functional import normalize
 
     for first in range(0, len(features), at_a_time):
         some = range(first, min(first + at_a_time, len(features)))
-        vectors = torch.stack([features.part("cls", index) for index in some])
+        vectors = torch.stack([features.part("cls", index) for index in some]).to(device)
         yield normalize(vectors.nan_to_num(nan=0, posinf=0, neginf=0), dim=1)
 
 
 def neighbours(test: Tensor, train: Iterable[Tensor], most: int) -> tuple[Tensor, Tensor]:
     """Return the largest cosines of unit vectors `[n, N]` with those of `train`, and their indices, `[n, most]`.
 
-    `train` yields unit vectors `[m, N]`, which are counted on; the nearest come first.
+    `train` yields unit vectors `[m, N]`, which are counted on; the nearest come first. Both are returned on the CPU.
     """
     import torch
 
-    values, indices = torch.empty(len(test), 0), torch.empty(len(test), 0, dtype=torch.int64)
+    values = torch.empty(len(test), 0, device=test.device)
+    indices = torch.empty(len(test), 0, dtype=torch.int64, device=test.device)
     first = 0
     for known in train:
         near = [(part @ known.T).topk(min(most, len(known)), dim=1) for part in test.split(AT_A_TIME)]
@@ -118,7 +137,7 @@ def neighbours(test: Tensor, train: Iterable[Tensor], most: int) -> tuple[Tensor
         order = values.topk(min(most, values.shape[1]), dim=1)
         values, indices = order.values, indices.gather(1, order.indices)
         first += len(known)
-    return values, indices
+    return values.cpu(), indices.cpu()
 
 
 def votes_of(near: tuple[Tensor, Tensor], classes: Tensor, count: int, settings: KnnSettings) -> dict[int, Tensor]:

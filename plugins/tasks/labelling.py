@@ -77,10 +77,10 @@ def _measured(sums: Tensor, shape: tuple[int, ...], measure: Callable[[Tensor], 
     return measure(sums.unflatten(-1, shape)).mean(dim=-1)
 
 
-def figures_of(overlaps: Tensor) -> tuple[Figure, ...]:
-    """Return mIoU and accuracies of overlaps `[images, repetitions, 3, C]`."""
+def figures_of(overlaps: Tensor, noise: float = 0.0) -> tuple[Figure, ...]:
+    """Return mIoU, with what its repetitions differ by, and accuracies of overlaps `[images, repetitions, 3, C]`."""
     return (
-        overlap_figure("mIoU", overlaps, mean_iou, MIOU_NOISE),
+        overlap_figure("mIoU", overlaps, mean_iou, noise),
         overlap_figure("accuracy", overlaps, pixel_accuracy),
         overlap_figure("mean class accuracy", overlaps, mean_class_accuracy),
     )
@@ -88,9 +88,8 @@ def figures_of(overlaps: Tensor) -> tuple[Figure, ...]:
 
 def figures_by_class(overlaps: Tensor, classes: Sequence[str]) -> tuple[Figure, ...]:
     """Return the IoU of each class as a figure, of overlaps `[images, repetitions, 3, C]`."""
-    return tuple(
-        overlap_figure(f"IoU, {name}", overlaps[..., at : at + 1], mean_iou) for at, name in enumerate(classes)
-    )
+    names = [name if classes.count(name) == 1 else f"{name} ({at})" for at, name in enumerate(classes)]
+    return tuple(overlap_figure(f"IoU, {name}", overlaps[..., at : at + 1], mean_iou) for at, name in enumerate(names))
 
 
 def words_by_class(overlaps: Tensor, classes: Sequence[str]) -> str:

@@ -31,6 +31,7 @@ from sinder_cli.tasks import (
 )
 
 from .labelling import (
+    MIOU_NOISE,
     LabelSettings,
     by_image,
     class_picture,
@@ -106,7 +107,7 @@ def score(scoring: Scoring) -> Scores:
         height, width = dataset.truth[index].read().shape
         return class_picture(found(index, (height, width)).numpy())
 
-    figures = figures_of(counted) + (figures_by_class(counted, classes) if settings.by_class else ())
+    figures = figures_of(counted, MIOU_NOISE) + (figures_by_class(counted, classes) if settings.by_class else ())
     notes = [words_by_class(counted, classes)]
     if unseen := [name for name, is_seen in zip(classes, seen.tolist(), strict=True) if not is_seen]:
         notes.append(f"{len(unseen)} of {len(classes)} classes were never trained on: {', '.join(unseen)}")

@@ -6,8 +6,9 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from sinder_cli.errors import ConflictError, SinderError, UnavailableError, Usag
 OWN_DISTRIBUTION = "sinder-cli"  # its plugins are the built-in ones
 FOLDER = "/./FOLDER"  # ends a listed name of a plugin that accepts folders
 CHECKPOINT_ENDINGS = (".pth", ".pt", ".safetensors", ".bin", ".ckpt", ".tar", ".npz", ".onnx")
+LIBRARIES = ("timm", "transformers", "xformers")  # distributions whose code may run a model
 ALLOWED = "SINDER_PLUGINS"  # environment variable: names of the plugins that may load, separated by commas
 
 
@@ -68,6 +70,16 @@ def allowed_plugins(plugins: Mapping[str, PluginEntry]) -> dict[str, PluginEntry
         why = f"no plugin {unknown[0]!r} is installed"
         raise UsageError(f"{ALLOWED} names an unknown plugin", why, f"there are {', '.join(plugins)}")
     return {name: plugin for name, plugin in plugins.items() if not named or name in named}
+
+
+def plugin_versions() -> dict[str, str]:
+    """Return the versions of all distributions that offer backbones, and of the libraries that run models for them."""
+    entries = entry_points(group=contract.ENTRY_POINT_GROUP)
+    offering = {entry.dist.name: entry.dist.version for entry in entries if entry.dist}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            offering[name] = version(name)
+    return dict(sorted(offering.items()))
 
 
 def allowed_names() -> list[str]:

@@ -43,13 +43,23 @@ def shifted(images: Tensor, patch_size: int) -> Tensor:
 def found_again(whole: Tensor, view: Tensor) -> Tensor:
     """Return which tokens of a view `[h − CELLS, w − CELLS, N]` are found in the image `[h, w, N]`; bool, as the view.
 
-    The nearest token is the one with the highest cosine, after the mean token of each side is subtracted.
+    The nearest token is the one with the highest cosine, after the mean token of each side is subtracted. A token that
+    is not finite is not found, and finds no other one.
     """
     h, w, _ = whole.shape
-    places, tokens = (normalize(each.flatten(0, 1) - each.mean(dim=(0, 1)), dim=-1) for each in (whole, view))
+    places, tokens = (_centred(each.flatten(0, 1)) for each in (whole, view))
     nearest = torch.cat([(part @ places.T).argmax(dim=1) for part in tokens.split(AT_A_TIME)])
     nearest = nearest.view(h - CELLS, w - CELLS)
     rows, columns = nearest // w - CELLS, nearest % w - CELLS  # in the view's own rows and columns
     own_rows = torch.arange(h - CELLS, device=whole.device)[:, None]
     own_columns = torch.arange(w - CELLS, device=whole.device)[None]
-    return ((rows - own_rows).abs() <= NEAR) & ((columns - own_columns).abs() <= NEAR)
+    near = ((rows - own_rows).abs() <= NEAR) & ((columns - own_columns).abs() <= NEAR)
+    return near & view.isfinite().all(dim=-1)
+
+
+def _centred(tokens: Tensor) -> Tensor:
+    """Subtract the mean of the finite tokens `[T, N]` and normalize; those that are not finite become 0."""
+    finite = tokens.isfinite().all(dim=1, keepdim=True)
+    known = tokens.where(finite, 0)
+    mean = known.sum(dim=0) / finite.sum().clamp_min(1)
+    return normalize((known - mean).where(finite, 0), dim=-1)

@@ -45,6 +45,7 @@ Part = Literal[
     "value",
     "norms",  # [blocks, h, w]: of the residual stream after each block
     "outlying",  # bool [h, w]: outlying at some block of this side, as defects are
+    "outlying_by_block",  # bool [blocks, h, w]
     "colour",  # [h, w, 3]: the mean of each patch's pixels, 0 to 1
 ]
 OF_PATCHES: frozenset[Part] = frozenset({"mean", "patches", "stream", "query", "key", "value"})
@@ -146,7 +147,8 @@ class Figure:
     """One measured figure of one side: statistics of each image, and what their sum over images amounts to.
 
     Keeping the statistics by image lets the engine resample images. `value` takes sums `[…, d]` to `[…]`, in float64;
-    it returns NaN where there is nothing to measure.
+    it returns NaN where there is nothing to measure. An image whose statistics are all 0 has nothing to measure: a
+    difference between sides leaves it out of both.
     """
 
     name: str
@@ -155,6 +157,7 @@ class Figure:
     better: Literal["higher", "lower", "neither"] = "higher"
     unit: Literal["%", ""] = "%"  # %: the value is a fraction, shown × 100
     noise: float = 0.0  # difference, in shown units, that published repetitions of the protocol have
+    caution: str = ""  # what the figure cannot see, in one sentence
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,7 @@ def mean_figure(
     unit: Literal["%", ""] = "%",
     noise: float = 0.0,
     weights: Tensor | None = None,
+    caution: str = "",
 ) -> Figure:
     """Return the figure that is the mean of one value an image, `[images]`; NaN values are left out.
 
@@ -209,7 +213,7 @@ def mean_figure(
     counts = torch.ones_like(numbers) if weights is None else weights.double()
     known = numbers.isfinite() & (counts > 0)
     pairs = torch.stack([numbers.where(known, 0), counts.where(known, 0)], dim=1)
-    return Figure(name, pairs, _ratio, better, unit, noise)
+    return Figure(name, pairs, _ratio, better, unit, noise, caution)
 
 
 def _ratio(sums: Tensor) -> Tensor:

@@ -9,9 +9,12 @@ Memory does not grow with the number of images.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby
@@ -29,7 +32,8 @@ from sinder_cli.evaluation.contract import Part, SideName
 from sinder_cli.evaluation.views import DERIVED, DERIVED_MEANS, Observer
 from sinder_cli.events import Emit, tracked
 from sinder_cli.files import make_folder, output_error, write_json
-from sinder_cli.images.loading import load_in_order
+from sinder_cli.images.decoding import UnreadableImageError
+from sinder_cli.images.loading import Changes, load_in_order
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,10 +77,10 @@ class Store:
     def path(self, chunk: int) -> Path:
         return self.folder / f"{chunk:05}.safetensors"
 
-    def missing(self, parts: Iterable[Part]) -> list[int]:
-        """Return the chunks that cannot be read, or lack one of the parts, or an image that could not be read then."""
+    def lacking(self, parts: Iterable[Part]) -> list[int]:
+        """Return the chunks that cannot be read, or lack one of the parts."""
         wanted = ALWAYS | set(parts)
-        return [chunk for chunk in self.chunks if not wanted <= _kept(self.path(chunk))]
+        return [chunk for chunk in self.chunks if not wanted <= _Held.by(self.path(chunk)).parts]
 
     def indices(self, chunk: int) -> range:
         """Return the images of a chunk."""
@@ -84,12 +88,7 @@ class Store:
 
     def problems(self) -> dict[int, str]:
         """Return the images that could not be read, with the reason."""
-        found: dict[int, str] = {}
-        for chunk in self.chunks:
-            with safe_open(self.path(chunk), "pt") as file:
-                noted = json.loads((file.metadata() or {}).get("problems", "{}"))
-            found |= {int(index): why for index, why in noted.items()}
-        return found
+        return {index: why for chunk in self.chunks for index, why in _Held.by(self.path(chunk)).problems.items()}
 
     def read(self, name: str, index: int) -> Tensor | None:
         """Return one part of one image as it is stored, or None if it has none."""
@@ -98,16 +97,25 @@ class Store:
         return file.get_tensor(key) if key in names else None
 
 
-def _kept(path: Path) -> frozenset[str]:
-    """Return the parts that a chunk holds of all its images; none if it is to be extracted again."""
-    if not path.is_file():
-        return frozenset()
-    try:
-        with safe_open(path, "pt") as file:
-            noted = file.metadata() or {}
-    except (SafetensorError, OSError):
-        return frozenset()
-    return frozenset(json.loads(noted["parts"])) if noted.get("problems") == "{}" else frozenset()
+@dataclass(frozen=True)
+class _Held:
+    """What a chunk holds: parts, of all its images but those that could not be read, with the reason."""
+
+    parts: frozenset[str] = frozenset()
+    problems: Mapping[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def by(cls, path: Path) -> _Held:
+        """Read it from a file; nothing, if the file is not there or is damaged."""
+        if not path.is_file():
+            return cls()
+        try:
+            with safe_open(path, "pt") as file:
+                noted = file.metadata() or {}
+        except (SafetensorError, OSError):
+            return cls()
+        problems = {int(index): why for index, why in json.loads(noted["problems"]).items()}
+        return cls(frozenset(json.loads(noted["parts"])), problems)
 
 
 @lru_cache(maxsize=8)
@@ -130,8 +138,21 @@ class Extraction:
         return self.preprocess.view.parts
 
     def missing(self) -> list[int]:
-        """Return the chunks that are not there yet, or lack one of the parts."""
-        return self.store.missing(self.parts)
+        """Return the chunks that lack one of the parts, or an image that could not be read then, and can be now."""
+        lacking = self.store.lacking(self.parts)
+        again = {
+            index // self.store.at_a_time
+            for index in (self.store.problems() if len(lacking) < len(self.store.chunks) else ())
+            if self._can_be_read(index)
+        }
+        return sorted({*lacking, *again})
+
+    def _can_be_read(self, index: int) -> bool:
+        try:
+            self.preprocess.fit(self.source.load(index, self.preprocess.decoded_for))
+        except UnreadableImageError:
+            return False
+        return True
 
     def run(
         self,
@@ -155,7 +176,7 @@ class Extraction:
         order = [index for chunk in mine for index in self.store.indices(chunk)]
         loaded = load_in_order(self.source, self.preprocess, order, workers)
         label = f"{side}: features"
-        with_progress = tracked(loaded, emit, label, len(order), "images") if order else iter(())
+        with_progress = tracked(_noting_pages(loaded, emit), emit, label, len(order), "images") if order else iter(())
         for chunk, images in groupby(with_progress, key=lambda image: image.index // self.store.at_a_time):
             self._write(chunk, list(_observed(observer, images, batch_size, device)))
         ranks.all_gather(None)
@@ -168,16 +189,30 @@ class Extraction:
         write_json(self.store.folder / "about.json", {**self.about, "version": VERSION})
 
     def _write(self, chunk: int, images: Sequence[_Observed]) -> None:
-        """Write a chunk; parts that it held already and that are not among ours stay."""
+        """Write a chunk; other parts than ours that it held already stay, if they are of the same images."""
         path = self.store.path(chunk)
         found = {f"{each.index}.{name}": _stored(name, value) for each in images for name, value in each.parts.items()}
-        problems = {str(each.index): each.problem for each in images if each.problem}
+        problems = {each.index: each.problem for each in images if each.problem}
         fresh = ALWAYS | set(self.parts)
-        kept = _kept(path) - fresh
-        found |= _tensors_of(path, kept)
-        noted = {"problems": json.dumps(problems), "parts": json.dumps(sorted(fresh | kept))}
-        _opened.cache_clear()  # the chunk may be another now
-        write_safetensors(path, infos_of(found), found.values(), noted)
+        with _alone(self.store.folder):
+            held = _Held.by(path)
+            kept = held.parts - fresh if held.problems.keys() == problems.keys() else frozenset()
+            found |= _tensors_of(path, kept)
+            noted = {"problems": json.dumps(problems), "parts": json.dumps(sorted(fresh | kept))}
+            _opened.cache_clear()  # the chunk may be another now
+            write_safetensors(path, infos_of(found), found.values(), noted)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from adding parts to the same chunk meanwhile, where the file system can lock folders."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _tensors_of(path: Path, parts: Iterable[str]) -> dict[str, Tensor]:
@@ -199,6 +234,16 @@ def shared(extractions: Iterable[Extraction]) -> list[Extraction]:
             each = replace(each, preprocess=replace(each.preprocess, view=view))
         joined[each.store.folder] = each
     return list(joined.values())
+
+
+def _noting_pages(images: Iterable[LoadedImage], emit: Emit) -> Iterator[LoadedImage]:
+    """Yield the images; at the end, emit a note if only the first page was used of some."""
+    changes = Changes()
+    for image in images:
+        if "first page" in image.changes:
+            changes.add(replace(image, changes=("first page",)))
+        yield image
+    changes.tell(emit)
 
 
 @dataclass(frozen=True)
@@ -258,14 +303,14 @@ class StoredFeatures:
         return len(self.indices)
 
     def part(self, name: Part, index: int) -> Tensor:
-        """Return one part of one image: float32, or bool for `outlying`. Raises `ValueError` for one not kept."""
+        """Return one part of one image: float32, or bool for what is outlying. Raises `ValueError` for one not kept."""
         if name not in self.parts:
             raise ValueError(f"the view keeps {', '.join(sorted(self.parts))}, and no {name}")
         at = self.indices[index]
         if name == "mean":
             return self._read(DERIVED_MEANS.get(self.side, name), at)
         value = self._read(name, at)
-        if name == "outlying":
+        if name.startswith("outlying"):
             return value.bool()
         if self.side in DERIVED and value.dim() == 3 and name not in {"norms", "colour"}:
             return DERIVED[self.side](value, self._read("outlying", at).bool())

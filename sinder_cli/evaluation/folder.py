@@ -16,18 +16,19 @@ from sinder_cli.files import make_folder, output_error, require_creatable_folder
 FEATURES = "features"  # kept, and used again by later calls
 PICTURES = "pictures"
 PICTURE_NAME = re.compile(r".+-\d{5,}-\d\.(png|jpg)")  # task, image, panel
-DOCUMENT = "evaluation.json"
-WRITTEN = (DOCUMENT, "evaluation.csv", "report.html", PICTURES)
+DOCUMENT, TABLE, PAGE = "evaluation.json", "evaluation.csv", "report.html"
+WRITTEN = (DOCUMENT, TABLE, PAGE, PICTURES)
 
 
 def begin_evaluation(folder: Path) -> None:
-    """Create the folder, and remove an earlier evaluation from it: its document first, its pictures by their names.
+    """Create the folder, and remove page and pictures of an earlier evaluation from it, but not its document.
 
-    Raises `CannotCreateError` or `StorageError` for what the file system refuses.
+    Pictures are removed by their names. Raises `CannotCreateError` or `StorageError` for what the file system refuses.
     """
     try:
         make_folder(folder / PICTURES)
-        (folder / DOCUMENT).unlink(missing_ok=True)
+        for name in (PAGE, TABLE):
+            (folder / name).unlink(missing_ok=True)
         for old in (folder / PICTURES).iterdir():
             if PICTURE_NAME.fullmatch(old.name):
                 old.unlink()
@@ -44,6 +45,8 @@ def require_evaluation_place(folder: Path, force: bool) -> None:
         require_creatable_folder(folder)
         return
     names = {path.name for path in folder.iterdir()} - {FEATURES}
+    if names == {PICTURES} and not any((folder / PICTURES).iterdir()):  # as when the first write failed
+        names = set()
     ours = DOCUMENT in names and names <= set(WRITTEN)
     if names and not ours:
         raise CannotCreateError(f"cannot create {folder}", "it holds other files", "choose another --out")

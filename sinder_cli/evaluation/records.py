@@ -22,8 +22,11 @@ class DifferenceRecord(Record):
     """A paired difference between two sides, in the unit of the figure."""
 
     value: float
-    low: float = Field(description="2.5th percentile over resamples of the images.")
-    high: float = Field(description="97.5th percentile.")
+    low: float | None = Field(
+        default=None, description="2.5th percentile over resamples of the images; None for too few images."
+    )
+    high: float | None = Field(default=None, description="97.5th percentile.")
+    images: int = Field(description="Images in which both sides have something to measure.")
     standing: Standing
 
 
@@ -32,6 +35,7 @@ class ValueRecord(Record):
 
     side: SideName
     value: float | None = Field(description="None where there is nothing to measure.")
+    images: int = Field(description="Images with something to measure.")
     to_original: DifferenceRecord | None = None
     to_smoothed: DifferenceRecord | None = None
 
@@ -43,6 +47,7 @@ class FigureRecord(Record):
     unit: Literal["%", ""]
     better: Literal["higher", "lower", "neither"]
     noise: float = Field(description="Difference that published repetitions of the protocol have, in the unit.")
+    caution: str = Field(default="", description="What the figure cannot see.")
     values: tuple[ValueRecord, ...]
 
     def of(self, side: SideName) -> ValueRecord | None:
@@ -100,6 +105,7 @@ class Evaluation(Record):
                         "better": figure.better,
                         "side": value.side,
                         "value": value.value,
+                        "images": value.images,
                         "difference": to_original and to_original.value,
                         "low": to_original and to_original.low,
                         "high": to_original and to_original.high,

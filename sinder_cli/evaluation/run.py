@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sinder_cli import __version__
 from sinder_cli.backbone.contract import Backbone
 from sinder_cli.backbone.opening import load_module
+from sinder_cli.backbone.registry import plugin_versions
 from sinder_cli.defects.inpainting import inpainted
 from sinder_cli.distributed import Ranks, require_alike
 from sinder_cli.errors import BadInputError, ConflictError, UnavailableError
@@ -107,30 +109,42 @@ class EvaluationResult:
 
 
 def run_evaluation(
-    given: EvaluationInput, settings: EvaluateSettings, emit: Emit, ranks: Ranks
+    given: EvaluationInput,
+    settings: EvaluateSettings,
+    emit: Emit,
+    ranks: Ranks,
+    keep: Callable[[EvaluationResult], None] = lambda _: None,
 ) -> EvaluationResult | None:
     """Run all tasks; each of several ranks extracts its share of the features, and rank 0 alone gets the result.
 
+    `keep` is called with the result so far after each task, so that a later one that fails costs no earlier one.
     Raises `ConflictError` for two models whose tokens do not compare, and the errors of tasks for malformed data.
     """
     if given.repaired is not None:
         _require_comparable(given.original, given.repaired)
     read = [_Task.read(run, given.original, settings) for run in given.tasks]  # all of them, before anything is run
     for each in read:
-        require_alike({f"data of {each.task.name}": each.dataset.test.fingerprint()}, ranks)
+        facts = {f"{split} data of {each.task.name}": source.fingerprint() for split, source in each.splits()}
+        require_alike(facts, ranks)
     fingerprints = _fingerprints(given)
-    stores = [_stores_by_side(each, given, settings, fingerprints) for each in read]
+    require_alike({f"the {side} model": fingerprint for side, fingerprint in fingerprints.items()}, ranks)
+    stores = _in_the_folders_of_rank0([_stores_by_side(each, given, settings, fingerprints) for each in read], ranks)
     _extract_all(stores, given, settings, emit, ranks)
     if not ranks.writes:
         return None
-    finished = [_scored(each, of, given, settings, emit) for each, of in zip(read, stores, strict=True)]
     evaluation = Evaluation(
         sinder=__version__,
         sides=_side_records(given, settings, fingerprints),
-        tasks=tuple(record for record, _ in finished),
+        tasks=(),
         settings=settings.model_dump(exclude={"workers"}) | {"device": given.device},
     )
-    return EvaluationResult(evaluation, tuple(scored for _, scored in finished))
+    result = EvaluationResult(evaluation, ())
+    for each, of in zip(read, stores, strict=True):
+        record, scored = _scored(each, of, given, settings, emit)
+        tasks = (*result.evaluation.tasks, record)
+        result = EvaluationResult(evaluation.model_copy(update={"tasks": tasks}), (*result.scored, scored))
+        keep(result)
+    return result
 
 
 def _require_comparable(first: Backbone, second: Backbone) -> None:
@@ -219,6 +233,23 @@ def _stores_by_side(
     return found
 
 
+def _in_the_folders_of_rank0(stores: Sequence[dict[SideName, Stores]], ranks: Ranks) -> list[dict[SideName, Stores]]:
+    """Return the stores with the folders of rank 0: the times of files, which are in the key, may differ elsewhere."""
+    folders = ranks.from_rank0(
+        lambda: [[[found.store.folder for found in of.values()] for of in each.values()] for each in stores]
+    )
+    return [
+        {
+            side: {
+                place: replace(found, store=replace(found.store, folder=folder))
+                for (place, found), folder in zip(of.items(), of_side, strict=True)
+            }
+            for (side, of), of_side in zip(each.items(), of_task, strict=True)
+        }
+        for each, of_task in zip(stores, folders, strict=True)
+    ]
+
+
 def _model_of(side: SideName, given: EvaluationInput) -> Backbone:
     """Return the model whose weights a side has; all placebos have the original's."""
     return given.repaired if side == "repaired" and given.repaired is not None else given.original
@@ -261,7 +292,7 @@ def _about(
         "tf32": settings.tf32,
         "device": given.device.split(":")[0],
         "attention": given.attention,
-        "versions": {"sinder": __version__, "torch": torch.__version__},
+        "versions": {"sinder": __version__, "torch": torch.__version__, **plugin_versions()},
     }
 
 
@@ -429,7 +460,11 @@ def _features_of(
 
 
 def _figures(scores: Mapping[SideName, Scores], images: int, settings: EvaluateSettings) -> tuple[FigureRecord, ...]:
-    """Return every figure with all sides compared."""
+    """Return every figure with all sides compared. Raises `ValueError` for two figures of one name."""
+    for found in scores.values():
+        names = Counter(figure.name for figure in found.figures)
+        if twice := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"two figures are called {twice[0]!r}")
     records = []
     for name in dict.fromkeys(figure.name for found in scores.values() for figure in found.figures):
         of_sides = {side: figure for side, found in scores.items() for figure in found.figures if figure.name == name}
@@ -438,12 +473,22 @@ def _figures(scores: Mapping[SideName, Scores], images: int, settings: EvaluateS
             ValueRecord(
                 side=side,
                 value=measured.value,
+                images=measured.images,
                 to_original=measured.to_original,
                 to_smoothed=measured.to_smoothed,
             )
             for side, measured in compared(of_sides, images, settings.resamples, settings.seed).items()
         )
-        records.append(FigureRecord(name=name, unit=first.unit, better=first.better, noise=first.noise, values=values))
+        records.append(
+            FigureRecord(
+                name=name,
+                unit=first.unit,
+                better=first.better,
+                noise=first.noise,
+                caution=first.caution,
+                values=values,
+            )
+        )
     return tuple(records)
 
 

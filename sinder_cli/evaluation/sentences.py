@@ -35,24 +35,41 @@ def sentences_of(figures: Sequence[FigureRecord], label: str = "repaired") -> tu
     return tuple(sentence for figure in figures for sentence in _sentences(figure, label))
 
 
+AVERAGING = "averaging the marked tokens at the end"
+
+
 def _sentences(figure: FigureRecord, label: str) -> Iterator[str]:
-    repaired = figure.of("repaired")
+    original, repaired = figure.of("original"), figure.of("repaired")
     if repaired is None or repaired.to_original is None or figure.better == "neither":
         return
-    against, placebo = repaired.to_original, repaired.to_smoothed
+    against = repaired.to_original
     if against.standing == "too few images":
         yield f"{figure.name}: too few images have anything to measure ({shown(against.value)} on those)."
         return
     words = f"{figure.name}: {label} is {_against(against, 'than the original', figure)}"
-    if against.standing == "better" and placebo is not None:
-        if placebo.standing == "better":
-            words += f", and {_against(placebo, 'than averaging the marked tokens at the end', figure)}"
-        else:
-            words += (
-                "; but averaging the marked tokens at the end does as well"
-                f" ({interval(placebo, figure)} against that): by this figure the repair is an inpainting filter"
-            )
+    if original is not None and against.images < max(original.images, repaired.images):
+        words += f", on the {against.images} images in which both can be measured"
+    if repaired.to_smoothed is not None:
+        words += _placebo_words(against.standing == "better", repaired.to_smoothed, figure)
     yield f"{words}."
+
+
+def _placebo_words(better: bool, placebo: DifferenceRecord, figure: FigureRecord) -> str:
+    """Return how the second model compares with the smoothed original, where that matters.
+
+    `better` says whether it is better than the original. The filter is named only where it was measured to be no worse.
+    """
+    compared = f"({interval(placebo, figure)} against that)"
+    filtering = "by this figure the repair is an inpainting filter"
+    if placebo.standing == "worse":
+        return f"; {AVERAGING} is better {compared}" + (f": {filtering}, and not the best" if better else "")
+    if not better:
+        return ""
+    if placebo.standing == "better":
+        return f", and {_against(placebo, f'than {AVERAGING}', figure)}"
+    if placebo.standing == "within noise":
+        return f"; but it is within noise of {AVERAGING} {compared}: {filtering}, as far as these images show"
+    return f"; too few images compare it with {AVERAGING}"
 
 
 def _against(difference: DifferenceRecord, than: str, figure: FigureRecord) -> str:
@@ -64,6 +81,8 @@ def _against(difference: DifferenceRecord, than: str, figure: FigureRecord) -> s
 def interval(difference: DifferenceRecord, figure: FigureRecord) -> str:
     """Return a difference with its interval: +4.7 points, 95 % interval +2.6 to +6.8."""
     unit = " points" if figure.unit == "%" else ""
+    if difference.low is None or difference.high is None:
+        return f"{shown(difference.value)}{unit}"
     return f"{shown(difference.value)}{unit}, 95 % interval {shown(difference.low)} to {shown(difference.high)}"
 
 

@@ -1,8 +1,9 @@
 """Figures of several sides, compared: values, paired differences, and their bootstrap intervals over images.
 
-The same resamples are used for all sides and figures. A difference is said to be within noise if its 95 % interval
-contains zero, or if it is smaller than what repetitions of the protocol differ by. Where fewer than five images have
-something to measure, no difference is judged.
+The same resamples are used for all sides and figures, and a difference is one over the images in which both sides have
+something to measure: else a model would gain by failing on hard images. A difference is said to be within noise if its
+95 % interval contains zero, or if it is smaller than what repetitions of the protocol differ by. Where fewer than five
+images have something to measure, no difference is judged.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from sinder_cli.evaluation.records import DifferenceRecord, Standing
 if TYPE_CHECKING:
     from torch import Tensor
 
-AT_A_TIME = 256  # resamples
+MOST_COUNTS = 2**22  # images × resamples at a time
+BASES: tuple[SideName, ...] = ("original", "smoothed")  # that all sides are compared with
 LEVEL = 0.95
 LEAST_IMAGES = 5  # with something to measure, for an interval to mean anything
 KNOWN = 0.9  # share of the resamples in which there is something to measure
@@ -31,62 +33,76 @@ class Measured:
     """One figure of one side in shown units (%: × 100); None where there is nothing to measure."""
 
     value: float | None
+    images: int  # with something to measure
     to_original: DifferenceRecord | None = None  # None for the original itself
     to_smoothed: DifferenceRecord | None = None
 
 
 def resamples(images: int, count: int, seed: int) -> Iterator[Tensor]:
-    """Yield how often each image is in each resample, `[≤ AT_A_TIME, images]` float64; by the seed alone."""
+    """Yield how often each image is in each of some resamples, `[n, images]` float64; by the seed alone."""
     generator = torch.Generator().manual_seed(seed)
-    for start in range(0, count, AT_A_TIME):
-        drawn = torch.randint(images, (min(AT_A_TIME, count - start), images), generator=generator)
+    at_a_time = max(1, MOST_COUNTS // images)
+    for start in range(0, count, at_a_time):
+        drawn = torch.randint(images, (min(at_a_time, count - start), images), generator=generator)
         counts = torch.zeros(drawn.shape, dtype=torch.float64)
         yield counts.scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
 
 
 def compared(figures: Mapping[SideName, Figure], images: int, count: int, seed: int) -> dict[SideName, Measured]:
     """Return a figure of every side, and its differences to the original and to the smoothed original."""
-    statistics = {side: figure.statistics.double() for side, figure in figures.items()}
-    values = {side: _value(figure, statistics[side]) for side, figure in figures.items()}
-    parts: dict[SideName, list[Tensor]] = {side: [] for side in figures}
+    pairs = [(side, base) for base in BASES if base in figures for side in figures if side != base]
+    common = {(side, base): _known(figures[side]) & _known(figures[base]) for side, base in pairs}
+    parts: dict[tuple[SideName, SideName], list[Tensor]] = {pair: [] for pair in pairs}
     for counts in resamples(images, count, seed):
-        for side, figure in figures.items():
-            parts[side].append(figure.value(counts @ statistics[side]) * _scale(figure))
-    resampled = {side: torch.cat(found) for side, found in parts.items()}
+        for (side, base), known in common.items():
+            own, other = (_values(figures[each], counts * known) for each in (side, base))
+            parts[side, base].append(own - other)
+    values = {side: _value(figure) for side, figure in figures.items()}
 
     def difference(side: SideName, base: SideName) -> DifferenceRecord | None:
-        own, other = values[side], values.get(base)
-        if side == base or own is None or other is None:
+        if (side, base) not in common or values[side] is None or values[base] is None:
             return None
-        informative = min(_contributing(statistics[each]) for each in (side, base))
-        return _difference(figures[side], own - other, resampled[side] - resampled[base], informative)
+        known = common[side, base]
+        own, other = (_values(figures[each], known.double()[None])[0].item() for each in (side, base))
+        if not math.isfinite(own - other):
+            return None
+        return _difference(figures[side], own - other, torch.cat(parts[side, base]), int(known.sum()))
 
     return {
-        side: Measured(values[side], difference(side, "original"), difference(side, "smoothed")) for side in figures
+        side: Measured(
+            values[side], int(_known(figure).sum()), difference(side, "original"), difference(side, "smoothed")
+        )
+        for side, figure in figures.items()
     }
 
 
-def _contributing(statistics: Tensor) -> int:
-    """Return how many images have something to measure."""
-    return int((statistics != 0).any(dim=1).sum())
+def _known(figure: Figure) -> Tensor:
+    """Return which images have something to measure, bool `[images]`."""
+    return (figure.statistics != 0).any(dim=1)
+
+
+def _values(figure: Figure, counts: Tensor) -> Tensor:
+    """Return the figure of resamples, `[n]` in shown units, for how often each image is in them, `[n, images]`."""
+    return figure.value(counts @ figure.statistics.double()) * _scale(figure)
 
 
 def _scale(figure: Figure) -> float:
     return 100.0 if figure.unit == "%" else 1.0
 
 
-def _value(figure: Figure, statistics: Tensor) -> float | None:
-    value = figure.value(statistics.sum(dim=0)).item() * _scale(figure)
+def _value(figure: Figure) -> float | None:
+    value = figure.value(figure.statistics.double().sum(dim=0)).item() * _scale(figure)
     return value if math.isfinite(value) else None  # nothing to measure
 
 
-def _difference(figure: Figure, value: float, resampled: Tensor, informative: int) -> DifferenceRecord:
+def _difference(figure: Figure, value: float, resampled: Tensor, images: int) -> DifferenceRecord:
     known = resampled[resampled.isfinite()]
-    if informative < LEAST_IMAGES or len(known) < KNOWN * len(resampled):
-        return DifferenceRecord(value=value, low=value, high=value, standing="too few images")
+    if images < LEAST_IMAGES or len(known) < KNOWN * len(resampled):
+        return DifferenceRecord(value=value, images=images, standing="too few images")
     tail = (1 - LEVEL) / 2
     low, high = (torch.quantile(known, at).item() for at in (tail, 1 - tail))
-    return DifferenceRecord(value=value, low=low, high=high, standing=_standing(figure, value, low, high))
+    standing = _standing(figure, value, low, high)
+    return DifferenceRecord(value=value, low=low, high=high, images=images, standing=standing)
 
 
 def _standing(figure: Figure, value: float, low: float, high: float) -> Standing:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from sinder_cli.images.preprocessing import Pixels
 
+OF_BLOCKS = frozenset({"norms", "outlying_by_block"})
 STEERING: tuple[Part, ...] = ("query", "key", "value")
 DERIVED_MEANS = {"smoothed": "mean.smoothed", "blurred": "mean.blurred"}  # kept beside `mean`, for the placebos
 
@@ -178,8 +179,11 @@ class Observer:
         assert before is not None  # a backbone has a block
         assert tokens is not None
         start, found = norm_ratios(norms[0]), norms[1:]
-        marked = torch.stack([outlying(norm_ratios(each), start, self.factor) for each in found]).any(dim=0)
+        by_block = torch.stack([outlying(norm_ratios(each), start, self.factor) for each in found], dim=1)
+        marked = by_block.any(dim=1)
         kept: dict[str, Tensor] = {"outlying": marked}  # in every view: the placebos need it
+        if "outlying_by_block" in parts:
+            kept["outlying_by_block"] = by_block
         if "norms" in parts:
             kept["norms"] = torch.stack(found, dim=1)
         if "stream" in parts:
@@ -243,7 +247,7 @@ def _add(
     if name in {"cls", "stream_cls", "mean", *DERIVED_MEANS.values()}:
         sums[name] = sums.get(name, 0) + value / windows
         return
-    leading = name == "norms"  # [blocks, h, w]; all others have the grid in front
+    leading = name in OF_BLOCKS  # [blocks, h, w]; all others have the grid in front
     shape = (len(value), *grid) if leading else (*grid, *value.shape[2:])
     whole = sums.setdefault(name, value.new_zeros(shape))
     place = (slice(None), rows, columns) if leading else (rows, columns)
@@ -251,7 +255,7 @@ def _add(
 
 
 def _averaged(name: str, sums: Tensor, counts: Tensor) -> Tensor:
-    if name == "outlying":
+    if name.startswith("outlying"):
         return sums > 0
     if name == "norms" or sums.dim() == 2:
         return sums / counts

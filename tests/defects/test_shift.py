@@ -55,6 +55,15 @@ def test_tokens_that_are_alike_are_not_found_again() -> None:
     assert shares.others > 0.5
 
 
+def test_a_token_that_is_not_finite_spoils_no_other() -> None:
+    whole = drawn(7, 9, 12)
+    whole[4, 5, 3] = torch.inf
+    found = found_again(whole, whole[CELLS:, CELLS:])
+    expected = torch.ones_like(found)
+    expected[4 - CELLS, 5 - CELLS] = False
+    assert torch.equal(found, expected)
+
+
 def test_a_group_without_a_token_has_no_share() -> None:
     nothing = torch.zeros(3, 3, dtype=torch.bool)
     assert Retrieval.of(~nothing, nothing) == Retrieval(None, 1.0)

@@ -91,6 +91,7 @@ def side(patches: Tensor, marked: Tensor, colours: Tensor, cls: Tensor) -> SideF
     view = patches[CELLS:, CELLS:] + 0.05 * drawn(*patches[CELLS:, CELLS:].shape, seed=5)
     norms = patches.norm(dim=-1)[None]
     whole = {"stream": [patches], "outlying": [marked], "colour": [colours], "stream_cls": [cls], "norms": [norms]}
+    whole["outlying_by_block"] = [marked[None]]
     return SideFeatures({WHOLE: KeptFeatures(whole), SHIFTED: KeptFeatures({"stream": [view]})})
 
 
@@ -122,7 +123,9 @@ def test_figures_tell_a_repair_from_the_original() -> None:
     assert value(repaired, "marked to original") < 0.9
     assert value(original, "marked to original") == pytest.approx(1)
     assert value(original, "largest norm / median") > 20 > value(repaired, "largest norm / median")
-    (by_block,) = repaired.notes
+    outlying, by_block = repaired.notes
+    assert outlying == "outlying tokens by block: 0 %"
+    assert original.notes[0] == "outlying tokens by block: 2 %"
     assert by_block == f"largest norm / median by block: {value(repaired, 'largest norm / median'):.3g}"  # of one block
     assert original.by_image is not None
     assert repaired.by_image is not None
@@ -139,12 +142,35 @@ def test_fewer_outliers_alone_are_no_success() -> None:
     assert figures["outlying tokens"] == figures["largest norm / median"] == "neither"
 
 
+def test_tokens_beside_marked_ones_are_not_those_that_are_marked() -> None:
+    good = drawn(10, 10, 16)
+    marked = torch.zeros(10, 10, dtype=torch.bool)
+    marked[5, 5] = True
+    spoilt = good.clone()
+    spoilt[5, 5] = 0.0  # never found again
+    features = side(spoilt, marked, drawn(10, 10, 3).sigmoid(), drawn(16))
+    scores = scored(features, features)
+    counts = {f.name: f.statistics.sum(dim=0).tolist() for f in scores.figures if f.name.startswith("shift")}
+    assert counts["shift retrieval, marked"][1] == 1
+    assert counts["shift retrieval, beside marked"] == [8, 8]
+    assert counts["shift retrieval, others"][1] == 64 - 9
+
+
+def test_a_cautious_word_goes_with_figures_that_mislead() -> None:
+    features = side(drawn(8, 8, 8), torch.zeros(8, 8, dtype=torch.bool), drawn(8, 8, 3).sigmoid(), drawn(8))
+    cautions = {figure.name: figure.caution for figure in scored(features, features).figures}
+    assert "ruined model" in cautions["shift retrieval, others"]
+    assert cautions["outlying tokens"] == "Fewer of them are no success by themselves."
+
+
 def test_tokens_that_are_not_finite_end_nothing() -> None:
     patches = drawn(8, 8, 8)
     patches[2, 3] = torch.inf
     features = side(patches, torch.zeros(8, 8, dtype=torch.bool), drawn(8, 8, 3).sigmoid(), drawn(8))
     scores = scored(features, features)
     assert math.isnan(effective_rank(patches))
-    assert scores.notes[0] == "tokens of 1 images are not finite: these count only where they can"
+    assert scores.notes[0] == "1 image has tokens that are not finite: left out where nothing can be measured"
+    others = next(figure for figure in scores.figures if figure.name == "shift retrieval, others")
+    assert others.statistics[0].tolist() == [35, 36]  # all but that token are found again
     assert scores.picture is not None
     assert scores.picture(0).shape == (8, 8, 3)

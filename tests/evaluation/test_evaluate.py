@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sinder_cli import ModelRequest, SinderError, api
+from sinder_cli import BadInputError, ModelRequest, SinderError, api
 from sinder_cli.cli.main import main
 from sinder_cli.evaluation import features as features_module
 from sinder_cli.evaluation import registry
@@ -225,6 +226,69 @@ def test_a_run_is_compared_with_what_it_repaired(tmp_path: Path, capsys: pytest.
         main(evaluate)
     assert end.value.code == 73
     assert "add --force to replace it" in capsys.readouterr().err
+
+
+def test_an_image_that_cannot_be_read_costs_no_other_pass(
+    request_: EvaluateRequest, pictures: Path, tmp_path: Path, passes: list[int]
+) -> None:
+    """The chunk that it is in is used again, with the parts of other tasks; the image alone is tried again."""
+    shutil.copytree(pictures, tmp_path / "pictures")
+    (tmp_path / "pictures" / "2.png").write_bytes(b"no image")
+    request = replace(request_, data=[tmp_path / "pictures"], features=tmp_path / "features")
+    first = api.evaluate(request)
+    done = len(passes)
+    again = api.evaluate(request)
+    assert len(passes) == done > 0
+    assert again.evaluation.tasks[0].figures == first.evaluation.tasks[0].figures
+    assert list(again.evaluation.tasks[0].skipped) == list(first.evaluation.tasks[0].skipped)
+
+
+def test_a_task_that_fails_costs_no_earlier_one(
+    request_: EvaluateRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = registry.task_named("dense")
+
+    def failing(_: Scoring) -> Scores:
+        raise BadInputError("cannot use a.png", "label 99 is out of range")
+
+    def task_named(name: str) -> Task:
+        return dense if name == "dense" else replace(dense, name=name, score=failing)
+
+    monkeypatch.setattr(registry, "task_named", task_named)
+    with pytest.raises(BadInputError, match="label 99"):
+        api.evaluate(replace(request_, tasks=["dense", "second"]), tmp_path / "out")
+    document = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert [task["task"] for task in document["tasks"]] == ["dense"]
+    assert (tmp_path / "out" / "evaluation.csv").read_text().count("\ndense,") > 10
+
+
+def test_a_folder_in_which_the_first_write_failed_can_be_used(request_: EvaluateRequest, tmp_path: Path) -> None:
+    (tmp_path / "out" / "pictures").mkdir(parents=True)
+    (tmp_path / "out" / "features").mkdir()
+    api.evaluate(request_, tmp_path / "out")
+    assert (tmp_path / "out" / "evaluation.json").is_file()
+
+
+def test_two_figures_of_one_name_are_refused(request_: EvaluateRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = registry.task_named("dense")
+
+    def score(_: Scoring) -> Scores:
+        return Scores((mean_figure("f", torch.zeros(5)), mean_figure("f", torch.ones(5))))
+
+    monkeypatch.setattr(registry, "task_named", lambda _: replace(dense, score=score))
+    with pytest.raises(SinderError, match="two figures are called 'f'") as error:
+        api.evaluate(request_)
+    assert error.value.exit_code == 69
+
+
+def test_only_the_first_page_is_said_to_be_used(request_: EvaluateRequest, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures, tmp_path / "pictures")
+    pages = [Image.open(pictures / f"{at}.png").convert("RGB") for at in (0, 1)]
+    pages[0].save(tmp_path / "pictures" / "9.tif", save_all=True, append_images=pages[1:])
+    heard: list[Any] = []
+    api.evaluate(replace(request_, data=[tmp_path / "pictures"]), process=Process(emit=heard.append))
+    texts = [getattr(event, "text", "") for event in heard]
+    assert "only the first page or frame is used of 1 image (9.tif)" in texts
 
 
 def test_a_single_image_is_refused(request_: EvaluateRequest, pictures: Path) -> None:

@@ -51,6 +51,12 @@ def sums(*pairs: tuple[Tensor, Tensor], classes: int = 5) -> Tensor:
     return torch.stack([overlap(*pair, classes) for pair in pairs]).sum(dim=0).double()
 
 
+def test_classes_of_one_name_have_a_figure_each() -> None:
+    overlaps = torch.rand(4, 1, 3, 3)
+    names = [figure.name for figure in figures_by_class(overlaps, ["road", "door", "door"])]
+    assert names == ["IoU, road", "IoU, door (1)", "IoU, door (2)"]
+
+
 def test_overlap_by_hand_leaves_ignored_pixels_out() -> None:
     assert overlap(TRUTH, FOUND, 5).tolist() == [[1, 2, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 0, 1, 0]]
 

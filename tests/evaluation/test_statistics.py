@@ -69,6 +69,46 @@ def test_values_that_are_unknown_are_left_out() -> None:
     assert nothing["original"].value is None
 
 
+def test_a_model_gains_nothing_by_failing_on_hard_images() -> None:
+    """A difference is taken over the images in which both sides can be measured."""
+    values = torch.linspace(0, 1, 30).double()
+    failing = values.clone()
+    failing[:5] = torch.nan  # the hardest
+    figures = {"original": mean_figure("f", values), "repaired": mean_figure("f", failing)}
+    found = compared(figures, 30, 300, 0)
+    difference = found["repaired"].to_original
+    assert difference is not None
+    assert (difference.value, difference.low, difference.high) == pytest.approx((0, 0, 0), abs=1e-9)
+    assert (difference.standing, difference.images) == ("within noise", 25)
+    assert (found["original"].images, found["repaired"].images) == (30, 25)
+    assert found["repaired"].value == pytest.approx(100 * values[5:].mean().item())
+
+
+def test_a_difference_to_the_smoothed_original_is_one_to_that() -> None:
+    values = torch.rand(30, generator=torch.Generator().manual_seed(0)).double()
+    shifted = {"original": 0.0, "repaired": 0.3, "smoothed": 0.1, "blurred": 0.7}
+    figures = {side: mean_figure("f", values + by) for side, by in shifted.items()}
+    found = compared(figures, 30, 100, 0)  # type: ignore[arg-type]
+    to_smoothed = {side: each.to_smoothed.value for side, each in found.items() if each.to_smoothed}
+    assert to_smoothed == pytest.approx({"original": -10, "repaired": 20, "blurred": 60})
+
+
+def test_most_resamples_must_have_something_to_measure() -> None:
+    """A figure that few resamples can measure, here one that needs a certain image, judges nothing."""
+    rows = torch.zeros(30, 2).double()
+    rows[:, 0] = torch.rand(30, generator=torch.Generator().manual_seed(0)) + 1
+    rows[3, 1] = 1  # about 63 % of the resamples have it
+
+    def measure(sums: torch.Tensor) -> torch.Tensor:
+        return torch.where(sums[..., 1] > 0, sums[..., 0], torch.nan)
+
+    figures = {"original": Figure("f", rows, measure), "repaired": Figure("f", rows + 1e-3, measure)}
+    figures["repaired"] = Figure("f", torch.stack([rows[:, 0] + 1, rows[:, 1]], dim=1), measure)
+    difference = compared(figures, 30, 300, 0)["repaired"].to_original  # type: ignore[arg-type]
+    assert difference is not None
+    assert (difference.standing, difference.low) == ("too few images", None)
+
+
 def test_a_mean_over_tokens_weighs_images_by_their_tokens() -> None:
     figure = mean_figure("f", torch.tensor([3.0, 0.0]), weights=torch.tensor([4.0, 1.0]))
     assert compared({"original": figure}, 2, 100, 0)["original"].value == pytest.approx(60)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sinder_cli.escaping import printable
 from sinder_cli.evaluation.contract import SideName
-from sinder_cli.evaluation.folder import DOCUMENT, PICTURES, begin_evaluation
+from sinder_cli.evaluation.folder import DOCUMENT, PAGE, PICTURES, TABLE, begin_evaluation
 from sinder_cli.evaluation.registry import blamed
 from sinder_cli.evaluation.sentences import headline, shown
 from sinder_cli.evaluation.settings import EvaluateSettings
@@ -48,6 +48,7 @@ class Row(NamedTuple):
 
     name: str
     better: str
+    caution: str
     cells: list[Cell | None]
 
 
@@ -70,13 +71,11 @@ class TaskSection(NamedTuple):
 
 
 def write_evaluation(folder: Path, result: EvaluationResult, settings: EvaluateSettings, emit: Emit) -> None:
-    """Write everything into `folder`: the document first, so that no picture that fails can cost the results.
+    """Write everything into `folder`: the values first, so that no picture that fails can cost the results.
 
     Raises `CannotCreateError` or `StorageError` for what the file system refuses.
     """
-    begin_evaluation(folder)
-    write_text(folder / "evaluation.csv", csv_text(result.evaluation))
-    write_json(folder / DOCUMENT, evaluation_document(result.evaluation))
+    write_values(folder, result)
     labels = {side.side: side.label for side in result.evaluation.sides}
     sections = [
         TaskSection(
@@ -88,7 +87,17 @@ def write_evaluation(folder: Path, result: EvaluationResult, settings: EvaluateS
         )
         for record, scored in zip(result.evaluation.tasks, result.scored, strict=True)
     ]
-    write_text(folder / "report.html", render_evaluation_page(result.evaluation, sections))
+    write_text(folder / PAGE, render_evaluation_page(result.evaluation, sections))
+
+
+def write_values(folder: Path, result: EvaluationResult) -> None:
+    """Write the document and the table of all tasks so far; page and pictures of an earlier evaluation are removed.
+
+    Raises `CannotCreateError` or `StorageError` for what the file system refuses.
+    """
+    begin_evaluation(folder)
+    write_json(folder / DOCUMENT, evaluation_document(result.evaluation))
+    write_text(folder / TABLE, csv_text(result.evaluation))
 
 
 def csv_text(evaluation: Evaluation) -> str:
@@ -133,7 +142,10 @@ def _facts(record: TaskRecord) -> list[Named]:
 def _row(figure: FigureRecord, evaluation: Evaluation) -> Row:
     unit = f", {figure.unit}" if figure.unit else ""
     cells = [_cell(figure.of(side.side)) for side in evaluation.sides]
-    return Row(f"{figure.name}{unit}", "" if figure.better == "neither" else f"{figure.better} is better", cells)
+    better = "" if figure.better == "neither" else f"{figure.better} is better"
+    if figure.noise:
+        better += f"; repetitions differ by ±{figure.noise:g}"
+    return Row(f"{figure.name}{unit}", better, figure.caution, cells)
 
 
 def _cell(value: ValueRecord | None) -> Cell | None:
@@ -145,7 +157,9 @@ def _cell(value: ValueRecord | None) -> Cell | None:
     if value.to_original is None:
         return Cell(number, "", "none")
     of = value.to_original
-    words = f"{shown(of.value)} [{shown(of.low)}, {shown(of.high)}]"
+    words = shown(of.value)
+    if of.low is not None and of.high is not None:
+        words += f" [{shown(of.low)}, {shown(of.high)}]"
     return Cell(number, f"{words}, {of.standing}" if of.standing in UNJUDGED else words, KINDS.get(of.standing, "none"))
 
 
