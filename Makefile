@@ -66,10 +66,8 @@ lint: $(VENV)/.tested  ## style, types, layers
 man: $(VENV)/.tested  ## write the man pages anew from the command tree
 	$(BIN)/python -m sinder_cli.cli.manpage man
 
-bench: $(VENV)/.tested  ## ratios against the reference's way, side by side in one run
-	$(BIN)/python tests/benchmarks/repair_step.py
-	$(BIN)/python tests/benchmarks/predict.py
-	$(BIN)/python tests/benchmarks/analyze.py
+bench: $(VENV)/.tested  ## all workloads beside their opponents, in one table: tests/benchmarks/RESULTS.md
+	$(BIN)/python tests/benchmarks/bench.py --write
 
 evidence: $(VENV)/.tested  ## repairs of a real model, into tests/real/EVIDENCE.md; fetches 200 MB once
 	$(BIN)/python tests/real/evidence.py --anew

@@ -1,34 +1,19 @@
-"""`sinder analyze` of a ViT-S on photographs of 518 px, against the bare forward passes, and memory over many images.
-
-    python tests/benchmarks/analyze.py [--images 100] [--many 10000]
-
-Weights are random, in the official format; images are crops of scikit-image's photographs, saved as JPEG. Both sides
-are whole processes with their start-up; the bare one runs tensors that are in memory already.
-"""
+"""`sinder analyze` with its inpainted pass, against two bare forward passes and a loop that keeps all tokens."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import subprocess
-import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import skimage
-import torch
+from measuring import PYTHON, Cost, Row, bytes_below, in_turn, measured, sinder
+from models import model_of
 from PIL import Image
-from repair_step import random_tensor
-from sinder_plugins.dinov2.config import OFFICIAL, Config, tensor_shapes
 
-from sinder_cli import TensorInfo
-from sinder_cli.backbone.storing import write_safetensors
-
-MODEL, SIDE = "dinov2_vits14", 518
+SIDE = 518
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "retina.jpg")
-SMALL = Config(width=64, depth=2, hidden=256, grid=16)
 BARE = """
 import sys, torch
 from pathlib import Path
@@ -41,36 +26,71 @@ with torch.no_grad():
     for _ in range(int(sys.argv[4])):
         module(image)
 """
+KEEPING = """
+import sys, torch
+import numpy as np
+from pathlib import Path
+from PIL import Image
+from sinder_cli import api
+from sinder_cli.backbone.contract import ModelRequest
+from sinder_cli.backbone.opening import load_module
+module = load_module(api.open_model(ModelRequest(sys.argv[1], Path(sys.argv[2]))))
+kept = []
+for block in module.blocks:
+    block.register_forward_hook(lambda module, given, tokens: kept.append(tokens[0].clone()))
+side = int(sys.argv[3])
+with torch.no_grad():
+    for path in sorted(Path(sys.argv[4]).iterdir()):
+        image = Image.open(path).convert("RGB").resize((side, side))
+        pixels = (torch.from_numpy(np.asarray(image).astype(np.float32)) / 255 - 0.45) / 0.22
+        for _ in range(2):  # the second pass stands for the inpainted one
+            module(pixels.permute(2, 0, 1)[None])
+norms = torch.stack([tokens.norm(dim=-1).max() for tokens in kept])
+"""
 
 
-def main() -> None:
-    """Make weights and images, time both sides in turn, and print ratio and memory."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--many", type=int, default=10_000)
-    options = parser.parse_args()
+def rows(tiny: bool) -> Iterator[Row]:
+    """Yield rows for time, for memory over many images, and for the page."""
+    count, many = (2, 4) if tiny else (100, 10_000)
+    size = 98 if tiny else SIDE
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        large, small = folder / "vits.safetensors", folder / "small.safetensors"
-        write_checkpoint(large, OFFICIAL[MODEL])
-        write_checkpoint(small, SMALL)
-        images = write_images(folder / "images", options.images)
-        bare, _ = measured([sys.executable, "-c", BARE, MODEL, str(large), str(SIDE), str(options.images)])
-        whole, peak = measured(analyze(MODEL, large, images))
-        print(
-            f"{options.images} images of {SIDE} px, {MODEL}: analyze {whole:.1f} s ({peak:.2f} GB), bare {bare:.1f} s,"
+        model, weights = model_of("S", folder, tiny)
+        images = write_images(folder / "images", count)
+        ours = sinder(*analyze(model, weights, images), "--image-size", size)
+        bare = [PYTHON, "-c", BARE, model, str(weights), str(size), str(2 * count)]
+        keeping = [PYTHON, "-c", KEEPING, model, str(weights), str(size), str(images)]
+        cost, passes, kept = in_turn([ours, bare, keeping], 1)
+        floor, met = passes.seconds or 1, (cost.seconds or 0) <= 1.1 * (passes.seconds or 0)
+        work = f"`analyze`, {count} images of {size} px, with the inpainted pass"
+        yield Row(
+            work, cost, "a loop with hooks that keeps all tokens", kept, floor, "two bare passes", "≤ 1.1 floors", met
         )
-        print(f"ratio {whole / bare:.2f}; {torch.get_num_threads()} threads, torch {torch.__version__}")
-        for count in (100, options.many):
-            links = link_images(folder / str(count), images, count)
-            seconds, peak = measured([*analyze("dinov2_custom", small, links), "--image-size", "224"])
-            print(f"{count} images of 224 px, a small model: {1024 * peak:.0f} MB at most, {seconds:.1f} s")
+        small, weights = model_of("S", folder, True)
+        counts = max(2, many // 100), many
+        linked = [link_images(folder / f"of {count}", images, count) for count in counts]
+        of_few, of_many = (measured(sinder(*analyze(small, weights, each), "--image-size", 224)) for each in linked)
+        met = (of_many.gigabytes or 0) <= 1.1 * (of_few.gigabytes or 1)
+        work = f"`analyze`, a small model, {many:,} images of 224 px"
+        yield Row(work, of_many, f"the same, {counts[0]:,} images", of_few, goal="constant memory", met=met)
+        model, weights = model_of("S", folder, tiny)
+        eight = link_images(folder / "eight", images, 8)
+        command = (*analyze(model, weights, eight), "--image-size", size)
+        without, with_page = in_turn([sinder(*command), sinder(*command, "--out", folder / "page")], 1)
+        page, everything = (folder / "page" / "report.html").stat().st_size / 1e6, bytes_below(folder / "page") / 1e6
+        seconds = (with_page.seconds or 0) - (without.seconds or 0)
+        yield Row(
+            "`report.html` of 8 images: what `--out` adds",
+            Cost(seconds, with_page.gigabytes),
+            goal="≤ 1.5 MB, ≤ 3 s",
+            met=page <= 1.5 and seconds <= 3,
+            note=f"{page:.2f} MB; {everything:.1f} MB with all files",
+        )
 
 
-def write_checkpoint(path: Path, config: Config) -> None:
-    """Random weights in the official format."""
-    infos = {name: TensorInfo(shape, torch.float32) for name, shape in tensor_shapes(config).items()}
-    write_safetensors(path, infos, (random_tensor(name, info.shape) for name, info in infos.items()))
+def analyze(model: str, weights: Path, images: Path) -> list[str]:
+    """The arguments of the command."""
+    return ["analyze", model, "--weights", str(weights), "--data", str(images), "--format", "json"]
 
 
 def write_images(folder: Path, count: int) -> Path:
@@ -92,23 +112,3 @@ def link_images(folder: Path, images: Path, count: int) -> Path:
     for index in range(count):
         (folder / f"{index:05d}.jpg").symlink_to(files[index % len(files)])
     return folder
-
-
-def analyze(model: str, weights: Path, images: Path) -> list[str]:
-    """The command line."""
-    given = ["--weights", str(weights), "--data", str(images), "--format", "json"]
-    return [sys.executable, "-m", "sinder_cli", "analyze", model, *given]
-
-
-def measured(command: list[str]) -> tuple[float, float]:
-    """Wall seconds and peak resident gigabytes of a process, without those of its children."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command[:5])} … failed with status {status}")
-    return time.perf_counter() - began, usage.ru_maxrss / 2**20
-
-
-if __name__ == "__main__":
-    main()

@@ -57,6 +57,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--tf32", action="store_true")
     parser.add_argument("--vitg", action="store_true", help="ViT-g/14 instead of depth 40, width 384")
+    parser.add_argument("--tiny", action="store_true", help="depth 12, width 64: to see that all runs")
     parser.add_argument("--size", type=int, default=518)
     parser.add_argument("--batch-size", type=int, default=1, help="of our side; the reference takes one image a step")
     parser.add_argument("--steps", type=int, default=6)
@@ -72,7 +73,7 @@ def _in_a_process(side: str) -> dict[str, Any]:
 def _measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.linalg.svd = _remembered(torch.linalg.svd)
-    backbone = random_backbone(options.vitg, "eager" if options.side == "reference" else "sdpa")
+    backbone = random_backbone(chosen_config(options), "eager" if options.side == "reference" else "sdpa")
     module = load_module(backbone, options.device)
     backbone = replace(backbone, weights=Weights.of(MemoryTensors("dropped", {})))  # so that they are held once
     threshold = 2.0  # 2σ marks some tokens of any image
@@ -121,12 +122,18 @@ def _side(
     return step
 
 
-def random_backbone(vitg: bool, attention: AttentionName = "auto") -> Backbone:
-    """A DINOv2 with random weights: ViT-g/14, or a narrow one of the same depth."""
-    config = OFFICIAL["dinov2_vitg14"] if vitg else narrow_config()
+def chosen_config(options: argparse.Namespace) -> Config:
+    """ViT-g/14, or a narrow one of the same depth."""
+    if options.tiny:
+        return Config(width=64, depth=12, hidden=256, grid=16)
+    return OFFICIAL["dinov2_vitg14"] if options.vitg else narrow_config()
+
+
+def random_backbone(config: Config, attention: AttentionName = "auto") -> Backbone:
+    """A DINOv2 with random weights."""
     tensors = {name: random_tensor(name, shape) for name, shape in tensor_shapes(config).items()}
     source = MemoryTensors("random weights", tensors)
-    request = ModelRequest("dinov2_vitg14" if vitg else "dinov2_custom", attention=attention)
+    request = ModelRequest("dinov2_custom", attention=attention)
     return sinder_backbone(request, Weights.of(source))
 
 

@@ -116,8 +116,8 @@ def section(rows: list[dict[str, Any]]) -> str:
         " the default repair, beside the clean twin and the placebos. Data: the 12 photographs that no repair has seen"
         " (dense); 200 faces and others; 6 photographs with masks drawn by hand, 3 to train on, 3 to test, four"
         " crops each (segmentation, clusters, discovery's boxes); crops of a stereo pair (depth). The sets are small,"
-        " and no number here compares with a published one. ≈ marks differences to the original within noise, where images are"
-        " independent: not among crops of the same few photographs.",
+        " and no number here compares with a published one. ≈ marks differences to the original within noise, where"
+        " images are independent: not among crops of the same few photographs.",
         "",
         f"Machine: {platform.machine()}, torch {torch.__version__}.",
         "",
