@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
-WORKLOADS = ("starting", "decoding", "predict", "export", "analyze", "steps", "evaluating", "whole_repair")
+WORKLOADS = ("starting", "decoding", "predict", "export", "analyze", "steps", "evaluating", "ranks", "whole_repair")
 
 
 def run(code: str, *arguments: str) -> str:

@@ -17,6 +17,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from pydantic import Field, model_validator
+
 from sinder_cli import Backbone, hookimpl
 from sinder_cli.tasks import (
     Dataset,
@@ -50,14 +52,26 @@ LEAST_PAIRS = 8  # of neighbours, similar and unlike, for the contrast of an ima
 class DenseSettings(TaskSettings):
     """Settings of `dense`."""
 
-    similar: float = 0.25  # quantile of the colour differences of neighbours up to which they are similar
-    unlike: float = 0.75  # and from which they are unlike
+    similar: float = Field(0.25, gt=0, lt=1)  # quantile of the colour differences up to which neighbours are similar
+    unlike: float = Field(0.75, gt=0, lt=1)  # and from which they are unlike
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DenseSettings:
+        if self.similar >= self.unlike:
+            raise ValueError("similar is a smaller quantile than unlike")
+        return self
 
 
 def read(places: Places, settings: DenseSettings) -> Dataset:  # noqa: ARG001
     """Take any images; without any, those that the backbone draws."""
     source = places.images()
-    return Dataset(source, [None] * len(source), note=f"{len(source):,} images, no labels")
+    note = f"{len(source):,} images{of(places)}, no labels"
+    return Dataset(source, [None] * len(source), note=note)
+
+
+def of(places: Places) -> str:
+    """Return where images come from, in words."""
+    return f" of {', '.join(places.data)}" if places.data else ", drawn by the backbone or by sinder"
 
 
 def views(backbone: Backbone, size: int | None, settings: DenseSettings) -> Mapping[str, View]:  # noqa: ARG001

@@ -358,11 +358,12 @@ TASK = Task(
     name="depth",
     summary="depth by a linear probe; images with depth maps",
     protocol="DINOv2's lin. 1: [patch ; cls] after the final norm, × 4, one 1 × 1 convolution to 256 depths, relu +"
-    " 0.1, normalized; scale-invariant log loss + 0.5 × gradient loss; AdamW, cosine, a third of the steps warm-up;"
-    " mean with the flipped image at test; errors averaged over images. Differs: features are extracted once, so that"
-    " training knows no augmentation but the flip (published: crops, rotations, colours); 1000 steps of 8 images"
-    " (published: 38,400 of 16); images are scaled to whole patches (published: padded); the gradient loss runs over"
-    " the pixels (in the published code over the images of a batch, where it is 0 for two).",
+    " 0.1, normalized; scale-invariant log loss + 0.5 × gradient loss; AdamW, cosine, a third of the steps"
+    " warm-up; mean with the flipped image at test; errors averaged over images. Differs: features are"
+    " extracted once, so that training knows no augmentation but the flip (published: crops, rotations,"
+    " colours); 1000 steps of 8 images unless set otherwise (published: 38,400 of 16); images are scaled to"
+    " whole patches (published: padded); the gradient loss runs over the pixels (in the published code over"
+    " the images of a batch, where it is 0 for two).",
     read=read,
     views=views,
     score=score,

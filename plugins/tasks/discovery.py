@@ -274,9 +274,10 @@ def truth_picture(dataset: Dataset, index: int) -> Pixels:
 TASK = Task(
     name="discovery",
     summary="object discovery by LOST; images with boxes",
-    protocol="LOST: keys of the last block before rotary positions, k 100, alike if the dot product is above 0; CorLoc"
-    " at IoU 0.5 with any box. All of VOC's boxes count, difficult ones too; COCO's crowds do not. Images are taken in"
-    " their own size, cut to whole patches at the centre (published: padded), or scaled with --image-size. A sweep"
+    protocol="LOST: unless set otherwise, keys of the last block before rotary positions, k 100, alike if the dot"
+    " product is above 0; CorLoc at IoU 0.5 with any box. All of VOC's boxes count, difficult ones too; COCO's"
+    " crowds do not. Images are taken in their own size, cut to whole patches at the centre (published:"
+    " padded), scaled down if they have over 8,192 patches (most_tokens), or scaled with --image-size. A sweep"
     " tries the same features and thresholds on every side and reports the best, chosen on the same images.",
     read=read,
     views=views,

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 SINDER_API = 1
 VIEW = "whole"
+MOST_NAMED = 10  # classes in a note
 UPSAMPLED = 4  # points along each side of a patch on which the loss is taken
 WARM_UP = 1500 / 40000  # share of the steps
 WARM_UP_FROM = 1e-6  # of the learning rate
@@ -110,7 +111,8 @@ def score(scoring: Scoring) -> Scores:
     figures = figures_of(counted, MIOU_NOISE) + (figures_by_class(counted, classes) if settings.by_class else ())
     notes = [words_by_class(counted, classes)]
     if unseen := [name for name, is_seen in zip(classes, seen.tolist(), strict=True) if not is_seen]:
-        notes.append(f"{len(unseen)} of {len(classes)} classes were never trained on: {', '.join(unseen)}")
+        names = ", ".join(unseen[:MOST_NAMED]) + (", …" if len(unseen) > MOST_NAMED else "")
+        notes.append(f"{len(unseen)} of {len(classes)} classes were never trained on: {names}")
     return Scores(figures, by_image=by_image(counted), picture=picture, notes=tuple(notes))
 
 

@@ -128,7 +128,7 @@ def _voc_boxes(file: Path, image: Path) -> Boxes:
             raise BadInputError(f"cannot read {file}", "an object has no bndbox", "replace or remove it")
         left, top, right, bottom = (_number(corners, name, file) for name in ("xmin", "ymin", "xmax", "ymax"))
         boxes.append((left - 1, top - 1, right, bottom))
-    return Boxes(width, height, _within(boxes, (width, height), file))
+    return Boxes(width, height, _within(boxes, (width, height), file, first=1))
 
 
 def _number(element: ElementTree.Element, name: str, file: Path) -> float:
@@ -165,12 +165,15 @@ def _size_of(image: Path, said: tuple[float, float] | None, file: Path) -> tuple
     return size
 
 
-def _within(boxes: Iterable[Box], size: tuple[int, int], file: Path) -> tuple[Box, ...]:
-    """Return boxes cut to their image. Raises `BadInputError` for one that is empty, or reaches out of it."""
+def _within(boxes: Iterable[Box], size: tuple[int, int], file: Path, first: int = 0) -> tuple[Box, ...]:
+    """Return boxes cut to their image. Raises `BadInputError` for one that is empty, or reaches out of it.
+
+    `first` is the number that the file has for the first pixel.
+    """
     width, height = size
     found = []
     for left, top, right, bottom in boxes:
-        shown = f"box {left:g} {top:g} {right:g} {bottom:g}"
+        shown = f"box {left + first:g} {top + first:g} {right:g} {bottom:g}"
         if right <= left or bottom <= top:
             raise BadInputError(f"cannot use {file}", f"{shown} is empty", "remove it")
         if min(left, top) < -SLACK or right > width + SLACK or bottom > height + SLACK:
@@ -245,6 +248,8 @@ def _coco_records(file: Path) -> tuple[Records, dict[int, list[Box]], int]:
         for thing in document["annotations"]:
             if thing.get("iscrowd") == 1:
                 continue
+            if not isinstance(thing["bbox"], list) or len(thing["bbox"]) != 4:
+                raise ValueError(f"annotation {thing.get('id')} has no bbox of four numbers")
             left, top, width, height = (_finite(float(side)) for side in thing["bbox"])
             if thing["image_id"] not in records:
                 raise ValueError(f"annotation {thing.get('id')} is of image {thing['image_id']}, which is not listed")

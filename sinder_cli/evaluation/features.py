@@ -1,20 +1,18 @@
-"""Features on disk: extracted once for a model, a view and a list of images, in float16, and read one image at a time.
+"""Features on disk: extracted once for a model, a view and an image, in float16, and read one image at a time.
 
-A store is a folder `KEY/` of chunks, `00000.safetensors` and so on, each with the features of some images in their
-order; a chunk is written whole or not at all, so that an extraction goes on where it was interrupted. KEY is a hash of
-all that the features depend on, which `about.json` lists; which parts of the pass are kept is not among it: tasks that
-see the same images in the same way share a store, and a part that only a later task needs is added to the chunks.
-Memory does not grow with the number of images.
+A store is a folder `KEY/` of chunks, each a file with some parts of the pass of some images; a chunk is written whole
+or not at all, and never changed, so that an extraction goes on where it was interrupted. KEY is a hash of all that the
+features depend on but the image, which `about.json` lists. Images are known by their identity, whatever list they are
+in: tasks and splits that see an image in the same way share its features, and a part that only a later task needs is
+added in chunks of its own. Memory does not grow with the number of images, but for their identities and places.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby
@@ -34,6 +32,7 @@ from sinder_cli.events import Emit, tracked
 from sinder_cli.files import make_folder, output_error, write_json
 from sinder_cli.images.decoding import UnreadableImageError
 from sinder_cli.images.loading import Changes, load_in_order
+from sinder_cli.images.sources import ImageFiles, JoinedImages, SomeImages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,73 +48,106 @@ VECTORS = frozenset({"cls", "mean", "stream_cls", *DERIVED_MEANS.values(), "outl
 ALWAYS = frozenset({"outlying"})  # kept in every chunk: the placebos need it
 EXACT = frozenset({"norms"})  # kept in float32: norms exceed what float16 holds
 MOST_FLOAT16 = 65504.0
+NOWHERE = -1
+
+
+def identities(source: ImageSource) -> list[str]:
+    """Return what each image is known by: path, size and time of a file; else its place in what it was drawn from."""
+    if isinstance(source, SomeImages):
+        known = identities(source.source)
+        return [known[index] for index in source.indices]
+    if isinstance(source, JoinedImages):
+        return [identity for part in source.parts for identity in identities(part)]
+    if isinstance(source, ImageFiles):
+        pairs = zip(source.paths, source.states, strict=True)
+        return [_hash(os.fsencode(path.absolute()) + f" {size} {time}".encode()) for path, (size, time) in pairs]
+    drawn = source.fingerprint()
+    return [_hash(f"{drawn} {index}".encode()) for index in range(len(source))]
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
-class Store:
-    """The features of a list of images on disk, perhaps unfinished."""
+class _Chunk:
+    """The header of a chunk: its images, the parts that it has of them, and those that could not be read."""
 
-    folder: Path
-    images: int
-    at_a_time: int
+    path: Path
+    images: tuple[str, ...]
+    parts: frozenset[str]
+    problems: Mapping[str, str]  # by image, the reason
 
     @classmethod
-    def of(cls, root: Path, about: Mapping[str, Any], images: int, parts: Iterable[Part]) -> Store:
-        """Return the store for features that depend on `about`, below `root`; nothing is written.
+    def read(cls, path: Path) -> _Chunk | None:
+        """Return the header of a file, or None if the file is damaged."""
+        try:
+            with safe_open(path, "pt") as file:
+                noted = file.metadata() or {}
+            images, parts, problems = (json.loads(noted[name]) for name in ("images", "parts", "problems"))
+        except (SafetensorError, OSError, KeyError, ValueError):
+            return None
+        return cls(path, tuple(images), frozenset(parts), problems)
 
-        Of `parts`, it only matters whether they are vectors alone.
-        """
-        at_a_time = MAPS_AT_A_TIME if set(parts) - VECTORS else VECTORS_AT_A_TIME
-        text = json.dumps({**about, "at_a_time": at_a_time, "version": VERSION}, sort_keys=True, default=str)
-        key = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        return cls(root / key, images, at_a_time)
 
-    @property
-    def chunks(self) -> range:
-        return range((self.images + self.at_a_time - 1) // self.at_a_time)
+@dataclass(frozen=True)
+class Places:
+    """Where the parts of a list of images lie in a store."""
 
-    def path(self, chunk: int) -> Path:
-        return self.folder / f"{chunk:05}.safetensors"
+    files: tuple[Path, ...]
+    by_part: Mapping[str, tuple[Tensor, Tensor]]  # of every image: the file, NOWHERE if there is none, and the place
+    problems: Mapping[int, str]  # images that could not be read, with the reason
 
-    def lacking(self, parts: Iterable[Part]) -> list[int]:
-        """Return the chunks that cannot be read, or lack one of the parts."""
-        wanted = ALWAYS | set(parts)
-        return [chunk for chunk in self.chunks if not wanted <= _Held.by(self.path(chunk)).parts]
+    def lacking(self, parts: Iterable[str]) -> list[int]:
+        """Return the images that lack one of the parts; those that could not be read among them."""
+        known = torch.stack([self.by_part[part][0] != NOWHERE for part in sorted(ALWAYS | set(parts))])
+        return (~known.all(dim=0)).nonzero()[:, 0].tolist()
 
-    def indices(self, chunk: int) -> range:
-        """Return the images of a chunk."""
-        return range(chunk * self.at_a_time, min((chunk + 1) * self.at_a_time, self.images))
-
-    def problems(self) -> dict[int, str]:
-        """Return the images that could not be read, with the reason."""
-        return {index: why for chunk in self.chunks for index, why in _Held.by(self.path(chunk)).problems.items()}
-
-    def read(self, name: str, index: int) -> Tensor | None:
-        """Return one part of one image as it is stored, or None if it has none."""
-        file, names = _opened(self.path(index // self.at_a_time))
-        key = f"{index}.{name}"
+    def read(self, part: str, name: str, index: int) -> Tensor | None:
+        """Return a tensor of one image as it is stored with a part, or None if there is none."""
+        files, places = self.by_part[part]
+        if files[index] == NOWHERE:
+            return None
+        file, names = _opened(self.files[int(files[index])])
+        key = f"{int(places[index])}.{name}"
         return file.get_tensor(key) if key in names else None
 
 
 @dataclass(frozen=True)
-class _Held:
-    """What a chunk holds: parts, of all its images but those that could not be read, with the reason."""
+class Store:
+    """The features of a model in one view on disk."""
 
-    parts: frozenset[str] = frozenset()
-    problems: Mapping[int, str] = field(default_factory=dict)
+    folder: Path
 
     @classmethod
-    def by(cls, path: Path) -> _Held:
-        """Read it from a file; nothing, if the file is not there or is damaged."""
-        if not path.is_file():
-            return cls()
-        try:
-            with safe_open(path, "pt") as file:
-                noted = file.metadata() or {}
-        except (SafetensorError, OSError):
-            return cls()
-        problems = {int(index): why for index, why in json.loads(noted["problems"]).items()}
-        return cls(frozenset(json.loads(noted["parts"])), problems)
+    def of(cls, root: Path, about: Mapping[str, Any]) -> Store:
+        """Return the store for features that depend on `about`, below `root`; nothing is written."""
+        text = json.dumps({**about, "version": VERSION}, sort_keys=True, default=str)
+        return cls(root / _hash(text.encode("utf-8", "surrogateescape")))
+
+    def places(self, images: Sequence[str], parts: Iterable[str]) -> Places:
+        """Find images, by their identities, among the chunks; damaged chunks are passed over."""
+        wanted = sorted(ALWAYS | set(parts))
+        at: dict[str, list[int]] = {}
+        for index, image in enumerate(images):
+            at.setdefault(image, []).append(index)
+        nothing = torch.full((len(images),), NOWHERE, dtype=torch.int32)
+        by_part = {part: (nothing.clone(), nothing.clone()) for part in wanted}
+        files: list[Path] = []
+        problems: dict[int, str] = {}
+        for chunk in filter(None, map(_Chunk.read, sorted(self.folder.glob("*.safetensors")))):
+            indices = [(index, place) for place, image in enumerate(chunk.images) for index in at.get(image, ())]
+            unread = {index: chunk.problems[images[index]] for index, _ in indices if images[index] in chunk.problems}
+            problems |= unread
+            found = [(index, place) for index, place in indices if index not in unread]
+            if not found:
+                continue
+            own, places = torch.tensor(found).unbind(dim=1)
+            for part in chunk.parts & set(wanted):
+                by_part[part][0][own], by_part[part][1][own] = len(files), places.int()
+            files.append(chunk.path)
+        there = torch.stack([found[0] != NOWHERE for found in by_part.values()]).any(dim=0)
+        return Places(tuple(files), by_part, {index: why for index, why in problems.items() if not there[index]})
 
 
 @lru_cache(maxsize=8)
@@ -126,26 +158,33 @@ def _opened(path: Path) -> tuple[Any, frozenset[str]]:
 
 @dataclass(frozen=True)
 class Extraction:
-    """What is extracted: the images of a split in one view, by one backbone."""
+    """What is extracted: some images in one view, by one backbone."""
 
     store: Store
     about: Mapping[str, Any]
     source: ImageSource
+    images: Sequence[str]  # identities
     preprocess: ViewPreprocessing
 
     @property
     def parts(self) -> tuple[Part, ...]:
         return self.preprocess.view.parts
 
+    @property
+    def at_a_time(self) -> int:
+        """Images of a chunk."""
+        return MAPS_AT_A_TIME if set(self.parts) - VECTORS else VECTORS_AT_A_TIME
+
+    def places(self) -> Places:
+        """Find the images in the store."""
+        return self.store.places(self.images, self.parts)
+
     def missing(self) -> list[int]:
-        """Return the chunks that lack one of the parts, or an image that could not be read then, and can be now."""
-        lacking = self.store.lacking(self.parts)
-        again = {
-            index // self.store.at_a_time
-            for index in (self.store.problems() if len(lacking) < len(self.store.chunks) else ())
-            if self._can_be_read(index)
-        }
-        return sorted({*lacking, *again})
+        """Return the images that lack one of the parts, but for those that could not be read and still cannot be."""
+        places = self.places()
+        return [
+            index for index in places.lacking(self.parts) if index not in places.problems or self._can_be_read(index)
+        ]
 
     def _can_be_read(self, index: int) -> bool:
         try:
@@ -158,27 +197,29 @@ class Extraction:
         self,
         missing: Sequence[int],
         observer: Observer,
-        side: SideName,
+        side: str,
         batch_size: int,
         workers: int,
         device: str,
         emit: Emit,
         ranks: Ranks,
     ) -> None:
-        """Extract the `missing` chunks; each of several ranks takes its share of them.
+        """Extract the `missing` images, in chunks; each of several ranks takes its share of the chunks.
 
-        Raises `StorageError` or `CannotCreateError` for what the file system refuses.
+        `side` is how messages call it. Raises `StorageError` or `CannotCreateError` for what the file system refuses.
         """
         if ranks.writes:
             self._begin()
         ranks.all_gather(None)  # the folder is there now
-        mine = list(ranks.share(missing))
-        order = [index for chunk in mine for index in self.store.indices(chunk)]
+        chunks = [missing[first : first + self.at_a_time] for first in range(0, len(missing), self.at_a_time)]
+        mine = list(ranks.share(chunks))
+        order = [index for chunk in mine for index in chunk]
         loaded = load_in_order(self.source, self.preprocess, order, workers)
         label = f"{side}: features"
         with_progress = tracked(_noting_pages(loaded, emit), emit, label, len(order), "images") if order else iter(())
-        for chunk, images in groupby(with_progress, key=lambda image: image.index // self.store.at_a_time):
-            self._write(chunk, list(_observed(observer, images, batch_size, device)))
+        counted = enumerate(with_progress)
+        for _, images in groupby(counted, key=lambda pair: pair[0] // self.at_a_time):
+            self._write(list(_observed(observer, (image for _, image in images), batch_size, device)))
         ranks.all_gather(None)
 
     def _begin(self) -> None:
@@ -188,52 +229,36 @@ class Extraction:
             raise output_error(self.store.folder, error) from error
         write_json(self.store.folder / "about.json", {**self.about, "version": VERSION})
 
-    def _write(self, chunk: int, images: Sequence[_Observed]) -> None:
-        """Write a chunk; other parts than ours that it held already stay, if they are of the same images."""
-        path = self.store.path(chunk)
-        found = {f"{each.index}.{name}": _stored(name, value) for each in images for name, value in each.parts.items()}
-        problems = {each.index: each.problem for each in images if each.problem}
-        fresh = ALWAYS | set(self.parts)
-        with _alone(self.store.folder):
-            held = _Held.by(path)
-            kept = held.parts - fresh if held.problems.keys() == problems.keys() else frozenset()
-            found |= _tensors_of(path, kept)
-            noted = {"problems": json.dumps(problems), "parts": json.dumps(sorted(fresh | kept))}
-            _opened.cache_clear()  # the chunk may be another now
-            write_safetensors(path, infos_of(found), found.values(), noted)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from adding parts to the same chunk meanwhile, where the file system can lock folders."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _tensors_of(path: Path, parts: Iterable[str]) -> dict[str, Tensor]:
-    """Return some parts of all images of a chunk, by their names in the file."""
-    names = {name for part in parts for name in (part, *(DERIVED_MEANS.values() if part == "mean" else ()))}
-    if not names:
-        return {}
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys() if key.partition(".")[2] in names}  # noqa: SIM118
+    def _write(self, observed: Sequence[_Observed]) -> None:
+        tensors = {
+            f"{place}.{name}": _stored(name, value)
+            for place, each in enumerate(observed)
+            for name, value in each.parts.items()
+        }
+        images, parts = [self.images[each.index] for each in observed], sorted(ALWAYS | set(self.parts))
+        problems = {self.images[each.index]: each.problem for each in observed if each.problem}
+        noted = {"images": json.dumps(images), "parts": json.dumps(parts), "problems": json.dumps(problems)}
+        path = self.store.folder / f"{_hash(f'{images} {parts}'.encode())}.safetensors"
+        _opened.cache_clear()  # a damaged file may have had that name
+        write_safetensors(path, infos_of(tensors), tensors.values(), noted)
 
 
 def shared(extractions: Iterable[Extraction]) -> list[Extraction]:
-    """Return the extractions with those of one store joined into one, of all their parts: one pass serves them all."""
-    joined: dict[Path, Extraction] = {}
+    """Return the extractions with those of one store joined into one, of all their images and parts."""
+    by_folder: dict[Path, list[Extraction]] = {}
     for each in extractions:
-        if (other := joined.get(each.store.folder)) is not None:
-            parts = tuple(dict.fromkeys((*other.parts, *each.parts)))
-            view = replace(each.preprocess.view, parts=parts)
-            each = replace(each, preprocess=replace(each.preprocess, view=view))
-        joined[each.store.folder] = each
-    return list(joined.values())
+        by_folder.setdefault(each.store.folder, []).append(each)
+    return [_joined(group) for group in by_folder.values()]
+
+
+def _joined(group: Sequence[Extraction]) -> Extraction:
+    first = group[0]
+    parts = tuple(dict.fromkeys(part for each in group for part in each.parts))
+    images = [image for each in group for image in each.images]
+    kept = list({image: index for index, image in reversed(list(enumerate(images)))}.values())[::-1]  # each image once
+    source = SomeImages(JoinedImages(tuple(each.source for each in group)), kept)
+    preprocess = replace(first.preprocess, view=replace(first.preprocess.view, parts=parts))
+    return replace(first, source=source, images=[images[index] for index in kept], preprocess=preprocess)
 
 
 def _noting_pages(images: Iterable[LoadedImage], emit: Emit) -> Iterator[LoadedImage]:
@@ -294,9 +319,9 @@ def _stored(name: str, value: Tensor) -> Tensor:
 class StoredFeatures:
     """The features of one side on some images of a store; placebos are derived from the original's as they are read."""
 
-    store: Store
+    places: Places
     side: SideName
-    indices: Sequence[int]  # images of the store, in the order of the split
+    indices: Sequence[int]  # images of the list that is placed, in the order of the split
     parts: frozenset[str]  # that the view keeps: a store may hold more, for other tasks
 
     def __len__(self) -> int:
@@ -308,18 +333,18 @@ class StoredFeatures:
             raise ValueError(f"the view keeps {', '.join(sorted(self.parts))}, and no {name}")
         at = self.indices[index]
         if name == "mean":
-            return self._read(DERIVED_MEANS.get(self.side, name), at)
-        value = self._read(name, at)
+            return self._read(name, DERIVED_MEANS.get(self.side, name), at)
+        value = self._read(name, name, at)
         if name.startswith("outlying"):
             return value.bool()
         if self.side in DERIVED and value.dim() == 3 and name not in {"norms", "colour"}:
-            return DERIVED[self.side](value, self._read("outlying", at).bool())
+            return DERIVED[self.side](value, self._read("outlying", "outlying", at).bool())
         return value
 
-    def _read(self, name: str, at: int) -> Tensor:
-        value = self.store.read(name, at)
+    def _read(self, part: str, name: str, at: int) -> Tensor:
+        value = self.places.read(part, name, at)
         if value is None:
-            raise BadInputError("features are missing", f"{name} of image {at} in {self.store.folder}", "remove it")
+            raise BadInputError("features are missing", f"{name} of an image", "remove the folder of the features")
         return value if value.dtype == torch.uint8 else value.float()
 
     def stacked(self, name: Part) -> Tensor:

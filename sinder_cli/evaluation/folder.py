@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -50,9 +51,19 @@ def require_evaluation_place(folder: Path, force: bool) -> None:
     ours = DOCUMENT in names and names <= set(WRITTEN)
     if names and not ours:
         raise CannotCreateError(f"cannot create {folder}", "it holds other files", "choose another --out")
-    if ours and not force:
+    if (folder / PICTURES).exists() and not (folder / PICTURES).is_dir():
+        raise CannotCreateError(f"cannot create {folder}", f"{PICTURES} in it is no folder", "choose another --out")
+    if ours and not force and not _unfinished(folder / DOCUMENT):
         raise CannotCreateError(f"cannot create {folder}", "it holds an evaluation", "add --force to replace it")
     require_writable_folder(folder)
+
+
+def _unfinished(document: Path) -> bool:
+    """Return True if a document is of an evaluation that ended before its last task."""
+    try:
+        return json.loads(document.read_bytes()).get("finished") is False
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 @contextmanager

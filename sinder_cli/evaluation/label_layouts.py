@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from sinder_cli.errors import BadInputError, NoInputError, UsageError
 from sinder_cli.evaluation.contract import Dataset, Places
-from sinder_cli.evaluation.labels import SUFFIXES, LabelImage, LabelRule
+from sinder_cli.evaluation.labels import IGNORED, SUFFIXES, LabelImage, LabelRule
 from sinder_cli.evaluation.layouts import one_folder, pairs_by_stem, split_by_seed, split_folders
-from sinder_cli.events import tracked
+from sinder_cli.events import Warned, tracked
 from sinder_cli.images.sources import ImageFiles, find_images
 
+MOST_NAMED = 8  # values in a message
 LABEL_FOLDERS = ("labels", "masks", "annotations")
 NAMES = "classes.txt"  # beside two folders: a name a line, in the order of the classes
 VOC = (
@@ -54,8 +57,8 @@ def labelled_images(places: Places, rule: LabelRule, train_share: float | None =
       and `val`, or in a folder `train` and a folder `val`, or named by `--data` and `--train`, or not split
 
     Without `train_share`, a task trains on nothing and gets the test split, or all images of a set that is not split.
-    With it, such a set is split by the seed. Sizes are compared by the headers of all files. Values are checked as they
-    are read; where only they say how many classes there are, all are read here.
+    With it, such a set is split by the seed. All label images are read once: sizes and values are checked before
+    anything is run. Where only the values say how many classes there are, and few of them occur, a warning says so.
     Raises `NoInputError` for a missing folder, and `BadInputError`, which names the file, for what is malformed.
     """
     folder = one_folder(places.data, "--data", *WANTED)
@@ -65,10 +68,19 @@ def labelled_images(places: Places, rule: LabelRule, train_share: float | None =
         found = replace(found, train=_ruled(other.train or other.test, found.rule))
     found = _split(found, folder, train_share, places.seed)
     pairs = [*(found.train or ()), *found.test]
+    highest, seen = -1, set[int]()
     for image, label in tracked(pairs, places.emit, "label images", len(pairs), "images"):
         label.require_fitting(image)
+        values = {int(value) for value in np.unique(label.read())} - {IGNORED}
+        highest, seen = max(highest, *values, -1), seen | values
     if found.rule.classes is None:
-        found = _counted(found, folder, places)
+        found = _counted(found, folder, highest)
+        if 2 * len(seen) < highest + 1:
+            lowest = ", ".join(str(found.rule.value(at)) for at in sorted(seen)[:MOST_NAMED])
+            words = f"labels of {folder} go up to {found.rule.value(highest)}, but only {len(seen)} values occur"
+            places.emit(
+                Warned(f"{words} ({lowest}, …): a value that does not count is named by the setting ignore_label")
+            )
     return _dataset(found, folder)
 
 
@@ -97,6 +109,8 @@ def _voc(folder: Path, rule: LabelRule) -> _Found:
         path = folder / "ImageSets" / "Segmentation" / f"{split}.txt"
         try:
             names = path.read_text(encoding="utf-8").split()
+        except FileNotFoundError as error:
+            raise BadInputError(f"cannot read {path}", "VOC's list of images is not there", "add it") from error
         except (OSError, UnicodeDecodeError) as error:
             raise BadInputError(f"cannot read {path}", str(error)) from error
         if not names:
@@ -245,17 +259,13 @@ def _require_images(count: int, least: int, use: str, folder: Path) -> None:
         raise BadInputError(f"cannot evaluate on {folder}", why, f"give {least} or more")
 
 
-def _counted(found: _Found, folder: Path, places: Places) -> _Found:
+def _counted(found: _Found, folder: Path, highest: int) -> _Found:
     """Return the pairs with as many classes as the labels have. Raises `BadInputError` for fewer than two."""
-    pairs = [*(found.train or ()), *found.test]
-    most = -1
-    for _, label in tracked(pairs, places.emit, "labels", len(pairs), "images"):
-        most = max(most, int(label.read().max()))
-    if most < 1:
-        why = "no label counts" if most < 0 else f"the only label that counts is {found.rule.value(0)}"
+    if highest < 1:
+        why = "no label counts" if highest < 0 else f"the only label that counts is {found.rule.value(0)}"
         remedy = f"if {found.rule.ignored} is a class, set ignore_label of the task to a value that does not occur"
         raise BadInputError(f"cannot use the labels of {folder}", why, remedy)
-    rule = replace(found.rule, classes=most + 1)
+    rule = replace(found.rule, classes=highest + 1)
     return replace(found, rule=rule, test=_ruled(found.test, rule), train=found.train and _ruled(found.train, rule))
 
 

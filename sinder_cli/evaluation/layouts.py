@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from sinder_cli.errors import BadInputError, NoInputError
+from sinder_cli.errors import BadInputError, NoInputError, UsageError
 from sinder_cli.evaluation.contract import Dataset, Places
 from sinder_cli.images.sources import ImageFiles, find_images
 
@@ -55,6 +55,13 @@ def one_folder(places: Sequence[str], option: str, wanted: str = "classes", lyin
         why = f"{lying} lie in one folder" if places else "nothing is named"
         raise NoInputError(f"cannot read {wanted} from {', '.join(places) or option}", why, f"name it with {option}")
     return Path(places[0])
+
+
+def require_apart(places: Places) -> None:
+    """Raise `UsageError` if images to train on are the ones to test on."""
+    both = {Path(place).resolve() for place in places.train} & {Path(place).resolve() for place in places.data}
+    if both:
+        raise UsageError(f"cannot train and test on {both.pop()}", "it is --train and --data", "name two sets")
 
 
 def split_by_seed(items: Sequence[T], train_share: float, key: str, least: int = 1) -> tuple[list[T], list[T]]:

@@ -88,6 +88,7 @@ class Evaluation(Record):
 
     schema_version: Literal[1] = Field(default=1, description="Version of this schema.")
     sinder: str
+    finished: bool = Field(default=True, description="False while tasks that were asked for are missing.")
     sides: tuple[SideRecord, ...]
     tasks: tuple[TaskRecord, ...]
     settings: dict[str, Any]

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from sinder_cli.backbone.opening import load_module
 from sinder_cli.backbone.registry import plugin_versions
 from sinder_cli.defects.inpainting import inpainted
 from sinder_cli.distributed import Ranks, require_alike
-from sinder_cli.errors import BadInputError, ConflictError, UnavailableError
+from sinder_cli.errors import BadInputError, ConflictError, UnavailableError, UsageError
 from sinder_cli.escaping import printable
 from sinder_cli.evaluation.contract import (
     OF_PATCHES,
@@ -31,7 +32,9 @@ from sinder_cli.evaluation.contract import (
     Task,
     View,
 )
-from sinder_cli.evaluation.features import ALWAYS, Extraction, Store, StoredFeatures, shared
+from sinder_cli.evaluation.features import ALWAYS, Extraction, Store, StoredFeatures, identities, shared
+from sinder_cli.evaluation.features import Places as FeaturePlaces
+from sinder_cli.evaluation.layouts import require_apart
 from sinder_cli.evaluation.records import (
     Evaluation,
     FigureRecord,
@@ -47,7 +50,7 @@ from sinder_cli.evaluation.views import DERIVED, Observer, ViewPreprocessing
 from sinder_cli.events import Emit, Finished, Started, Warned
 from sinder_cli.images.loading import sampled
 from sinder_cli.images.processes import worker_count
-from sinder_cli.images.sources import ImageFiles, JoinedImages, SomeImages
+from sinder_cli.images.sources import SomeImages
 from sinder_cli.memory import out_of_memory_reported
 
 if TYPE_CHECKING:
@@ -128,7 +131,9 @@ def run_evaluation(
         require_alike(facts, ranks)
     fingerprints = _fingerprints(given)
     require_alike({f"the {side} model": fingerprint for side, fingerprint in fingerprints.items()}, ranks)
-    stores = _in_the_folders_of_rank0([_stores_by_side(each, given, settings, fingerprints) for each in read], ranks)
+    if given.repaired is not None and fingerprints["repaired"] == fingerprints["original"]:
+        emit(Warned(f"{given.label} has the same weights as the original"))
+    stores = [_stores_by_side(each, given, settings, fingerprints, ranks) for each in read]
     _extract_all(stores, given, settings, emit, ranks)
     if not ranks.writes:
         return None
@@ -142,7 +147,8 @@ def run_evaluation(
     for each, of in zip(read, stores, strict=True):
         record, scored = _scored(each, of, given, settings, emit)
         tasks = (*result.evaluation.tasks, record)
-        result = EvaluationResult(evaluation.model_copy(update={"tasks": tasks}), (*result.scored, scored))
+        so_far = {"tasks": tasks, "finished": len(tasks) == len(read)}
+        result = EvaluationResult(evaluation.model_copy(update=so_far), (*result.scored, scored))
         keep(result)
     return result
 
@@ -167,8 +173,13 @@ class _Task:
     @classmethod
     def read(cls, run: TaskRun, backbone: Backbone, settings: EvaluateSettings) -> _Task:
         with blamed(run.task):
+            require_apart(run.places)
             views = run.task.views(backbone, settings.image_size, run.settings)
             dataset = run.task.read(run.places, run.settings)
+            if not isinstance(dataset, Dataset):
+                raise TypeError(f"read returned {type(dataset).__name__}, and no Dataset")
+        if run.places.train and dataset.train is None:
+            raise UsageError(f"cannot use --train with {run.task.name}", "it trains on nothing", "leave it out")
         for name, source, truth in (
             ("test", dataset.test, dataset.truth),
             ("train", dataset.train, dataset.train_truth),
@@ -219,35 +230,24 @@ Stores = dict[tuple[str, str], Extraction]  # the features of one side, by split
 
 
 def _stores_by_side(
-    each: _Task, given: EvaluationInput, settings: EvaluateSettings, fingerprints: Mapping[SideName, str]
+    each: _Task,
+    given: EvaluationInput,
+    settings: EvaluateSettings,
+    fingerprints: Mapping[SideName, str],
+    ranks: Ranks,
 ) -> dict[SideName, Stores]:
     """Return the features that a task needs of every side that runs a backbone."""
+    # as rank 0 knows them: the times of files, which are in the identities, may differ on other machines
+    known = {split: ranks.from_rank0(partial(identities, source)) for split, source in each.splits()}
     found: dict[SideName, Stores] = {}
     for side, backbone in _passes(given, settings):
         found[side] = {}
-        for split, source in each.splits():
-            for name, view in each.views.items():
-                about = _about(side, backbone, view, source, given, settings, fingerprints[side])
-                store = Store.of(given.features, about, len(source), view.parts)
-                found[side][split, name] = Extraction(store, about, source, ViewPreprocessing.of(view, backbone))
+        for name, view in each.views.items():
+            about = _about(side, backbone, view, given, settings, fingerprints[side])
+            store, preprocess = Store.of(given.features, about), ViewPreprocessing.of(view, backbone)
+            for split, source in each.splits():
+                found[side][split, name] = Extraction(store, about, source, known[split], preprocess)
     return found
-
-
-def _in_the_folders_of_rank0(stores: Sequence[dict[SideName, Stores]], ranks: Ranks) -> list[dict[SideName, Stores]]:
-    """Return the stores with the folders of rank 0: the times of files, which are in the key, may differ elsewhere."""
-    folders = ranks.from_rank0(
-        lambda: [[[found.store.folder for found in of.values()] for of in each.values()] for each in stores]
-    )
-    return [
-        {
-            side: {
-                place: replace(found, store=replace(found.store, folder=folder))
-                for (place, found), folder in zip(of.items(), of_side, strict=True)
-            }
-            for (side, of), of_side in zip(each.items(), of_task, strict=True)
-        }
-        for each, of_task in zip(stores, folders, strict=True)
-    ]
 
 
 def _model_of(side: SideName, given: EvaluationInput) -> Backbone:
@@ -266,12 +266,11 @@ def _about(
     side: SideName,
     backbone: Backbone,
     view: View,
-    source: ImageSource,
     given: EvaluationInput,
     settings: EvaluateSettings,
     fingerprint: str,
 ) -> dict[str, Any]:
-    """Return all that features depend on; a model has the same features on whichever side it stands.
+    """Return all that features depend on but the image; a model has the same on whichever side it stands.
 
     Which parts of them a view keeps is left out: tasks share what they see in the same way.
     """
@@ -286,24 +285,12 @@ def _about(
         "sidecars": hashlib.sha256(sidecars).hexdigest(),
         "norm_factor": settings.norm_factor,
         "view": asdict(replace(view, parts=())),
-        "images": source.fingerprint(),
-        "states": hashlib.sha256(repr(_states(source)).encode()).hexdigest(),
         "dtype": settings.dtype,
         "tf32": settings.tf32,
         "device": given.device.split(":")[0],
         "attention": given.attention,
         "versions": {"sinder": __version__, "torch": torch.__version__, **plugin_versions()},
     }
-
-
-def _states(source: ImageSource) -> list[tuple[int, int] | None]:
-    """Return size and time of every file, so that changed images have other features; None for an image in memory."""
-    if isinstance(source, SomeImages):
-        states = _states(source.source)
-        return [states[index] for index in source.indices]
-    if isinstance(source, JoinedImages):
-        return [state for part in source.parts for state in _states(part)]
-    return list(source.states) if isinstance(source, ImageFiles) else [None] * len(source)
 
 
 def _extract_all(
@@ -331,7 +318,8 @@ def _extract_all(
             )
             sizes = f"at {view.size} pixels and batch size {settings.batch_size}"
             with out_of_memory_reported(sizes, "lower --image-size or --batch-size"):
-                extraction.run(missing, observer, side, settings.batch_size, workers, given.device, emit, ranks)
+                label = given.label if side == "repaired" else side
+                extraction.run(missing, observer, label, settings.batch_size, workers, given.device, emit, ranks)
             del observer  # it holds the module
 
 
@@ -345,10 +333,11 @@ def _scored(
     """Score every side of a task and compare them."""
     began = time.monotonic()
     task = each.task
-    usable, skipped = _usable(each, stores, emit)
+    placed = {side: {place: found.places() for place, found in of.items()} for side, of in stores.items()}
+    usable, skipped = _usable(each, placed, emit)
     dataset = _some(each.dataset, usable)
     features = {
-        side: _features_of(side, stores, each, usable) for side in sides_of(given, settings, each.patches_matter)
+        side: _features_of(side, placed, each, usable) for side in sides_of(given, settings, each.patches_matter)
     }
     scores = {}
     for side, own in features.items():
@@ -397,7 +386,7 @@ def few_images(count: int) -> tuple[str, ...]:
 
 
 def _usable(
-    each: _Task, stores: Mapping[SideName, Mapping[tuple[str, str], Extraction]], emit: Emit
+    each: _Task, placed: Mapping[SideName, Mapping[tuple[str, str], FeaturePlaces]], emit: Emit
 ) -> tuple[dict[str, list[int]], dict[str, str]]:
     """Return the images of each split that could be read, and the others by name; a warning names each of these.
 
@@ -407,9 +396,9 @@ def _usable(
     skipped: dict[str, str] = {}
     for split, source in each.splits():
         problems: dict[int, str] = {}
-        for of_side in stores.values():
+        for of_side in placed.values():
             for name in each.views:
-                problems |= of_side[split, name].store.problems()
+                problems |= of_side[split, name].problems
         for index, why in sorted(problems.items()):
             name = printable(source.name(index))
             emit(Warned(f"skipped {name}: {why}"))
@@ -443,15 +432,15 @@ def _some(dataset: Dataset, kept: Mapping[str, Sequence[int]]) -> Dataset:
 
 def _features_of(
     side: SideName,
-    stores: Mapping[SideName, Mapping[tuple[str, str], Extraction]],
+    placed: Mapping[SideName, Mapping[tuple[str, str], FeaturePlaces]],
     each: _Task,
     usable: Mapping[str, Sequence[int]],
 ) -> SideFeatures:
     """Return a side's features; a placebo that changes patches at the end reads the original's."""
-    of = stores["original" if side in DERIVED else side]
+    of = placed["original" if side in DERIVED else side]
     by_split: dict[str, dict[str, Features]] = {
         split: {
-            name: StoredFeatures(of[split, name].store, side, usable[split], ALWAYS | set(view.parts))
+            name: StoredFeatures(of[split, name], side, usable[split], ALWAYS | set(view.parts))
             for name, view in each.views.items()
         }
         for split, _ in each.splits()

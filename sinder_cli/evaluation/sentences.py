@@ -12,6 +12,8 @@ def headline(evaluation: Evaluation) -> str:
     """Return the whole evaluation in one sentence."""
     figures = [figure for task in evaluation.tasks for figure in task.figures if figure.better != "neither"]
     judged = [value for figure in figures if (value := figure.of("repaired")) and value.to_original]
+    if not judged and any(side.side == "repaired" for side in evaluation.sides):
+        return "No figure could be measured on both models."
     if not judged:
         return "One model alone: there is nothing to compare it with; name a run, or a second model with --compare."
     label = next(side.label for side in evaluation.sides if side.side == "repaired")
@@ -44,7 +46,9 @@ def _sentences(figure: FigureRecord, label: str) -> Iterator[str]:
         return
     against = repaired.to_original
     if against.standing == "too few images":
-        yield f"{figure.name}: too few images have anything to measure ({shown(against.value)} on those)."
+        images = f"{against.images} image{'' if against.images == 1 else 's'}"
+        words = f"{shown(against.value)} on the {images} with something to measure"
+        yield f"{figure.name}: too few images to judge ({words})."
         return
     words = f"{figure.name}: {label} is {_against(against, 'than the original', figure)}"
     if original is not None and against.images < max(original.images, repaired.images):
@@ -74,7 +78,8 @@ def _placebo_words(better: bool, placebo: DifferenceRecord, figure: FigureRecord
 
 def _against(difference: DifferenceRecord, than: str, figure: FigureRecord) -> str:
     if difference.standing == "within noise":
-        return f"within noise of {than.removeprefix('than ')} ({interval(difference, figure)})"
+        why = f"; repetitions differ by ±{figure.noise:.2g}" if abs(difference.value) <= figure.noise else ""
+        return f"within noise of {than.removeprefix('than ')} ({interval(difference, figure)}{why})"
     return f"{difference.standing} {than} ({interval(difference, figure)})"
 
 

@@ -65,4 +65,4 @@ def task_settings(kind: type[Own], given: Mapping[str, Any], task: str) -> Own:
         place, why = first_fault(error, kind.model_fields)
         what = f"bad setting {task}.{place[0]}" if place else f"settings of {task} contradict each other"
         known = ", ".join(kind.model_fields) or "none"
-        raise UsageError(what, why, f"{task} has the settings {known}") from error
+        raise UsageError(what, why, f"{task} has {f'the settings {known}' if known else 'no settings'}") from error

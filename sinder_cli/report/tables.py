@@ -227,7 +227,10 @@ def _repaired_blocks(rows: Sequence[facts.BlockComparison]) -> RenderableType:
     return Group("", table, Text(words, "dim"))
 
 
-CAPTION = "≈: within noise of the original, by 95 % intervals from resampled images; ?: too few images to judge."
+CAPTION = (
+    "≈: within noise of the original: its 95 % interval over resampled images contains 0, or it is less than"
+    " repetitions of the protocol differ by. ?: too few images to judge."
+)
 STANDINGS = {"better": "green", "worse": "red", "within noise": "dim", "too few images": "dim"}  # as a style
 
 

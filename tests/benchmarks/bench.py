@@ -22,7 +22,7 @@ from measuring import Row, copied_bytes_per_second, flops_per_second, table
 from sinder_cli import __version__
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
-WORKLOADS = ("starting", "decoding", "predict", "export", "analyze", "steps", "evaluating", "whole_repair")
+WORKLOADS = ("starting", "decoding", "predict", "export", "analyze", "steps", "evaluating", "ranks", "whole_repair")
 NUMBERED = "# Measured\n"
 
 

@@ -139,6 +139,21 @@ def test_tasks_that_see_images_in_the_same_way_share_one_pass(
     assert [task.figures for task in again.tasks] == [task.figures for task in alone]
 
 
+def test_an_image_has_one_pass_whatever_list_it_is_in(
+    request_: EvaluateRequest, pictures: Path, tmp_path: Path, passes: list[int]
+) -> None:
+    """Splits and sets that overlap share what is known of an image."""
+    some = replace(request_, data=sorted(pictures.iterdir())[1:4], features=tmp_path / "features")
+    few = api.evaluate(some)
+    assert len(passes) == 3 * 2 * 3
+    all_ = replace(request_, features=tmp_path / "features")
+    api.evaluate(all_)
+    assert len(passes) == 3 * 2 * 5
+    assert api.evaluate(some).evaluation.tasks[0].figures == few.evaluation.tasks[0].figures
+    alone = api.evaluate(replace(all_, features=None)).evaluation.tasks[0].figures
+    assert api.evaluate(all_).evaluation.tasks[0].figures == alone
+
+
 def test_a_part_that_only_another_task_keeps_is_refused(
     request_: EvaluateRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,8 +199,8 @@ def test_features_are_stored_in_half_precision_unless_too_large(tmp_path: Path) 
     assert [each.dtype for each in stored] == [torch.float16, torch.float32]
     assert features_module._stored("norms", narrow).dtype == torch.float32
     assert features_module._stored("outlying", narrow > 1).dtype == torch.uint8
-    about = {"view": 1, "images": "a"}
-    keys = {Store.of(tmp_path, about | change, 5, ["stream"]).folder for change in ({}, {"view": 2}, {"images": "b"})}
+    about = {"view": 1, "fingerprint": "a"}
+    keys = {Store.of(tmp_path, about | change).folder for change in ({}, {"view": 2}, {"fingerprint": "b"})}
     assert len(keys) == 3
 
 
@@ -259,7 +274,11 @@ def test_a_task_that_fails_costs_no_earlier_one(
         api.evaluate(replace(request_, tasks=["dense", "second"]), tmp_path / "out")
     document = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert [task["task"] for task in document["tasks"]] == ["dense"]
+    assert document["finished"] is False
     assert (tmp_path / "out" / "evaluation.csv").read_text().count("\ndense,") > 10
+    monkeypatch.undo()
+    api.evaluate(request_, tmp_path / "out")  # an evaluation that did not end needs no --force
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["finished"] is True
 
 
 def test_a_folder_in_which_the_first_write_failed_can_be_used(request_: EvaluateRequest, tmp_path: Path) -> None:
@@ -279,6 +298,35 @@ def test_two_figures_of_one_name_are_refused(request_: EvaluateRequest, monkeypa
     with pytest.raises(SinderError, match="two figures are called 'f'") as error:
         api.evaluate(request_)
     assert error.value.exit_code == 69
+
+
+def test_the_same_set_to_train_and_to_test_on_is_refused(request_: EvaluateRequest, pictures: Path) -> None:
+    with pytest.raises(SinderError, match="it is --train and --data") as error:
+        api.evaluate(replace(request_, train=[pictures]))
+    assert error.value.exit_code == 2
+    with pytest.raises(SinderError, match="cannot use --train with dense: it trains on nothing") as error:
+        api.evaluate(replace(request_, train=[pictures / "0.png"]))
+    assert error.value.exit_code == 2
+
+
+def test_equal_weights_are_named(request_: EvaluateRequest) -> None:
+    heard: list[Any] = []
+    api.evaluate(replace(request_, compare=request_.model), process=Process(emit=heard.append))
+    assert any("has the same weights as the original" in getattr(event, "text", "") for event in heard)
+
+
+def test_a_task_that_reads_nothing_is_blamed(request_: EvaluateRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = registry.task_named("dense")
+    monkeypatch.setattr(registry, "task_named", lambda _: replace(dense, read=lambda *_: None))
+    with pytest.raises(SinderError, match="task 'dense' failed: TypeError: read returned NoneType"):
+        api.evaluate(request_)
+
+
+@pytest.mark.parametrize("given", [{"similar": 7}, {"unlike": -1}, {"similar": 0.5, "unlike": 0.4}])
+def test_settings_of_dense_out_of_range_are_refused(request_: EvaluateRequest, given: dict[str, float]) -> None:
+    with pytest.raises(SinderError) as error:
+        api.evaluate(replace(request_, options={"dense": given}))
+    assert error.value.exit_code == 2
 
 
 def test_only_the_first_page_is_said_to_be_used(request_: EvaluateRequest, pictures: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -188,9 +189,19 @@ def test_training_data_lie_elsewhere(tmp_path: Path) -> None:
 def test_training_labels_mean_what_test_labels_do(tmp_path: Path) -> None:
     two_folders(tmp_path / "one", *"ab")
     (two_folders(tmp_path / "other", *"cd") / "classes.txt").write_text("a\nb\n")
-    found = read(tmp_path / "other", train=(str(tmp_path / "one"),))
     with pytest.raises(BadInputError, match=r"one/labels/a\.png: label 2 is out of range: there are 2 classes"):
-        found.train_truth[0].read()
+        read(tmp_path / "other", train=(str(tmp_path / "one"),))
+
+
+def test_a_stray_label_is_warned_of(tmp_path: Path) -> None:
+    """It makes classes that occur nowhere; of plain folders, only the user knows which values count."""
+    two_folders(tmp_path, *"ab", rows=((0, 1, 2), (3, 200, 1)))
+    heard: list[Any] = []
+    places = Places((str(tmp_path),), emit=heard.append)
+    assert len(labelled_images(places, LabelRule(ignored=255, zero_ignored=False, classes=None)).classes) == 201
+    assert any(
+        "go up to 200, but only 5 values occur (0, 1, 2, 3, 200, …)" in getattr(each, "text", "") for each in heard
+    )
 
 
 def test_cityscapes_elsewhere_keeps_its_table(tmp_path: Path) -> None:

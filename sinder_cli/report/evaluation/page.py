@@ -181,7 +181,7 @@ def _changed(
     half = (min(most, len(order)) + 1) // 2
     best, worst = order[:half], order[half:][::-1][: min(most, len(order)) - half]
     for index in tracked([*best, *worst], emit, f"{record.task}: pictures", len(best) + len(worst), "images"):
-        name = printable(Path(scored.dataset.test.name(index)).name)
+        name = printable("/".join(Path(scored.dataset.test.name(index)).parts[-2:]))  # a class is named by its folder
         try:
             photograph = scored.dataset.test.load(index)
         except UnreadableImageError as error:
@@ -191,7 +191,7 @@ def _changed(
             panels = list(_panels(scored, index, photograph, pair, labels))
         _write_panels(folder, f"{record.task}-{index:05}", panels)
         change = float(changes[index])
-        words = "no change" if change == 0 else f"{'better' if change > 0 else 'worse'} by {abs(change):.3g}"
+        words = "no change" if change == 0 else f"{'better' if change > 0 else 'worse'} by {abs(change):.3g} as scored"
         yield ChangedImage(name, words, panels)
 
 
