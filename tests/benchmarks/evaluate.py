@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from analyze import MODEL, SIDE, measured, write_checkpoint, write_images
+from analyze import SIDE, write_images
+from measuring import bytes_below, measured, sinder
+from models import SIZES, write_checkpoint
 from PIL import Image
 from sinder_plugins.dinov2.config import OFFICIAL
 
 GROUPS = {SIDE: ("dense", "segmentation", "clusters", "depth", "discovery"), 224: ("knn", "linear")}  # tasks by size
 TASKS = tuple(task for tasks in GROUPS.values() for task in tasks)
+MODEL = SIZES["S"]
 TRAINED = ("segmentation", "depth")
 CLASSES = 5
 
@@ -65,7 +67,7 @@ def evaluate(folder: Path, places: dict[str, Path], tasks: list[str], size: int,
         "--no-placebos",
         f"--image-size={size}",
     ]
-    return [sys.executable, "-m", "sinder_cli", "evaluate", MODEL, *tasks, *given]
+    return sinder("evaluate", MODEL, *tasks, *given)
 
 
 def main() -> None:
@@ -75,7 +77,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--steps", type=int, help="of training; as many as the tasks take usually, if not given")
     options = parser.parse_args()
-    print(f"| images, {MODEL} | s | peak resident memory |\n|---|---:|---:|")
+    print(f"| images, {MODEL} | s | peak resident memory, GB |\n|---|---:|---:|", flush=True)
     for count in options.images:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -90,19 +92,17 @@ def main() -> None:
 def measure(folder: Path, places: dict[str, Path], tasks: list[str], size: int, steps: int | None, count: str) -> None:
     """Print a line for the features of some tasks at one size, and a line for each task."""
     before = bytes_below(folder / "features")
-    whole, peak = measured(evaluate(folder, places, tasks, size, steps=1))
+    cost = measured(evaluate(folder, places, tasks, size, steps=1))
     document = json.loads((folder / "out" / "evaluation.json").read_text())
-    seconds = whole - sum(task["seconds"] for task in document["tasks"])
-    gigabytes = (bytes_below(folder / "features") - before) / 2**30
-    print(f"| {count} at {size} px: features, {gigabytes:.2f} GB on disk | {seconds:.0f} | {peak:.2f} GB |", flush=True)
+    seconds = (cost.seconds or 0) - sum(task["seconds"] for task in document["tasks"])
+    gigabytes = (bytes_below(folder / "features") - before) / 1e9
+    print(
+        f"| {count} at {size} px: features, {gigabytes:.2f} GB on disk | {seconds:.0f} | {cost.gigabytes:.2f} |",
+        flush=True,
+    )
     for task in tasks:
-        seconds, peak = measured(evaluate(folder, places, [task], size, steps))
-        print(f"| {count} at {size} px: {task} | {seconds:.0f} | {peak:.2f} GB |", flush=True)
-
-
-def bytes_below(folder: Path) -> int:
-    """The size of all files."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        cost = measured(evaluate(folder, places, [task], size, steps))
+        print(f"| {count} at {size} px: {task} | {cost.seconds:.0f} | {cost.gigabytes:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
