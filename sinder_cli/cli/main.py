@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from sinder_cli import __version__
+from sinder_cli.cores import heed_quota
 from sinder_cli.distributed import launched, tell
 from sinder_cli.errors import SinderError, StorageError, TryAgainError, UsageError
 from sinder_cli.memory import is_out_of_memory
@@ -128,6 +129,7 @@ ENDED = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGH
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `sinder` with these arguments and end the process with the documented exit code."""
     given = [_present(each) for each in (sys.argv[1:] if arguments is None else arguments)] or ["--help"]
+    heed_quota()
     ranks = launched()
     invocation = Invocation(stop=Stop(once=ranks.size > 1, say=_say_at_once if ranks.writes else _say_nothing))
     for number in ENDED:

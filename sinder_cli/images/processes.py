@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
+from sinder_cli.cores import usable_cores
 from sinder_cli.errors import TryAgainError
 from sinder_cli.prefetch import loaded_ahead
 
@@ -31,13 +32,13 @@ Serve = Callable[[Connection, Sequence[Connection]], None]  # run by a process w
 
 MAX_DEFAULT = 4  # with more processes, decoding is seldom the bottleneck
 MOST_SECONDS_TO_END = 5.0  # even a killed process stays if it waits for a file server
+NICE = 5  # of the processes that decode: matrix products go first
 END = "end"  # sent instead of an item: there are no more
 
 
 def default_workers(sharing: int = 1) -> int:
     """Return one less than the number of cores per process that shares the machine, between 1 and 4."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_DEFAULT, max(1, cores // sharing - 1))
+    return min(MAX_DEFAULT, max(1, usable_cores() // sharing - 1))
 
 
 def worker_count(chosen: int | None, sharing: int = 1) -> int:
@@ -148,6 +149,7 @@ def _serve(work: Callable[[Item], Result], ahead: int, pipe: Connection, other_e
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     warnings.simplefilter("ignore")
+    os.nice(NICE)
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123  (libtiff writes straight to standard error)
         os.dup2(nowhere.fileno(), 2)
     with suppress(EOFError, OSError):  # the other side is gone

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import subprocess
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from importlib import import_module
@@ -20,6 +19,7 @@ import torch
 from measuring import Row, copied_bytes_per_second, flops_per_second, table
 
 from sinder_cli import __version__
+from sinder_cli.cores import usable_cores
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 WORKLOADS = ("starting", "decoding", "predict", "export", "analyze", "steps", "evaluating", "ranks", "whole_repair")
@@ -40,8 +40,7 @@ def machine() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
             cpu = line.partition(":")[2].strip()
-    cores = subprocess.run(["nproc"], capture_output=True, text=True, check=False).stdout.strip() or "?"
-    return f"{cores} cores of {cpu}, torch {torch.__version__} with {torch.get_num_threads()} threads"
+    return f"{usable_cores()} cores of {cpu}, torch {torch.__version__} with {torch.get_num_threads()} threads"
 
 
 def section(rows: list[Row]) -> str:

@@ -47,10 +47,11 @@ def rows(tiny: bool) -> Iterator[Row]:
         folder = Path(name)
         script = folder / "counting.py"
         script.write_text(COUNTING)
+        few = ["--batch-size", "4", *few]  # an image for each of four processes
         alone = measured(sinder("repair", "demo_vit", "--out", folder / "alone", *few))
         for ranks in (2,) if tiny else (2, 4):
             run = folder / str(ranks)
-            launch = [PYTHON, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--master-port=0"]
+            launch = [PYTHON, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             counts = folder / f"{ranks}.json"
             repair = ["repair", "demo_vit", "--out", run, *few]
             cost = measured([*launch, str(script), str(counts), *map(str, repair)])
