@@ -66,7 +66,7 @@ def measured(checkpoint: Path, other: Path, data: list[str], features: Path) -> 
         list(SHOWN),
         data,
         EvaluateSettings(resamples=500, workers=0),
-        options={"depth": {"steps": 300, "batch": 4, "max_depth": 20, "rate": 0.005}, "segmentation": {"steps": 150}},
+        options={"depth": {"steps": 80, "batch": 4, "max_depth": 20, "rate": 0.005}, "segmentation": {"steps": 150}},
         compare=ModelRequest(plants.MODEL, weights=other),
         features=features,
     )
