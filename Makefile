@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO_RUN := sinder-runs/demo
 FUZZ_ROUNDS ?= 50
 
 .PHONY: help demo test test-fast test-newest test-lowest fuzz lint man bench evidence evaluated clean
@@ -22,12 +21,7 @@ $(VENV)/.tested: $(BIN)/sinder
 	touch $@
 
 demo: $(BIN)/sinder  ## predict, repair and export the demo backbone
-	rm -rf $(DEMO_RUN)
-	$(BIN)/sinder predict-defects demo_vit --format table
-	$(BIN)/sinder repair demo_vit --out $(DEMO_RUN) --format table
-	$(BIN)/sinder export $(DEMO_RUN) --to native --out $(DEMO_RUN)/exported.pth --format table
-	@$(BIN)/python -c "import json; d = json.load(open('$(DEMO_RUN)/summary.json'))['defects']; \
-	print('outlying tokens', d['before']['tokens'], '→', d['after']['tokens'], '· report: $(DEMO_RUN)/report.html')"
+	$(BIN)/sinder demo
 
 # A process a core, each with one thread; the tests of a file stay together, and share what they make.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile

@@ -7,20 +7,37 @@ from typing import Annotated
 import typer
 
 from sinder_cli import api
+from sinder_cli.backbone.registry import InstalledBackbone
 from sinder_cli.cli.options import Branch, Format, Heads, WeightsFile, model_request
 from sinder_cli.cli.output import show
-from sinder_cli.errors import BadInputError
+from sinder_cli.errors import BadInputError, NoInputError
 from sinder_cli.report.progress import display
 
 
-def listing(format: Format = None) -> None:
+def listing(
+    filter: Annotated[  # the option's name
+        list[str] | None,
+        typer.Option("--filter", metavar="TEXT", help="Only names that hold this text; repeatable: all of them."),
+    ] = None,
+    format: Format = None,
+) -> None:
     """List the models that the installed plugins offer."""
     from sinder_cli.report.documents import backbones_document
     from sinder_cli.report.tables import backbones_table
 
     with display() as emit:
-        rows = api.backbones(emit)
+        rows = [row for row in api.backbones(emit) if _holds(row, filter or [])]
+    if filter and not rows:
+        raise NoInputError(
+            f"no model's name holds {' and '.join(filter)}", "no plugin offers one", "see sinder backbones"
+        )
     show(format, lambda: backbones_table(rows), lambda: backbones_document(rows))
+
+
+def _holds(row: InstalledBackbone, texts: list[str]) -> bool:
+    """Return True if a model's name holds all texts, in small or capital letters."""
+    name = row.listing.name.lower() if row.listing else ""
+    return all(text.lower() in name for text in texts)
 
 
 def check(

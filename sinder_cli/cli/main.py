@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from sinder_cli import __version__
+from sinder_cli.cli.help import dressed
 from sinder_cli.cores import heed_quota
 from sinder_cli.distributed import launched, tell
 from sinder_cli.errors import SinderError, StorageError, TryAgainError, UsageError
@@ -48,7 +49,7 @@ class Subcommand:
         """Return it as Typer's parser object."""
         app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
         app.command(name)(getattr(import_module(f"sinder_cli.cli.{self.module}"), self.function))
-        return typer.main.get_command(app)
+        return dressed(typer.main.get_command(app), name)
 
 
 SUBCOMMANDS = {
@@ -69,9 +70,23 @@ SUBCOMMANDS = {
         "command",
         "Write the weights of a run or a model in a format that others load; checked before it gets its name.",
     ),
+    "runs": Subcommand(
+        "runs", "command", "List the runs below a folder: model, verdict, outlying tokens, fidelity, date."
+    ),
     "backbones": Subcommand("backbones", "listing", "List the models that the installed plugins offer."),
     "check-backbone": Subcommand(
         "backbones", "check", "Check that a plugin describes a model as sinder needs it; exit 65 if it does not."
+    ),
+    "doctor": Subcommand(
+        "doctor",
+        "command",
+        "Show versions, machine, attention kernels, plugins and caches; exit 69 if something needed is missing.",
+    ),
+    "demo": Subcommand(
+        "demo", "command", "Predict, repair and export a small model with a planted defect: seconds, and no download."
+    ),
+    "man": Subcommand(
+        "manual", "command", "Show a manual page with `man`, or as roff where its output is no terminal."
     ),
 }
 
@@ -88,7 +103,12 @@ class Subcommands(TyperGroup):
 def command() -> Any:
     """Return the command tree as Typer's parser object, without its subcommands' options."""
     app = typer.Typer(
-        name="sinder", help=HELP, cls=Subcommands, pretty_exceptions_enable=False, rich_markup_mode="rich"
+        name="sinder",
+        help=HELP,
+        cls=Subcommands,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_global_options)
     tree: Any = typer.main.get_command(app)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sinder_cli.cli.help import EXAMPLES
 from sinder_cli.cli.main import HELP, whole_tree
 from sinder_cli.files import write_text
 from sinder_cli.report.manual import NAME, escape, head, schema_page
@@ -26,6 +27,18 @@ EXIT_CODES = {
 }
 
 
+FILES = {
+    "sinder-runs/": "where repair puts runs without --out; a run directory can be named wherever a model is",
+    "~/.cache/torch/hub/checkpoints/": "official checkpoints that were downloaded",
+}
+ENVIRONMENT = {
+    "SINDER_PLUGINS": "names of the plugins that may load, separated by commas; all, if it is unset",
+    "TORCH_HOME, XDG_CACHE_HOME, HF_HOME": "where downloads are kept",
+    "OMP_NUM_THREADS": "threads of the matrix products; by default as many as the container has cores",
+    "NO_COLOR": "no colours on a terminal",
+}
+
+
 def pages() -> dict[str, str]:
     """Return the roff text of each page by file name: `sinder`, every subcommand and the format of an analysis."""
     tree = whole_tree()
@@ -41,9 +54,7 @@ def _main_page(tree: Any) -> str:
     lines += [".SH COMMANDS"]
     for name, subcommand in sorted(tree.commands.items()):
         lines += [".TP", f".BR sinder\\-{escape(name)} (1)", escape(_summary(subcommand))]
-    lines += [".SH OPTIONS", *_options(tree), ".SH EXIT STATUS"]
-    for code, meaning in EXIT_CODES.items():
-        lines += [".TP", f".B {code}", escape(meaning)]
+    lines += [".SH OPTIONS", *_options(tree), *_surroundings()]
     return "\n".join(lines) + "\n"
 
 
@@ -57,7 +68,28 @@ def _page(name: str, subcommand: Any) -> str:
     for argument in arguments:
         lines += [".TP", f".I {escape(argument.metavar)}", escape(argument.help or "")]
     lines += [".SH OPTIONS", *_options(subcommand)]
-    return "\n".join([*lines, ".SH SEE ALSO", ".BR sinder (1)"]) + "\n"
+    for words, example in EXAMPLES[name.removeprefix("sinder ")]:
+        lines += [
+            *([] if ".SH EXAMPLES" in lines else [".SH EXAMPLES"]),
+            ".TP",
+            escape(f"{words[0].upper()}{words[1:]}:"),
+        ]
+        lines += [f".B {escape(example)}"]
+    return "\n".join([*lines, *_surroundings(), ".SH SEE ALSO", ".BR sinder (1)"]) + "\n"
+
+
+def _surroundings() -> list[str]:
+    """Return the sections that all pages share: files, environment, exit status."""
+    lines = []
+    for heading, entries in ((".SH FILES", FILES), (".SH ENVIRONMENT", ENVIRONMENT)):
+        lines.append(heading)
+        for name, meaning in entries.items():
+            lines += [".TP", f".I {escape(name)}", escape(meaning)]
+    return [*lines, ".SH EXIT STATUS", *_exit_status()]
+
+
+def _exit_status() -> list[str]:
+    return [line for code, meaning in EXIT_CODES.items() for line in (".TP", f".B {code}", escape(meaning))]
 
 
 def _options(subcommand: Any) -> list[str]:
@@ -67,7 +99,7 @@ def _options(subcommand: Any) -> list[str]:
         if record:
             flags, text = record
             lines += [".TP", f".B {escape(flags)}", escape(text)]
-    return [*lines, ".TP", ".B \\-\\-help", "Show this message and exit."]
+    return [*lines, ".TP", ".B \\-h, \\-\\-help", "Show this message and exit."]
 
 
 def _context(subcommand: Any) -> Any:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -48,3 +50,13 @@ def _abandon(error: LostRankError) -> None:
     """End this process at once, even while the main thread waits."""
     tell(f"sinder: error: {error}")
     os._exit(error.exit_code)
+
+
+def program_as_called() -> Sequence[str]:
+    """Return the words that call this program again, as it was called."""
+    program, *arguments = sys.argv
+    if Path(program).name == "__main__.py":  # python -m sinder_cli
+        return sys.orig_argv[: len(sys.orig_argv) - len(arguments)]
+    name = Path(program).name
+    found = shutil.which(name)
+    return [name if found and Path(found).resolve() == Path(program).resolve() else program]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from sinder_cli.cli.options import (
     model_request,
     with_settings,
 )
-from sinder_cli.cli.output import shared, show
+from sinder_cli.cli.output import program_as_called, shared, show
 from sinder_cli.distributed import Ranks
 from sinder_cli.errors import UsageError
 from sinder_cli.escaping import printable
@@ -129,11 +128,4 @@ def resuming_command(run: RunFolder, settings: RepairSettings) -> str:
     """Return the command line that resumes a run, for the program as it was called."""
     from sinder_cli.repairing.run_identity import other_options
 
-    program, *arguments = sys.argv
-    if Path(program).name == "__main__.py":  # python -m sinder_cli
-        called = sys.orig_argv[: len(sys.orig_argv) - len(arguments)]
-    else:
-        name = Path(program).name
-        found = shutil.which(name)
-        called = [name if found and Path(found).resolve() == Path(program).resolve() else program]
-    return shlex.join([*called, "repair", run.argument, "--resume", *other_options(run, settings)])
+    return shlex.join([*program_as_called(), "repair", run.argument, "--resume", *other_options(run, settings)])

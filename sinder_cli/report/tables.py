@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis, Distribution, Marked, Side
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import BlockSpectrum, PositionCheck, Prediction
+    from sinder_cli.diagnosis import Finding
     from sinder_cli.evaluation.records import Evaluation, ValueRecord
     from sinder_cli.exporting.drafts import ExportResult
     from sinder_cli.repairing.dry_run import DryRun, DryStep
+    from sinder_cli.repairing.runs import ListedRun
 
 BARS = "▁▂▃▄▅▆▇█"
 FLAT = 0.05  # logarithmic range, 5 %, below which all bars have the same height
@@ -303,6 +305,35 @@ def backbones_table(rows: Sequence[InstalledBackbone]) -> RenderableType:
             continue
         sizes = (_millions(listing.parameters), _whole(listing.patch_size), _whole(listing.prefix_tokens))
         table.add_row(listing.name, row.plugin.name, row.plugin.distribution, *sizes, _library(row))
+    return table
+
+
+def runs_table(runs: Sequence[ListedRun]) -> RenderableType:
+    """Return one line per run, the newest last."""
+    table = _table("")
+    table.add_column("run", overflow="fold")
+    for name in ("model", "verdict"):
+        table.add_column(name, overflow="fold")
+    for name in ("outlying", "cls", "steps", "changed (UTC)"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        counted_tokens = "" if run.outliers_after is None else f"{run.outliers_before} → {run.outliers_after}"
+        cls = "" if run.cls_to_inpainted is None else f"{run.cls_to_inpainted:.4f}"
+        steps = "" if run.steps is None else f"{run.steps:,}"
+        table.add_row(printable(run.path), run.model, run.verdict, counted_tokens, cls, steps, run.changed)
+    return Group(table, "outlying: tokens on the guard, before → after; cls: cosine to the inpainted original.")
+
+
+def diagnosis_table(findings: Sequence[Finding]) -> RenderableType:
+    """Return one line per finding, by subject."""
+    table = _table("")
+    for name in ("", "", ""):
+        table.add_column(name, overflow="fold")
+    subject = ""
+    for each in findings:
+        found = Text(each.found, "red" if each.problem else "")
+        table.add_row("" if each.subject == subject else each.subject, each.name, found)
+        subject = each.subject
     return table
 
 

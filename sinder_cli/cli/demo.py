@@ -1,0 +1,67 @@
+"""`sinder demo`: the whole story on a small model that needs no download."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Group, RenderableType
+
+from sinder_cli import api
+from sinder_cli.cli.output import program_as_called, show
+from sinder_cli.exporting.targets import ExportSettings
+from sinder_cli.report.progress import display
+from sinder_cli.requests import ExportRequest, PredictRequest, Process, RepairRequest
+
+MODEL = "demo_vit"
+HOME = Path("sinder-runs/demo")
+NEXT = (
+    "backbones",
+    "analyze MODEL --data photos/ --out analysis/",
+    "repair MODEL --data photos/ --out run/",
+    "evaluate run/ dense --data photos/",
+    "export run/ --to transformers --out folder/",
+)
+
+
+def command(
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Run directory; the run of an earlier demo is replaced.")
+    ] = HOME,
+) -> None:
+    """Predict, repair and export a small model with a planted defect: seconds, and no download."""
+    from sinder_cli.backbone.contract import ModelRequest
+    from sinder_cli.report.tables import export_table, prediction_table, repair_table
+
+    with display() as emit:
+        process = Process(emit)
+        prediction = api.predict_defects(PredictRequest(ModelRequest(MODEL)), process=process)
+        _show(
+            "The weights alone predict where tokens will stand out, and in which direction:",
+            prediction_table(prediction),
+        )
+        result = api.repair(RepairRequest(MODEL, force=True), out, process=process)
+        assert result is not None  # there is one process
+        _show(
+            "A repair shrinks the singular values that write them, and judges itself by the features:",
+            repair_table(result),
+        )
+        exported = api.export(
+            ExportRequest(out, ExportSettings(to="native", force=True)), out / "exported.pth", process=process
+        )
+        _show("The repaired weights, with the model's own keys:", export_table(exported))
+    counts = [result.summary["defects"][when]["tokens"] for when in ("before", "after")]
+    program = shlex.join(program_as_called())
+    report = out / "report.html"
+    words = [
+        f"outlying tokens {counts[0]} → {counts[1]} · report: {report}",
+        "",
+        "Next, with a model and photographs of yours:",
+    ]
+    _show(*words, *(f"  {program} {line}" for line in NEXT))
+
+
+def _show(*parts: RenderableType) -> None:
+    show("table", lambda: Group("", *parts), list)
