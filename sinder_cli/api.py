@@ -238,10 +238,11 @@ def repair(
     """Repair a backbone's singular defects by fine-tuning singular values, and leave a run directory in `out`.
 
     `result.summary["verdict"]` is `healthy`, `repaired`, `improved` or `not improved`. With `request.resume`, a run
-    directory may stand in the place of the model, and of a run that has ended the records are returned. Without `out`,
-    the run directory is `sinder-runs/MODEL`. `process.stop` may ask to end after a step: a checkpoint is written then,
-    and `Ended` raised. Of several ranks, each takes its share of every batch; rank 0 alone evaluates, writes, and gets
-    the result, the others None.
+    directory may stand in the place of the model, and of a run that has ended the records are returned, unless more
+    steps are asked for than it took (`max_steps`): then it goes on. Without `out`, the run directory is
+    `sinder-runs/MODEL`. `process.stop` may ask to end after a step: a checkpoint is written then, and `Ended` raised.
+    Of several ranks, each takes its share of every batch; rank 0 alone evaluates, writes, and gets the result, the
+    others None.
     """
     request, folder = repair_place(request, out)
     settings, ranks = request.settings, process.ranks
@@ -255,7 +256,8 @@ def repair(
         logged(settings, folder.path, shown, ranks.writes) as emit,
     ):
         named = named_images(places_named(request.data), replace(process, emit=emit))  # before anything is downloaded
-        if ranks.from_rank0(lambda: request.resume and folder.complete):
+        more = ranks.from_rank0(lambda: request.resume and folder.takes_more_steps(settings.max_steps))
+        if ranks.from_rank0(lambda: request.resume and folder.complete and not more):
             return _finished(request, folder, named, emit) if ranks.writes else None
         from sinder_cli.repairing.run import run_repair
         from sinder_cli.repairing.run_identity import images_of
@@ -264,6 +266,9 @@ def repair(
         if request.force:
             _require_elsewhere(folder.path, model_named(request.model, emit))
         with folder.held(emit) if ranks.writes else nullcontext():
+            if more and ranks.writes:
+                emit(Noted(f"{folder.path} goes on to step {settings.max_steps}"))
+                folder.go_on(settings.max_steps)
             resumed = ranks.from_rank0(lambda: folder.require_free(request.resume, request.force))
             if request.resume and not resumed and ranks.writes:
                 emit(Noted(f"no run in {folder.path} yet: starting one"))

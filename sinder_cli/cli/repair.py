@@ -59,7 +59,12 @@ def command(
         Path | None, typer.Option("--out", metavar="DIR", help="Run directory; default: sinder-runs/MODEL.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the run in MODEL or --out; the result is bit-identical.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Resume the run in MODEL or --out; the result is bit-identical. With a larger --max-steps, a finished"
+            " run goes on.",
+        ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is in --out already.")] = False,
     dry_run: Annotated[

@@ -227,6 +227,28 @@ class RunFolder:
             raise CannotCreateError(what, f"it holds a {self._state}", remedy)
         return resume
 
+    def takes_more_steps(self, max_steps: int) -> bool:
+        """Return True if the run is to take more steps than it was to take: it is unfinished, or ended for that.
+
+        Raises `ConflictError` for a run that ended for another reason.
+        """
+        if not self.is_run or max_steps <= self.read_config()["settings"]["max_steps"]:
+            return False
+        if self.complete and (why := self.read_summary()["stopped_by"]) != "max_steps":
+            words = f"it ended before its last step ({why})"
+            raise ConflictError(f"cannot go on with {self.path}", words, "leave --max-steps out, or start anew")
+        return True
+
+    def go_on(self, max_steps: int) -> None:
+        """Make an unfinished run of this one, which is to take `max_steps` steps; its weights stay until it ends."""
+        config = self.read_config()
+        config["settings"]["max_steps"] = max_steps
+        write_json(self.config, config)
+        try:
+            self.summary.unlink(missing_ok=True)
+        except OSError as error:
+            raise output_error(self.summary, error) from error
+
     def begin(self, config: dict[str, Any], images: Sequence[ListedImage] = ()) -> None:
         """Remove the files of an earlier run, and no others, and write the configuration of a new run."""
         try:

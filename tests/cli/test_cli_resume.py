@@ -385,6 +385,34 @@ def test_a_finished_run_is_not_resumed_again(
     assert {path: path.stat().st_mtime_ns for path in uninterrupted.rglob("*")} == before
 
 
+def test_a_finished_run_goes_on_when_more_steps_are_asked_for(
+    uninterrupted: Path, warm: Server, repair: tuple[str, ...], tmp_path: Path
+) -> None:
+    """To the same bytes as a run that had so many steps from the beginning."""
+    first = warm.run(*repair, "--max-steps", "5", "--out", "run", cwd=tmp_path)
+    assert json.loads(first.stdout)["steps"] == 5
+    fewer = warm.run("repair", "run", "--resume", "--max-steps", "3", cwd=tmp_path)
+    assert fewer.returncode == 78
+    assert "setting max_steps was 5 and is 3" in fewer.stderr
+    on = warm.run("repair", "run", "--resume", "--max-steps", str(STEPS), cwd=tmp_path)
+    assert on.returncode == 0, on.stderr
+    assert f"sinder: run goes on to step {STEPS}" in on.stderr
+    assert "resuming after step 5" in on.stderr
+    assert finished(tmp_path / "run") == finished(uninterrupted)
+
+
+def test_a_run_that_ended_for_another_reason_is_not_made_longer(warm: Server, tmp_path: Path) -> None:
+    few = ("--eval-images", "2", "--scan-images", "4", "--stop-images", "4")
+    ended = warm.run("repair", "demo_vit", *few, "--out", "run", cwd=tmp_path)
+    document = json.loads(ended.stdout)
+    assert document["stopped_by"] != "max_steps"
+    before = (tmp_path / "run" / "summary.json").read_bytes()
+    longer = warm.run("repair", "run", "--resume", "--max-steps", "100000", cwd=tmp_path)
+    assert longer.returncode == 78
+    assert f"it ended before its last step ({document['stopped_by']})" in longer.stderr
+    assert (tmp_path / "run" / "summary.json").read_bytes() == before
+
+
 def test_resume_without_a_run_starts_one_and_says_so(warm: Server, repair: tuple[str, ...], tmp_path: Path) -> None:
     ended = warm.run(*repair, "--max-steps", "2", "--out", "run", "--resume", cwd=tmp_path)
     assert ended.returncode == 1, ended.stderr
