@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -12,6 +13,7 @@ from made_analysis import Made
 from sinder_cli.analysis.records import VerdictKind
 from sinder_cli.escaping import printable_lines
 from sinder_cli.events import silent
+from sinder_cli.report.analysis import facts
 from sinder_cli.report.analysis.facts import COLOUR_OF
 from sinder_cli.report.analysis.page import write_analysis
 
@@ -148,17 +150,31 @@ def test_the_table_has_a_row_a_block_and_side(tmp_path: Path) -> None:
     html, _ = page_of(Made(depth=40, compared=True, drawn=0), tmp_path)
     table = html[html.index('<table class="blocks sides">') :].split("</table>")[0]
     assert table.count("<tbody>") == 40
-    assert table.count('<td class="model">second</td>') == 40
+    assert table.count('<td class="model">demo_vit_clean</td>') == 40
 
 
 def test_both_sides_have_one_name_everywhere(compared: tuple[str, Page], tmp_path: Path) -> None:
-    words = "first: demo_vit, weights of demo_vit; second: demo_vit_clean, weights of demo_vit_clean"
+    words = "demo_vit: weights of demo_vit; demo_vit_clean: weights of demo_vit_clean"
     assert words in compared[1].text
     html, page = page_of(Made(depth=1, compared=True, drawn=0, models=("demo_vit", "demo_vit")), tmp_path)
     assert "demo_vit, first: " in page.text
     assert "Model of the second" in page.text
     assert ">B</td>" not in html
     assert "A:" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("sides", "names"),
+    [
+        ([("a", "x.pth"), ("b", "x.pth")], ["a", "b"]),
+        ([("a", "weights/x.pth"), ("a", "run/model.safetensors")], ["x", "run"]),
+        ([("a", "x.pth"), ("a", "other/x.pth")], ["first", "second"]),
+    ],
+)
+def test_sides_are_called_by_what_tells_them_apart(sides: list[tuple[str, str]], names: list[str]) -> None:
+    first, second = (SimpleNamespace(model=model, weights=weights) for model, weights in sides)
+    first.other = second
+    assert facts.short_names(first) == names  # type: ignore[arg-type]
 
 
 def test_images_are_counted_as_the_settings_say(compared: tuple[str, Page], tmp_path: Path) -> None:
@@ -181,7 +197,7 @@ def test_positions_are_told_as_shares_of_the_tokens_there(tmp_path: Path) -> Non
         (Made(depth=1), "Attention. Of cls to each patch in the last block, mean over heads;"),
         (Made(depth=1, has_cls=False), "Attention. The attention is not drawn: there is no cls token."),
         (Made(depth=1, attended=False), "Attention. The attention is not drawn: its kernel does not expose the"),
-        (Made(depth=1, attended=False, compared=True), "The attention of the second side is not drawn: its kernel"),
+        (Made(depth=1, attended=False, compared=True), "The attention of demo_vit_clean is not drawn: its kernel"),
     ],
 )
 def test_attention_that_is_not_drawn_is_missing_for_a_reason(made: Made, words: str, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ COLOUR_OF: dict[VerdictKind, str] = {
     "aligned": "none",
     "none": "good",
 }
-SIDES = ("first", "second")  # of a comparison
+SIDES = ("first", "second")  # of a comparison whose sides nothing else tells apart
+RUN_WEIGHTS = "model.safetensors"  # what the weights of a run are called: its folder names them
 SHOWN_IMAGES = 10  # at most, those that outlying tokens move furthest
 
 
@@ -49,7 +50,7 @@ class Cell(NamedTuple):
 
 
 class BlockRow(NamedTuple):
-    """One block of one side, `first` or `second`; its row is dimmed if the predicted direction is not determined."""
+    """One block of one side, by its short name; its row is dimmed if the predicted direction is not determined."""
 
     block: int
     side: str
@@ -71,6 +72,20 @@ def sides_of(analysis: Analysis) -> list[Side]:
     return [analysis, *([analysis.other] if analysis.other else [])]
 
 
+def short_names(analysis: Analysis) -> list[str]:
+    """Return a short name per side, for columns: its model, its run or file of weights, or the side."""
+    sides = sides_of(analysis)
+    for names in ([side.model for side in sides], [_short_weights(side.weights) for side in sides]):
+        if len(set(names)) == len(sides):
+            return [printable(name) for name in names]
+    return list(SIDES[: len(sides)])
+
+
+def _short_weights(label: str) -> str:
+    path = PurePath(label)
+    return path.parent.name if path.name == RUN_WEIGHTS and path.parent.name else path.stem
+
+
 def labels_of(analysis: Analysis) -> list[str]:
     """Return one label per side: its model.
 
@@ -80,14 +95,17 @@ def labels_of(analysis: Analysis) -> list[str]:
     for labels in ([side.model for side in sides], [f"{side.model}, {side.weights}" for side in sides]):
         if len(set(labels)) == len(sides):
             return [printable(label) for label in labels]
-    return [printable(f"{side.model}, {place}") for side, place in zip(sides, SIDES, strict=False)]
+    return [printable(f"{side.model}, {name}") for side, name in zip(sides, SIDES, strict=False)]
 
 
 def side_names(analysis: Analysis) -> list[Named]:
-    """Return model and weights of the first and the second side; an empty list for a single backbone."""
+    """Return model and weights of both sides by their short names; an empty list for a single backbone."""
     sides = sides_of(analysis)
-    names = SIDES if len(sides) == 2 else ()
-    return [Named(name, printable(f"{s.model}, {s.weights}")) for name, s in zip(names, sides, strict=False)]
+    names = short_names(analysis) if len(sides) == 2 else ()
+    return [
+        Named(name, printable(side.weights if name == printable(side.model) else f"{side.model}, {side.weights}"))
+        for name, side in zip(names, sides, strict=False)
+    ]
 
 
 def has_broken_tokens(analysis: Analysis) -> bool:
@@ -141,10 +159,11 @@ def block_rows(analysis: Analysis) -> list[list[BlockRow]]:
         cls=any(block.cls_norm for side in sides for block in side.blocks),
         registers=any(block.register_norm for side in sides for block in side.blocks),
     )
+    names = short_names(analysis)
     return [
         [
             BlockRow(at, name, block.determined, _cells(block, shown, factor))
-            for name, block in zip(SIDES, blocks, strict=False)
+            for name, block in zip(names, blocks, strict=True)
         ]
         for at, blocks in enumerate(zip(*(side.blocks for side in sides), strict=True))
     ]
@@ -189,7 +208,7 @@ def gain_images(analysis: Analysis) -> list[list[Cell]]:
             Cell("good patches", _four(image.good_cosine)),
             Cell("marked", _four(image.marked_cosine)),
         ]
-        for side, name in zip(sides_of(analysis), SIDES, strict=False)
+        for side, name in zip(sides_of(analysis), short_names(analysis), strict=True)
         for image in sorted(side.inpainting.by_image if side.inpainting else (), key=_moved_least)[:SHOWN_IMAGES]
     ]
 

@@ -140,9 +140,9 @@ def _attention_words(analysis: Analysis, images: Sequence[PageImage]) -> list[st
     sides = sides_of(analysis)
     drawn = [any(image.attended[at] for image in images) for at in range(len(sides))]
     words = [ATTENTION] if any(drawn) else []
-    for side, name, seen in zip(sides, facts.SIDES, drawn, strict=False):
+    for side, name, seen in zip(sides, facts.short_names(analysis), drawn, strict=True):
         if not seen:
-            of = f" of the {name} side" if len(sides) == 2 else ""
+            of = f" of {name}" if len(sides) == 2 else ""
             cls = any(block.cls_norm for block in side.blocks)
             words.append(f"The attention{of} is not drawn: {UNSEEN if cls else 'there is no cls token'}.")
     return words
