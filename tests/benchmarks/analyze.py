@@ -51,7 +51,7 @@ norms = torch.stack([tokens.norm(dim=-1).max() for tokens in kept])
 
 def rows(tiny: bool) -> Iterator[Row]:
     """Yield rows for time, for memory over many images, and for the page."""
-    count, many = (2, 4) if tiny else (100, 10_000)
+    count, many = (2, 4) if tiny else (100, 2000)
     size = 98 if tiny else SIDE
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

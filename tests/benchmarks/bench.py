@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+import whole_repair
 from measuring import Row, copied_bytes_per_second, flops_per_second, table
 
 from sinder_cli import __version__
@@ -63,7 +64,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--patience", type=float, default=20, help="how many times longer the paper's recipe may take")
     options = parser.parse_args()
+    whole_repair.PATIENCE = options.patience
     text = section(list(measured_rows(options.only, options.tiny)))
     print(text)
     if options.write:
