@@ -277,16 +277,17 @@ def _factors(weights: Weights, layer: str, suffix: str) -> tuple[str, str, str, 
 MODEL = """from torch.nn.functional import scaled_dot_product_attention
 
 from .config import Config
-from .module import VisionTransformer
+from .official import DinoVisionTransformer
 
 
 def build():
     config = {config!r}
-    return VisionTransformer(config, {heads}, scaled_dot_product_attention)
+    return DinoVisionTransformer(config, {heads}, scaled_dot_product_attention)
 """
 
 
 def hub_source(config: Config, heads: int) -> dict[str, str]:
-    """Return the module's own two files, and one that builds it with these sizes."""
-    own = {name: files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("config.py", "module.py")}
+    """Return the module's own files, and one that builds it with these sizes."""
+    names = ("config.py", "module.py", "official.py")
+    own = {name: files(__package__).joinpath(name).read_text(encoding="utf-8") for name in names}
     return own | {"model.py": MODEL.format(config=config, heads=heads)}

@@ -36,18 +36,24 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, heads, kernel) for _ in range(config.depth))
         self.norm = nn.LayerNorm(N, eps=NORM_EPS)
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """Return tokens `[B, 1 + registers + h·w, N]` of images `[B, 3, h·P, w·P]`.
 
-        Raises `ValueError` if the images are not made of whole patches.
+        Patches that `masks`, bool `[B, h·w]`, marks are replaced by the mask token, as in pre-training.
+        Raises `ValueError` if the images are not made of whole patches, or there is no mask token.
         """
         height, width = images.shape[-2:]
         if height % self.config.patch or width % self.config.patch:
             raise ValueError(f"an image of {height} × {width} px is not made of patches of {self.config.patch} px")
         patches = self.patch_embed(images)  # [B, N, h, w]
         rows, columns = patches.shape[-2:]
+        patches = patches.flatten(2).transpose(1, 2)  # [B, h·w, N]
+        if masks is not None:
+            if self.mask_token is None:
+                raise ValueError("these weights have no mask token")
+            patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype)[None], patches)
         cls = self.cls_token.expand(images.shape[0], -1, -1)
-        x = torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1) + self.position(rows, columns)
+        x = torch.cat([cls, patches], dim=1) + self.position(rows, columns)
         if self.register_tokens is None:
             return x
         return torch.cat([x[:, :1], self.register_tokens.expand(images.shape[0], -1, -1), x[:, 1:]], dim=1)

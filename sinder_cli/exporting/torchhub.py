@@ -29,7 +29,7 @@ dependencies = ["torch"]
 
 
 def {name}(pretrained=True):
-    """Return {model}: images `[B, 3, H, W]` → tokens after the final norm, `[B, {prefix} + patches, {width}]`.
+    """Return {model}: images `[B, 3, H, W]` → {returned}.
 
     Images are RGB in [0, 1], minus {mean}, divided by {std}; H and W are
     multiples of {patch}. {tokens}, then come the patches row by row.
@@ -92,19 +92,26 @@ def _write(plan: Plan, path: Path) -> None:
 
 def _hubconf(backbone: Backbone, package: str) -> str:
     registers = backbone.prefix_tokens - backbone.has_cls
+    tokens = f"tokens after the final norm, `[B, {backbone.prefix_tokens} + patches, {backbone.width}]`"
+    cls = f"cls after the final norm, `[B, {backbone.width}]`; `forward_features` has all tokens"
     first = ["cls comes first"] if backbone.has_cls else []
     first += [f"{registers} registers come {'next' if first else 'first'}"] if registers else []
     return HUBCONF.format(
         model=backbone.name,
         package=package,
         name=hub_name(backbone.name),
-        prefix=backbone.prefix_tokens,
-        width=backbone.width,
+        returned=cls if _is_official(backbone) else tokens,
         mean=list(backbone.mean),
         std=list(backbone.std),
         patch=backbone.patch_size,
         tokens=", ".join(first) or "There is neither cls nor a register",
     )
+
+
+def _is_official(backbone: Backbone) -> bool:
+    """Return True if the module is called as DINOv2's official ones are, which return cls."""
+    files = backbone.hub_source() if backbone.hub_source else {}
+    return any("def forward_features(" in text for text in files.values())
 
 
 def _verify(plan: Plan, path: Path) -> ExportCheck:
@@ -113,6 +120,14 @@ def _verify(plan: Plan, path: Path) -> ExportCheck:
 
 def _usage(plan: Plan, folder: str) -> str:
     name = hub_name(plan.backbone.name)
+    width = plan.backbone.width
+    if _is_official(plan.backbone):
+        return (
+            "import torch\n\n"
+            f'model = torch.hub.load({folder!r}, {name!r}, source="local")\n'
+            f"cls = model(images)  # [B, 3, H, W] → [B, {width}]\n"
+            f'patches = model.forward_features(images)["x_norm_patchtokens"]  # [B, patches, {width}]'
+        )
     return (
         "import torch\n\n"
         f'model = torch.hub.load({folder!r}, {name!r}, source="local")\n'

@@ -8,11 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sinder_plugins.dinov2.config import Config
+from sinder_plugins.dinov2.official import DinoVisionTransformer
 
 from sinder_cli import Backbone, ModelRequest, api
 from sinder_cli.backbone.opening import load_module
@@ -35,7 +38,9 @@ found = {}
 for folder, name in zip(sys.argv[2::2], sys.argv[3::2]):
     model = torch.hub.load(folder, name, source="local")
     with torch.inference_mode():
-        found[folder] = model(torch.load(sys.argv[1])[folder])
+        kinds = model.forward_features(torch.load(sys.argv[1])[folder])
+        parts = [kinds["x_norm_clstoken"][:, None], kinds["x_norm_regtokens"], kinds["x_norm_patchtokens"]]
+        found[folder] = torch.cat(parts, dim=1)
     assert not model.training
     again = torch.hub.load(folder, name, source="local", pretrained=False).state_dict()
     assert again.keys() == model.state_dict().keys()
@@ -167,3 +172,58 @@ def test_the_folder_lists_what_is_in_it(export: Export, run: Path, tmp_path: Pat
     assert there == {MANIFEST, *manifest["files"]} == {MANIFEST, *(file.name for file in result.files)}
     assert manifest["verified"] is True
     assert export(run, "torchhub", tmp_path / "hub", force=True).check.verified
+
+
+def test_an_exported_dinov2_is_called_as_the_official_one_is(
+    export: Export, plain: Path, gated: Path, tmp_path: Path
+) -> None:
+    """The calls of programs that load facebookresearch/dinov2, against the blocks one by one."""
+    for weights in (plain, gated):
+        backbone = api.open_model(ModelRequest(CUSTOM, weights))
+        export(CUSTOM, "torchhub", tmp_path / weights.stem, weights)
+        model = torch.hub.load(str(tmp_path / weights.stem), CUSTOM, source="local", verbose=False)
+        images = torch.randn(2, 3, 84, 112, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            module, states = load_module(backbone), []
+            tokens, context = backbone.embed(module, images)
+            for at in range(backbone.depth):
+                tokens = backbone.run_block(module, at, tokens, context)
+                states.append(tokens)
+            normed, first = [backbone.finish(module, each) for each in states], backbone.prefix_tokens
+            same = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
+            same(model(images), normed[-1][:, 0])
+            features = model(images, is_training=True)
+            assert list(features) == ["x_norm_clstoken", "x_norm_regtokens", "x_norm_patchtokens", "x_prenorm", "masks"]
+            same(features["x_norm_patchtokens"], normed[-1][:, first:])
+            same(features["x_norm_regtokens"], normed[-1][:, 1:first])
+            same(features["x_prenorm"], states[-1])
+            several = model.forward_features([images[:1], images[1:]], [None, None])
+            same(torch.cat([each["x_norm_clstoken"] for each in several]), normed[-1][:, 0])
+            last_two = model.get_intermediate_layers(images, n=2, return_class_token=True)
+            for (patches, cls), expected in zip(last_two, normed[-2:], strict=True):
+                same(patches, expected[:, first:])
+                same(cls, expected[:, 0])
+            (grid,) = model.get_intermediate_layers(images, n=[0], reshape=True, norm=False)
+            assert grid.shape == (2, backbone.width, 6, 8)
+            same(grid.flatten(2).transpose(1, 2), states[0][:, first:])
+        sizes = (model.embed_dim, model.n_blocks, model.patch_size, model.num_register_tokens)
+        assert sizes == (backbone.width, backbone.depth, 14, first - 1)
+        with pytest.raises(ValueError, match="only 0 of 1 blocks were found"):
+            model.get_intermediate_layers(images, n=[99])
+
+
+def test_masked_patches_become_the_mask_token() -> None:
+    config = Config(width=64, depth=1, hidden=128, grid=6, mask_token=True)
+    model = DinoVisionTransformer(config, 1, torch.nn.functional.scaled_dot_product_attention)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    images, masks = torch.randn(1, 3, 84, 84), torch.zeros(1, 36, dtype=torch.bool)
+    masks[0, 7] = True
+    with torch.no_grad():
+        difference = model.prepare_tokens_with_masks(images, masks) - model.prepare_tokens_with_masks(images)
+        own = model.prepare_tokens_with_masks(images, masks)[0, 1 + 7] - model.pos_embed[0, 1 + 7]
+    assert difference[0].abs().amax(dim=1).nonzero().flatten().tolist() == [1 + 7]
+    torch.testing.assert_close(own, model.mask_token[0])
+    without = DinoVisionTransformer(replace(config, mask_token=False), 1, model.blocks[0].attn.kernel)
+    with pytest.raises(ValueError, match="no mask token"):
+        without.prepare_tokens_with_masks(images, masks)

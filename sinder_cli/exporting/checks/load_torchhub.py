@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main(folder: str, pixels: str, features: str) -> None:
@@ -18,9 +19,20 @@ def main(folder: str, pixels: str, features: str) -> None:
     (name,) = (path.stem for path in Path(folder).glob("*.pth"))
     model = torch.hub.load(folder, name, source="local").float()
     with torch.inference_mode():
-        found = {f"{number}.tokens": model(images).contiguous() for number, images in load_file(pixels).items()}
+        found = {f"{number}.tokens": tokens(model, images) for number, images in load_file(pixels).items()}
     save_file(found, features)
     print(json.dumps({"torch.hub": torch.__version__}))
+
+
+def tokens(model: Any, images: Any) -> Any:
+    """Return all tokens after the final norm: what the model returns, or by kind if it is called as DINOv2 is."""
+    import torch
+
+    if not hasattr(model, "forward_features"):
+        return model(images).contiguous()
+    found = model.forward_features(images)
+    kinds = [found[f"x_norm_{kind}tokens"] for kind in ("reg", "patch")]
+    return torch.cat([found["x_norm_clstoken"][:, None], *kinds], dim=1)
 
 
 class _Refusing:
