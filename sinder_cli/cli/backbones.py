@@ -8,7 +8,7 @@ import typer
 
 from sinder_cli import api
 from sinder_cli.backbone.registry import InstalledBackbone
-from sinder_cli.cli.options import Branch, Format, Heads, WeightsFile, model_request
+from sinder_cli.cli.options import Branch, Format, Heads, WeightsFile, complete_model, model_request
 from sinder_cli.cli.output import show
 from sinder_cli.errors import BadInputError, NoInputError
 from sinder_cli.report.progress import display
@@ -41,7 +41,12 @@ def _holds(row: InstalledBackbone, texts: list[str]) -> bool:
 
 
 def check(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A model's name, as `sinder backbones` lists them.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", autocompletion=complete_model, help="A model's name, as `sinder backbones` lists them."
+        ),
+    ],
     weights: WeightsFile = None,
     heads: Heads = None,
     branch: Branch = None,

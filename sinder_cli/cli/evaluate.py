@@ -21,6 +21,7 @@ from sinder_cli.cli.options import (
     Heads,
     Revision,
     WeightsFile,
+    complete_model,
     model_request,
     require_second,
     with_settings,
@@ -44,7 +45,9 @@ def command(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL|RUN", help="Name of a model; or a run directory, which is compared with the original model."
+            metavar="MODEL|RUN",
+            autocompletion=complete_model,
+            help="Name of a model; or a run directory, which is compared with the original model.",
         ),
     ],
     tasks: Annotated[

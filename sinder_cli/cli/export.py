@@ -9,7 +9,17 @@ from typing import Annotated, cast, get_args
 import typer
 
 from sinder_cli import api
-from sinder_cli.cli.options import AdapterFile, Branch, Data, Format, Heads, Revision, WeightsFile, model_request
+from sinder_cli.cli.options import (
+    AdapterFile,
+    Branch,
+    Data,
+    Format,
+    Heads,
+    Revision,
+    WeightsFile,
+    complete_model,
+    model_request,
+)
 from sinder_cli.cli.output import show
 from sinder_cli.exporting.targets import OLD_NAMES, DtypeName, ExportSettings, TargetName, parse_size
 from sinder_cli.report.progress import display
@@ -32,7 +42,14 @@ def complete_target(incomplete: str) -> list[str]:
 
 
 def command(
-    source: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run directory of `repair`, or a model's name.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL",
+            autocompletion=complete_model,
+            help="A run directory of `repair`, or a model's name.",
+        ),
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="PATH", help="The file or the folder to be written.")],
     to: Annotated[
         str,

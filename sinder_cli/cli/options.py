@@ -7,6 +7,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,8 +22,27 @@ from sinder_cli.events import Emit
 
 OutputFormat = Literal["table", "json"]
 
+
+def complete_model(incomplete: str) -> list[str]:
+    """Return the names of models, and the folders, that begin so; nothing heavy is imported."""
+    from sinder_cli.backbone.registry import installed_backbones
+
+    names = [row.listing.name for row in installed_backbones() if row.listing]
+    path = Path(incomplete)
+    place, start = (path, "") if incomplete.endswith("/") else (path.parent, path.name)
+    with suppress(OSError):
+        folders = [each for each in sorted(place.iterdir()) if each.is_dir() and each.name.startswith(start)]
+        names += [f"{each}/" for each in folders if start or not each.name.startswith(".")]
+    return [name for name in names if name.startswith(incomplete)]
+
+
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Name of a model, as `sinder backbones` lists them, or a run directory.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        autocompletion=complete_model,
+        help="Name of a model, as `sinder backbones` lists them, or a run directory.",
+    ),
 ]
 WeightsFile = Annotated[
     Path | None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from sinder_cli import diagnosis
 from sinder_cli.cli.help import EXAMPLES, PANEL_OF
 from sinder_cli.cli.main import SUBCOMMANDS, main, whole_tree
+from sinder_cli.cli.options import complete_model
 from sinder_cli.diagnosis import Finding
 
 Sinder = Callable[..., subprocess.CompletedProcess[str]]
@@ -146,3 +148,25 @@ def test_examples_have_options_that_there_are(name: str) -> None:
         assert (program, command) == ("sinder", name)
         flags = {flag for parameter in whole_tree().commands[name].params for flag in parameter.opts}
         assert {word for word in rest if word.startswith("-")} <= flags
+
+
+def test_models_and_runs_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("run-1", "run-2", ".hidden", "dinov2_mine"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run.txt").write_text("")
+    assert complete_model("dinov2_vits") == ["dinov2_vits14", "dinov2_vits14_reg"]
+    assert complete_model("run") == ["run-1/", "run-2/"]
+    assert complete_model("dinov2_m") == ["dinov2_mine/"]
+    assert "run-1/" in complete_model("")
+    assert ".hidden/" not in complete_model("")
+    (tmp_path / "run-1" / "deep").mkdir()
+    assert complete_model("run-1/") == ["run-1/deep/"]
+    assert complete_model("gone/x") == []
+
+
+def test_the_shell_is_given_models(environment: dict[str, str]) -> None:
+    asked = {"_SINDER_COMPLETE": "complete_bash", "COMP_WORDS": "sinder repair dinov2_vitg", "COMP_CWORD": "2"}
+    program = str(Path(sys.executable).with_name("sinder"))
+    run = subprocess.run([program], env=environment | asked, capture_output=True, text=True, check=False)
+    assert run.stdout.split() == ["dinov2_vitg14", "dinov2_vitg14_reg"]
