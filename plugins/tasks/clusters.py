@@ -80,13 +80,14 @@ def score(scoring: Scoring) -> Scores:
     for index, truth in _truths(scoring, "match"):
         total += counted(clusters_of(features, index, centres), truth, *total.shape[1:])
     matches = torch.stack([matched(each, classes) for each in total])  # [S, K]
-    overlaps = []
+    # in one tensor from the beginning: small ones among the large of every image would keep the memory of these
+    of_images = torch.zeros(len(features), len(matches), 3, len(dataset.classes), dtype=torch.int64)
     for index, truth in _truths(scoring, "test"):
         maps = clusters_of(features, index, centres)
         shape = (truth.shape[0], truth.shape[1])
         found = [nearest(match[each], shape) for match, each in zip(matches, maps, strict=True)]
-        overlaps.append(torch.stack([overlap(truth, each, len(dataset.classes)) for each in found]))
-    of_images = torch.stack(overlaps)
+        for at, each in enumerate(found):
+            of_images[index, at] = overlap(truth, each, len(dataset.classes))
 
     def picture(index: int) -> Pixels:
         height, width = dataset.truth[index].read().shape

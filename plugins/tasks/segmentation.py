@@ -98,11 +98,10 @@ def score(scoring: Scoring) -> Scores:
     def found(index: int, size: tuple[int, int]) -> Tensor:
         return predicted(grid_logits(head, _patches(test, index, scoring.device)), size)
 
-    overlaps = []
+    counted = torch.zeros(len(test), 1, 3, len(classes), dtype=torch.int64)  # small tensors would pin freed memory
     for index, label in enumerate(tracked(dataset.truth, scoring.emit, "segmentation: test", len(test), "images")):
         truth = torch.from_numpy(label.read())
-        overlaps.append(overlap(truth, found(index, (truth.shape[0], truth.shape[1])), len(classes)))
-    counted = torch.stack(overlaps)[:, None]
+        counted[index, 0] = overlap(truth, found(index, (truth.shape[0], truth.shape[1])), len(classes))
 
     def picture(index: int) -> Pixels:
         height, width = dataset.truth[index].read().shape
