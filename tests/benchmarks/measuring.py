@@ -106,6 +106,15 @@ def measured(command: Sequence[str]) -> Cost:
     return Cost(seconds, kilobytes * 1024 / 1e9)
 
 
+THROUGH = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
+
+
+def last_line(command: Sequence[str]) -> str:
+    """Run a process through a small one, for the reason that `measured` has; the last line that it prints."""
+    run = subprocess.run([PYTHON, "-S", "-E", "-c", THROUGH, *command], check=True, stdout=subprocess.PIPE, text=True)
+    return run.stdout.splitlines()[-1]
+
+
 def in_turn(commands: Sequence[Sequence[str]], rounds: int) -> list[Cost]:
     """Run processes in turn, `rounds` times; the median time and the largest memory of each."""
     costs = [[measured(command) for command in commands] for _ in range(rounds)]

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from measuring import PYTHON, Cost, Row, flops_per_second
+from measuring import PYTHON, Cost, Row, flops_per_second, last_line
 from sinder_plugins.dinov2.config import OFFICIAL
 
 from sinder_cli.repairing.deltas import singular_basis
@@ -69,8 +68,7 @@ def _side(side: str, size: int, batch: int, steps: int, tiny: bool) -> Cost:
         str(steps),
         *(["--tiny"] if tiny else []),
     ]
-    run = subprocess.run([PYTHON, str(STEP), *options], check=True, capture_output=True, text=True)
-    figures = json.loads(run.stdout.splitlines()[-1])
+    figures = json.loads(last_line([PYTHON, str(STEP), *options]))
     return Cost(statistics.median(figures["seconds"]), figures["peak"] * 2**30 / 1e9)
 
 

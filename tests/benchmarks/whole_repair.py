@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from measuring import PYTHON, Cost, Row, flops_per_second, measured, sinder
+from measuring import PYTHON, Cost, Row, flops_per_second, last_line, measured, sinder
 from models import planted_vits
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def rows(tiny: bool) -> Iterator[Row]:
         left = summary["defects"]["after"]["tokens"]
         limit = PATIENCE * (ours.seconds or 0)
         command = [PYTHON, __file__, str(weights), str(left), str(limit), *map(str, photographs)]
-        found = json.loads(_output(command))
-        operations = float(_output([PYTHON, "-c", COUNTING, *repair[3:-1], str(folder / "counted")]))
+        found = json.loads(last_line(command))
+        operations = float(last_line([PYTHON, "-c", COUNTING, *repair[3:-1], str(folder / "counted")]))
         floor = operations / flops_per_second()
         faster = found["seconds"] / (ours.seconds or 1)
         reached = f"stopped with {found['left']} of {found['before']} left" if not found["reached"] else "reached"
@@ -74,12 +74,6 @@ def rows(tiny: bool) -> Iterator[Row]:
             else faster >= GOAL and (ours.seconds or 0) <= min(60, 2 * floor),
             f"verdict: {summary['verdict']}, {left} tokens left; the opponent {reached}",
         )
-
-
-def _output(command: Sequence[str]) -> str:
-    import subprocess
-
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
 
 
 def reference(weights: Path, enough: int, limit: float, photographs: Sequence[Path]) -> dict[str, Any]:
