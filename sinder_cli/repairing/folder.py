@@ -228,13 +228,17 @@ class RunFolder:
         return resume
 
     def takes_more_steps(self, max_steps: int) -> bool:
-        """Return True if the run is to take more steps than it was to take: it is unfinished, or ended for that.
+        """Return True if a run that has ended is to take more steps than it was to take.
 
-        Raises `ConflictError` for a run that ended for another reason.
+        Raises `ConflictError` for a run that ended for another reason than that.
         """
-        if not self.is_run or max_steps <= self.read_config()["settings"]["max_steps"]:
+        if not self.complete:
             return False
-        if self.complete and (why := self.read_summary()["stopped_by"]) != "max_steps":
+        settings = self.read_config().get("settings")
+        earlier = settings.get("max_steps") if isinstance(settings, dict) else None
+        if not isinstance(earlier, int) or max_steps <= earlier:
+            return False
+        if (why := self.read_summary().get("stopped_by")) != "max_steps":
             words = f"it ended before its last step ({why})"
             raise ConflictError(f"cannot go on with {self.path}", words, "leave --max-steps out, or start anew")
         return True

@@ -15,13 +15,13 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("analyze", "backbones", "check-backbone", "evaluate", "export", "predict-defects", "repair")
+COMMANDS = (
+    "analyze", "backbones", "check-backbone", "demo", "doctor", "evaluate", "export", "man", "predict-defects", "repair",
+    "runs",
+)  # fmt: skip
 PAGES = {
     "sinder.1",
-    *(
-        f"sinder-{name}.1"
-        for name in ("analyze", "backbones", "check-backbone", "evaluate", "export", "predict-defects", "repair")
-    ),
+    *(f"sinder-{name}.1" for name in COMMANDS),
 }
 FORMATS = {"sinder-analysis.5"}
 WHERE = "import sinder_cli, sinder_plugins, importlib.util as u; print(sinder_cli.__file__, u.find_spec('plugins'))"
