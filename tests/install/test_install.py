@@ -16,8 +16,8 @@ import pytest
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    "analyze", "backbones", "check-backbone", "demo", "doctor", "evaluate", "export", "man", "predict-defects", "repair",
-    "runs",
+    "analyze", "backbones", "check-backbone", "demo", "doctor", "evaluate", "export", "man", "predict-defects",
+    "repair", "runs",
 )  # fmt: skip
 PAGES = {
     "sinder.1",
