@@ -145,7 +145,6 @@ def votes_of(near: tuple[Tensor, Tensor], classes: Tensor, count: int, settings:
 
     `classes` has the class of every training image.
     """
-
     cosines, indices = near
     weights, voted = (cosines / settings.temperature).softmax(dim=1), classes[indices]
     none = weights.new_zeros(len(cosines), count)

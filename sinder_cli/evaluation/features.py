@@ -146,7 +146,7 @@ class Store:
             for part in chunk.parts & set(wanted):
                 by_part[part][0][own], by_part[part][1][own] = len(files), places.int()
             files.append(chunk.path)
-        there = torch.stack([found[0] != NOWHERE for found in by_part.values()]).any(dim=0)
+        there = torch.stack([found[0] != NOWHERE for found in by_part.values()]).all(dim=0)
         return Places(tuple(files), by_part, {index: why for index, why in problems.items() if not there[index]})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sinder_cli.errors import NoInputError
+from sinder_cli.errors import NoInputError, SinderError
 from sinder_cli.repairing.folder import RunFolder
 
 
@@ -52,11 +51,10 @@ def _listed(run: RunFolder) -> ListedRun:
     newest = max(path.stat().st_mtime for path in (run.config, run.metrics, run.summary) if path.exists())
     changed = f"{datetime.fromtimestamp(newest, timezone.utc):%Y-%m-%d %H:%M}"
     try:
-        model = str(json.loads(run.config.read_bytes())["call"]["model"])
-        if not run.summary.is_file():
-            return ListedRun(str(run.path), model, "unfinished", changed=changed)
-        return _finished(str(run.path), json.loads(run.summary.read_bytes()), changed)
-    except (OSError, ValueError, KeyError, TypeError):
+        if not run.finished:
+            return ListedRun(str(run.path), str(run.read_config()["call"]["model"]), "unfinished", changed=changed)
+        return _finished(str(run.path), run.read_summary(), changed)
+    except (SinderError, OSError, KeyError, TypeError):
         return ListedRun(str(run.path), "", "unreadable", changed=changed)
 
 

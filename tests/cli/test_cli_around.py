@@ -35,7 +35,9 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 def run_folder(place: Path, verdict: str | None, after: int = 0) -> None:
     """The files of a run that its listing reads."""
     place.mkdir(parents=True)
-    (place / "config.json").write_text(json.dumps({"call": {"model": "demo_vit"}}))
+    config = {"model": "demo_vit", "call": {"model": "demo_vit"}}
+    config |= {part: {} for part in ("weights", "images", "settings", "versions")}
+    (place / "config.json").write_text(json.dumps(config))
     (place / "metrics.jsonl").write_text("")
     if verdict is None:
         return

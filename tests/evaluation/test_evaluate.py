@@ -258,6 +258,26 @@ def test_an_image_that_cannot_be_read_costs_no_other_pass(
     assert list(again.evaluation.tasks[0].skipped) == list(first.evaluation.tasks[0].skipped)
 
 
+def test_an_image_that_a_later_part_cannot_be_read_of_is_skipped(
+    request_: EvaluateRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when rights are taken away between two calls: what is there of it serves other tasks, and this one goes on."""
+    views = {"one": {"a": View(("stream",), 98)}, "two": {"a": View(("patches",), 98)}}
+    only_these_views(monkeypatch, views)
+    request = replace(request_, features=tmp_path / "features")
+    assert api.evaluate(replace(request, tasks=["one"])).evaluation.tasks[0].images == 5
+    real = features_module.load_in_order
+
+    def failing(*arguments: Any) -> Iterator[Any]:
+        for image in real(*arguments):
+            yield replace(image, pixels=None, problem="no rights") if image.index == 2 else image
+
+    monkeypatch.setattr(features_module, "load_in_order", failing)
+    (second,) = api.evaluate(replace(request, tasks=["two"])).evaluation.tasks
+    assert (second.images, list(second.skipped.values())) == (4, ["no rights"])
+    assert api.evaluate(replace(request, tasks=["one"])).evaluation.tasks[0].images == 5
+
+
 def test_a_task_that_fails_costs_no_earlier_one(
     request_: EvaluateRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
