@@ -40,23 +40,20 @@ if TYPE_CHECKING:
     from sinder_cli.backbone.contract import (
         IMAGENET_MEAN,
         IMAGENET_STD,
-        SINDER_API,
         AttentionMap,
         Backbone,
         BlockMap,
         GatedMlpMap,
         LayerMap,
-        Listing,
-        ModelRequest,
         NormMap,
         PlainMlpMap,
         PositionMap,
         StemMap,
         WeightRef,
-        hookimpl,
     )
     from sinder_cli.backbone.device import attention_kernel
     from sinder_cli.backbone.download import download
+    from sinder_cli.backbone.hooks import SINDER_API, Listing, ModelRequest, hookimpl
     from sinder_cli.backbone.opening import require_matching
     from sinder_cli.backbone.sources import (
         MemoryTensors,
@@ -122,8 +119,9 @@ __all__ = [
 ]
 
 _NAMES_BY_MODULE = {
-    "backbone.contract": "IMAGENET_MEAN IMAGENET_STD SINDER_API AttentionMap Backbone BlockMap GatedMlpMap LayerMap "
-    "Listing ModelRequest NormMap PlainMlpMap PositionMap StemMap WeightRef hookimpl",
+    "backbone.contract": "IMAGENET_MEAN IMAGENET_STD AttentionMap Backbone BlockMap GatedMlpMap LayerMap NormMap "
+    "PlainMlpMap PositionMap StemMap WeightRef",
+    "backbone.hooks": "SINDER_API Listing ModelRequest hookimpl",
     "backbone.device": "attention_kernel",
     "backbone.download": "download",
     "backbone.opening": "require_matching",

@@ -7,24 +7,32 @@ command writes, and returns a record. Nothing is printed except with `progress=T
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, overload
 
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.backbone.contract import Backbone, ModelRequest
+from sinder_cli.backbone.contract import Backbone
 from sinder_cli.backbone.device import exact_device, require_attention, resolve_device
+from sinder_cli.backbone.hooks import ModelRequest
 from sinder_cli.backbone.opening import describe, require_loadable
-from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, installed_backbones
+from sinder_cli.backbone.registry import backbones, hooks_for
 from sinder_cli.defects.settings import PassSettings
 from sinder_cli.distributed import ALONE, Ranks, require_alike
 from sinder_cli.errors import NoInputError, SinderError, UsageError
 from sinder_cli.evaluation.settings import EvaluateSettings, task_settings
 from sinder_cli.events import Emit, Noted, Warned, silent
 from sinder_cli.exporting.targets import ExportSettings
-from sinder_cli.files import require_new_folder, require_writable_file, write_json
+from sinder_cli.files import (
+    make_folder,
+    require_creatable_folder,
+    require_new_folder,
+    require_writable_file,
+    write_bytes,
+    write_json,
+)
 from sinder_cli.images.sources import ImageSource
 from sinder_cli.inputs import (
     drawn_images,
@@ -65,6 +73,7 @@ if TYPE_CHECKING:
     from sinder_cli.repairing.folder import FinishedRun, RunFolder
     from sinder_cli.repairing.preparing import Start
     from sinder_cli.repairing.results import RepairResult
+    from sinder_cli.report.analysis.look import Look
 
 __all__ = [
     "AnalyzeRequest",
@@ -83,6 +92,7 @@ __all__ = [
     "drawn_images",
     "evaluate",
     "export",
+    "look",
     "open_model",
     "predict_defects",
     "preprocessing",
@@ -96,15 +106,6 @@ FEW_IMAGES = 16  # a repair that is given fewer gets drawn pictures as well
 # A folder of such a name is a mistake, unless it exists.
 OTHER_SUFFIXES = {".csv", ".htm", ".html", ".jsonl", ".md", ".pdf", ".png", ".safetensors", ".svg", ".txt"}
 HERE = Process()
-
-
-def backbones(emit: Emit = silent) -> list[InstalledBackbone]:
-    """Return every model of every installed plugin; a plugin that cannot be loaded is warned of."""
-    rows = list(installed_backbones())
-    for row in rows:
-        if row.problem:
-            emit(Warned(row.problem))
-    return rows
 
 
 def check_backbone(request: ModelRequest, emit: Emit = silent) -> Conformance:
@@ -184,6 +185,35 @@ def analyze(
         except SinderError as error:
             error.found = result
             raise
+
+
+def look(
+    requests: Sequence[AnalyzeRequest], picture: Place | None = None, *, progress: bool = False, process: Process = HERE
+) -> Look:
+    """Look at a few photographs with one model or several: in words what each does, and one picture of all.
+
+    `picture` is a file `….png` for it. Each request is an analysis by itself, so that models of any sizes are compared.
+    """
+    from sinder_cli.report.analysis.look import look_of
+    from sinder_cli.report.drawing.pictures import encoded
+
+    path = None if picture is None else Path(picture)
+    if path is not None:
+        (require_writable_file if path.parent.is_dir() else require_creatable_folder)(path)
+    alone = replace(process, ranks=ALONE)
+    asked = [_in_all_blocks(request) for request in requests]
+    found = [analyze(each, progress=True) if progress else analyze(each, process=alone) for each in asked]
+    seen = look_of([each for each in found if each is not None])
+    if path is not None:
+        make_folder(path.parent)
+        write_bytes(path, encoded(seen.picture, texts={"Title": path.stem, "Description": seen.caption}))
+    return seen
+
+
+def _in_all_blocks(request: AnalyzeRequest) -> AnalyzeRequest:
+    """Return a request whose result has the maps of every image at every block, and no second side."""
+    settings = request.settings.model_copy(update={"blocks": "all", "figures": "all"})
+    return replace(request, settings=settings, compare=None, portraits=True)
 
 
 def _places_of(out: Path | None, ranks: Ranks) -> tuple[Path | None, Path | None]:

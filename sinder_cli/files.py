@@ -107,6 +107,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may hold any bytes
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file of bytes, completely or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_json(path: Path, document: Any) -> None:
     """Write `document` as indented JSON, completely or not at all; raise `ValueError` for NaN."""
     write_text(path, json_text(document))

@@ -10,7 +10,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sinder_cli.backbone.contract import Backbone, ModelRequest
+from sinder_cli.backbone.contract import Backbone
+from sinder_cli.backbone.hooks import ModelRequest
 from sinder_cli.backbone.opening import open_backbone
 from sinder_cli.backbone.registry import hooks_for
 from sinder_cli.errors import NoInputError, UsageError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.backbone.contract import ModelRequest
+from sinder_cli.backbone.hooks import ModelRequest
 from sinder_cli.defects.settings import STAGES, Stage
 from sinder_cli.distributed import ALONE, Ranks
 from sinder_cli.evaluation.settings import EvaluateSettings

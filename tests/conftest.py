@@ -25,6 +25,7 @@ UNWANTED = {"NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "COLUMNS", "LINES", "PY
 
 # Files of a minute or more, which come first: where each core has a process, none is left with one at the end.
 LONGEST = (
+    "test_benchmarks.py",
     "test_same_weights.py",
     "test_real_repair.py",
     "test_cli_analyze.py",

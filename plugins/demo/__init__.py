@@ -10,24 +10,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from math import prod
 
-from sinder_cli import (
-    AttentionMap,
-    Backbone,
-    BlockMap,
-    LayerMap,
-    Listing,
-    MemoryTensors,
-    ModelRequest,
-    NormMap,
-    PlainMlpMap,
-    PositionMap,
-    StemMap,
-    WeightRef,
-    Weights,
-    attention_kernel,
-    hookimpl,
-    require_matching,
-)
+import sinder_cli as sinder
 
 SINDER_API = 1
 
@@ -36,44 +19,46 @@ NORM_EPS = 1e-5  # PyTorch's default
 PLANTED = {"demo_vit": True, "demo_vit_clean": False}
 
 
-@hookimpl
-def sinder_listing() -> Sequence[Listing]:
+@sinder.hookimpl
+def sinder_listing() -> Sequence[sinder.Listing]:
     """List both models."""
     parameters = sum(prod(shape) for shape in tensor_shapes().values())
     return [
-        Listing("demo_vit", "small ViT from a seed, a defect planted in block 5", parameters, PATCH, 1),
-        Listing("demo_vit_clean", "its twin without the defect", parameters, PATCH, 1),
+        sinder.Listing("demo_vit", "small ViT from a seed, a defect planted in block 5", parameters, PATCH, 1),
+        sinder.Listing("demo_vit_clean", "its twin without the defect", parameters, PATCH, 1),
     ]
 
 
-@hookimpl
-def sinder_weights(request: ModelRequest) -> MemoryTensors:
+@sinder.hookimpl
+def sinder_weights(request: sinder.ModelRequest) -> sinder.MemoryTensors:
     """Make the weights; nothing is stored."""
     from .planting import demo_weights
 
-    return MemoryTensors(request.model, demo_weights(PLANTED[request.model]))
+    return sinder.MemoryTensors(request.model, demo_weights(PLANTED[request.model]))
 
 
-@hookimpl
-def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
+@sinder.hookimpl
+def sinder_backbone(request: sinder.ModelRequest, weights: sinder.Weights) -> sinder.Backbone:
     """Describe the demo ViT. Raises `BadInputError` for weights of another model."""
-    require_matching(tensor_shapes(), weights, request.model)
+    sinder.require_matching(tensor_shapes(), weights, request.model)
     from .drawing import draw_images
     from .model import DemoVit
 
-    attention = attention_kernel(request.attention)
-    return Backbone(
+    attention = sinder.attention_kernel(request.attention)
+    return sinder.Backbone(
         name=request.model,
-        layers=LayerMap(
+        layers=sinder.LayerMap(
             width=WIDTH,
             blocks=tuple(_block(f"blocks.{index}") for index in range(DEPTH)),
-            position=PositionMap(weight=WeightRef(name="position"), prefix=1),
-            stem=StemMap(
-                patch=WeightRef(name="patches.weight"),
-                patch_bias=WeightRef(name="patches.bias"),
-                cls=WeightRef(name="cls"),
+            position=sinder.PositionMap(weight=sinder.WeightRef(name="position"), prefix=1),
+            stem=sinder.StemMap(
+                patch=sinder.WeightRef(name="patches.weight"),
+                patch_bias=sinder.WeightRef(name="patches.bias"),
+                cls=sinder.WeightRef(name="cls"),
             ),
-            norm=NormMap(weight=WeightRef(name="norm.weight"), bias=WeightRef(name="norm.bias"), eps=NORM_EPS),
+            norm=sinder.NormMap(
+                weight=sinder.WeightRef(name="norm.weight"), bias=sinder.WeightRef(name="norm.bias"), eps=NORM_EPS
+            ),
         ),
         weights=weights,
         patch_size=PATCH,
@@ -113,16 +98,16 @@ def _affine(name: str, weight: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
 
 
-def _block(at: str) -> BlockMap:
-    def ref(name: str, start: int | None = None) -> WeightRef:
+def _block(at: str) -> sinder.BlockMap:
+    def ref(name: str, start: int | None = None) -> sinder.WeightRef:
         rows = None if start is None else (start * WIDTH, (start + 1) * WIDTH)
-        return WeightRef(name=f"{at}.{name}", rows=rows)
+        return sinder.WeightRef(name=f"{at}.{name}", rows=rows)
 
-    def norm(name: str) -> NormMap:
-        return NormMap(weight=ref(f"{name}.weight"), bias=ref(f"{name}.bias"), eps=NORM_EPS)
+    def norm(name: str) -> sinder.NormMap:
+        return sinder.NormMap(weight=ref(f"{name}.weight"), bias=ref(f"{name}.bias"), eps=NORM_EPS)
 
-    return BlockMap(
-        attention=AttentionMap(
+    return sinder.BlockMap(
+        attention=sinder.AttentionMap(
             norm=norm("norm1"),
             query=ref("qkv.weight", 0),
             key=ref("qkv.weight", 1),
@@ -134,7 +119,7 @@ def _block(at: str) -> BlockMap:
             output_bias=ref("out.bias"),
             heads=HEADS,
         ),
-        mlp=PlainMlpMap(
+        mlp=sinder.PlainMlpMap(
             norm=norm("norm2"),
             activation="gelu",
             up=ref("up.weight"),

@@ -6,22 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sinder_cli import (
-    Backbone,
-    BadInputError,
-    Listing,
-    ModelRequest,
-    UsageError,
-    Weights,
-    attention_kernel,
-    download,
-    hookimpl,
-    require_matching,
-)
+import sinder_cli as sinder
 
-from .checkpoints import canonical, hub_source, infer_config
 from .config import HEAD_WIDTH, OFFICIAL, Config, differences, parameter_count, tensor_shapes
-from .layers import layer_map
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,40 +20,48 @@ LICENSE = "apache-2.0"  # of the official weights
 BASE_URL = "https://dl.fbaipublicfiles.com/dinov2"
 
 
-@hookimpl
-def sinder_listing() -> Sequence[Listing]:
+@sinder.hookimpl
+def sinder_listing() -> Sequence[sinder.Listing]:
     """List the official models with and without registers, and `dinov2_custom`."""
     official = [
-        Listing(name, _summary(config), parameter_count(config), config.patch, 1 + config.registers)
+        sinder.Listing(name, _summary(config), parameter_count(config), config.patch, 1 + config.registers)
         for name, config in OFFICIAL.items()
     ]
-    return [*official, Listing(CUSTOM, "any DINOv2 checkpoint, given with --weights; its sizes are read from it")]
+    return [
+        *official,
+        sinder.Listing(CUSTOM, "any DINOv2 checkpoint, given with --weights; its sizes are read from it"),
+    ]
 
 
-@hookimpl
-def sinder_weights(request: ModelRequest) -> Path:
+@sinder.hookimpl
+def sinder_weights(request: sinder.ModelRequest) -> Path:
     """Return the official checkpoint of `request.model`, downloaded once."""
     if request.model == CUSTOM:
-        raise UsageError(f"no weights for {CUSTOM}", "it has no official checkpoint", "name a file with --weights")
-    return download(official_url(request.model), request.emit)
+        raise sinder.UsageError(
+            f"no weights for {CUSTOM}", "it has no official checkpoint", "name a file with --weights"
+        )
+    return sinder.download(official_url(request.model), request.emit)
 
 
-@hookimpl
-def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
+@sinder.hookimpl
+def sinder_backbone(request: sinder.ModelRequest, weights: sinder.Weights) -> sinder.Backbone:
     """Describe the transformer in a checkpoint; for an official name it must be exactly that model."""
+    from .checkpoints import canonical, hub_source, infer_config
+    from .layers import layer_map
+
     weights = canonical(weights)
     config = infer_config(weights)
     if request.model in OFFICIAL:
         _require_official(request.model, config, weights)
-    require_matching(tensor_shapes(config), weights, request.model)
+    sinder.require_matching(tensor_shapes(config), weights, request.model)
     heads = _heads(request, config)
 
     def build() -> nn.Module:
         from .module import VisionTransformer
 
-        return VisionTransformer(config, heads, attention_kernel(request.attention))
+        return VisionTransformer(config, heads, sinder.attention_kernel(request.attention))
 
-    return Backbone(
+    return sinder.Backbone(
         name=request.model,
         layers=layer_map(config, heads),
         weights=weights,
@@ -96,7 +91,7 @@ def _summary(config: Config) -> str:
     return f"DINOv2, {config.depth} blocks of width {config.width}, {config.mlp} MLP{registers}"
 
 
-def _require_official(model: str, found: Config, weights: Weights) -> None:
+def _require_official(model: str, found: Config, weights: sinder.Weights) -> None:
     """Raise `BadInputError` if the weights have another architecture than the model, naming it if it is official."""
     differing = differences(found, OFFICIAL[model])
     if not differing:
@@ -110,20 +105,22 @@ def _require_official(model: str, found: Config, weights: Weights) -> None:
         why, remedy = f"it is {owner}, with {_listed(telling)}", f"name the model {owner}"
     else:
         why, remedy = f"it has {_listed(list(differing.values()))}", f"{CUSTOM} takes such checkpoints"
-    raise BadInputError(f"weights {weights.source.label} do not fit {model}", why, remedy)
+    raise sinder.BadInputError(f"weights {weights.source.label} do not fit {model}", why, remedy)
 
 
-def _heads(request: ModelRequest, config: Config) -> int:
+def _heads(request: sinder.ModelRequest, config: Config) -> int:
     """Return the number of attention heads, which no tensor shows: the user's, or width / 64 as in official models."""
     usual, odd = divmod(config.width, HEAD_WIDTH)
     heads = usual if request.heads is None else request.heads
     if request.model in OFFICIAL and heads != usual:
-        raise UsageError(f"cannot use {heads} heads", f"{request.model} has {usual}", "leave --heads out")
+        raise sinder.UsageError(f"cannot use {heads} heads", f"{request.model} has {usual}", "leave --heads out")
     if request.heads is None and odd:
         why = f"width {config.width} is no multiple of {HEAD_WIDTH}"
-        raise UsageError(f"cannot tell the number of heads of {request.model}", why, "give --heads")
+        raise sinder.UsageError(f"cannot tell the number of heads of {request.model}", why, "give --heads")
     if heads < 1 or config.width % heads:
-        raise UsageError(f"cannot use {heads} heads", f"they do not divide width {config.width}", "give other --heads")
+        raise sinder.UsageError(
+            f"cannot use {heads} heads", f"they do not divide width {config.width}", "give other --heads"
+        )
     return heads
 
 

@@ -12,16 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinder_cli import (
-    Backbone,
-    Listing,
-    ModelRequest,
-    UnavailableError,
-    UsageError,
-    Weights,
-    define_torchvision_operators,
-    hookimpl,
-)
+import sinder_cli as sinder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,15 +30,15 @@ WELL_KNOWN = (  # timm's name, summary, parameters, patch, prefix tokens
 )
 
 
-@hookimpl
-def sinder_listing() -> Sequence[Listing]:
+@sinder.hookimpl
+def sinder_listing() -> Sequence[sinder.Listing]:
     """List a few of timm's names, and the form of all others."""
-    known = [Listing(f"{PREFIX}{row[0]}", *row[1:], REQUIRES) for row in WELL_KNOWN]
-    return [*known, Listing(f"{PREFIX}NAME", "any pre-norm VisionTransformer or Eva of timm", requires=REQUIRES)]
+    known = [sinder.Listing(f"{PREFIX}{row[0]}", *row[1:], REQUIRES) for row in WELL_KNOWN]
+    return [*known, sinder.Listing(f"{PREFIX}NAME", "any pre-norm VisionTransformer or Eva of timm", requires=REQUIRES)]
 
 
-@hookimpl
-def sinder_weights(request: ModelRequest) -> Path:
+@sinder.hookimpl
+def sinder_weights(request: sinder.ModelRequest) -> Path:
     """Return timm's pretrained file for `request.model`, downloaded once; refuse an unusable model before that."""
     name = _timm_name(request)
     from .architecture import architecture
@@ -57,8 +48,8 @@ def sinder_weights(request: ModelRequest) -> Path:
     return pretrained_file(name, request)
 
 
-@hookimpl
-def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
+@sinder.hookimpl
+def sinder_backbone(request: sinder.ModelRequest, weights: sinder.Weights) -> sinder.Backbone:
     """Describe timm's module of this name with these weights."""
     name = _timm_name(request)
     fused = _fused(request)
@@ -73,7 +64,7 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
     def build() -> nn.Module:
         return attention_switch(create(name, dynamic_img_size=True), fused)
 
-    return Backbone(
+    return sinder.Backbone(
         name=request.model,
         layers=described.layers,
         weights=backbone_weights(name, described, weights),
@@ -93,21 +84,21 @@ def sinder_backbone(request: ModelRequest, weights: Weights) -> Backbone:
     )
 
 
-def _timm_name(request: ModelRequest) -> str:
+def _timm_name(request: sinder.ModelRequest) -> str:
     """Return timm's own name of the model. Raises `UnavailableError` without timm, `UsageError` for an unknown name."""
     name = request.model.removeprefix(PREFIX)
-    define_torchvision_operators()
+    sinder.define_torchvision_operators()
     try:
         import timm
     except Exception as error:  # a torchvision built for another torch fails in many ways
         why = f"timm cannot be imported ({type(error).__name__}: {error})"
-        raise UnavailableError(f"cannot use {request.model}", why, "install sinder-cli[timm]") from error
+        raise sinder.UnavailableError(f"cannot use {request.model}", why, "install sinder-cli[timm]") from error
     current = timm.models.get_deprecated_models().get(name, name)  # None for a name removed without a successor
     if current is None or not timm.is_model(current) or not _is_tagged(timm, current):
         names = [*timm.list_models(), *timm.list_models(pretrained=True)]  # without tags, and with them
         near = get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(PREFIX + other for other in near)}?" if near else "see timm.list_models()"
-        raise UsageError(f"unknown model {request.model!r}", f"timm {timm.__version__} has no such name", hint)
+        raise sinder.UsageError(f"unknown model {request.model!r}", f"timm {timm.__version__} has no such name", hint)
     return str(current)
 
 
@@ -116,14 +107,14 @@ def _is_tagged(timm: Any, name: str) -> bool:
     return "." not in name or bool(timm.list_models(name, include_tags=True))
 
 
-def _fused(request: ModelRequest) -> bool:
+def _fused(request: sinder.ModelRequest) -> bool:
     if request.attention == "xformers":
         why = "timm has only PyTorch's fused attention and an unfused one of its own"
-        raise UsageError("cannot use xformers attention with timm", why, "use --attention sdpa or eager")
+        raise sinder.UsageError("cannot use xformers attention with timm", why, "use --attention sdpa or eager")
     return request.attention != "eager"
 
 
-def _require_heads(request: ModelRequest, heads: int | None) -> None:
+def _require_heads(request: sinder.ModelRequest, heads: int | None) -> None:
     if request.heads not in (None, heads):
         why = f"{request.model} has {heads}"
-        raise UsageError(f"cannot use {request.heads} heads", why, "leave --heads out")
+        raise sinder.UsageError(f"cannot use {request.heads} heads", why, "leave --heads out")

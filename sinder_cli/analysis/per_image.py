@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.nn.functional import cosine_similarity, scaled_dot_product_attention
@@ -72,7 +72,7 @@ class Portrait:
     patch_cosine: Tensor | None  # [h, w]: between both sides' last blocks
 
 
-def shown_blocks(depth: int, chosen: Sequence[int] | None) -> tuple[int, ...]:
+def shown_blocks(depth: int, chosen: Sequence[int] | Literal["all"] | None) -> tuple[int, ...]:
     """Return the blocks to draw: those chosen, else the last of each quarter of the depth (9, 19, 29, 39 of 40).
 
     Raises `UsageError` for a block that does not exist.
@@ -80,6 +80,8 @@ def shown_blocks(depth: int, chosen: Sequence[int] | None) -> tuple[int, ...]:
     if chosen is None:
         quarters = min(SHOWN_BLOCKS, depth)
         return tuple((at + 1) * depth // quarters - 1 for at in range(quarters))
+    if chosen == "all":
+        return tuple(range(depth))
     beyond = [block for block in chosen if block >= depth]
     if beyond:
         raise UsageError(f"cannot draw block {beyond[0]}", f"blocks are 0 to {depth - 1}", "change --blocks")

@@ -105,6 +105,11 @@ class Verdict(Record):
     tokens: int = Field(0, description="Number of tokens that it is based on, at the block that has most.")
     gap: float | None = Field(None, description="σ₁/σ₂ of the predicted direction that it is based on.")
     angle_to_predicted_deg: float | None = Field(None, description="Angle between the observed and that predicted one.")
+    block: int | None = Field(
+        None,
+        description="The block to look at: `defects`: where the observed direction is nearest to the predicted one; "
+        "`unpredicted`, `aligned`: where most tokens are marked; null otherwise.",
+    )
 
     @property
     def fails(self) -> bool:

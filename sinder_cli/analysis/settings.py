@@ -11,14 +11,16 @@ from sinder_cli.images.preprocessing import Resize
 
 
 def _split(value: object) -> object:
-    """Return the numbers between the commas of an option; a list stays as it is."""
+    """Return the numbers between the commas of an option, or `all`; a list stays as it is."""
+    if value == "all":
+        return value
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, list | tuple) or not parts or not all(str(part).strip().isdecimal() for part in parts):
-        raise ValueError("give numbers of blocks, such as 9,19,29,39")
+        raise ValueError("give numbers of blocks, such as 9,19,29,39, or all")
     return parts
 
 
-Blocks = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_split)]
+Blocks = Annotated[tuple[Annotated[int, Field(ge=0)], ...] | Literal["all"], BeforeValidator(_split)]
 
 
 def _count_or_all(value: object) -> object:
@@ -52,7 +54,9 @@ class AnalyzeSettings(DetectionSettings):
         None, gt=0, description="Mark tokens above this norm too, and take the observed direction from them."
     )
     blocks: Blocks | None = Field(
-        None, description="Blocks whose angles and masks are shown, such as 9,19,29,39; default: four, evenly spread."
+        None,
+        description="Blocks whose angles and masks are shown, such as 9,19,29,39, or all; default: four, evenly"
+        " spread.",
     )
     figures: Figures = Field(8, description="Number of images to show in figures, evenly spread, or all; needs --out.")
     exclude_masked: bool = Field(False, description="Leave marked tokens out of the basis of the PCA pictures.")

@@ -59,6 +59,7 @@ def _broken(broken: Sequence[BlockRecord]) -> Verdict:
         tokens=count,
         gap=None,
         angle_to_predicted_deg=None,
+        block=None,
     )
 
 
@@ -74,6 +75,7 @@ def _defects(showing: Sequence[BlockRecord], near: Sequence[BlockRecord], rule: 
         gap=best.gap["cumulative"],
         tokens=_marked(most, rule.rule).tokens,
         angle_to_predicted_deg=_angle(best),
+        block=best.block,
     )
 
 
@@ -116,6 +118,7 @@ def _unpredicted(showing: Sequence[BlockRecord], rule: Norms) -> Verdict:
         gap=nearest.gap["cumulative"],
         tokens=_marked(most, rule.rule).tokens,
         angle_to_predicted_deg=_angle(nearest),
+        block=most.block,
     )
 
 
@@ -130,6 +133,7 @@ def _aligned(aligned: Sequence[BlockRecord]) -> Verdict:
         gap=most.gap["cumulative"],
         tokens=_marked(most, "equation_5").tokens,
         angle_to_predicted_deg=None,
+        block=most.block,
     )
 
 
@@ -146,6 +150,7 @@ def _none(blocks: Sequence[BlockRecord], rule: Norms, min_tokens: int) -> Verdic
         gap=gap,
         tokens=0,
         angle_to_predicted_deg=None,
+        block=None,
     )
 
 

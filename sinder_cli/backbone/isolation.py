@@ -12,16 +12,14 @@ from importlib.metadata import EntryPoint
 from threading import Thread
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from pydantic import ValidationError
-
-from sinder_cli.backbone.contract import Backbone, ModelRequest
 from sinder_cli.errors import BadInputError, SinderError, UnavailableError
-from sinder_cli.faults import first_fault
 from sinder_cli.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from sinder_cli.backbone.contract import Backbone
+    from sinder_cli.backbone.hooks import ModelRequest
     from sinder_cli.backbone.sources import TensorSource
     from sinder_cli.backbone.weights import Weights
 
@@ -75,12 +73,17 @@ def contained(call: Callable[[], T], seconds: float = LIMIT_SECONDS) -> T:
 
 
 def _words(error: BaseException) -> str:
-    if isinstance(error, ValidationError):
-        return _first_fault(error)
-    return f"{type(error).__name__}: {error}"
+    return _fault_in_record(error) or f"{type(error).__name__}: {error}"
 
 
-def _first_fault(error: ValidationError) -> str:
+def _fault_in_record(error: BaseException) -> str:
+    """Return what is wrong with a record, and where, if the error is pydantic's; else nothing."""
+    from pydantic import ValidationError  # loaded once something has gone wrong
+
+    from sinder_cli.faults import first_fault
+
+    if not isinstance(error, ValidationError):
+        return ""
     place, why = first_fault(error)
     return f"{'.'.join(place)}: {why}" if place else why
 
@@ -96,11 +99,11 @@ def blamed(plugin: PluginEntry, model: str) -> Iterator[None]:
         yield
     except (SinderError, OSError):
         raise
-    except ValidationError as error:
-        raise BadInputError(f"bad layer map of {model!r}", _first_fault(error)) from error
     except (Exception, SystemExit) as error:
         if is_out_of_memory(error):
             raise
+        if fault := _fault_in_record(error):
+            raise BadInputError(f"bad layer map of {model!r}", fault) from error
         raise UnavailableError(f"{plugin} failed at {model!r}", _words(error), "tell its author") from error
 
 
@@ -123,6 +126,8 @@ class Hooks:
 
     def sinder_backbone(self, request: ModelRequest, weights: Weights) -> Backbone:
         with blamed(self.plugin, request.model):
+            from sinder_cli.backbone.contract import Backbone
+
             backbone = self.caller.sinder_backbone(request=request, weights=weights)
             if not isinstance(backbone, Backbone):  # None where it lacks the hook
                 raise TypeError(f"its sinder_backbone returned {type(backbone).__name__}, no Backbone")

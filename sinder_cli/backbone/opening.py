@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sinder_cli.backbone.contract import Backbone, BlockMap, GatedMlpMap, ModelRequest, WeightRef, references
+from sinder_cli.backbone.contract import Backbone, BlockMap, GatedMlpMap, WeightRef, references
+from sinder_cli.backbone.hooks import ModelRequest
 from sinder_cli.backbone.isolation import Hooks
 from sinder_cli.backbone.sources import open_checkpoint
 from sinder_cli.backbone.weights import Weights, is_branch, recognized_by_names

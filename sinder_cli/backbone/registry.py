@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pluggy
-from pydantic import TypeAdapter
 
-from sinder_cli.backbone import contract
-from sinder_cli.backbone.contract import Listing
+from sinder_cli.backbone import hooks
+from sinder_cli.backbone.hooks import Listing
 from sinder_cli.backbone.isolation import BrokenPluginError, Hooks, PluginEntry, contained
 from sinder_cli.errors import ConflictError, SinderError, UnavailableError, UsageError
+from sinder_cli.events import Emit, Warned, silent
 
 OWN_DISTRIBUTION = "sinder-cli"  # its plugins are the built-in ones
 FOLDER = "/./FOLDER"  # ends a listed name of a plugin that accepts folders
@@ -49,7 +49,7 @@ def _is_there(module: str) -> bool:
         return False
 
 
-def installed_plugins(group: str = contract.ENTRY_POINT_GROUP) -> dict[str, PluginEntry]:
+def installed_plugins(group: str = hooks.ENTRY_POINT_GROUP) -> dict[str, PluginEntry]:
     """Return every plugin by name without importing any; of several with one name, the first has the rest as rivals."""
     found: dict[str, PluginEntry] = {}
     for entry in sorted(entry_points(group=group), key=lambda e: e.name):
@@ -65,7 +65,7 @@ def installed_plugins(group: str = contract.ENTRY_POINT_GROUP) -> dict[str, Plug
 def allowed_plugins(plugins: Mapping[str, PluginEntry]) -> dict[str, PluginEntry]:
     """Return the plugins named in `SINDER_PLUGINS`, or all if it is unset. Raises `UsageError` for an unknown name."""
     named = allowed_names()
-    tasks = [entry.name for entry in entry_points(group=contract.TASK_GROUP)]
+    tasks = [entry.name for entry in entry_points(group=hooks.TASK_GROUP)]
     if unknown := [name for name in named if name not in plugins and name not in tasks]:
         why = f"no plugin {unknown[0]!r} is installed"
         raise UsageError(f"{ALLOWED} names an unknown plugin", why, f"there are {', '.join(plugins)}")
@@ -74,7 +74,7 @@ def allowed_plugins(plugins: Mapping[str, PluginEntry]) -> dict[str, PluginEntry
 
 def plugin_versions() -> dict[str, str]:
     """Return the versions of all distributions that offer backbones, and of the libraries that run models for them."""
-    entries = entry_points(group=contract.ENTRY_POINT_GROUP)
+    entries = entry_points(group=hooks.ENTRY_POINT_GROUP)
     offering = {entry.dist.name: entry.dist.version for entry in entries if entry.dist}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -117,7 +117,7 @@ def require_unrivalled(plugin: PluginEntry) -> None:
 
 def load_plugin(plugin: PluginEntry) -> Hooks:
     """Import one backbone plugin and return its hooks. Raises the errors of `hooks_of`."""
-    return Hooks(plugin, hooks_of(plugin, contract))
+    return Hooks(plugin, hooks_of(plugin, hooks))
 
 
 def hooks_of(plugin: PluginEntry, specifications: Any) -> Any:
@@ -132,10 +132,10 @@ def hooks_of(plugin: PluginEntry, specifications: Any) -> Any:
     except BrokenPluginError as broken:
         raise UnavailableError(where, str(broken), "install or repair that package") from broken.__cause__
     api = getattr(module, "SINDER_API", 1)  # a plugin without it was written for the first version
-    if api != contract.SINDER_API:
-        why = f"it is written for SINDER_API {api}, this is {contract.SINDER_API}"
+    if api != hooks.SINDER_API:
+        why = f"it is written for SINDER_API {api}, this is {hooks.SINDER_API}"
         raise UnavailableError(where, why, f"install a version of {plugin.distribution} for this sinder")
-    manager = pluggy.PluginManager(contract.PROJECT)
+    manager = pluggy.PluginManager(hooks.PROJECT)
     manager.add_hookspecs(specifications)
     try:
         manager.register(module, plugin.name)
@@ -158,11 +158,11 @@ def hooks_for(model: str) -> Hooks:
         raise unknown_model(model, _near_listings(model, allowed))
     if plugin.name not in allowed:
         raise UnavailableError(f"cannot load {plugin}", f"{ALLOWED} does not name it", f"add it to {ALLOWED}")
-    hooks = load_plugin(plugin)
-    listings = listings_of(plugin, hooks)
+    loaded = load_plugin(plugin)
+    listings = listings_of(plugin, loaded)
     if not _offers(model, listings):
         raise unknown_model(model, listings)
-    return hooks
+    return loaded
 
 
 def _offers(model: str, listings: list[Listing]) -> bool:
@@ -171,10 +171,10 @@ def _offers(model: str, listings: list[Listing]) -> bool:
     return not names or model in names or any("/" in name for name in names)
 
 
-def listings_of(plugin: PluginEntry, hooks: Hooks) -> list[Listing]:
+def listings_of(plugin: PluginEntry, loaded: Hooks) -> list[Listing]:
     """Return the listing of a plugin. Raises `UnavailableError` if it fails or has invalid rows."""
     try:
-        return contained(lambda: [_checked(row, plugin) for row in hooks.sinder_listing() or ()])
+        return contained(lambda: [_checked(row, plugin) for row in loaded.sinder_listing() or ()])
     except BrokenPluginError as broken:
         raise UnavailableError(f"cannot list {plugin}", str(broken), "tell its author") from broken.__cause__
 
@@ -183,10 +183,28 @@ def _checked(row: Any, plugin: PluginEntry) -> Listing:
     """Return a row of a listing. Raises an error unless its types are right and its name belongs to the plugin."""
     if not isinstance(row, Listing):
         raise TypeError(f"{row!r} is no Listing")
-    listing = TypeAdapter(Listing).validate_python(asdict(row))
+    listing = row if _has_its_types(row) else _converted(row)
     if not _begins_with(listing.name, plugin.name):
         raise ValueError(f"model {listing.name!r} does not begin with {plugin.name!r}")
     return listing
+
+
+def _has_its_types(row: Listing) -> bool:
+    """Return True if all values are of the declared types, so that nothing need be converted or complained of."""
+    sizes = (row.parameters, row.patch_size, row.prefix_tokens)
+    texts = (row.name, row.summary, *(row.requires if isinstance(row.requires, tuple) else (None,)))
+    return (
+        isinstance(row.revisions, bool)
+        and all(isinstance(text, str) for text in texts)
+        and all(size is None or isinstance(size, int) for size in sizes)
+    )
+
+
+def _converted(row: Listing) -> Listing:
+    """Return a row with its values converted where that loses nothing. Raises pydantic's error for others."""
+    from pydantic import TypeAdapter  # not loaded for rows that are right, which a shell's completion waits for
+
+    return TypeAdapter(Listing).validate_python(asdict(row))
 
 
 def unknown_model(model: str, listings: list[Listing]) -> UsageError:
@@ -239,6 +257,15 @@ def installed_backbones() -> Iterator[InstalledBackbone]:
             yield InstalledBackbone(plugin, None, f"cannot use {plugin}: {why}; rename it")
             continue
         yield from _rows_of(plugin)
+
+
+def backbones(emit: Emit = silent) -> list[InstalledBackbone]:
+    """Return every model of every installed plugin; a plugin that cannot be loaded is warned of."""
+    rows = list(installed_backbones())
+    for row in rows:
+        if row.problem:
+            emit(Warned(row.problem))
+    return rows
 
 
 def _rows_of(plugin: PluginEntry) -> Iterator[InstalledBackbone]:

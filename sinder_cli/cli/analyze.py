@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from sinder_cli import api
 from sinder_cli.analysis.settings import AnalyzeSettings
+from sinder_cli.cli.look import is_look, look_at
 from sinder_cli.cli.options import (
     AdapterFile,
     Attention,
     Branch,
-    Compare,
     CompareAdapter,
     CompareHeads,
+    CompareSeveral,
     CompareWeights,
     Data,
     Format,
@@ -27,12 +27,13 @@ from sinder_cli.cli.options import (
     Revision,
     WeightsFile,
     model_request,
+    one_compared,
     require_second,
     with_settings,
 )
 from sinder_cli.cli.output import shared, show
 from sinder_cli.errors import DefectsFoundError, SinderError, UsageError
-from sinder_cli.report.progress import display
+from sinder_cli.events import silent
 from sinder_cli.requests import AnalyzeRequest, Process
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def command(
             " into a file; - for JSON on stdout.",
         ),
     ] = None,
-    compare: Compare = None,
+    compare: CompareSeveral = None,
     compare_weights: CompareWeights = None,
     compare_adapter: CompareAdapter = None,
     compare_heads: CompareHeads = None,
@@ -73,6 +74,14 @@ def command(
             " final norm; with --method inpaint, of the inpainted pass.",
         ),
     ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            "--picture",
+            metavar="FILE.png",
+            help="Where to save the picture of photographs given as plain arguments; default: in sinder-looks/.",
+        ),
+    ] = None,
     fail_on_defects: Annotated[
         bool,
         typer.Option("--fail-on-defects", help="Exit with 1 if tokens stand out, predicted or not, or are not finite."),
@@ -82,28 +91,44 @@ def command(
     settings: AnalyzeSettings,
 ) -> None:
     """Show token norms, defects, and observed against predicted directions."""
+    places = [*(data or []), *(more_data or [])]
     second = (compare_weights, compare_adapter, compare_heads)
-    require_second(compare, second)
+    looking = not (data or out or features) and is_look(places, format, settings)
+    compared = compare or [] if looking else one_compared(compare)
+    require_second(compared, second)
     if out == "":
         raise UsageError("no folder to write to", "--out is empty", "name one, or - for standard output")
+    if picture and not looking:
+        why = "it shows up to 8 photographs given as plain arguments, without --data, --out, --features or JSON"
+        raise UsageError("no picture to save", why, "leave --picture out")
+    request = model_request(model, weights, adapter, heads, silent, attention, revision, branch)
+    others = [model_request(each, *second, silent, attention) for each in compared]
+    if looking:
+        look_at([AnalyzeRequest(each, places, settings) for each in (request, *others)], picture, fail_on_defects)
+        return
+    asked = AnalyzeRequest(request, places, settings, next(iter(others), None), features)
+    _report(asked, out, format, fail_on_defects)
+
+
+def _report(asked: AnalyzeRequest, out: str | None, format: Format, fail_on_defects: bool) -> None:
+    """Analyze, write what was asked for, and print the table or the document."""
+    from sinder_cli import api
+    from sinder_cli.report.documents import analysis_document
+    from sinder_cli.report.progress import display
+    from sinder_cli.report.tables import analysis_table
+
     problem: SinderError | None = None
     with shared() as ranks, display(ranks.writes) as emit:
-        request = model_request(model, weights, adapter, heads, emit, attention, revision, branch)
-        other = model_request(compare, *second, emit, attention) if compare else None
-        asked = AnalyzeRequest(request, [*(data or []), *(more_data or [])], settings, other, features)
         try:
             result = api.analyze(asked, None if out == "-" else out, process=Process(emit, sys.stdin, ranks=ranks))
         except SinderError as error:
             if error.found is None:
                 raise
             result, problem = cast("AnalysisResult", error.found), error
-        if result is None:  # rank 0 has it
-            return
-    from sinder_cli.report.documents import analysis_document
-    from sinder_cli.report.tables import analysis_table
-
+    if result is None:  # rank 0 has it
+        return
     analysis, folder = result.analysis, None if problem else result.folder
-    table = functools.partial(analysis_table, analysis, folder, features)
+    table = functools.partial(analysis_table, analysis, folder, asked.features)
     show("json" if out == "-" else format, table, lambda: analysis_document(analysis))
     if problem:
         raise problem

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sinder_cli import api
-from sinder_cli.backbone.registry import InstalledBackbone
+from sinder_cli.backbone.registry import InstalledBackbone, backbones
 from sinder_cli.cli.options import Branch, Format, Heads, WeightsFile, complete_model, model_request
 from sinder_cli.cli.output import show
 from sinder_cli.errors import BadInputError, NoInputError
@@ -23,10 +22,10 @@ def listing(
 ) -> None:
     """List the models that the installed plugins offer."""
     from sinder_cli.report.documents import backbones_document
-    from sinder_cli.report.tables import backbones_table
+    from sinder_cli.report.listings import backbones_table
 
     with display() as emit:
-        rows = [row for row in api.backbones(emit) if _holds(row, filter or [])]
+        rows = [row for row in backbones(emit) if _holds(row, filter or [])]
     if filter and not rows:
         raise NoInputError(
             f"no model's name holds {' and '.join(filter)}", "no plugin offers one", "see sinder backbones"
@@ -53,6 +52,7 @@ def check(
     format: Format = None,
 ) -> None:
     """Check that a plugin describes a model as sinder needs it; exit 65 if it does not."""
+    from sinder_cli import api
     from sinder_cli.report.documents import conformance_document
     from sinder_cli.report.tables import conformance_table
 

@@ -32,7 +32,7 @@ def command(
     ] = HOME,
 ) -> None:
     """Predict, repair and export a small model with a planted defect: seconds, and no download."""
-    from sinder_cli.backbone.contract import ModelRequest
+    from sinder_cli.backbone.hooks import ModelRequest
     from sinder_cli.report.tables import export_table, prediction_table, repair_table
 
     with display() as emit:

@@ -11,7 +11,7 @@ from sinder_cli.cli.output import show
 def command(format: Format = None) -> None:
     """Show versions, machine, attention kernels, plugins and caches; exit 69 if something needed is missing."""
     from sinder_cli.diagnosis import diagnosis
-    from sinder_cli.report.tables import diagnosis_table
+    from sinder_cli.report.listings import diagnosis_table
 
     found = diagnosis()
     show(format, lambda: diagnosis_table(found), lambda: [vars(each) for each in found])

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from sinder_cli import api
 from sinder_cli.cli.options import (
     AdapterFile,
     Attention,
@@ -28,7 +27,6 @@ from sinder_cli.cli.options import (
 )
 from sinder_cli.cli.output import shared, show
 from sinder_cli.evaluation.settings import EvaluateSettings, options_by_task
-from sinder_cli.report.progress import display
 from sinder_cli.requests import EvaluateRequest, Process
 
 
@@ -114,11 +112,13 @@ def command(
     settings: EvaluateSettings,
 ) -> None:
     """Evaluate a model, or a run before and after, by tasks, with placebos beside them."""
+    from sinder_cli import api
     from sinder_cli.report.documents import evaluation_document
+    from sinder_cli.report.progress import display
     from sinder_cli.report.tables import evaluation_table
 
     second = (compare_weights, compare_adapter, compare_heads)
-    require_second(compare, second)
+    require_second([compare] if compare else [], second)
     flags = {"reduce_zero_label": reduce_zero_label, "sweep": sweep}
     options = api.with_flags(options_by_task(option or (), tasks), flags)
     with shared() as ranks, display(ranks.writes) as emit:

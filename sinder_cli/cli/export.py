@@ -8,7 +8,6 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from sinder_cli import api
 from sinder_cli.cli.options import (
     AdapterFile,
     Branch,
@@ -22,7 +21,6 @@ from sinder_cli.cli.options import (
 )
 from sinder_cli.cli.output import show
 from sinder_cli.exporting.targets import OLD_NAMES, DtypeName, ExportSettings, TargetName, parse_size
-from sinder_cli.report.progress import display
 from sinder_cli.requests import ExportRequest, Process
 
 TARGETS = get_args(TargetName)
@@ -91,7 +89,9 @@ def command(
     format: Format = None,
 ) -> None:
     """Write the weights of a run or a model in a format that others load; checked before it gets its name."""
+    from sinder_cli import api
     from sinder_cli.report.documents import export_document
+    from sinder_cli.report.progress import display
     from sinder_cli.report.tables import export_table
 
     shard = None if max_shard_size is None else parse_size(max_shard_size)

@@ -8,7 +8,7 @@ PANELS = {
     "Model": "model weights adapter heads revision branch attention",
     "Second model": "compare compare_weights compare_adapter compare_heads",
     "Images": "data more_data train image_size resize max_tokens limit scan_images eval_images strict",
-    "Output": "out force format features figures resume dry_run fail_on_defects",
+    "Output": "out picture force format features figures resume dry_run fail_on_defects",
     "Machine": "device dtype tf32 batch_size workers offload seed config",
     "Which tokens are defective": (
         "mark norm_factor mask_threshold min_tokens min_gap kernel norm_threshold exclude_masked"
@@ -30,8 +30,11 @@ EXAMPLES = {
         ),
     ),
     "analyze": (
-        ("what the tokens do, with pictures", "sinder analyze dinov2_vits14 --data photos/ --out analysis/"),
-        ("a run before and after", "sinder analyze dinov2_vits14 --data photos/ --compare run/ --out analysis/"),
+        ("one photograph, in five lines and a picture", "sinder analyze dinov2_vits14 photo.jpg"),
+        (
+            "a run before and after, with a report",
+            "sinder analyze dinov2_vits14 --data photos/ --compare run/ --out analysis/",
+        ),
     ),
     "repair": (
         ("with the default recipe", "sinder repair dinov2_vitl14 --data photos/ --out run/"),

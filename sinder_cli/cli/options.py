@@ -9,16 +9,19 @@ import typing
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from pydantic.fields import FieldInfo
 
-from sinder_cli.backbone.contract import ModelRequest
 from sinder_cli.backbone.device import AttentionName
-from sinder_cli.defects.settings import PassSettings, read_settings
+from sinder_cli.backbone.hooks import ModelRequest
 from sinder_cli.errors import UsageError
 from sinder_cli.events import Emit
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from sinder_cli.defects.settings import PassSettings
 
 OutputFormat = Literal["table", "json"]
 
@@ -70,6 +73,14 @@ Heads = Annotated[
 Compare = Annotated[
     str | None, typer.Option("--compare", metavar="MODEL|RUN", help="A second model of the same shape, or a run.")
 ]
+CompareSeveral = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--compare",
+        metavar="MODEL|RUN",
+        help="A second model of the same shape, or a run; with photographs as plain arguments, any models; repeatable.",
+    ),
+]
 CompareWeights = Annotated[
     Path | None, typer.Option("--compare-weights", metavar="FILE", help="Checkpoint of the second model.")
 ]
@@ -114,15 +125,25 @@ def model_request(
 Second = tuple[Path | None, Path | None, int | None]  # weights, adapter and heads of the second model
 
 
-def require_second(compare: str | None, second: Second) -> None:
-    """Raise `UsageError` for options of a second model where none is named."""
-    if any(second) and compare is None:
+def one_compared(compare: list[str] | None) -> list[str]:
+    """Return the model to compare with, if there is one. Raises `UsageError` for several."""
+    if compare and len(compare) > 1:
+        why = f"a report has two sides, and --compare names {len(compare)} more"
+        raise UsageError("cannot compare with several models", why, "name up to 8 photographs without --data or --out")
+    return compare or []
+
+
+def require_second(compared: list[str], second: Second) -> None:
+    """Raise `UsageError` for options of a second model unless exactly one is named."""
+    if any(second) and len(compared) != 1:
         why = "--compare-weights, --compare-adapter and --compare-heads need one"
         raise UsageError("no second model", why, "name it with --compare")
 
 
 def with_settings(kind: type[PassSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replace a command's parameter `settings` by `--config` and one option per field of the settings model."""
+
+    from sinder_cli.defects.settings import read_settings
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)

@@ -7,38 +7,30 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.segment import Segment
+from typing import TYPE_CHECKING, Any
 
 from sinder_cli.cli.options import OutputFormat
 from sinder_cli.distributed import LostRankError, Ranks, joined, tell
-from sinder_cli.escaping import printable_lines
 from sinder_cli.files import json_text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def is_json(chosen: OutputFormat | None) -> bool:
+    """Return True if results are printed as JSON: asked for, or where standard output is no terminal."""
+    return (chosen or ("table" if sys.stdout.isatty() else "json")) == "json"
 
 
 def show(chosen: OutputFormat | None, table: Callable[[], RenderableType], document: Callable[[], Any]) -> None:
     """Print a result in the format asked for, or in the one that suits where it goes."""
-    if (chosen or ("table" if sys.stdout.isatty() else "json")) == "json":
+    if is_json(chosen):
         print(json_text(document()), end="")
         return
-    colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"  # Rich alone keeps bold and italic
-    console = Console(color_system=colours, highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
-    console.print(_Escaped(table()))  # without markup, since names and paths may hold [brackets]
+    from sinder_cli.report.terminal import print_escaped
 
-
-@dataclass(frozen=True)
-class _Escaped:
-    """A table whose texts have their control characters escaped when it is printed; colours stay."""
-
-    table: RenderableType
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for part in console.render(self.table, options):
-            yield part if part.control else Segment(printable_lines(part.text), part.style)
+    print_escaped(table())
 
 
 def shared() -> AbstractContextManager[Ranks]:

@@ -8,11 +8,9 @@ from typing import Annotated
 
 import typer
 
-from sinder_cli import api
 from sinder_cli.cli.options import AdapterFile, Branch, Format, Heads, Model, Revision, WeightsFile, model_request
 from sinder_cli.cli.output import show
 from sinder_cli.defects.settings import STAGES
-from sinder_cli.report.progress import display
 from sinder_cli.requests import PredictRequest, Process
 
 
@@ -52,7 +50,9 @@ def command(
     format: Format = None,
 ) -> None:
     """Predict the defect directions of every block from the weights alone."""
+    from sinder_cli import api
     from sinder_cli.report.documents import prediction_document
+    from sinder_cli.report.progress import display
     from sinder_cli.report.tables import prediction_table
 
     stages = [name for name in STAGES if name in (stage or STAGES)]

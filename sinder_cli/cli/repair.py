@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Group
 
-from sinder_cli import api
 from sinder_cli.cli.options import (
     AdapterFile,
     Attention,
@@ -34,7 +32,6 @@ from sinder_cli.escaping import printable
 from sinder_cli.events import Emit, Noted, silent
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.repairing.verdict import is_no
-from sinder_cli.report.progress import display
 from sinder_cli.requests import Process, RepairRequest
 from sinder_cli.signals import Ended, Stop
 
@@ -76,8 +73,12 @@ def command(
     settings: RepairSettings,
 ) -> None:
     """Repair a backbone's singular defects with unlabelled images."""
+    from rich.console import Group
+
+    from sinder_cli import api
     from sinder_cli.repairing.folder import FinishedRun
     from sinder_cli.report.documents import repair_document
+    from sinder_cli.report.progress import display
     from sinder_cli.report.tables import repair_table
 
     _require_one_intent(resume, force, dry_run)

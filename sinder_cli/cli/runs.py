@@ -20,7 +20,7 @@ def command(
 ) -> None:
     """List the runs below a folder: model, verdict, outlying tokens, fidelity, date."""
     from sinder_cli.repairing.runs import runs_below
-    from sinder_cli.report.tables import runs_table
+    from sinder_cli.report.listings import runs_table
 
     found = runs_below(folder)
     show(format, lambda: runs_table(found), lambda: [asdict(run) for run in found])

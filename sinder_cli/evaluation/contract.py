@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import pluggy
 
-from sinder_cli.backbone.contract import PROJECT
+from sinder_cli.backbone.hooks import PROJECT
 from sinder_cli.evaluation.settings import TaskSettings
 from sinder_cli.events import Emit, silent
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 
-from sinder_cli.backbone.contract import TASK_GROUP
+from sinder_cli.backbone.hooks import TASK_GROUP
 from sinder_cli.backbone.isolation import BrokenPluginError, PluginEntry, contained
 from sinder_cli.backbone.registry import allowed_names, hooks_of, installed_plugins, is_built_in
 from sinder_cli.errors import SinderError, UnavailableError, UsageError

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinder_cli import __version__
-from sinder_cli.backbone.contract import Backbone, ModelRequest
+from sinder_cli.backbone.contract import Backbone
+from sinder_cli.backbone.hooks import ModelRequest
 from sinder_cli.backbone.storing import stored_as, write_safetensors
 from sinder_cli.backbone.weights import Weights, rows_of
 from sinder_cli.defects.shift import Retrieval

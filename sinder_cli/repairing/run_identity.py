@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sinder_cli.backbone.contract import ModelRequest
 from sinder_cli.backbone.device import AttentionName
+from sinder_cli.backbone.hooks import ModelRequest
 from sinder_cli.errors import BadInputError, ConflictError
 from sinder_cli.escaping import printable
 from sinder_cli.events import Emit, tracked

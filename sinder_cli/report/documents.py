@@ -8,10 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sinder_cli.backbone.registry import InstalledBackbone
-
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis
+    from sinder_cli.backbone.registry import InstalledBackbone
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import Prediction
     from sinder_cli.evaluation.records import Evaluation

@@ -12,23 +12,21 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sinder_cli.backbone.registry import InstalledBackbone
 from sinder_cli.defects.settings import MIN_GAP
 from sinder_cli.escaping import printable
 from sinder_cli.evaluation.sentences import headline
 from sinder_cli.report.analysis.facts import norm_factor
 from sinder_cli.report.formatting import Named, counted, degrees, duration
+from sinder_cli.report.listings import plain_table
 from sinder_cli.report.repair import facts
 
 if TYPE_CHECKING:
     from sinder_cli.analysis.records import Analysis, Distribution, Marked, Side
     from sinder_cli.conformance.subject import Conformance
     from sinder_cli.defects.prediction import BlockSpectrum, PositionCheck, Prediction
-    from sinder_cli.diagnosis import Finding
     from sinder_cli.evaluation.records import Evaluation, ValueRecord
     from sinder_cli.exporting.drafts import ExportResult
     from sinder_cli.repairing.dry_run import DryRun, DryStep
-    from sinder_cli.repairing.runs import ListedRun
 
 BARS = "▁▂▃▄▅▆▇█"
 FLAT = 0.05  # logarithmic range, 5 %, below which all bars have the same height
@@ -39,7 +37,7 @@ HEADINGS = {"attention": "attn", "mlp": "mlp", "block": "block", "cumulative": "
 
 def prediction_table(prediction: Prediction) -> RenderableType:
     """Return σ₁, σ₁/σ₂ and the turn from the previous block, for each stage of each block."""
-    table = _table(prediction.model)
+    table = plain_table(prediction.model)
     table.padding = (0, 1, 0, 0)  # one space between columns: two would not fit
     table.add_column("", justify="right")
     for stage in prediction.stages:
@@ -120,7 +118,7 @@ def _verdict_words(model: str, side: Side) -> list[str]:
 
 def _side_table(side: Side, factor: str) -> Table:
     """Return one row per block: norms of patch tokens, marked tokens, observed against predicted direction."""
-    table = _table("")
+    table = plain_table("")
     table.padding = (0, 1, 0, 0)
     columns = ["block", "median\nnorm", "99 %\nnorm", "largest\nnorm", "cls\nnorm"]
     registers = any(block.register_norm for block in side.blocks)
@@ -146,7 +144,7 @@ def _side_table(side: Side, factor: str) -> Table:
 
 def _comparison_table(analysis: Analysis, other: Side, factor: str) -> Table:
     """Return one row per block: largest norm and marked tokens of both sides, and how far their tokens agree."""
-    table = _table("")
+    table = plain_table("")
     for name in ("block", "largest\nfirst", "norm\nsecond", f"> {factor} ×\nfirst", "median\nsecond", "masked\nfirst"):
         table.add_column(name, justify="right")
     for name in ("(eq. 5)\nsecond", "cosine\npatch", "\ncls"):
@@ -193,7 +191,7 @@ def _tokens(marked: Marked | None) -> str:
 def repair_table(result: facts.Recorded) -> RenderableType:
     """Return the verdict, before and after, the blocks with outlying tokens, and where the run directory is."""
     verdict = facts.verdict(result)
-    table = _table("")
+    table = plain_table("")
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
@@ -216,7 +214,7 @@ def repair_table(result: facts.Recorded) -> RenderableType:
 
 def _repaired_blocks(rows: Sequence[facts.BlockComparison]) -> RenderableType:
     """Return one row per block: outlying tokens, largest norm ÷ median, and what the weights predict of them."""
-    table = _table("")
+    table = plain_table("")
     table.padding = (0, 1, 0, 0)
     for name in ("block", "outlying\nbefore", "\nafter", "÷ median\nbefore", "\nafter", "seen\n"):
         table.add_column(name, justify="right")
@@ -240,7 +238,7 @@ def evaluation_table(evaluation: Evaluation, folder: Path | None = None) -> Rend
     """Return a table per task, a row per figure and a column per side, and what the figures say in words."""
     parts: list[RenderableType] = []
     for task in evaluation.tasks:
-        table = _table(f"{task.task}: {counted(task.images, 'image')}")
+        table = plain_table(f"{task.task}: {counted(task.images, 'image')}")
         table.add_column("")
         sides = [side for side in evaluation.sides if any(figure.of(side.side) for figure in task.figures)]
         for side in sides:
@@ -281,7 +279,7 @@ def export_table(result: ExportResult) -> RenderableType:
 
 def dry_run_table(dry_run: DryRun) -> RenderableType:
     """Return what a repair would train, and what it would cost."""
-    table = _table("")
+    table = plain_table("")
     for name in ("", "", ""):
         table.add_column(name)
     for fact in dry_run_facts(dry_run):
@@ -289,57 +287,9 @@ def dry_run_table(dry_run: DryRun) -> RenderableType:
     return Group(table, "Nothing was written.")
 
 
-def backbones_table(rows: Sequence[InstalledBackbone]) -> RenderableType:
-    """Return one line per model, with what it lacks to run; a plugin that cannot be loaded, with the reason."""
-    table = _table("")
-    table.add_column("name", overflow="fold")  # a shortened name would be of no use
-    for name in ("plugin", "distribution"):
-        table.add_column(name)
-    for name in ("parameters", "patch", "prefix"):
-        table.add_column(name, justify="right")
-    table.add_column("library", overflow="fold")
-    for row in rows:
-        listing = row.listing
-        if listing is None:
-            table.add_row("", row.plugin.name, row.plugin.distribution, "", "", "", Text(row.problem, "red"))
-            continue
-        sizes = (_millions(listing.parameters), _whole(listing.patch_size), _whole(listing.prefix_tokens))
-        table.add_row(listing.name, row.plugin.name, row.plugin.distribution, *sizes, _library(row))
-    return table
-
-
-def runs_table(runs: Sequence[ListedRun]) -> RenderableType:
-    """Return one line per run, the newest last."""
-    table = _table("")
-    table.add_column("run", overflow="fold")
-    for name in ("model", "verdict"):
-        table.add_column(name, overflow="fold")
-    for name in ("outlying", "cls", "steps", "changed (UTC)"):
-        table.add_column(name, justify="right")
-    for run in runs:
-        counted_tokens = "" if run.outliers_after is None else f"{run.outliers_before} → {run.outliers_after}"
-        cls = "" if run.cls_to_inpainted is None else f"{run.cls_to_inpainted:.4f}"
-        steps = "" if run.steps is None else f"{run.steps:,}"
-        table.add_row(printable(run.path), run.model, run.verdict, counted_tokens, cls, steps, run.changed)
-    return Group(table, "outlying: tokens on the guard, before → after; cls: cosine to the inpainted original.")
-
-
-def diagnosis_table(findings: Sequence[Finding]) -> RenderableType:
-    """Return one line per finding, by subject."""
-    table = _table("")
-    for name in ("", "", ""):
-        table.add_column(name, overflow="fold")
-    subject = ""
-    for each in findings:
-        found = Text(each.found, "red" if each.problem else "")
-        table.add_row("" if each.subject == subject else each.subject, each.name, found)
-        subject = each.subject
-    return table
-
-
 def conformance_table(result: Conformance) -> RenderableType:
     """Return one line per check, with what was measured or what is wrong."""
-    table = _table("")
+    table = plain_table("")
     for name in ("check", "outcome"):
         table.add_column(name)
     table.add_column("", overflow="fold")
@@ -352,14 +302,6 @@ def conformance_table(result: Conformance) -> RenderableType:
     return Group(f"{result.model} ({result.weights})", table, f"{words}.")
 
 
-def _library(row: InstalledBackbone) -> Text:
-    return Text(f"missing: {', '.join(row.missing)}", "red") if row.missing else Text("there")
-
-
-def _table(title: str) -> Table:
-    return Table(title=title or None, title_justify="left", box=None, padding=(0, 1), header_style="bold")
-
-
 def _short(value: float | None) -> str:
     """Return three significant digits in at most six characters; an empty text for None."""
     if value is None:
@@ -367,14 +309,6 @@ def _short(value: float | None) -> str:
     if 100 <= abs(value) < 1e4:
         return f"{value:.0f}"
     return f"{value:.3g}" if 1e-2 <= abs(value) < 100 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
-
-
-def _millions(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e6:.1f} M"
-
-
-def _whole(value: int | None) -> str:
-    return "" if value is None else str(value)
 
 
 def dry_run_facts(dry_run: DryRun) -> list[Named]:
@@ -393,7 +327,7 @@ def dry_run_facts(dry_run: DryRun) -> list[Named]:
         Named("Device", dry_run.device),
         Named("A step", duration(dry_run.first.seconds), f"{batch}: {_found(dry_run.first)}"),
         Named("The longest step", duration(dry_run.longest.seconds), "its images marked in the last of these blocks"),
-        Named("All steps", f"at most {duration(dry_run.longest.seconds * dry_run.max_steps)}", _steps(dry_run)),
+        _all_steps(dry_run),
         Named("Memory", _gib(dry_run.step_bytes), "at the peak of these steps"),
         Named("Memory, later", _gib(dry_run.all_bytes), "once all these blocks have been decomposed"),
     ]
@@ -403,8 +337,18 @@ def _found(step: DryStep) -> str:
     return f"{counted(step.defective, 'image')} defective, first at block {step.block}" if step.defective else "clean"
 
 
-def _steps(dry_run: DryRun) -> str:
-    return f"{dry_run.max_steps:,} steps, plus decomposing each block once; fewer if the images become clean"
+USUAL_STEPS = (10, 50)  # repairs of planted defects in a real model took 14 to 37: tests/real/EVIDENCE.md
+
+
+def _all_steps(dry_run: DryRun) -> Named:
+    """Return what a repair usually takes; for recipes whose number of steps is not known, the most that it can."""
+    limit = f"--max-steps {dry_run.max_steps:,} ends it"
+    if dry_run.recipe != "sinder" or dry_run.max_steps <= USUAL_STEPS[1]:
+        most = duration(dry_run.longest.seconds * dry_run.max_steps)
+        return Named("All steps", f"at most {most}", f"{limit}; sooner if the images become clean")
+    short, long = (duration(dry_run.longest.seconds * steps) for steps in USUAL_STEPS)
+    words = f"{USUAL_STEPS[0]} to {USUAL_STEPS[1]} steps are usual; with looks at the guard and decompositions; {limit}"
+    return Named("All steps", f"{short} to {long}, as a rule", words)
 
 
 def _runs(blocks: tuple[int, ...]) -> str:

@@ -36,7 +36,7 @@ def test_every_function_is_typed(name: str) -> None:
 
 
 def test_the_module_tells_of_every_hook() -> None:
-    from sinder_cli.backbone import contract
+    from sinder_cli.backbone import hooks as contract
 
     hooks = [name for name in vars(contract) if name.startswith("sinder_")]
     assert len(hooks) == 3

@@ -18,7 +18,7 @@ BARE = """
 import sys, torch
 from pathlib import Path
 from sinder_cli import api
-from sinder_cli.backbone.contract import ModelRequest
+from sinder_cli.backbone.hooks import ModelRequest
 from sinder_cli.backbone.opening import load_module
 module = load_module(api.open_model(ModelRequest(sys.argv[1], Path(sys.argv[2]))))
 image = torch.randn(1, 3, int(sys.argv[3]), int(sys.argv[3]))
@@ -32,7 +32,7 @@ import numpy as np
 from pathlib import Path
 from PIL import Image
 from sinder_cli import api
-from sinder_cli.backbone.contract import ModelRequest
+from sinder_cli.backbone.hooks import ModelRequest
 from sinder_cli.backbone.opening import load_module
 module = load_module(api.open_model(ModelRequest(sys.argv[1], Path(sys.argv[2]))))
 kept = []

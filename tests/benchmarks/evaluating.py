@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 from torch.nn.functional import avg_pool2d, normalize
 from sinder_cli import api
-from sinder_cli.backbone.contract import ModelRequest
+from sinder_cli.backbone.hooks import ModelRequest
 from sinder_cli.backbone.opening import load_module
 backbone = api.open_model(ModelRequest(sys.argv[1], Path(sys.argv[2])))
 module, side, patch = load_module(backbone), int(sys.argv[3]), 14

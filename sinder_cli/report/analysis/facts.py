@@ -126,28 +126,39 @@ def rule_words(analysis: Analysis) -> dict[Rule, str]:
 
 
 def key_measures(analysis: Analysis) -> list[Measure]:
-    """Return the most important numbers, taken from the last block unless their name says otherwise."""
+    """Return the most important numbers of each side, all from the block that its verdict is about."""
     sides = sides_of(analysis)
     broken = has_broken_tokens(analysis)
     at_least = analysis.settings["min_tokens"]
 
-    def row(name: str, say: Callable[[Side], str]) -> Measure:
-        return Measure(name, [say(side) for side in sides])
+    def row(name: str, say: Callable[[BlockRecord], str]) -> Measure:
+        return Measure(name, [say(told_block(side)) for side in sides])
 
     rows = [
-        row("Seen from block", lambda side: _whole(side.verdict.first_block)),
-        *([row("Tokens not finite", lambda side: f"{side.blocks[-1].nonfinite:,}")] if broken else []),
-        row("Outlying tokens", lambda side: _marked(side.blocks[-1].marked["outlying"])),
-        row(f"Images with {at_least} or more of them", lambda side: _images(side.blocks[-1].marked["outlying"])),
-        row("Marked by equation (5)", lambda side: _marked(side.blocks[-1].marked["equation_5"])),
-        row("Median norm", lambda side: _of(side.blocks[-1].patch_norm, "median")),
-        row("Largest norm", lambda side: _of(side.blocks[-1].patch_norm, "max")),
-        row("Norm of cls, median", lambda side: _of(side.blocks[-1].cls_norm, "median")),
-        row("Norm of registers, median", lambda side: _of(side.blocks[-1].register_norm, "median")),
-        row("Observed to predicted direction", lambda side: _angle(side.blocks[-1])),
-        row("σ₁/σ₂ of the predicted direction", lambda side: number(side.blocks[-1].gap["cumulative"])),
+        Measure("Seen from block", [_whole(side.verdict.first_block) for side in sides]),
+        Measure("All below at block", [_whole_block(side) for side in sides]),
+        *([row("Tokens not finite", lambda block: f"{block.nonfinite:,}")] if broken else []),
+        row("Outlying tokens", lambda block: _marked(block.marked["outlying"])),
+        row(f"Images with {at_least} or more of them", lambda block: _images(block.marked["outlying"])),
+        row("Marked by equation (5)", lambda block: _marked(block.marked["equation_5"])),
+        row("Median norm", lambda block: _of(block.patch_norm, "median")),
+        row("Largest norm", lambda block: _of(block.patch_norm, "max")),
+        row("Norm of cls, median", lambda block: _of(block.cls_norm, "median")),
+        row("Norm of registers, median", lambda block: _of(block.register_norm, "median")),
+        row("Observed to predicted direction", _angle),
+        row("σ₁/σ₂ of the predicted direction", lambda block: number(block.gap["cumulative"])),
     ]
     return [measure for measure in rows if set(measure.values) != {NOTHING}]
+
+
+def told_block(side: Side) -> BlockRecord:
+    """Return the block that a verdict is about: the one that it names, else the last."""
+    return side.blocks[-1 if side.verdict.block is None else side.verdict.block]
+
+
+def _whole_block(side: Side) -> str:
+    block = told_block(side).block
+    return f"{block}, the last" if block == len(side.blocks) - 1 else str(block)
 
 
 def block_rows(analysis: Analysis) -> list[list[BlockRow]]:

@@ -54,6 +54,18 @@ def draw_rows(rows: Sequence[Row], scale: ColourScale | None = None) -> Picture:
     return np.asarray(canvas)
 
 
+def below_each_other(pictures: Sequence[Picture]) -> Picture:
+    """Return pictures `[H, W, 3]` of any sizes in one column, on white."""
+    import numpy as np
+
+    width = max(picture.shape[1] for picture in pictures)
+    padded = [
+        np.pad(picture, ((0, 0), (0, width - picture.shape[1]), (0, 0)), constant_values=255) for picture in pictures
+    ]
+    column: Picture = np.concatenate(padded)
+    return column
+
+
 def _wrapped(row: Row) -> list[Row]:
     starts = range(0, len(row.pictures), COLUMNS)
     return [Row("" if start else row.heading, row.pictures[start : start + COLUMNS]) for start in starts]

@@ -108,6 +108,7 @@ class ColourScale:
 
 
 ANGLES = ColourScale("angle to ν, degrees", 0.0, 90.0, "viridis_r", suffix="°", step=30.0)
+COSINES = ColourScale("cosine to ν, absolute", 0.0, 1.0, "viridis", step=0.25)
 FIDELITY = ColourScale("cosine to the inpainted original, no unit", 0.5, 1.0, "cividis_r", step=0.1)
 
 

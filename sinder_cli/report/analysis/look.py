@@ -1,0 +1,144 @@
+"""A look at a few photographs: five lines that answer whether a model has defects, and one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sinder_cli.escaping import printable
+from sinder_cli.report.analysis.facts import told_block
+from sinder_cli.report.analysis.image_maps import drawn_image, paint_image, shared_scales
+from sinder_cli.report.drawing.pictures import LabelledPicture
+from sinder_cli.report.drawing.rows import Row, below_each_other, draw_rows
+from sinder_cli.report.drawing.scales import COSINES
+from sinder_cli.report.formatting import counted, number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sinder_cli.analysis.records import Gain, Side
+    from sinder_cli.analysis.run import AnalysisResult
+    from sinder_cli.report.analysis.image_maps import DrawnImage
+    from sinder_cli.report.drawing.pictures import Picture
+
+CAPTION = (
+    "Each row: the photograph as the model saw it; norms of its patch tokens after the last block, before the final"
+    " norm; their first three principal components as colours; cosine of each token to the direction that the weights"
+    " predict, at the block that is named; attention of cls in the last block, mean over heads, each map from its own"
+    " smallest to its own largest weight."
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model does with the photographs, in a title and at most four lines, and whether to repair it."""
+
+    model: str
+    title: str
+    lines: tuple[str, ...]
+    repair: bool  # True if a repair could change something
+    fails: bool  # as `--fail-on-defects` means it
+
+
+@dataclass(frozen=True)
+class Look:
+    """The answers of all models, one picture with a row per model and photograph, and what the picture shows."""
+
+    answers: tuple[Answer, ...]
+    picture: Picture  # [H, W, 3]
+    caption: str = CAPTION
+
+
+def look_of(results: Sequence[AnalysisResult]) -> Look:
+    """Return the look at analyses of single backbones, whose portraits have the maps of all blocks; draws them."""
+    rows = [row for result in results for row in _rows(result)]
+    pictures = [draw_rows([row]) for row in rows]
+    return Look(tuple(answer_of(result) for result in results), below_each_other(pictures))
+
+
+def answer_of(result: AnalysisResult) -> Answer:
+    """Return in words what stands out, whether the weights predict it, what it spoils, and whether to repair."""
+    side = result.analysis
+    gain = side.inpainting.gain if side.inpainting else None
+    lines = [_what(side), _why(side), *([side.inpainting.sentence] if side.inpainting else []), *_repair_words(gain)]
+    skipped = f", {len(side.skipped):,} skipped" if side.skipped else ""
+    title = f"{printable(side.model)}, {counted(side.images, 'photograph')}{skipped}"
+    return Answer(side.model, title, tuple(lines), gain in ("features", "marked"), side.verdict.fails)
+
+
+def _what(side: Side) -> str:
+    verdict = side.verdict
+    if verdict.kind not in ("defects", "unpredicted"):
+        return f"{verdict.sentence[:1].upper()}{verdict.sentence[1:].rstrip('.')}{_largest(side)}."
+    last = side.blocks[-1].patch_norm
+    seen = f" of {last.count:,} patch" if last else ""
+    return f"{verdict.tokens:,}{seen} tokens stand out, from block {verdict.first_block} on{_largest(side)}."
+
+
+def _largest(side: Side) -> str:
+    """Return the largest norm as a multiple of the median of the photograph, or of all where no photograph is known."""
+    by_image = [(image.max_ratio, image.block) for image in (side.inpainting.by_image if side.inpainting else ())]
+    norms = [(block.patch_norm, block.block) for block in side.blocks if block.patch_norm and not block.nonfinite]
+    known = by_image or [(norm.max / norm.median, block) for norm, block in norms if norm.median]
+    if not known:
+        return ""
+    ratio, block = max(known)
+    return f"; the largest norm is {number(ratio)} × the median, at block {block}"
+
+
+def _why(side: Side) -> str:
+    verdict = side.verdict
+    if verdict.kind != "defects" or verdict.gap is None:
+        return verdict.confidence
+    return (
+        f"The weights predict them: {verdict.angle_to_predicted_deg:.1f}° from the predicted direction at block"
+        f" {verdict.block}, σ₁/σ₂ {number(verdict.gap)}."
+    )
+
+
+def _repair_words(gain: Gain | None) -> list[str]:
+    return {
+        "features": ["Repair: yes, on many photographs; then sinder evaluate tells whether it helps:"],
+        "marked": ["Repair: it would change only what the outlying tokens themselves say:"],
+        "none": ["Repair: no, there is nothing to gain."],
+        "healthy": ["Repair: no, there is nothing to train."],
+        None: [],
+    }[gain]
+
+
+def _rows(result: AnalysisResult) -> list[Row]:
+    analysis = result.analysis
+    images = [drawn_image(portrait, result.mean, result.std) for portrait in result.portraits]
+    scales = shared_scales(analysis, images)
+    block, last = told_block(analysis).block, len(analysis.blocks) - 1
+    norms = scales.norms[-1].words
+    rows = []
+    for image in images:
+        maps = paint_image(image, scales, [""])
+        side = maps.sides[0]
+        shown = [
+            maps.photograph,
+            side.norm._replace(label=f"norm: {norms}"),
+            side.pca._replace(label=f"PCA, block {last}"),
+            _cosines(image, block),
+            *([side.attention._replace(label="attention of cls")] if side.attention else []),
+        ]
+        rows.append(Row(_heading(analysis, image), shown))
+    return rows
+
+
+def _cosines(image: DrawnImage, block: int) -> LabelledPicture:
+    degrees: Tensor | None = image.sides[0].angles.get(block)
+    label = f"|cos| to ν, block {block}: {COSINES.words}"
+    if degrees is None:
+        return LabelledPicture(label, f"Block {block}: not drawn", None)
+    cosines = degrees.double().deg2rad().cos()
+    alt = f"Cosines of the tokens of {image.name} to the predicted direction at block {block}"
+    return LabelledPicture(label, alt, COSINES.paint(cosines))
+
+
+def _heading(side: Side, image: DrawnImage) -> str:
+    inpainted = image.sides[0].inpainted
+    outlying = f", {counted(int(inpainted.marked.sum()), 'token')} outlying in some block" if inpainted else ""
+    return f"{printable(side.model)}: {image.name}{outlying}"
