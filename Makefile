@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 FUZZ_ROUNDS ?= 50
 
-.PHONY: help demo test test-fast test-newest test-lowest fuzz lint man bench evidence evaluated clean
+.PHONY: help demo test test-fast test-newest test-lowest fuzz lint man docs tour bench evidence evaluated picture clean
 
 help:  ## the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
@@ -60,6 +60,13 @@ lint: $(VENV)/.tested  ## style, types, layers
 man: $(VENV)/.tested  ## write the man pages anew from the command tree
 	$(BIN)/python -m sinder_cli.cli.manpage man
 
+docs: $(VENV)/.tested  ## the documentation as a site that works offline: site/index.html; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "site/index.html"
+
+tour: $(VENV)/.tested  ## execute docs/tour.ipynb anew
+	$(BIN)/python docs/tour.py
+
 bench: $(VENV)/.tested  ## all workloads beside their opponents, in one table: tests/benchmarks/RESULTS.md
 	$(BIN)/python tests/benchmarks/bench.py --write
 
@@ -69,5 +76,8 @@ evidence: $(VENV)/.tested  ## repairs of a real model, into tests/real/EVIDENCE.
 evaluated: $(VENV)/.tested  ## tasks on a real model before and after a repair, into tests/real/EVIDENCE.md
 	$(BIN)/python tests/real/evaluated.py --anew
 
+picture: $(VENV)/.tested  ## the picture of before and after that README shows, of a real model
+	$(BIN)/python tests/real/picture.py
+
 clean:  ## remove what these targets made
-	rm -rf $(VENV) .venv-newest .venv-lowest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache sinder-runs
+	rm -rf $(VENV) .venv-newest .venv-lowest build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache sinder-runs

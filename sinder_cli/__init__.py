@@ -2,7 +2,7 @@
 
 This module is what a Python program imports, and what the author of a backbone plugin does, and nothing else.
 
-`predict_defects`, `analyze`, `repair`, `evaluate` and `export` are the commands as functions: docs/python.md
+`predict_defects`, `analyze`, `look`, `repair`, `evaluate` and `export` are the commands as functions: docs/python.md
 shows them, `api.py` documents them. `sinder_cli.tasks` is what the author of a task imports.
 
 A plugin is a module that an entry point of the group `sinder.backbones` names. It says `SINDER_API = 1`, the version of
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         analyze,
         evaluate,
         export,
+        look,
         predict_defects,
         repair,
     )
@@ -110,6 +111,7 @@ __all__ = [
     "evaluate",
     "export",
     "hookimpl",
+    "look",
     "open_checkpoint",
     "predict_defects",
     "repair",
@@ -130,7 +132,7 @@ _NAMES_BY_MODULE = {
     "backbone.weights": "Weights",
     "errors": "BadInputError NoInputError SinderError UnavailableError UsageError",
     "api": "AnalyzeRequest AnalyzeSettings EvaluateRequest EvaluateSettings ExportRequest ExportSettings "
-    "PredictRequest RepairRequest RepairSettings analyze evaluate export predict_defects repair",
+    "PredictRequest RepairRequest RepairSettings analyze evaluate export look predict_defects repair",
 }
 _MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names.split()}
 

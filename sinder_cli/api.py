@@ -46,6 +46,7 @@ from sinder_cli.inputs import (
     shared_images,
 )
 from sinder_cli.repairing.settings import RepairSettings
+from sinder_cli.report.notebook import show_records
 from sinder_cli.requests import (
     AnalyzeRequest,
     EvaluateRequest,
@@ -106,6 +107,7 @@ FEW_IMAGES = 16  # a repair that is given fewer gets drawn pictures as well
 # A folder of such a name is a mistake, unless it exists.
 OTHER_SUFFIXES = {".csv", ".htm", ".html", ".jsonl", ".md", ".pdf", ".png", ".safetensors", ".svg", ".txt"}
 HERE = Process()
+show_records()  # in notebooks, as the commands show them
 
 
 def check_backbone(request: ModelRequest, emit: Emit = silent) -> Conformance:
@@ -401,6 +403,7 @@ def export(request: ExportRequest, out: Place, *, progress: bool = False, proces
             check = write_draft(plan, target, draft)
             if target.kind == "folder":
                 write_export_card(draft, plan, target, check, place.resolve().name)
+            target.finish(plan, draft)
             return finished_export(plan, target, check, draft, place)
 
 
@@ -431,6 +434,7 @@ def _export_plan(request: ModelRequest, settings: ExportSettings, of_changes: bo
             repaired = Repaired(read_change(run.adapter), run, lambda: _base_of(run, request))
     if settings.dtype is not None:
         backbone = cast(backbone, settings.dtype)
+    backbone = replace(backbone, license=settings.license or backbone.license)
     return Plan(backbone, settings, request.emit, repaired)
 
 

@@ -1,6 +1,6 @@
 """Which families of which libraries sinder handles, found out by running them: writes the tables that the docs show.
 
-    python tests/families.py            the families, into README.md
+    python tests/families.py            the families, into docs/backbones.md
     python tests/families.py matrix     the export matrix, into tests/export/MATRIX.md
 
 Each family is a small random model of the library itself, saved by that library. It goes through `check-backbone`,
@@ -30,7 +30,7 @@ from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.requests import ExportRequest, PredictRequest, RepairRequest
 
 TESTS = Path(__file__).parent
-README, MATRIX = TESTS.parent / "README.md", TESTS / "export" / "MATRIX.md"
+TABLE, MATRIX = TESTS.parent / "docs" / "backbones.md", TESTS / "export" / "MATRIX.md"
 BEGIN, END = "<!-- families: made by tests/families.py -->", "<!-- end of families -->"
 EAGER = RepairSettings(
     recipe="paper",
@@ -327,10 +327,10 @@ def main(arguments: list[str]) -> None:
         outcome = examined(case)
         print(case.library, case.family, outcome.conforms, outcome.repaired, outcome.difference, file=sys.stderr)
         outcomes.append(outcome)
-    text = README.read_text(encoding="utf-8")
+    text = TABLE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    write_text(README, f"{before}{BEGIN}\n\n{families_table(outcomes)}\n\n{END}{after}")
+    write_text(TABLE, f"{before}{BEGIN}\n\n{families_table(outcomes)}\n\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
-from families import BEGIN, END, EXPORTED, MATRIX, README, TARGETS, cases
+from families import BEGIN, END, EXPORTED, MATRIX, TABLE, TARGETS, cases
 
 
 @pytest.fixture(scope="module")
 def rows() -> dict[tuple[str, str], list[str]]:
-    """The cells of README's table by library and family."""
-    table = README.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+    """The cells of the documents' table by library and family."""
+    table = TABLE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
     return {(cells[1], cells[0]): cells[2:] for cells in lines[2:]}
 

@@ -26,6 +26,7 @@ from sinder_cli.images.loading import require_some, sampled
 from sinder_cli.images.preprocessing import Preprocessing
 from sinder_cli.images.sources import ImageSource
 from sinder_cli.memory import out_of_memory_reported
+from sinder_cli.notebooks import Shown
 
 if TYPE_CHECKING:
     from sinder_cli.defects.prediction import Prediction
@@ -44,7 +45,7 @@ class AnalysisInput:
 
 
 @dataclass(frozen=True)
-class AnalysisResult:
+class AnalysisResult(Shown):
     """The findings on one backbone, or on two side by side."""
 
     analysis: Analysis

@@ -57,7 +57,8 @@ def command(
             parser=target_name,
             autocompletion=complete_target,
             help="native: .safetensors, .pth or .pt with the backbone's own keys; dinov2: DINOv2's official keys; "
-            "transformers, timm, torchhub: a folder that the library loads; onnx: one file; adapter: the deltas; "
+            "transformers, timm, torchhub: a folder that the library loads; hf-repo: one for upload to a hub; "
+            "onnx: one file; adapter: the deltas; "
             "diff: the changed tensors.",
         ),
     ],
@@ -79,6 +80,14 @@ def command(
         str | None,
         typer.Option("--max-shard-size", metavar="SIZE", help="Largest weights file, such as 5GB; more is split."),
     ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option("--license", metavar="ID", help="Licence of the base model, for the card; hf-repo needs one."),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option("--base-model", metavar="OWNER/NAME", help="Repository of the base model, for the card."),
+    ] = None,
     data: Data = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Load what was written as its users do, and compare.")
@@ -95,7 +104,9 @@ def command(
     from sinder_cli.report.tables import export_table
 
     shard = None if max_shard_size is None else parse_size(max_shard_size)
-    settings = ExportSettings(cast("TargetName", to), dtype, image_size, dynamic_size, shard, verify, force)
+    settings = ExportSettings(
+        cast("TargetName", to), dtype, image_size, dynamic_size, shard, verify, force, license, base_model
+    )
     with display() as emit:
         request = model_request(source, weights, adapter, heads, emit, revision=revision, branch=branch)
         asked = ExportRequest(request, settings, data or ())

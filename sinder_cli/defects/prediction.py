@@ -19,6 +19,7 @@ from sinder_cli.defects.settings import MIN_GAP, STAGES, Stage
 from sinder_cli.defects.spectrum import LeadingPair, angle_between, leading_left
 from sinder_cli.errors import BadInputError
 from sinder_cli.events import Emit, silent, tracked
+from sinder_cli.notebooks import Shown
 from sinder_cli.prefetch import loaded_ahead
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class BlockSpectrum:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Shown):
     """The defects of a backbone as predicted from its weights."""
 
     model: str

@@ -52,6 +52,7 @@ from sinder_cli.images.loading import sampled
 from sinder_cli.images.processes import worker_count
 from sinder_cli.images.sources import SomeImages
 from sinder_cli.memory import out_of_memory_reported
+from sinder_cli.notebooks import Shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,7 +104,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class EvaluationResult:
+class EvaluationResult(Shown):
     """The document, and what its pictures are drawn from; the features must still be there."""
 
     evaluation: Evaluation

@@ -10,6 +10,7 @@ from sinder_cli.events import Noted, Warned
 from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
 from sinder_cli.files import json_text, public_model, sha256_of
 from sinder_cli.folders import FORMAT, MANIFEST
+from sinder_cli.notebooks import Shown
 
 if TYPE_CHECKING:
     from sinder_cli.exporting.targets import TargetName
@@ -25,7 +26,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class ExportResult:
+class ExportResult(Shown):
     """Record of an export: the files, and how they were checked."""
 
     path: Path

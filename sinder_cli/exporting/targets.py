@@ -83,12 +83,17 @@ def nothing_to_refuse(plan: Plan) -> None:
     """Refuse nothing: for a target that can hold any backbone."""
 
 
+def nothing_to_finish(plan: Plan, path: Path) -> None:
+    """Do nothing more: for a target that is complete with its card."""
+
+
 @dataclass(frozen=True)
 class ExportTarget:
     """One format.
 
     `require` refuses, before anything is written, what the format cannot hold: it raises `UsageError` or
     `BadInputError` with the reason. `verify` loads what was written and raises `BadInputError` if it differs.
+    `finish` is called last, when a folder has its card.
     `options` are the options of the command that have an effect on the target. `of_changes` is True if a target holds
     only what a repair changed, not the weights.
     """
@@ -98,6 +103,7 @@ class ExportTarget:
     write: Callable[[Plan, Path], None]
     verify: Callable[[Plan, Path], ExportCheck]
     require: Callable[[Plan], None] = nothing_to_refuse
+    finish: Callable[[Plan, Path], None] = nothing_to_finish
     suffixes: tuple[str, ...] = ()
     options: frozenset[str] = frozenset()
     of_changes: bool = False
@@ -109,7 +115,7 @@ def target_of(name: TargetName) -> ExportTarget:
     known = get_args(TargetName)
     if name not in known:
         raise UsageError(f"no export format {name!r}", f"there are {', '.join(known)}", "name one of them")
-    target: ExportTarget = import_module(f"{__package__}.{name}").TARGET
+    target: ExportTarget = import_module(f"{__package__}.{name.replace('-', '_')}").TARGET
     return target
 
 
@@ -127,10 +133,11 @@ def require_options(name: str, target: ExportTarget, settings: ExportSettings) -
             raise UsageError(f"cannot use {option} with --to {name}", "it has no effect there", "leave it out")
 
 
-TargetName = Literal["native", "transformers", "timm", "dinov2", "torchhub", "onnx", "adapter", "diff"]
+TargetName = Literal["native", "transformers", "hf-repo", "timm", "dinov2", "torchhub", "onnx", "adapter", "diff"]
 OLD_NAMES: dict[str, TargetName] = {"delta": "diff"}  # still accepted
 DtypeName = Literal["float32", "float16", "bfloat16"]
 
+CARD_OPTIONS = frozenset({"--license", "--base-model"})  # of targets that are folders, which have a card
 SHARD_BYTES = 5 * 10**9  # the largest file that suits a hub
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -149,9 +156,13 @@ class ExportSettings:
     max_shard_size: int | None = None  # bytes
     verify: bool = True
     force: bool = False
+    license: str | None = None  # of the base model, as cards name it; None: the one that its plugin knows
+    base_model: str | None = None  # its repository, `OWNER/NAME`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "to", OLD_NAMES.get(self.to, self.to))
+        if self.base_model is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.base_model):
+            raise UsageError(f"bad base model {self.base_model!r}", "it is no repository", "name it OWNER/NAME")
 
     @property
     def given(self) -> dict[str, bool]:
@@ -161,6 +172,8 @@ class ExportSettings:
             "--image-size": self.image_size is not None,
             "--dynamic-size": self.dynamic_size,
             "--max-shard-size": self.max_shard_size is not None,
+            "--license": self.license is not None,
+            "--base-model": self.base_model is not None,
         }
 
 

@@ -20,7 +20,7 @@ from sinder_cli.errors import BadInputError
 from sinder_cli.events import Warned
 from sinder_cli.exporting.conversion import ConvertedTensors
 from sinder_cli.exporting.layouts import Architecture, Layout, architecture_of, recipes
-from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
+from sinder_cli.exporting.targets import CARD_OPTIONS, ExportCheck, ExportTarget, Plan
 from sinder_cli.exporting.verifying import all_tokens, verify_features
 from sinder_cli.files import write_json
 
@@ -176,6 +176,6 @@ TARGET = ExportTarget(
     write=_write,
     verify=_verify,
     require=_require,
-    options=frozenset({"--dtype"}),
+    options=frozenset({"--dtype"}) | CARD_OPTIONS,
     usage=_usage,
 )

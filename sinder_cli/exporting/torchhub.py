@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinder_cli.errors import BadInputError
-from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
+from sinder_cli.exporting.targets import CARD_OPTIONS, ExportCheck, ExportTarget, Plan
 from sinder_cli.exporting.verifying import all_tokens, verify_features
 
 if TYPE_CHECKING:
@@ -141,6 +141,6 @@ TARGET = ExportTarget(
     write=_write,
     verify=_verify,
     require=_require,
-    options=frozenset({"--dtype"}),
+    options=frozenset({"--dtype"}) | CARD_OPTIONS,
     usage=_usage,
 )

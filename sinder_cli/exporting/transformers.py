@@ -20,7 +20,7 @@ from sinder_cli.defects.tokens import stream_from_embedding
 from sinder_cli.errors import BadInputError
 from sinder_cli.exporting.conversion import ConvertedTensors
 from sinder_cli.exporting.layouts import Architecture, Layout, architecture_of, recipes
-from sinder_cli.exporting.targets import SHARD_BYTES, ExportCheck, ExportTarget, Plan
+from sinder_cli.exporting.targets import CARD_OPTIONS, SHARD_BYTES, ExportCheck, ExportTarget, Plan
 from sinder_cli.exporting.verifying import verify_features
 from sinder_cli.files import write_json
 
@@ -223,6 +223,6 @@ TARGET = ExportTarget(
     write=_write,
     verify=_verify,
     require=_require,
-    options=frozenset({"--dtype", "--max-shard-size"}),
+    options=frozenset({"--dtype", "--max-shard-size"}) | CARD_OPTIONS,
     usage=_usage,
 )

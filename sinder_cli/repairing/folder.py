@@ -17,6 +17,7 @@ from sinder_cli.events import Emit, Warned, silent
 from sinder_cli.files import flush, output_error, remove_leftovers, require_writable_folder, write_json, write_text
 from sinder_cli.folders import held
 from sinder_cli.images.sources import ImageSource, files_of
+from sinder_cli.notebooks import Shown
 from sinder_cli.repairing.run_identity import (
     ListedImage,
     differences,
@@ -63,7 +64,7 @@ RUN_FILES = {
 
 
 @dataclass(frozen=True)
-class FinishedRun:
+class FinishedRun(Shown):
     """A finished repair, as described by its records."""
 
     folder: Path

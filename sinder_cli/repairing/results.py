@@ -15,6 +15,7 @@ from sinder_cli.backbone.storing import stored_as, write_safetensors
 from sinder_cli.backbone.weights import Weights, rows_of
 from sinder_cli.defects.shift import Retrieval
 from sinder_cli.images.sources import ImageSource
+from sinder_cli.notebooks import Shown
 from sinder_cli.repairing.deltas import Deltas, Target
 from sinder_cli.repairing.folder import RunFolder
 from sinder_cli.repairing.guard import Snapshot
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RepairResult:
+class RepairResult(Shown):
     """The records that `repair` wrote to its run directory, and the tokens before and after for pictures."""
 
     folder: Path

@@ -111,9 +111,12 @@ def render_export_card(
 def _metadata(plan: Plan, check: ExportCheck) -> list[str]:
     """Return the lines of the YAML header; strings are written as in JSON, which YAML reads too."""
     backbone = plan.backbone
+    of_hub = backbone.name.removeprefix("hf/") if _is_of_a_hub(backbone.name) else ""
+    base = plan.settings.base_model or of_hub
     return [
         f"license: {json.dumps(backbone.license)}" if backbone.license else "",
-        f"base_model: {json.dumps(backbone.name.removeprefix('hf/'))}" if _is_of_a_hub(backbone.name) else "",
+        f"base_model: {json.dumps(base)}" if base else "",
+        'library_name: "transformers"' if plan.settings.to in ("transformers", "hf-repo") else "",
         "pipeline_tag: image-feature-extraction",
         f"verified: {json.dumps(check.verified)}",
     ]

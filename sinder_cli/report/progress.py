@@ -1,4 +1,4 @@
-"""Display of events on standard error: live bars on a terminal, a line every few seconds elsewhere."""
+"""Display of events: live bars on a terminal or in a notebook, elsewhere a line every few seconds on standard error."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from rich.text import Text
 from sinder_cli.escaping import printable, say
 from sinder_cli.events import Advanced, Emit, Event, Finished, Measured, Noted, Started, Warned, silent
 from sinder_cli.memory import peak_memory
+from sinder_cli.report.notebook import NotebookProgress, in_notebook
 
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -31,6 +32,9 @@ def display(shown: bool = True) -> Iterator[Emit]:
     """Yield a listener for the events of one command; unless `shown`, a silent one (another process reports)."""
     if not shown:
         yield silent
+        return
+    if in_notebook():
+        yield NotebookProgress(message, _step).hear
         return
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:

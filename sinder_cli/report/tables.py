@@ -337,7 +337,7 @@ def _found(step: DryStep) -> str:
     return f"{counted(step.defective, 'image')} defective, first at block {step.block}" if step.defective else "clean"
 
 
-USUAL_STEPS = (10, 50)  # repairs of planted defects in a real model took 14 to 37: tests/real/EVIDENCE.md
+USUAL_STEPS = (10, 50)  # repairs of planted defects in a real model took 7 to 55: tests/real/EVIDENCE.md
 
 
 def _all_steps(dry_run: DryRun) -> Named:

@@ -1,4 +1,4 @@
-"""A plugin of somebody else: a distribution of its own, installed beside the wheel, and shown in the README."""
+"""A plugin of somebody else: a distribution of its own, installed beside the wheel, and shown in the documents."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ for index in range(4):
 """
 
 
-def test_the_readme_shows_the_very_files() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_documents_show_the_very_files() -> None:
+    readme = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
     for path, language in ((MODULE, "python"), (FOLDER / "pyproject.toml", "toml")):
         assert f"```{language}\n{path.read_text(encoding='utf-8')}```\n" in readme
 

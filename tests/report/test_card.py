@@ -95,8 +95,8 @@ def test_every_place_in_a_run_directory_is_listed_once(make_result: MakeResult) 
     assert inside == {name.rstrip("/") for name in RUN_FILES}
 
 
-def test_the_readme_lists_the_files_of_a_run_directory() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_documents_list_the_files_of_a_run_directory() -> None:
+    readme = (Path(__file__).parents[2] / "docs" / "runs.md").read_text(encoding="utf-8")
     for name, meaning in RUN_FILES.items():
         assert f"| `{name}` | {meaning} |" in readme
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from headless import HEIGHT, Seen, browser, look
+from headless import DARK, HEIGHT, LIGHT, Seen, audit, browser, look
 from made_analysis import Made
 from PIL import Image
 
@@ -77,3 +77,46 @@ def test_what_is_looked_for_would_be_found(
 ) -> None:
     page = render_repair_page(make_result()).replace("</h1>", f"</h1>{fault}")
     assert found(seen(page, 390))
+
+
+@pytest.mark.parametrize("scheme", [LIGHT, DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("name", ["one side", "a comparison of 40 blocks", "a repair"])
+def test_everybody_can_read_it(name: str, scheme: str, tmp_path: Path, make_result: MakeResult) -> None:
+    """Contrast, names of pictures and tables, landmarks and headings, as axe-core judges them."""
+    pytest.importorskip("axe_core_python")
+    program = browser()
+    if program is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
+    if name in ANALYSES:
+        write_analysis(tmp_path / "out", ANALYSES[name].result(), silent)
+        page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    else:
+        page = render_repair_page(make_result())
+    found = audit(program, page, scheme, tmp_path)
+    assert found["dark"] is (scheme == DARK)
+    assert found["passed"] >= 20
+    assert found["violations"] == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "rule"),
+    [
+        ('<p style="color:#999;background:#aaa">pale</p>', "color-contrast"),
+        ('<img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=">', "image-alt"),
+        ("<a href='#'></a>", "link-name"),
+    ],
+)
+def test_what_axe_looks_for_would_be_found(fault: str, rule: str, tmp_path: Path, make_result: MakeResult) -> None:
+    pytest.importorskip("axe_core_python")
+    program = browser()
+    if program is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
+    page = render_repair_page(make_result()).replace("</h1>", f"</h1>{fault}", 1)
+    assert rule in {each.split(":")[0] for each in audit(program, page, LIGHT, tmp_path)["violations"]}
+
+
+def test_the_keyboard_reaches_every_table_that_scrolls(make_result: MakeResult, tmp_path: Path) -> None:
+    write_analysis(tmp_path / "out", ANALYSES["one side"].result(), silent)
+    pages = [(tmp_path / "out" / "report.html").read_text("utf-8"), render_repair_page(make_result())]
+    for page in pages:
+        assert page.count('class="scroll"') == page.count('class="scroll" tabindex="0"') > 0

@@ -85,3 +85,40 @@ def _run(program: str, profile: Path, width: int, task: str, page: Path) -> subp
     size = f"--window-size={max(width, 500)},{HEIGHT}"
     command = [program, *FLAGS, f"--user-data-dir={profile}", size, task, page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+
+
+AUDIT = """<body style="margin:0"><iframe src="audited.html" style="border:0;width:1200px;height:HEIGHTpx"></iframe>
+<script>
+onload = async () => {
+  const frame = frames[0];
+  const found = await frame.axe.run(frame.document, {runOnly: ["wcag2a", "wcag2aa", "wcag21aa", "best-practice"]});
+  document.title = JSON.stringify({
+    passed: found.passes.length,
+    dark: frame.matchMedia("(prefers-color-scheme: dark)").matches,
+    violations: found.violations.flatMap(each => each.nodes.map(
+      node => `${each.id}: ${each.help}: ${node.html.slice(0, 160)} ${node.failureSummary.slice(0, 200)}`)),
+  });
+}
+</script>"""
+POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')  # forbids the audit's script, too
+DARK, LIGHT = "--blink-settings=preferredColorScheme=0", "--blink-settings=preferredColorScheme=1"
+
+
+def audit(program: str, page: str, scheme: str, folder: Path) -> dict[str, Any]:
+    """What axe-core finds wrong with a page, in light or dark: contrast, names, order of headings, landmarks."""
+    import axe_core_python
+
+    (folder / "axe.js").write_text(Path(axe_core_python.__file__).with_name("axe.min.js").read_text("utf-8"), "utf-8")
+    scripted = POLICY.sub("", page).replace("<head>", '<head><script src="axe.js"></script>', 1)
+    assert scripted != page
+    (folder / "audited.html").write_text(scripted, "utf-8")
+    (folder / "audit.html").write_text(AUDIT.replace("HEIGHT", str(HEIGHT)), "utf-8")
+    profile = folder / f"audit-{scheme[-1]}"
+    command = [program, *FLAGS, scheme, "--virtual-time-budget=60000", f"--user-data-dir={profile}", "--dump-dom"]
+    done = subprocess.run(
+        [*command, (folder / "audit.html").as_uri()], capture_output=True, text=True, timeout=180, check=True
+    )
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
+    assert title is not None, done.stdout[:2000] + done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(html.unescape(title[1]))
+    return found

@@ -75,13 +75,14 @@ def sides_of(analysis: Analysis) -> list[Side]:
 def short_names(analysis: Analysis) -> list[str]:
     """Return a short name per side, for columns: its model, its run or file of weights, or the side."""
     sides = sides_of(analysis)
-    for names in ([side.model for side in sides], [_short_weights(side.weights) for side in sides]):
+    for names in ([side.model for side in sides], [short_weights(side.weights) for side in sides]):
         if len(set(names)) == len(sides):
             return [printable(name) for name in names]
     return list(SIDES[: len(sides)])
 
 
-def _short_weights(label: str) -> str:
+def short_weights(label: str) -> str:
+    """Return the name of the file that weights came from, or of the run whose they are."""
     path = PurePath(label)
     return path.parent.name if path.name == RUN_WEIGHTS and path.parent.name else path.stem
 

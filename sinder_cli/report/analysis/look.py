@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sinder_cli.escaping import printable
-from sinder_cli.report.analysis.facts import told_block
+from sinder_cli.notebooks import Shown
+from sinder_cli.report.analysis.facts import short_weights, told_block
 from sinder_cli.report.analysis.image_maps import drawn_image, paint_image, shared_scales
 from sinder_cli.report.drawing.pictures import LabelledPicture
 from sinder_cli.report.drawing.rows import Row, below_each_other, draw_rows
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 
 CAPTION = (
     "Each row: the photograph as the model saw it; norms of its patch tokens after the last block, before the final"
-    " norm; their first three principal components as colours; cosine of each token to the direction that the weights"
-    " predict, at the block that is named; attention of cls in the last block, mean over heads, each map from its own"
-    " smallest to its own largest weight."
+    " norm; their first three principal components as colours, each model's own; cosine of each token to the direction"
+    " that the weights predict, at the block that is named; attention of cls in the last block, mean over heads, each"
+    " map from its own smallest to its own largest weight."
 )
 
 
@@ -42,7 +43,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Look:
+class Look(Shown):
     """The answers of all models, one picture with a row per model and photograph, and what the picture shows."""
 
     answers: tuple[Answer, ...]
@@ -52,18 +53,30 @@ class Look:
 
 def look_of(results: Sequence[AnalysisResult]) -> Look:
     """Return the look at analyses of single backbones, whose portraits have the maps of all blocks; draws them."""
-    rows = [row for result in results for row in _rows(result)]
+    names = _names([result.analysis for result in results])
+    block = next((each.analysis.verdict.block for each in results if each.analysis.verdict.block is not None), None)
+    rows = [row for name, result in zip(names, results, strict=True) for row in _rows(name, result, block)]
     pictures = [draw_rows([row]) for row in rows]
-    return Look(tuple(answer_of(result) for result in results), below_each_other(pictures))
+    answers = tuple(answer_of(name, result) for name, result in zip(names, results, strict=True))
+    return Look(answers, below_each_other(pictures))
 
 
-def answer_of(result: AnalysisResult) -> Answer:
+def _names(sides: Sequence[Side]) -> list[str]:
+    """Return what to call each model: its name, with its weights where several have the same name."""
+    models = [side.model for side in sides]
+    return [
+        printable(side.model if models.count(side.model) == 1 else f"{side.model} ({short_weights(side.weights)})")
+        for side in sides
+    ]
+
+
+def answer_of(name: str, result: AnalysisResult) -> Answer:
     """Return in words what stands out, whether the weights predict it, what it spoils, and whether to repair."""
     side = result.analysis
     gain = side.inpainting.gain if side.inpainting else None
     lines = [_what(side), _why(side), *([side.inpainting.sentence] if side.inpainting else []), *_repair_words(gain)]
     skipped = f", {len(side.skipped):,} skipped" if side.skipped else ""
-    title = f"{printable(side.model)}, {counted(side.images, 'photograph')}{skipped}"
+    title = f"{name}, {counted(side.images, 'photograph')}{skipped}"
     return Answer(side.model, title, tuple(lines), gain in ("features", "marked"), side.verdict.fails)
 
 
@@ -107,11 +120,13 @@ def _repair_words(gain: Gain | None) -> list[str]:
     }[gain]
 
 
-def _rows(result: AnalysisResult) -> list[Row]:
+def _rows(name: str, result: AnalysisResult, told: int | None) -> list[Row]:
+    """Return a row per photograph; cosines are those at the block `told` of all models, if this one has it."""
     analysis = result.analysis
     images = [drawn_image(portrait, result.mean, result.std) for portrait in result.portraits]
     scales = shared_scales(analysis, images)
-    block, last = told_block(analysis).block, len(analysis.blocks) - 1
+    last = len(analysis.blocks) - 1
+    block = told if told is not None and told <= last else told_block(analysis).block
     norms = scales.norms[-1].words
     rows = []
     for image in images:
@@ -124,7 +139,7 @@ def _rows(result: AnalysisResult) -> list[Row]:
             _cosines(image, block),
             *([side.attention._replace(label="attention of cls")] if side.attention else []),
         ]
-        rows.append(Row(_heading(analysis, image), shown))
+        rows.append(Row(_heading(name, image), shown))
     return rows
 
 
@@ -138,7 +153,7 @@ def _cosines(image: DrawnImage, block: int) -> LabelledPicture:
     return LabelledPicture(label, alt, COSINES.paint(cosines))
 
 
-def _heading(side: Side, image: DrawnImage) -> str:
+def _heading(name: str, image: DrawnImage) -> str:
     inpainted = image.sides[0].inpainted
     outlying = f", {counted(int(inpainted.marked.sum()), 'token')} outlying in some block" if inpainted else ""
-    return f"{printable(side.model)}: {image.name}{outlying}"
+    return f"{name}: {image.name}{outlying}"

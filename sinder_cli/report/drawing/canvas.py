@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,14 +77,20 @@ class Chart:
         return themed(text, self.title)
 
     def _drawn(self, kind: str, **options: Any) -> bytes:
-        from matplotlib.figure import Figure
-
         file = io.BytesIO()
         with _style(self.name):
-            figure = Figure(figsize=(WIDTH, self.height), layout="constrained")
-            self.draw(figure)
-            figure.savefig(file, format=kind, **options)
+            self._figure.savefig(file, format=kind, **options)
+            self._figure.set_layout_engine("none")  # every further file has the places found for the first
         return file.getvalue()
+
+    @cached_property
+    def _figure(self) -> Figure:
+        """The figure, drawn once for all files; its parts are placed when the first one is saved."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(WIDTH, self.height), layout="constrained")
+        self.draw(figure)
+        return figure
 
 
 def block_axis(axes: Axes, depth: int) -> None:

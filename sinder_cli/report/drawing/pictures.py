@@ -137,7 +137,7 @@ def encoded(rgb: Picture, kind: Kind = "png", texts: Mapping[str, str] | None = 
         information = PngInfo()
         for keyword, text in (texts or {}).items():
             information.add_text(keyword, text)
-        Image.fromarray(rgb).save(file, kind, optimize=True, pnginfo=information)
+        Image.fromarray(rgb).save(file, kind, pnginfo=information)
     return file.getvalue()
 
 

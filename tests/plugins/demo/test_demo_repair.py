@@ -18,7 +18,7 @@ from sinder_cli import ModelRequest, api
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.defects.tokens import last_tokens
 
-README = Path(__file__).parents[3] / "README.md"
+RUNS = Path(__file__).parents[3] / "docs" / "runs.md"
 pytestmark = pytest.mark.slow
 
 
@@ -31,8 +31,8 @@ def final_tokens(request: ModelRequest, seed: int) -> Tensor:
 
 
 def documented_files() -> list[str]:
-    """The names in README's table of the run directory, but for those that come with options or other models alone."""
-    table = README.read_text(encoding="utf-8").split("## What a repair leaves behind")[1].split("## ")[0]
+    """The names in the table of the run directory, but for those that come with options or other models alone."""
+    table = RUNS.read_text(encoding="utf-8").split("## What a repair leaves behind")[1].split("## ")[0]
     return re.findall(r"^\| `([^`/]+)/?` \| (?!with )", table, re.MULTILINE)
 
 
