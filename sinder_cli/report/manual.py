@@ -10,11 +10,13 @@ from pydantic import BaseModel
 from sinder_cli import __version__
 from sinder_cli.analysis.records import Analysis
 
+DATE = "2026-11-26"  # of this version of the pages
+
 
 def head(name: str, section: int, summary: str, manual: str) -> list[str]:
     """Return the header of a page: its title, and the NAME section that `apropos` reads."""
     return [
-        f'.TH {escape(name).upper()} {section} "" "sinder {__version__}" "{manual}"',
+        f'.TH {escape(name).upper()} {section} "{DATE}" "sinder {__version__}" "{manual}"',
         ".SH NAME",
         f"{escape(name)} \\- {escape(summary.rstrip('.'))}",
     ]

@@ -133,6 +133,20 @@ def test_every_option_that_the_documents_use_exists() -> None:
     assert [(name, option) for name, option in found if option not in options_of(name)] == []
 
 
+@pytest.mark.skipif(shutil.which("mandoc") is None, reason="mandoc is not installed")
+def test_mandoc_finds_nothing_wrong_with_any_page() -> None:
+    paths = sorted(map(str, (ROOT / "man").iterdir()))
+    run = subprocess.run(["mandoc", "-T", "lint", "-W", "warning", *paths], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout + run.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_page_has_all_its_sections_in_order(name: str) -> None:
+    sections = re.findall(r"^\.SH (.+)$", pages()[f"sinder-{name}.1"], re.MULTILINE)
+    named = ["NAME", "SYNOPSIS", "DESCRIPTION", "EXAMPLES", "FILES", "ENVIRONMENT", "EXIT STATUS", "SEE ALSO"]
+    assert [section for section in sections if section in named] == named
+
+
 @pytest.mark.skipif(shutil.which("groff") is None, reason="groff is not installed")
 @pytest.mark.parametrize("name", ["sinder.1", *(f"sinder-{name}.1" for name in COMMANDS)])
 def test_groff_renders_a_page_without_a_warning(name: str) -> None:
