@@ -8,7 +8,9 @@ PANELS = {
     "Model": "model weights adapter heads revision branch attention",
     "Second model": "compare compare_weights compare_adapter compare_heads",
     "Images": "data more_data train image_size resize max_tokens limit scan_images eval_images strict",
-    "Output": "out picture license base_model force format features figures resume dry_run fail_on_defects",
+    "Output": (
+        "out picture license base_model force format features figures figure_formats resume dry_run fail_on_defects"
+    ),
     "Machine": "device dtype tf32 batch_size workers offload seed config",
     "Which tokens are defective": (
         "mark norm_factor mask_threshold min_tokens min_gap kernel norm_threshold exclude_masked"

@@ -30,6 +30,9 @@ SLACK = 0.005  # of a cosine: how much further a state may be from the inpainted
 MOST = 10**9  # upper limit of every count, which PyTorch and the operating system accept
 
 
+FigureFormat = Literal["svg", "pdf", "csv"]
+
+
 class PassSettings(BaseModel):
     """Settings of passes over images: what is run, where, and in which precision."""
 
@@ -86,6 +89,9 @@ class DetectionSettings(PassSettings):
         3,
         description="Side of the neighbourhood, in patches; equation (5) marks no token nearer to the"
         " border than half of it.",
+    )
+    figure_formats: tuple[FigureFormat, ...] = Field(
+        (), description="Write charts in this format too, besides PNG: svg, pdf, or csv with their numbers; repeatable."
     )
 
 

@@ -40,7 +40,7 @@ RUN_FILES = {
     "model.safetensors": "the repaired backbone, in the key order, names and dtypes of the input",
     "adapter.safetensors": "the changes of singular values alone, and the fingerprint of the weights they belong to",
     "report.html": "before and after, side by side, in one offline file",
-    "pictures/": "the first image and its maps, before and after; `words.json` describes each",
+    "pictures/": "the first image and its maps, before and after, and charts; `words.json` describes each",
     "summary.json": (
         "`verdict`, `defects.before/after` by block (`fraction`, `tokens`, `max_norm`, `median_norm`, …), "
         "`fidelity` to the inpainted original and to the original, `shift_retrieval` (shown, never decided "

@@ -39,7 +39,7 @@ MOST_LR = 10.0
 LogName = Literal["tensorboard", "wandb"]
 
 # settings without effect on the result: a resumed run may change them; only the resolved kind of device is compared
-WITHOUT_EFFECT = frozenset({"workers", "checkpoint_every", "strict", "offload", "device", "log"})
+WITHOUT_EFFECT = frozenset({"workers", "checkpoint_every", "strict", "offload", "device", "log", "figure_formats"})
 
 
 OLD_NAMES = {"stop_density": "stop_clean_fraction"}  # of settings; still accepted

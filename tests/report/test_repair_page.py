@@ -21,9 +21,8 @@ from rich.console import Console
 from sinder_cli.repairing.results import RepairResult
 from sinder_cli.repairing.settings import RepairSettings
 from sinder_cli.report.cards import render_card
-from sinder_cli.report.drawing.line_chart import LEFT
 from sinder_cli.report.repair import facts
-from sinder_cli.report.repair.page import charts, guard_charts, read_lines, render_repair_page, samples_of
+from sinder_cli.report.repair.page import guard_charts, read_lines, render_repair_page, samples_of, step_charts
 from sinder_cli.report.tables import repair_table
 
 MakeResult = Callable[..., RepairResult]
@@ -261,7 +260,7 @@ def test_nothing_on_the_page_loads_anything(make_result: MakeResult) -> None:
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
     assert {link["href"] for link in page.all("a")} == {"https://arxiv.org/abs/2407.16826"}
     assert html.count("://") == len(page.all("a"))
-    assert "url(" not in html
+    assert "url(" not in html.replace("url(#", "")  # a part of the same drawing
     assert "@import" not in html
     assert not page.open  # every tag closed
 
@@ -379,18 +378,18 @@ def test_a_missing_metrics_file_leaves_the_charts_out(make_result: MakeResult) -
 
 
 def test_a_clean_run_has_a_curve_of_clean_images_only() -> None:
-    drawn = charts([{"step": 1, "loss": None, "clean_fraction": 0.5}], 0.75)
-    assert [chart.name for chart in drawn] == ["Clean images"]
+    drawn = step_charts([{"step": 1, "loss": None, "clean_fraction": 0.5}], 0.75)
+    assert [chart.title for chart in drawn] == ["Clean images"]
 
 
 def test_what_the_guard_saw_is_drawn_from_the_original_on(make_result: MakeResult) -> None:
     result = make_result()
     drawn = guard_charts(read_lines(result.folder / "evaluations.jsonl"), result)
-    assert [chart.name for chart in drawn] == ["Outlying tokens, guard", "cls, guard", "Good tokens, guard"]
+    assert [chart.title for chart in drawn] == ["Outlying tokens, guard", "cls, guard", "Good tokens, guard"]
     for chart in drawn:
-        assert len(chart.line) == 1 + 3  # the original, and three looks
-        assert chart.line[0][0] == LEFT
-        assert chart.kept == chart.line[-1][0]  # the state after the last step
+        assert len(chart.rows) == 1 + 3  # the original, and three looks
+        assert chart.rows[0]["step"] == 0
+        assert chart.draw.keywords["marks"].kept == chart.rows[-1]["step"]  # type: ignore[attr-defined]
     assert guard_charts([], result) == []
     blind = make_result(has_cls=False)
     assert len(guard_charts(read_lines(blind.folder / "evaluations.jsonl"), blind)) == 2

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import PurePosixPath
 from textwrap import fill
@@ -20,7 +21,9 @@ from sinder_cli.report.drawing.scales import ANGLES, ColourScale, norm_scale
 from sinder_cli.report.formatting import counted
 
 if TYPE_CHECKING:
-    from sinder_cli.analysis.records import Analysis, Side
+    from torch import Tensor
+
+    from sinder_cli.analysis.records import Analysis, Distribution, Side
     from sinder_cli.analysis.run import AnalysisResult
     from sinder_cli.analysis.survey import Survey
 
@@ -73,7 +76,17 @@ def _cosine_group(analysis: Analysis) -> ChartGroup:
         f" and a band from 1 % to 99 %. {_taken(analysis)}"
     )
     draw = partial(draw_cosines, title=title, pairs=analysis.comparison or ())
-    return ChartGroup("Both sides, block by block", caption, [Chart("cosine", title, caption, 2.9, draw)])
+    rows = [
+        {"block": pair.block} | _numbers("patch", pair.patch_cosine) | _numbers("cls", pair.cls_cosine)
+        for pair in analysis.comparison or ()
+    ]
+    return ChartGroup("Both sides, block by block", caption, [Chart("cosine", title, caption, 2.9, draw, rows)])
+
+
+def _numbers(name: str, distribution: Distribution | None) -> dict[str, object]:
+    """Return the columns of a distribution in a table of numbers; empty where there is none."""
+    fields = ("count", "mean", "min", "p01", "median", "p99", "max")
+    return {f"{name} {field}": None if distribution is None else getattr(distribution, field) for field in fields}
 
 
 def _norm_group(analysis: Analysis, sides: list[ChartSide]) -> ChartGroup:
@@ -86,7 +99,14 @@ def _norm_group(analysis: Analysis, sides: list[ChartSide]) -> ChartGroup:
         norms = [block.patch_norm for block in side.record.blocks]
         curves = [curve.norms for curve in side.survey.curves]
         draw = partial(draw_norms, title=title, curves=curves, norms=norms, limits=limits)
-        charts.append(Chart(f"norms{side.ending}", _flat(title), caption, 3.1, draw))
+        rows = [
+            {"block": block.block}
+            | _numbers("patch", block.patch_norm)
+            | _numbers("cls", block.cls_norm)
+            | _numbers("register", block.register_norm)
+            for block in side.record.blocks
+        ]
+        charts.append(Chart(f"norms{side.ending}", _flat(title), caption, 3.1, draw, rows))
     return ChartGroup("Norms", caption, charts)
 
 
@@ -109,7 +129,13 @@ def _angle_chart(analysis: Analysis, side: ChartSide, stage: Stage) -> Chart:
         observed=[block.observed.angle_to_predicted_deg[stage] if block.observed else None for block in blocks],
     )
     caption = _angle_caption(analysis, f"the {STAGE_WORDS[stage]}")
-    return Chart(f"angles-{stage}{side.ending}", _flat(title), caption, 2.9, draw)
+    rows = [
+        {"block": block.block, "sigma1/sigma2": block.gap[stage]}
+        | _numbers("degrees", block.angle_deg.get(stage))
+        | {"observed degrees": block.observed.angle_to_predicted_deg[stage] if block.observed else None}
+        for block in blocks
+    ]
+    return Chart(f"angles-{stage}{side.ending}", _flat(title), caption, 2.9, draw, rows)
 
 
 def _angle_caption(analysis: Analysis, stage: str) -> str:
@@ -142,7 +168,23 @@ def _position_charts(analysis: Analysis, sides: list[ChartSide], block: int) -> 
         draw = partial(draw_positions, title=title, shares=share, top=top or 0.01)  # a scale must not have length 0
         height = min(5.0, 1.1 + 3.4 / len(share) * rows / columns)
         caption = _position_caption(analysis, str(block))
-        yield Chart(f"positions-block-{block}{side.ending}", _flat(title), caption, height, draw)
+        yield Chart(f"positions-block-{block}{side.ending}", _flat(title), caption, height, draw, _position_rows(share))
+
+
+def _position_rows(shares: Mapping[str, Tensor | None]) -> list[dict[str, object]]:
+    """Return a row per place of the grid with the share that each rule marks; empty where no token lies."""
+    known = {rule: share.tolist() for rule, share in shares.items() if share is not None}
+    rows, columns = next(share.shape for share in shares.values() if share is not None)
+    return [
+        {"row": row, "column": column}
+        | {rule: _finite(known[rule][row][column]) if rule in known else None for rule in shares}
+        for row in range(rows)
+        for column in range(columns)
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _position_caption(analysis: Analysis, block: str) -> str:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.run import AnalysisResult
     from sinder_cli.report.analysis.figures import ChartGroup
     from sinder_cli.report.analysis.image_maps import SideMaps
-    from sinder_cli.report.drawing.canvas import Chart
+    from sinder_cli.report.drawing.canvas import Chart, ChartKind
     from sinder_cli.report.drawing.pictures import LabelledPicture
 
 
@@ -219,7 +219,9 @@ def write_analysis(folder: Path, result: AnalysisResult, emit: Emit) -> Analysis
         (temporary / "figures").mkdir()
         _write_directions(temporary / "directions.safetensors", result)
         groups = analysis_charts(result)
-        figures = [_write_chart(temporary, chart) for group in groups for chart in group.charts]
+        formats = ("png", *dict.fromkeys(result.analysis.settings.get("figure_formats", ())))
+        charts = [chart for group in groups for chart in group.charts]
+        figures = [_write_chart(temporary, chart, kind) for chart in charts for kind in formats]
         shown: list[PageImage] = []
         scales: Scales | None = None  # the same for all images
         for index, (image, shared) in enumerate(_painted(result, emit)):
@@ -249,9 +251,9 @@ def _write_directions(path: Path, result: AnalysisResult) -> None:
     write_safetensors(path, infos_of(tensors), tensors.values(), metadata)
 
 
-def _write_chart(folder: Path, chart: Chart) -> FigureFile:
-    figure = FigureFile(file=f"figures/{chart.name}.png", caption=f"{chart.title}. {chart.caption}")
-    (folder / figure.file).write_bytes(chart.png())
+def _write_chart(folder: Path, chart: Chart, kind: ChartKind) -> FigureFile:
+    figure = FigureFile(file=f"figures/{chart.name}.{kind}", caption=f"{chart.title}. {chart.caption}")
+    (folder / figure.file).write_bytes(chart.written(kind))
     return figure
 
 

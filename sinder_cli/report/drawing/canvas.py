@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
 
 INK, SOFT, RULE, FAINT, LINE, ACCENT = "#1d1c1a", "#5f5b55", "#dedad3", "#ebe8e2", "#2b5c8a", "#c2500f"
+GOOD = "#1c6b45"
 # The page's colours in light mode. An SVG uses CSS variables of these names, which have values for dark mode too.
-COLOURS = {"ink": INK, "soft": SOFT, "rule": RULE, "faint": FAINT, "line": LINE, "accent": ACCENT}
+COLOURS = {"ink": INK, "soft": SOFT, "rule": RULE, "faint": FAINT, "line": LINE, "accent": ACCENT, "good": GOOD}
 ABSENT = (138, 138, 138)  # on a map, where there is no value: a grey that no colour map contains
 BRIGHT = "inferno"  # matplotlib's name of a perceptually uniform colour map, on which high values are bright
 WIDTH = 4.6  # inches: text of 9.5 points has 10 pixels on a phone
@@ -55,6 +57,18 @@ TAG = re.compile(r"<[a-zA-Z/][^>]*>")
 COORDINATES = re.compile(r' (?:d|x|y|width|height|points)="[^"]*"|(?:rotate|translate)\([^)]*\)')  # of a tag
 
 
+ChartKind = Literal["png", "svg", "pdf", "csv"]
+
+
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
+    """Return rows with the same columns as CSV; nothing stands for a value that is not there."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 @dataclass(frozen=True)
 class Chart:
     """A chart: the name of its file, what it shows in a few words, how it was made, and how to draw it."""
@@ -64,6 +78,17 @@ class Chart:
     caption: str
     height: float  # inches
     draw: Callable[[Figure], None]
+    rows: Sequence[Mapping[str, object]] = ()  # the numbers that it shows, a row each with the same columns
+
+    def written(self, kind: ChartKind) -> bytes:
+        """Return the chart as a file: `png`, `svg` and `pdf` on white, `csv` with its numbers."""
+        if kind == "png":
+            return self.png()
+        if kind == "csv":
+            return csv_text(self.rows).encode()
+        nothing = {"svg": ("Date", "Creator"), "pdf": ("CreationDate", "Creator", "Producer")}[kind]
+        metadata = {"Title": self.title, **dict.fromkeys(nothing)}
+        return self._drawn(kind, dpi=PNG_DPI, facecolor="white", metadata=metadata)
 
     def png(self) -> bytes:
         """Return a PNG file on white that contains title and caption."""

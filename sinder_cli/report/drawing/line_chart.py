@@ -1,79 +1,88 @@
-"""One line over the steps of a repair, laid out for a drawing in SVG."""
+"""One line over the steps of a repair, as a chart."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
-from sinder_cli.report.drawing.scales import Tick, round_steps
+from sinder_cli.report.drawing.canvas import ACCENT, GOOD, LINE, Chart
+from sinder_cli.report.drawing.scales import round_steps
 from sinder_cli.report.formatting import numbers
 
-WIDTH, HEIGHT = 360, 210  # of the whole drawing, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 42, 350, 28, 168  # of the plotting area
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MAX_POINTS = 240  # more are averaged: a phone shows no finer line
+HEIGHT = 2.7  # inches
 
 Point = tuple[float, float]
 
 
-class LineChart(NamedTuple):
-    """Everything that the drawing of one line needs, in drawing units."""
+@dataclass(frozen=True)
+class Marks:
+    """What is marked in a chart besides its line: a value of y to reach, and the step whose state was kept."""
 
-    name: str
-    x_label: str
-    y_label: str
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    line: list[Point]
-    goal: float | None  # height of a horizontal mark
-    averaged: int  # points of the data in one point of the line
-    kept: float | None = None  # place of a vertical mark
-
-    @property
-    def path(self) -> str:
-        """The points of an SVG polyline."""
-        return " ".join(f"{x:.1f},{y:.1f}" for x, y in self.line)
+    goal: float | None = None
+    kept: float | None = None
 
 
 def line_chart(
     points: Sequence[Point],
     name: str,
-    x_label: str,
-    y_label: str,
+    title: str,
+    labels: tuple[str, str],
     top: float | None = None,
-    goal: float | None = None,
-    kept: float | None = None,
-) -> LineChart | None:
-    """Lay out (x, y ≥ 0) points, from 0 on both axes up to the data's maximum or `top`; None without finite points.
+    marks: Marks = Marks(),
+) -> Chart | None:
+    """Return a chart of (x, y ≥ 0) points, from 0 on both axes up to their largest or `top`; None without finite ones.
 
-    `goal` is a value of y that is marked, `kept` a value of x.
+    `labels` are those of both axes. Many points are drawn as means of some; the table of the chart has all of them.
     """
     finite = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     if not finite:
         return None
-    averaged = math.ceil(len(finite) / MAX_POINTS)
-    thinned = [_mean_point(finite[start : start + averaged]) for start in range(0, len(finite), averaged)]
-    x_steps = round_steps(max(x for x, _ in finite), whole=True)
-    y_steps = round_steps(top or max(y for _, y in thinned))
+    thinned, averaged = thinned_points(finite)
+    caption = title if averaged == 1 else f"{title}: each point is the mean of {averaged} steps"
+    draw = partial(draw_line, title=title, points=thinned, labels=labels, top=top, marks=marks)
+    rows = [{labels[0]: x, labels[1]: y} for x, y in points]
+    return Chart(name, title, caption, HEIGHT, draw, rows)
 
-    def across(x: float) -> float:
-        return LEFT + (RIGHT - LEFT) * x / x_steps[-1]
 
-    def up(y: float) -> float:
-        return BOTTOM - (BOTTOM - TOP) * y / y_steps[-1]
-
-    return LineChart(
-        name,
-        x_label,
-        y_label,
-        [Tick(across(x), f"{x:,.0f}") for x in x_steps],
-        [Tick(up(y), label) for y, label in zip(y_steps, numbers(y_steps), strict=True)],
-        [(across(x), up(y)) for x, y in thinned],
-        None if goal is None else up(goal),
-        averaged,
-        None if kept is None else across(min(kept, x_steps[-1])),
-    )
+def thinned_points(points: Sequence[Point]) -> tuple[list[Point], int]:
+    """Return at most `MAX_POINTS` points, each the mean of so many of the given ones."""
+    averaged = math.ceil(len(points) / MAX_POINTS)
+    return [_mean_point(points[at : at + averaged]) for at in range(0, len(points), averaged)], averaged
 
 
 def _mean_point(points: Sequence[Point]) -> Point:
     return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
+
+
+def draw_line(
+    figure: Figure, title: str, points: Sequence[Point], labels: tuple[str, str], top: float | None, marks: Marks
+) -> None:
+    """Draw one line with round ticks from 0, and the marks."""
+    axes = figure.add_subplot(title=title)
+    across, up = round_steps(max(x for x, _ in points), whole=True), round_steps(top or max(y for _, y in points))
+    axes.set_xlim(0, across[-1])
+    axes.set_xticks(across, [f"{x:,.0f}" for x in across])
+    axes.set_ylim(0, up[-1])
+    axes.set_yticks(up, numbers(up))
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    one = len(points) == 1
+    axes.plot(*zip(*points, strict=True), color=LINE, linewidth=1.6, marker="o" if one else None, clip_on=False)
+    if marks.goal is not None:
+        axes.axhline(marks.goal, color=GOOD, linewidth=1.1, linestyle="--")
+        axes.annotate("goal", (0, marks.goal), (4, -4), textcoords="offset points", color=GOOD, va="top")
+    if marks.kept is not None:
+        at = min(marks.kept, across[-1])
+        left = at > 0.8 * across[-1]
+        axes.axvline(at, color=ACCENT, linewidth=1.1, linestyle=":")
+        axes.annotate(
+            "kept", (at, up[-1]), (-4 if left else 4, -4), textcoords="offset points",
+            color=ACCENT, va="top", ha="right" if left else "left",
+        )  # fmt: skip

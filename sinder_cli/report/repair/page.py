@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +12,7 @@ from sinder_cli.escaping import printable
 from sinder_cli.files import public_model, write_text
 from sinder_cli.report import formatting
 from sinder_cli.report.cards import render_card
-from sinder_cli.report.drawing.line_chart import LineChart, line_chart
+from sinder_cli.report.drawing.line_chart import Marks, line_chart
 from sinder_cli.report.drawing.pictures import Panel, enlarged, image_file, pca_maps, picture
 from sinder_cli.report.drawing.scales import FIDELITY, NormSpread, norm_scale
 from sinder_cli.report.formatting import Named, number
@@ -23,14 +24,16 @@ if TYPE_CHECKING:
     from sinder_cli.repairing.folder import RunFolder
     from sinder_cli.repairing.guard import Snapshot
     from sinder_cli.repairing.results import RepairResult
+    from sinder_cli.report.drawing.canvas import Chart
     from sinder_cli.report.drawing.pictures import Picture
     from sinder_cli.report.drawing.scales import ColourScale
     from sinder_cli.report.repair.facts import Recorded
 
 
-def render_repair_page(result: RepairResult) -> str:
-    """Return the page as one string of HTML that loads nothing: styles, drawings and pictures are inside it."""
+def render_repair_page(result: RepairResult, drawn: Sequence[Chart] | None = None) -> str:
+    """Return the page as one string of HTML that loads nothing: styles, charts and pictures are inside it."""
     samples = samples_of(result)
+    drawn = repair_charts(result) if drawn is None else drawn
     return html_template("repair.html.jinja").render(
         model=public_model(result.model),
         verdict=facts.verdict(result),
@@ -45,8 +48,8 @@ def render_repair_page(result: RepairResult) -> str:
         samples=samples,
         ratios_uri=image_file(samples.ratios.bar()).uri,
         fidelity_uri=image_file(samples.fidelity.bar()).uri,
-        charts=charts(read_lines(result.folder / "metrics.jsonl"), result.config["settings"]["stop_clean_fraction"]),
-        guard=guard_charts(read_lines(result.folder / "evaluations.jsonl"), result),
+        charts=[(chart, chart.svg()) for chart in drawn],
+        guard=any(chart.name.startswith(GUARD) for chart in drawn),
         kept=result.summary["best_step"],
         caution=formatting.CAUTION,
         settings=facts.setting_facts(result),
@@ -65,8 +68,9 @@ def write_repair(folder: RunFolder, result: RepairResult) -> None:
     """
     first = samples_of(result).images[:1]
     panels = [panel for sample in first for panel in (sample.image, *(each for pair in sample.maps for each in pair))]
-    write_pictures(folder.pictures, panels)
-    write_text(folder.report, render_repair_page(result))
+    drawn = repair_charts(result)
+    write_pictures(folder.pictures, panels, drawn, result.config["settings"].get("figure_formats", ()))
+    write_text(folder.report, render_repair_page(result, drawn))
     write_text(folder.card, render_card(result))
 
 
@@ -77,30 +81,46 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def charts(metrics: list[dict[str, Any]], goal: float) -> list[LineChart]:
+GUARD = "guard"  # begins the names of charts of what the guard saw
+
+
+def repair_charts(result: RepairResult) -> list[Chart]:
+    """Return all charts of a run; none of a run without steps."""
+    metrics = read_lines(result.folder / "metrics.jsonl")
+    if not metrics:
+        return []
+    looked = guard_charts(read_lines(result.folder / "evaluations.jsonl"), result)
+    return [*step_charts(metrics, result.config["settings"]["stop_clean_fraction"]), *looked]
+
+
+def step_charts(metrics: list[dict[str, Any]], goal: float) -> list[Chart]:
     """Return charts of the loss, of the steps that had one, and of the share of clean images; none without steps."""
     losses = [(line["step"], line["loss"]) for line in metrics if line["loss"] is not None]
     clean = [(line["step"], 100 * line["clean_fraction"]) for line in metrics]
     drawn = [
-        line_chart(losses, "Loss", "step", "distance to target ÷ mean token norm"),
-        line_chart(clean, "Clean images", "step", "share of the latest images, %", top=100, goal=100 * goal),
+        line_chart(losses, "loss", "Loss", ("step", "distance to target ÷ mean token norm")),
+        line_chart(
+            clean, "clean", "Clean images", ("step", "share of the latest, %"), top=100, marks=Marks(goal=100 * goal)
+        ),
     ]
     return [chart for chart in drawn if chart is not None]
 
 
-def guard_charts(evaluations: list[dict[str, Any]], result: Recorded) -> list[LineChart]:
+def guard_charts(evaluations: list[dict[str, Any]], result: Recorded) -> list[Chart]:
     """Return charts of the evaluations on the guard, beginning with the original; none without evaluations."""
     if not evaluations:
         return []
     summary = result.summary
     start = {"step": 0, "outlying": summary["defects"]["before"]["tokens"]}
     lines = [start | summary["fidelity"]["to_inpainted"]["before"], *evaluations]
-    kept = summary["best_step"] or 0
+    marks = Marks(kept=summary["best_step"] or 0)
     outlying = [(line["step"], line["outlying"]) for line in lines]
-    drawn = [line_chart(outlying, "Outlying tokens, guard", "step", "tokens outlying at some block", kept=kept)]
-    for name, key in (("cls, guard", "cls"), ("Good tokens, guard", "good")):
+    labels = ("step", "tokens outlying at some block")
+    drawn = [line_chart(outlying, f"{GUARD}-outlying", "Outlying tokens, guard", labels, marks=marks)]
+    for title, key in (("cls, guard", "cls"), ("Good tokens, guard", "good")):
         seen = [(line["step"], max(0.0, 1 - line[key])) for line in lines if line[key] is not None]
-        drawn.append(line_chart(seen, name, "step", "1 − cosine to the inpainted original", kept=kept))
+        labels = ("step", "1 − cosine to the inpainted original")
+        drawn.append(line_chart(seen, f"{GUARD}-{key}", title, labels, marks=marks))
     return [chart for chart in drawn if chart is not None]
 
 

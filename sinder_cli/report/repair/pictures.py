@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sinder_cli.files import output_error, replacing_folder, write_json
+from sinder_cli.report.drawing.canvas import Chart, ChartKind
 from sinder_cli.report.drawing.pictures import Panel
 
+PNG: ChartKind = "png"
 WORDS = "words.json"  # the description of each picture, by its file name
 
 
@@ -23,8 +25,12 @@ class PictureFile(NamedTuple):
     content: bytes
 
 
-def write_pictures(folder: Path, panels: Sequence[Panel]) -> None:
-    """Write the images of panels, named after their captions; pictures that exist already are replaced.
+def write_pictures(
+    folder: Path, panels: Sequence[Panel], charts: Sequence[Chart] = (), formats: Sequence[ChartKind] = ()
+) -> None:
+    """Write the images of panels, named after their captions, and charts; pictures that exist already are replaced.
+
+    Charts are PNG, and in these formats besides.
 
     Raises `StorageError` or `CannotCreateError` for what the file system refuses.
     """
@@ -40,6 +46,10 @@ def write_pictures(folder: Path, panels: Sequence[Panel]) -> None:
                 name = re.sub(r"[^a-z0-9]+", "-", panel.caption.lower()).strip("-") + panel.image.suffix
                 (temporary / name).write_bytes(panel.image.content)
                 words[name] = panel.alt
+        for chart in charts:
+            for kind in dict.fromkeys((PNG, *formats)):
+                (temporary / f"{chart.name}.{kind}").write_bytes(chart.written(kind))
+            words[f"{chart.name}.{PNG}"] = chart.caption
         write_json(temporary / WORDS, words)
 
 
