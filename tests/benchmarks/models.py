@@ -13,6 +13,7 @@ from sinder_cli import TensorInfo
 from sinder_cli.backbone.storing import write_safetensors
 
 REAL = Path(__file__).parents[1] / "real"
+SUPPORT = REAL.with_name("support")
 SIZES = {"S": "dinov2_vits14", "B": "dinov2_vitb14", "L": "dinov2_vitl14", "g": "dinov2_vitg14"}
 SMALL = Config(width=64, depth=2, hidden=256, grid=16)
 
@@ -30,6 +31,21 @@ def model_of(size: str, folder: Path, tiny: bool) -> tuple[str, Path]:
     if not path.exists():
         write_checkpoint(path, SMALL if tiny else OFFICIAL[SIZES[size]])
     return "dinov2_custom" if tiny else SIZES[size], path
+
+
+def planted_vitl(folder: Path) -> tuple[Path, list[Path]]:
+    """A ViT-L of random weights with a defect in block 2, and photographs to train on. Raises `NotToBeHadError`."""
+    sys.path[:0] = [str(REAL), str(SUPPORT)]
+    from photographs import copied_photographs
+    from planted_dinov2 import PHOTOGRAPHS, planted
+    from real_files import photographs
+
+    (folder / "calibration").mkdir()
+    state = planted(OFFICIAL[SIZES["L"]], copied_photographs(folder / "calibration", PHOTOGRAPHS))
+    path = folder / "planted-L.pth"
+    torch.save(state, path)
+    pictures = photographs()
+    return path, [*pictures.training, *pictures.held_out][:40]
 
 
 def planted_vits(folder: Path) -> tuple[Path, list[Path]]:

@@ -103,3 +103,13 @@ def test_the_editable_install_finds_the_same_things_from_elsewhere(environment: 
     assert run("-c", "from sinder_cli.cli.manpage import pages; print(*sorted(pages()))").split() == sorted(
         PAGES | FORMATS
     )
+
+
+def test_an_index_would_take_the_wheel(wheel: Path) -> None:
+    """Metadata, and the README as it is rendered there."""
+    pytest.importorskip("twine")
+    run = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", str(wheel)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "PASSED" in run.stdout

@@ -97,7 +97,9 @@ def test_every_file_of_the_run_directory_is_valid(repaired: Path) -> None:
     assert sum(int(delta.count_nonzero()) for delta in deltas.values()) == summary["trained_values"] <= 6
     assert all(delta.any() for delta in deltas.values())
     page = (repaired / "report.html").read_text(encoding="utf-8")
-    loads = re.findall(r"""(?:src|href|action)\s*=\s*["']?(?!data:|#)([^"'\s>]+)|url\((?!["']?data:|#)([^)]*)\)""", page)
+    loads = re.findall(
+        r"""(?:src|href|action)\s*=\s*["']?(?!data:|#)([^"'\s>]+)|url\((?!["']?data:|#)([^)]*)\)""", page
+    )
     assert [found for found in loads if "arxiv.org" not in found[0]] == []
     assert not re.search(r"<(?:script|link|iframe)[^>]+(?:src|href)|@import", page)
     assert (repaired / "README.md").read_text(encoding="utf-8").lstrip().startswith(("#", "---"))
