@@ -174,8 +174,20 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     parsed: Any = list[_parsed_type(kind)] if repeatable else _parsed_type(kind)  # type: ignore[misc]
     choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
     metavar = "|".join(map(str, choices)) or None
-    option = typer.Option(flag, help=f"{field.description}{default}", metavar=metavar, show_default=False)
+    complete = _completing(choices) if choices else None
+    option = typer.Option(
+        flag, help=f"{field.description}{default}", metavar=metavar, show_default=False, autocompletion=complete
+    )
     return _keyword(name, Annotated[parsed | None, option])
+
+
+def _completing(choices: tuple[Any, ...]) -> Callable[[str], list[str]]:
+    """Return what completes one of these values; the parser takes plain functions alone."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [str(choice) for choice in choices if str(choice).startswith(incomplete)]
+
+    return complete
 
 
 def _keyword(name: str, annotation: Any) -> inspect.Parameter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -172,3 +173,43 @@ def test_the_shell_is_given_models(environment: dict[str, str]) -> None:
     program = str(Path(sys.executable).with_name("sinder"))
     run = subprocess.run([program], env=environment | asked, capture_output=True, text=True, check=False)
     assert run.stdout.split() == ["dinov2_vitg14", "dinov2_vitg14_reg"]
+
+
+COMPLETING = """
+import os, sys
+sys.argv[0] = "sinder"
+from sinder_cli.cli.main import main
+try:
+    main([])
+except SystemExit:
+    pass
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("repair demo_vit --recipe p", {"paper", "polyak"}),
+        ("repair demo_v", {"demo_vit", "demo_vit_clean"}),
+        ("analyze demo_vit --resize s", {"short", "square"}),
+        ("export run --to h", {"hf-repo"}),
+        ("evaluate run kn", {"knn"}),
+        ("predict-defects demo_vit --stage c", {"cumulative"}),
+        ("rep", {"repair"}),
+    ],
+)
+def test_words_complete_in_every_shell_without_torch(
+    shell: str, words: str, found: set[str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    asked = {"_SINDER_COMPLETE": f"complete_{shell}", "COMP_WORDS": f"sinder {words}"}
+    asked |= {"COMP_CWORD": str(len(words.split())), "_TYPER_COMPLETE_ARGS": f"sinder {words}"}
+    asked |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPLETING],
+        capture_output=True, text=True, env=environment | asked, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert found <= set(re.findall(r"[\w-]+", run.stdout))
+    assert "sgd" not in run.stdout
