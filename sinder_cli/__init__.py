@@ -13,7 +13,7 @@ this contract that it is written for, and has up to three functions, each marked
     sinder_backbone(request, weights) -> Backbone           the layer map, and the functions that run the model
 
 `request` is a `ModelRequest`, `weights` a `Weights`. Any `SinderError` that they raise ends the command with its line
-and exit code; any other exception is reported as a failure of the plugin. The README shows a whole plugin, and
+and exit code; any other exception is reported as a failure of the plugin. docs/plugins.md shows a whole plugin, and
 `sinder check-backbone` runs one through all that the engine relies on.
 """
 
@@ -66,7 +66,17 @@ if TYPE_CHECKING:
     )
     from sinder_cli.backbone.torchvision_shim import define_torchvision_operators
     from sinder_cli.backbone.weights import Weights
-    from sinder_cli.errors import BadInputError, NoInputError, SinderError, UnavailableError, UsageError
+    from sinder_cli.errors import (
+        BadInputError,
+        CannotCreateError,
+        ConflictError,
+        NoInputError,
+        SinderError,
+        StorageError,
+        TryAgainError,
+        UnavailableError,
+        UsageError,
+    )
 
 __version__ = "0.1.0"
 
@@ -80,6 +90,8 @@ __all__ = [
     "Backbone",
     "BadInputError",
     "BlockMap",
+    "CannotCreateError",
+    "ConflictError",
     "EvaluateRequest",
     "EvaluateSettings",
     "ExportRequest",
@@ -98,8 +110,10 @@ __all__ = [
     "RepairSettings",
     "SinderError",
     "StemMap",
+    "StorageError",
     "TensorInfo",
     "TensorSource",
+    "TryAgainError",
     "UnavailableError",
     "UsageError",
     "WeightRef",
@@ -130,7 +144,8 @@ _NAMES_BY_MODULE = {
     "backbone.sources": "MemoryTensors TensorInfo TensorSource open_checkpoint shard_names weights_in",
     "backbone.torchvision_shim": "define_torchvision_operators",
     "backbone.weights": "Weights",
-    "errors": "BadInputError NoInputError SinderError UnavailableError UsageError",
+    "errors": "BadInputError CannotCreateError ConflictError NoInputError SinderError StorageError TryAgainError "
+    "UnavailableError UsageError",
     "api": "AnalyzeRequest AnalyzeSettings EvaluateRequest EvaluateSettings ExportRequest ExportSettings "
     "PredictRequest RepairRequest RepairSettings analyze evaluate export look predict_defects repair",
 }

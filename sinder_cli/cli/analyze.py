@@ -23,7 +23,7 @@ from sinder_cli.cli.options import (
     Format,
     Heads,
     Model,
-    MoreData,
+    Photographs,
     Revision,
     WeightsFile,
     model_request,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 def command(
     *,
     model: Model,
-    more_data: MoreData = None,
+    more_data: Photographs = None,
     data: Data = None,
     weights: WeightsFile = None,
     adapter: AdapterFile = None,
@@ -99,8 +99,10 @@ def command(
     if out == "":
         raise UsageError("no folder to write to", "--out is empty", "name one, or - for standard output")
     if picture and not looking:
-        why = "it shows up to 8 photographs given as plain arguments, without --data, --out, --features or JSON"
-        raise UsageError("no picture to save", why, "leave --picture out")
+        why = (
+            "it shows up to 8 photographs given as plain arguments, without --data, --out or --features, and as a table"
+        )
+        raise UsageError("no picture to save", why, "leave --picture out, or through a pipe add --format table")
     request = model_request(model, weights, adapter, heads, silent, attention, revision, branch)
     others = [model_request(each, *second, silent, attention) for each in compared]
     if looking:

@@ -17,12 +17,12 @@ from sinder_cli.requests import ExportRequest, PredictRequest, Process, RepairRe
 
 MODEL = "demo_vit"
 HOME = Path("sinder-runs/demo")
-NEXT = (
+NEXT = (  # each works as it is, once the demo has run
+    "analyze {model} {out}/pictures/image.jpg --compare {out} --format table",
+    "evaluate {out} dense",
+    "runs {home}",
     "backbones",
-    "analyze MODEL --data photos/ --out analysis/",
-    "repair MODEL --data photos/ --out run/",
-    "evaluate run/ dense --data photos/",
-    "export run/ --to transformers --out folder/",
+    "repair -h",
 )
 
 
@@ -58,9 +58,10 @@ def command(
     words = [
         f"outlying tokens {counts[0]} → {counts[1]} · report: {report}",
         "",
-        "Next, with a model and photographs of yours:",
+        "Next, as they stand; then with a model and photographs of yours:",
     ]
-    _show(*words, *(f"  {program} {line}" for line in NEXT))
+    named = {"model": MODEL, "out": shlex.quote(str(out)), "home": shlex.quote(str(out.parent))}
+    _show(*words, *(f"  {program} {line.format_map(named)}" for line in NEXT))
 
 
 def _show(*parts: RenderableType) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from sinder_cli.cli.help import EXAMPLES
 from sinder_cli.cli.main import HELP, whole_tree
 from sinder_cli.files import write_text
-from sinder_cli.report.manual import NAME, escape, head, schema_page
+from sinder_cli.report.manual import NAME, escape, head, schema_page, wrapped
 
 EXIT_CODES = {
     0: "success; skipped inputs, if any, were reported",
@@ -29,6 +29,7 @@ EXIT_CODES = {
 
 FILES = {
     "sinder-runs/": "where repair puts runs without --out; a run directory can be named wherever a model is",
+    "sinder-looks/": "where analyze keeps the pictures of photographs given as plain arguments",
     "~/.cache/torch/hub/checkpoints/": "official checkpoints that were downloaded",
 }
 ENVIRONMENT = {
@@ -55,7 +56,7 @@ def _main_page(tree: Any) -> str:
     for name, subcommand in sorted(tree.commands.items()):
         lines += [".TP", f".BR sinder\\-{escape(name)} (1)", escape(_summary(subcommand))]
     lines += [".SH OPTIONS", *_options(tree), *_surroundings()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(wrapped(lines)) + "\n"
 
 
 def _page(name: str, subcommand: Any) -> str:
@@ -75,7 +76,8 @@ def _page(name: str, subcommand: Any) -> str:
             escape(f"{words[0].upper()}{words[1:]}:"),
         ]
         lines += [f".B {escape(example)}"]
-    return "\n".join([*lines, *_surroundings(), ".SH SEE ALSO", ".BR sinder (1)"]) + "\n"
+    also = [".BR sinder (1),", ".BR sinder\\-analysis (5)"] if name == "sinder analyze" else [".BR sinder (1)"]
+    return "\n".join(wrapped([*lines, *_surroundings(), ".SH SEE ALSO", *also])) + "\n"
 
 
 def _surroundings() -> list[str]:

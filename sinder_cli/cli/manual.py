@@ -18,7 +18,7 @@ def complete_page(incomplete: str) -> list[str]:
     """Return the pages whose names begin so."""
     from sinder_cli.cli.main import SUBCOMMANDS
 
-    return [name for name in SUBCOMMANDS if name.startswith(incomplete)]
+    return [name for name in (*SUBCOMMANDS, "analysis") if name.startswith(incomplete)]
 
 
 def command(
@@ -31,12 +31,10 @@ def command(
     from sinder_cli.cli.manpage import pages
 
     found = pages()
-    page = "sinder.1" if name is None else f"sinder-{name}.1"
-    if page not in found:
-        known = ", ".join(
-            each.removeprefix("sinder-").removesuffix(".1") for each in found if each.startswith("sinder-")
-        )
-        raise UsageError(f"no manual page {name!r}", "there is no such subcommand", f"there are {known}")
+    named = {page.removeprefix("sinder-").rpartition(".")[0]: page for page in found if page.startswith("sinder-")}
+    page = "sinder.1" if name in (None, "sinder") else named.get(str(name).removeprefix("sinder-"), "")
+    if not page:
+        raise UsageError(f"no manual page {name!r}", "there is no such subcommand", f"there are {', '.join(named)}")
     reader = shutil.which("man") or shutil.which("mandoc")
     if not sys.stdout.isatty() or reader is None:
         print(found[page], end="")

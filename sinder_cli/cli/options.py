@@ -71,13 +71,20 @@ Heads = Annotated[
     int | None, typer.Option("--heads", min=1, help="Number of attention heads, if not the checkpoint's width / 64.")
 ]
 Compare = Annotated[
-    str | None, typer.Option("--compare", metavar="MODEL|RUN", help="A second model of the same shape, or a run.")
+    str | None,
+    typer.Option(
+        "--compare",
+        metavar="MODEL|RUN",
+        autocompletion=complete_model,
+        help="A second model of the same shape, or a run.",
+    ),
 ]
 CompareSeveral = Annotated[
     list[str] | None,
     typer.Option(
         "--compare",
         metavar="MODEL|RUN",
+        autocompletion=complete_model,
         help="A second model of the same shape, or a run; with photographs as plain arguments, any models; repeatable.",
     ),
 ]
@@ -100,6 +107,13 @@ Data = Annotated[
     ),
 ]
 MoreData = Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help="More folders, images or lists.")]
+Photographs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[PATH]...",
+        help="Photographs: up to eight are answered in five lines and a picture. Or more folders, images or lists.",
+    ),
+]
 Format = Annotated[
     OutputFormat | None, typer.Option("--format", help="Default: table on a terminal, else one JSON document.")
 ]
@@ -129,7 +143,8 @@ def one_compared(compare: list[str] | None) -> list[str]:
     """Return the model to compare with, if there is one. Raises `UsageError` for several."""
     if compare and len(compare) > 1:
         why = f"a report has two sides, and --compare names {len(compare)} more"
-        raise UsageError("cannot compare with several models", why, "name up to 8 photographs without --data or --out")
+        remedy = "name up to 8 photographs, without --data or --out; through a pipe, with --format table"
+        raise UsageError("cannot compare with several models", why, remedy)
     return compare or []
 
 

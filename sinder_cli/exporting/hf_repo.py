@@ -1,7 +1,7 @@
 """Target `hf-repo`: the folder of `transformers` with what a repository on a hub needs besides.
 
 That is a licence, which is asked for where that of the base model is not known; the base model's repository, if there
-is one; large files marked for LFS; and no path of the machine that wrote it.
+is one; large files marked for LFS; no path of the machine that wrote it, and no picture of the user's photographs.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _finish(plan: Plan, path: Path) -> None:
         text = file.read_text(encoding="utf-8", errors="replace")
         if found := sorted(place for place in leaking if place in text):
             what = f"export of {plan.backbone.name} failed"
-            raise BadInputError(what, f"{file.name} would tell the world of {found[0]}", "report it")
+            raise BadInputError(what, f"{file.name} would publish the path {found[0]}", "report it")
 
 
 def _private(plan: Plan) -> Iterator[Path]:
@@ -74,4 +74,5 @@ TARGET = replace(
     write=_write,
     require=_require,
     finish=_finish,
+    public=True,
 )

@@ -107,6 +107,7 @@ class ExportTarget:
     suffixes: tuple[str, ...] = ()
     options: frozenset[str] = frozenset()
     of_changes: bool = False
+    public: bool = False  # True if the folder is meant for the world: it gets no picture of the user's photographs
     usage: Callable[[Plan, str], str] | None = None  # (plan, name of the folder) → Python that loads it, for the card
 
 

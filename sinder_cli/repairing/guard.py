@@ -7,12 +7,13 @@ tokens through attention. The number of outliers alone is none either, since a r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 
 from sinder_cli.backbone.contract import Backbone
 from sinder_cli.defects.detection import DetectionRule
@@ -34,6 +35,9 @@ WORST = 0.5  # cosine below which the worst 1 % of good tokens counts as spoilt,
 SAMPLES = 6  # images whose patch tokens are kept for pictures
 SHIFTED = 2  # of these, with a marked token, are examined in a shifted view too
 LEAST_GRID = 5  # patches on a side: the smallest grid that every backbone accepts
+SAME_WAY = 0.6  # cosine of the directions in which a repair and inpainting move cls, over all images
+UNMOVED = 1e-6  # length of a move that rounding makes
+FURTHER = 2.0  # times the original's distance that cls may then have
 NEARER = 0.75  # of the original's distance to the inpainted original: a nearer state need not reach the floor
 
 
@@ -46,9 +50,10 @@ class Fidelity:
     good_mean: float  # their mean
     good_p01: float  # their 1st percentile
     marked: float | None  # patches that the original marks at some block: mean
+    cls_way: float | None = None  # cosine between how cls moved from the original and how inpainting moves it
 
     @classmethod
-    def of(cls, patches: Tensor, heads: Tensor | None, ever: Tensor) -> Fidelity:
+    def of(cls, patches: Tensor, heads: Tensor | None, ever: Tensor, way: float | None = None) -> Fidelity:
         """Summarize cosines of patches `[K, h, w]` and cls `[K]`; the original marks `ever`, bool `[K, h, w]`."""
         good = patches[~ever] if not bool(ever.all()) else patches.flatten()
         marked = patches[ever]
@@ -58,6 +63,7 @@ class Fidelity:
             good_mean=good.mean().item(),
             good_p01=good.kthvalue(max(1, round(0.01 * len(good)))).values.item(),
             marked=marked.mean().item() if len(marked) else None,
+            cls_way=way,
         )
 
     def as_dict(self) -> dict[str, float | None]:
@@ -67,7 +73,9 @@ class Fidelity:
     def holds(self, original: Fidelity, floor: float) -> bool:
         """Return True if a state of this fidelity spoils neither cls nor good tokens, compared with the original.
 
-        Neither may be further from the yardstick than the original is, by more than `SLACK`. Each must also reach the
+        Neither may be further from the yardstick than the original is, by more than `SLACK`; cls may be up to `FURTHER`
+        times as far where it has moved the way that inpainting moves it, since inpainting leaves what a soft trigger
+        does to tokens of ordinary norm, and stops short of a model without the defect. Each must also reach the
         floor, or be a quarter nearer to the yardstick than the original: if there are many outliers, the yardstick
         itself is off by more than the floor allows. Both median and mean of good tokens are checked, so that no part of
         them is given up. The 1st percentile of good tokens may not fall below both the original's and `WORST`. Nothing
@@ -75,9 +83,11 @@ class Fidelity:
         """
         if self.good_p01 < min(original.good_p01, WORST) - SLACK:
             return False
-        pairs = [(self.good, original.good), (self.good_mean, original.good_mean)]
-        pairs += [(self.cls, original.cls)] if self.cls is not None and original.cls is not None else []
-        return all(now >= was - SLACK and (now >= floor or 1 - now <= NEARER * (1 - was)) for now, was in pairs)
+        pairs = [(self.good, original.good, SLACK), (self.good_mean, original.good_mean, SLACK)]
+        if self.cls is not None and original.cls is not None:
+            beyond = (FURTHER - 1) * (1 - original.cls) if (self.cls_way or 0) >= SAME_WAY else 0
+            pairs.append((self.cls, original.cls, max(SLACK, beyond)))
+        return all(now >= was - slack and (now >= floor or 1 - now <= NEARER * (1 - was)) for now, was, slack in pairs)
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,7 @@ class Snapshot:
     cls_to_inpainted: Tensor | None  # [K]
     cls_to_original: Tensor | None
     ever: Tensor  # bool [K, h, w]: what the original marks at some block
+    cls_way: float | None = None  # cosine of how cls moved from the original and how inpainting moves it, all images
 
     @property
     def left(self) -> int:
@@ -115,7 +126,7 @@ class Snapshot:
     def fidelity(self, to: str = "inpainted") -> Fidelity:
         """Return the cosines to the `inpainted` or the plain `original`."""
         if to == "inpainted":
-            return Fidelity.of(self.to_inpainted, self.cls_to_inpainted, self.ever)
+            return Fidelity.of(self.to_inpainted, self.cls_to_inpainted, self.ever, self.cls_way)
         return Fidelity.of(self.to_original, self.cls_to_original, self.ever)
 
     def defects(self) -> dict[str, Any]:
@@ -219,6 +230,7 @@ class Guard:
             cls_to_inpainted=cls_to_inpainted,
             cls_to_original=cls_to_original,
             ever=torch.cat(self._marked),
+            cls_way=self._way(last),
         )
 
     @torch.no_grad()
@@ -251,6 +263,20 @@ class Guard:
         patches = each[:, self.backbone.prefix_tokens :].unflatten(1, self._marked[0].shape[1:])
         return patches, each[:, 0] if self.backbone.has_cls else None
 
+    def _way(self, last: Sequence[Tensor]) -> float | None:
+        """Compute the cosine between how cls has moved from the original and how inpainting moves it, over all images.
+
+        Directions are those of unit vectors' differences `[K, N]`. None without cls, or where either has not moved.
+        """
+        if not self.backbone.has_cls:
+            return None
+        heads = torch.cat([tokens[:, 0] for tokens in last])
+        inpainted_cls, original = (torch.cat([pair[which][:, 0] for pair in self._references]) for which in (0, 1))
+        start = normalize(original.double(), dim=-1)
+        moved, meant = (normalize(each.double(), dim=-1) - start for each in (heads, inpainted_cls))
+        far, near = max(moved.norm().item(), meant.norm().item()), min(moved.norm().item(), meant.norm().item())
+        return (moved * meant).sum().item() / (far * near) if near > UNMOVED and math.isfinite(far) else None
+
     def _spoilt(self, now: Snapshot, floor: float) -> bool:
         """Return True if the weights have spoilt cls or good tokens, apart from the effect of remaining outliers.
 
@@ -263,7 +289,7 @@ class Guard:
             return True
         without = inpainted(self.backbone, self.rule.norm_factor)
         last = [last_tokens(without, self.module, pixels).cpu() for pixels in self._batches()]
-        found = Fidelity.of(*self._cosines(last, 0), torch.cat(self._marked))
+        found = Fidelity.of(*self._cosines(last, 0), torch.cat(self._marked), self._way(last))
         return not found.holds(self.before.fidelity(), floor)
 
     def evaluation(self, step: int, now: Snapshot, floor: float, best: Best | None) -> Evaluation:

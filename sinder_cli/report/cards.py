@@ -66,7 +66,9 @@ def files_in(folder: Path) -> list[formatting.Named]:
 def write_export_card(draft: Path, plan: Plan, target: ExportTarget, check: ExportCheck, name: str) -> None:
     """Write `README.md` and the pictures of the run that it shows into a folder that will have the given name."""
     run = _folder_of(plan)
-    pictures = {f"pictures/{each.name}": each for each in read_pictures(run.pictures)} if run else {}
+    pictures = (
+        {f"pictures/{each.name}": each for each in read_pictures(run.pictures)} if run and not target.public else {}
+    )
     card = render_export_card(plan, target, check, name, {file: each.words for file, each in pictures.items()})
     contents = {"README.md": card.encode(), **{file: each.content for file, each in pictures.items()}}
     for file, content in contents.items():

@@ -22,23 +22,30 @@ def plain_table(title: str) -> Table:
     return Table(title=title or None, title_justify="left", box=None, padding=(0, 1), header_style="bold")
 
 
+OWN = "sinder-cli"  # the distribution of the built-in plugins, which need not be named
+
+
 def backbones_table(rows: Sequence[InstalledBackbone]) -> RenderableType:
-    """Return one line per model, with what it lacks to run; a plugin that cannot be loaded, with the reason."""
+    """Return one line per model; below, whose plugins are others', what they lack, and why some cannot be loaded.
+
+    All that would make a line longer is below, so that names stay whole at 80 columns.
+    """
     table = plain_table("")
     table.add_column("name", overflow="fold")  # a shortened name would be of no use
-    for name in ("plugin", "distribution"):
-        table.add_column(name)
     for name in ("parameters", "patch", "prefix"):
         table.add_column(name, justify="right")
-    table.add_column("library", overflow="fold")
     for row in rows:
-        listing = row.listing
-        if listing is None:
-            table.add_row("", row.plugin.name, row.plugin.distribution, "", "", "", Text(row.problem, "red"))
-            continue
-        sizes = (_millions(listing.parameters), _whole(listing.patch_size), _whole(listing.prefix_tokens))
-        table.add_row(listing.name, row.plugin.name, row.plugin.distribution, *sizes, _library(row))
-    return table
+        if listing := row.listing:
+            sizes = (_millions(listing.parameters), _whole(listing.patch_size), _whole(listing.prefix_tokens))
+            table.add_row(Text(listing.name, "dim" if row.missing else ""), *sizes)
+    others = {row.plugin.name: row.plugin.distribution for row in rows if row.plugin.distribution != OWN}
+    missing = {row.plugin.name: ", ".join(row.missing) for row in rows if row.missing}
+    return Group(
+        table,
+        *(Text(f"{name} comes from {distribution}") for name, distribution in others.items()),
+        *(Text(f"{name} needs what is not installed: {modules}", "red") for name, modules in missing.items()),
+        *(Text(row.problem, "red") for row in rows if row.listing is None),
+    )
 
 
 def runs_table(runs: Sequence[ListedRun]) -> RenderableType:
@@ -68,10 +75,6 @@ def diagnosis_table(findings: Sequence[Finding]) -> RenderableType:
         table.add_row("" if each.subject == subject else each.subject, each.name, found)
         subject = each.subject
     return table
-
-
-def _library(row: InstalledBackbone) -> Text:
-    return Text(f"missing: {', '.join(row.missing)}", "red") if row.missing else Text("there")
 
 
 def _millions(count: int | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -20,6 +21,30 @@ def head(name: str, section: int, summary: str, manual: str) -> list[str]:
         ".SH NAME",
         f"{escape(name)} \\- {escape(summary.rstrip('.'))}",
     ]
+
+
+WIDTH = 78  # bytes of a line of source
+
+
+def wrapped(lines: Iterable[str]) -> list[str]:
+    """Return lines of roff with texts broken at spaces; requests, which begin with a dot, stay whole."""
+    broken: list[str] = []
+    for line in lines:
+        if line.startswith((".", "'")):
+            broken.append(line)
+            continue
+        parts = [""]
+        for word in line.split(" "):
+            longer = f"{parts[-1]} {word}" if parts[-1] else word
+            fits = not parts[-1] or _bytes(longer) <= WIDTH
+            parts = [*parts[:-1], longer] if fits else [*parts, word]
+        broken += [f"\\&{part}" if part.startswith((".", "'")) else part for part in parts]
+    return broken
+
+
+def _bytes(text: str) -> int:
+    """Return the length of a text as roff reads it: other letters than ASCII are written as `\\[u2026]`."""
+    return sum(1 if letter.isascii() else len("\\[u2026]") for letter in text)
 
 
 def escape(text: str) -> str:
@@ -60,7 +85,7 @@ def schema_page() -> str:
             lines += [".TP", f".B {escape(field)}", escape(_member(about.annotation, about.description))]
     lines += [".SH FILES", ".TP", ".B directions.safetensors", escape(TENSORS)]
     lines += [".TP", ".B IMAGE.safetensors", escape(FEATURES)]
-    return "\n".join([*lines, ".SH SEE ALSO", ".BR sinder\\-analyze (1)"]) + "\n"
+    return "\n".join(wrapped([*lines, ".SH SEE ALSO", ".BR sinder\\-analyze (1)"])) + "\n"
 
 
 def records_of(model: type[BaseModel]) -> list[type[BaseModel]]:

@@ -15,7 +15,7 @@ from rich.text import Text
 from sinder_cli.defects.settings import MIN_GAP
 from sinder_cli.escaping import printable
 from sinder_cli.evaluation.sentences import headline
-from sinder_cli.report.analysis.facts import norm_factor
+from sinder_cli.report.analysis.facts import labels_of, norm_factor, short_names, sides_of
 from sinder_cli.report.formatting import Named, counted, degrees, duration
 from sinder_cli.report.listings import plain_table
 from sinder_cli.report.repair import facts
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sinder_cli.exporting.drafts import ExportResult
     from sinder_cli.repairing.dry_run import DryRun, DryStep
 
+SIDE_LETTERS = 9  # of a side's name in a heading: 80 columns hold no more
 BARS = "▁▂▃▄▅▆▇█"
 FLAT = 0.05  # logarithmic range, 5 %, below which all bars have the same height
 OUTCOMES = {"passed": "green", "failed": "red", "not given": "yellow", "not run": "dim"}  # of a check, as a style
@@ -94,9 +95,8 @@ def analysis_table(analysis: Analysis, folder: Path | None = None, features: Pat
     if analysis.other and analysis.comparison:
         parts += ["", f"Against {analysis.other.model} ({analysis.other.weights}):"]
         parts += [_comparison_table(analysis, analysis.other, factor), _sparkline_words(analysis.other)]
-    parts += ["", *_verdict_words(analysis.model, analysis)]
-    if analysis.other:
-        parts += _verdict_words(f"{analysis.other.model}, the second", analysis.other)
+    for name, side in zip(labels_of(analysis), sides_of(analysis), strict=True):
+        parts += ["", *_verdict_words(name, side)]
     if folder:
         parts.append(
             f"report: {printable(str(folder / 'report.html'))}, {counted(len(analysis.figures), 'figure')} beside it"
@@ -124,7 +124,7 @@ def _side_table(side: Side, factor: str) -> Table:
     registers = any(block.register_norm for block in side.blocks)
     threshold = any(block.marked["above_threshold"] for block in side.blocks)
     columns += ["register\nnorm"] if registers else []
-    columns += ["masked\n(eq. 5)", f"> {factor} ×\nmedian"] + (["above\nlimit"] if threshold else [])
+    columns += ["marked\n(eq. 5)", f"> {factor} ×\nmedian"] + (["above\nlimit"] if threshold else [])
     columns += ["σ₁/σ₂", "angle", "spread"]
     for name in columns:
         table.add_column(name, justify="right")
@@ -145,9 +145,10 @@ def _side_table(side: Side, factor: str) -> Table:
 def _comparison_table(analysis: Analysis, other: Side, factor: str) -> Table:
     """Return one row per block: largest norm and marked tokens of both sides, and how far their tokens agree."""
     table = plain_table("")
-    for name in ("block", "largest\nfirst", "norm\nsecond", f"> {factor} ×\nfirst", "median\nsecond", "masked\nfirst"):
-        table.add_column(name, justify="right")
-    for name in ("(eq. 5)\nsecond", "cosine\npatch", "\ncls"):
+    one_name, two_name = (cut(name, SIDE_LETTERS) for name in short_names(analysis))
+    pairs = (("largest", "norm"), (f"> {factor} ×", "median"), ("marked", "(eq. 5)"))
+    heads = [f"{word}\n{name}" for pair in pairs for word, name in zip(pair, (one_name, two_name), strict=True)]
+    for name in ("block", *heads, "cosine\npatch", "\ncls"):
         table.add_column(name, justify="right")
     for one, two, pair in zip(analysis.blocks, other.blocks, analysis.comparison or (), strict=True):
         cells = [str(one.block)]
@@ -157,6 +158,12 @@ def _comparison_table(analysis: Analysis, other: Side, factor: str) -> Table:
         cells += [_cosine(pair.patch_cosine), _cosine(pair.cls_cosine)]
         table.add_row(*cells)
     return table
+
+
+def cut(name: str, letters: int) -> str:
+    """Return a name, or its beginning and end where it is longer than so many letters."""
+    half = (letters - 1) // 2
+    return name if len(name) <= letters else f"{name[: letters - 1 - half]}…{name[-half:]}"
 
 
 def _sparkline_words(side: Side) -> str:

@@ -71,7 +71,8 @@ def test_the_table_has_a_line_a_model_within_80_columns(sinder: Sinder) -> None:
     assert "…" not in run.stdout
     assert "\x1b" not in run.stdout
     row = next(line.split() for line in lines if "dinov2_vits14_reg" in line)
-    assert row == ["dinov2_vits14_reg", "dinov2", "sinder-cli", "22.1", "M", "14", "5", "there"]
+    assert row == ["dinov2_vits14_reg", "22.1", "M", "14", "5"]
+    assert any(line.split()[0] == "timm/eva02_large_patch14_448.mim_m38m_ft_in22k_in1k" for line in lines)  # whole
 
 
 def test_a_foreign_plugin_is_found_by_its_entry_point(sinder: Sinder, tmp_path: Path) -> None:
@@ -89,8 +90,8 @@ def test_a_model_whose_library_is_missing_is_listed_as_such(sinder: Sinder, tmp_
     assert (row["available"], row["missing"]) == (False, ["no_such_library", "no_such_package.part"])
     assert (row["requires"], row["problem"]) == (["json", "no_such_library", "no_such_package.part"], None)
     table = sinder("backbones", "--format", "table", PYTHONPATH=str(tmp_path)).stdout
-    told = "".join(table[table.index("needy_tiny") :].split())
-    assert "missing:no_such_library,no_such_package.part" in told
+    assert "needy needs what is not installed: no_such_library, no_such_package.part" in table
+    assert "needy comes from needy-vits" in table
     assert max(map(len, table.splitlines())) <= 80
 
 
@@ -113,8 +114,7 @@ def test_the_table_shows_a_problem_letter_by_letter(sinder: Sinder, tmp_path: Pa
     install(tmp_path, "broken-vits", "broken", BREAKAGES["brackets in its complaint"][0])
     run = sinder("backbones", "--format", "table", PYTHONPATH=str(tmp_path))
     assert run.returncode == 0, run.stderr
-    told = "".join(line[-30:] for line in run.stdout.splitlines()).replace(" ", "")
-    assert "[bold]extra[/][/x]" in told
+    assert "[bold]extra[/] [/x]" in run.stdout.replace("\n", "")
 
 
 def test_the_models_of_a_broken_plugin_are_unavailable(sinder: Sinder, tmp_path: Path) -> None:

@@ -52,11 +52,19 @@ def test_no_text_in_it_names_a_folder_of_this_machine(export: Export, run: Path,
             assert str(place) not in text, path
 
 
+def test_no_picture_of_the_users_photographs_is_in_it(export: Export, run: Path, tmp_path: Path) -> None:
+    export(run, "hf-repo", tmp_path / "repo", license="other", verify=False)
+    export(run, "transformers", tmp_path / "folder", verify=False)
+    assert list((tmp_path / "folder").rglob("*.png"))
+    assert not [path for path in (tmp_path / "repo").rglob("*") if path.suffix in {".png", ".jpg", ".svg", ".pdf"}]
+    assert "![" not in (tmp_path / "repo" / "README.md").read_text()
+
+
 def test_a_path_that_would_leak_ends_the_export(
     export: Export, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hf_repo, "LARGE", f"# made in {plain.parent}\n")
-    with pytest.raises(BadInputError, match=r"\.gitattributes would tell the world of "):
+    with pytest.raises(BadInputError, match=r"\.gitattributes would publish the path "):
         export(CUSTOM, "hf-repo", tmp_path / "repo", plain, license="mit", verify=False)
     assert not (tmp_path / "repo").exists()
 

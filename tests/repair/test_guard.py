@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import RED
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 
 from sinder_cli.defects.detection import DetectionRule, norm_ratios
 from sinder_cli.defects.inpainting import inpainted
@@ -21,7 +21,7 @@ from sinder_cli.defects.shift import Retrieval, found_again, shifted
 from sinder_cli.defects.tokens import last_tokens
 from sinder_cli.errors import BadInputError
 from sinder_cli.repairing.choosing import guard_size, guard_sizes, guarded
-from sinder_cli.repairing.guard import SAMPLES, SHIFTED, WORST, Evaluation, Fidelity, Guard, Snapshot
+from sinder_cli.repairing.guard import SAME_WAY, SAMPLES, SHIFTED, WORST, Evaluation, Fidelity, Guard, Snapshot
 from sinder_cli.repairing.loop import CLEAN_LOOKS, EQUAL_FIDELITY, IDLE_LOOKS, SPOILT_LOOKS, Best, Progress
 from sinder_cli.repairing.scan import marked_batch
 
@@ -146,6 +146,49 @@ def test_a_part_of_the_good_tokens_is_not_given_up() -> None:
     assert Fidelity(0.99, 0.9985, 0.99, 0.6, None).holds(original, FLOOR)
 
 
+@pytest.mark.parametrize(
+    ("cls", "way", "holds"),
+    [
+        (0.9864, 0.83, True),  # of a real repair, whose cls is within 0.0001 of the twin's
+        (0.9864, SAME_WAY - 0.01, False),  # as far, another way
+        (0.9864, None, False),
+        (0.9841, 0.99, False),  # the same way, but more than twice as far
+        (0.9922, -1.0, True),  # no further: the way is no matter
+    ],
+)
+def test_cls_may_go_further_the_way_that_inpainting_points(cls: float, way: float | None, holds: bool) -> None:
+    original = Fidelity(0.9921, 1.0, 1.0, 1.0, 0.2)
+    assert Fidelity(cls, 1.0, 1.0, 1.0, 0.5, way).holds(original, FLOOR) is holds
+
+
+def test_the_floor_holds_whatever_the_way() -> None:
+    original = Fidelity(0.97, 1.0, 1.0, 1.0, 0.2)
+    assert Fidelity(0.951, 1.0, 1.0, 1.0, 0.5, 1.0).holds(original, FLOOR)
+    assert not Fidelity(0.949, 1.0, 1.0, 1.0, 0.5, 1.0).holds(original, FLOOR)
+
+
+def test_good_tokens_have_no_such_freedom() -> None:
+    original = Fidelity(1.0, 0.99, 0.99, 0.99, 0.2)
+    assert not Fidelity(1.0, 0.983, 0.983, 0.983, 0.5, 1.0).holds(original, FLOOR)
+
+
+def test_the_way_of_cls_is_the_angle_between_two_moves(single_writer: Any) -> None:
+    guard = guard_of(single_writer)
+    guard.remember()
+    original, meant = (torch.cat([pair[which][:, 0] for pair in guard._references]) for which in (1, 0))
+    parts = [pair[1].shape[0] for pair in guard._references]
+    start, end = (normalize(each.double(), dim=-1) for each in (original, meant))
+
+    def way(heads: torch.Tensor) -> float | None:
+        return guard._way([batch[:, None] for batch in heads.float().split(parts)])
+
+    assert way(start) is None  # nothing has moved
+    assert way(end) == pytest.approx(1, abs=1e-3)
+    further, back = (normalize(start + by * (end - start), dim=-1) for by in (1.5, -0.5))
+    assert way(further) == pytest.approx(1, abs=0.05)
+    assert way(back) == pytest.approx(-1, abs=0.05)
+
+
 def test_nearly_as_good_states_do_not_lead_downhill() -> None:
     progress = Progress(10)
     cls = 0.99
@@ -249,6 +292,7 @@ def test_fidelity_is_of_cls_of_good_and_of_marked_tokens() -> None:
         "good_mean": pytest.approx(0.7),
         "good_p01": pytest.approx(0.5),
         "marked": pytest.approx(0.1),
+        "cls_way": None,
     }
     assert snapshot().fidelity("original").good == pytest.approx(0.97)
     headless = snapshot(cls_to_inpainted=None, ever=torch.zeros(2, 1, 3, dtype=torch.bool)).fidelity()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sinder_cli.escaping import printable
@@ -12,7 +12,7 @@ from sinder_cli.report.analysis.facts import short_weights, told_block
 from sinder_cli.report.analysis.image_maps import drawn_image, paint_image, shared_scales
 from sinder_cli.report.drawing.pictures import LabelledPicture
 from sinder_cli.report.drawing.rows import Row, below_each_other, draw_rows
-from sinder_cli.report.drawing.scales import COSINES
+from sinder_cli.report.drawing.scales import COSINES, norm_scale
 from sinder_cli.report.formatting import counted, number
 
 if TYPE_CHECKING:
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from sinder_cli.analysis.run import AnalysisResult
     from sinder_cli.report.analysis.image_maps import DrawnImage
     from sinder_cli.report.drawing.pictures import Picture
+    from sinder_cli.report.drawing.scales import ColourScale
 
 CAPTION = (
     "Each row: the photograph as the model saw it; norms of its patch tokens after the last block, before the final"
     " norm; their first three principal components as colours, each model's own; cosine of each token to the direction"
-    " that the weights predict, at the block that is named; attention of cls in the last block, mean over heads, each"
-    " map from its own smallest to its own largest weight."
+    " that the weights predict, 0 to 1, at the block that is named; attention of cls in the last block, mean over"
+    " heads, each map from its own smallest to its own largest weight."
 )
 
 
@@ -54,8 +55,11 @@ class Look(Shown):
 def look_of(results: Sequence[AnalysisResult]) -> Look:
     """Return the look at analyses of single backbones, whose portraits have the maps of all blocks; draws them."""
     names = _names([result.analysis for result in results])
+    spreads = [result.analysis.blocks[-1].patch_norm for result in results]
+    alike = len({result.predictions[0].width for result in results}) == 1
     block = next((each.analysis.verdict.block for each in results if each.analysis.verdict.block is not None), None)
-    rows = [row for name, result in zip(names, results, strict=True) for row in _rows(name, result, block)]
+    norms = norm_scale(spreads) if alike else None
+    rows = [row for name, result in zip(names, results, strict=True) for row in _rows(name, result, block, norms)]
     pictures = [draw_rows([row]) for row in rows]
     answers = tuple(answer_of(name, result) for name, result in zip(names, results, strict=True))
     return Look(answers, below_each_other(pictures))
@@ -74,7 +78,10 @@ def answer_of(name: str, result: AnalysisResult) -> Answer:
     """Return in words what stands out, whether the weights predict it, what it spoils, and whether to repair."""
     side = result.analysis
     gain = side.inpainting.gain if side.inpainting else None
-    lines = [_what(side), _why(side), *([side.inpainting.sentence] if side.inpainting else []), *_repair_words(gain)]
+    lines = [_what(side), _why(side)]
+    if side.inpainting and gain not in ("healthy", "none"):  # of these, the line on repair says as much
+        lines.append(side.inpainting.sentence)
+    lines += _repair_words(gain)
     skipped = f", {len(side.skipped):,} skipped" if side.skipped else ""
     title = f"{name}, {counted(side.images, 'photograph')}{skipped}"
     return Answer(side.model, title, tuple(lines), gain in ("features", "marked"), side.verdict.fails)
@@ -112,29 +119,33 @@ def _why(side: Side) -> str:
 
 def _repair_words(gain: Gain | None) -> list[str]:
     return {
-        "features": ["Repair: yes, on many photographs; then sinder evaluate tells whether it helps:"],
-        "marked": ["Repair: it would change only what the outlying tokens themselves say:"],
+        "features": ["Repair: yes, on many photographs; then sinder evaluate tells whether it helps."],
+        "marked": ["Repair: it would change only the outlying tokens themselves."],
         "none": ["Repair: no, there is nothing to gain."],
         "healthy": ["Repair: no, there is nothing to train."],
         None: [],
     }[gain]
 
 
-def _rows(name: str, result: AnalysisResult, told: int | None) -> list[Row]:
-    """Return a row per photograph; cosines are those at the block `told` of all models, if this one has it."""
+def _rows(name: str, result: AnalysisResult, told: int | None, shared: ColourScale | None) -> list[Row]:
+    """Return a row per photograph; cosines are those at the block `told` of all models, if this one has it.
+
+    Norms have the scale that is `shared` by models of one width, if there is one.
+    """
     analysis = result.analysis
     images = [drawn_image(portrait, result.mean, result.std) for portrait in result.portraits]
     scales = shared_scales(analysis, images)
     last = len(analysis.blocks) - 1
     block = told if told is not None and told <= last else told_block(analysis).block
-    norms = scales.norms[-1].words
+    norms = shared or scales.norms[-1]
+    scales = replace(scales, norms=(*scales.norms[:-1], norms))
     rows = []
     for image in images:
         maps = paint_image(image, scales, [""])
         side = maps.sides[0]
         shown = [
             maps.photograph,
-            side.norm._replace(label=f"norm: {norms}"),
+            side.norm._replace(label=f"norm: {norms.low:.3g} to {norms.high:.3g}, log"),
             side.pca._replace(label=f"PCA, block {last}"),
             _cosines(image, block),
             *([side.attention._replace(label="attention of cls")] if side.attention else []),
@@ -145,7 +156,7 @@ def _rows(name: str, result: AnalysisResult, told: int | None) -> list[Row]:
 
 def _cosines(image: DrawnImage, block: int) -> LabelledPicture:
     degrees: Tensor | None = image.sides[0].angles.get(block)
-    label = f"|cos| to ν, block {block}: {COSINES.words}"
+    label = f"|cos| to ν, block {block}"
     if degrees is None:
         return LabelledPicture(label, f"Block {block}: not drawn", None)
     cosines = degrees.double().deg2rad().cos()
