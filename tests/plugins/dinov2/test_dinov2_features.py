@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from sinder_plugins import dinov2
 from sinder_plugins.dinov2.config import Config
 from sinder_plugins.dinov2.module import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
 
+import sinder_cli
 from sinder_cli import Backbone, BlockMap, GatedMlpMap, UnavailableError, WeightRef, attention_kernel
 from sinder_cli.backbone.device import AttentionName
 from sinder_cli.backbone.opening import load_module
@@ -294,7 +294,7 @@ def test_an_attention_kernel_may_be_chosen(
         chosen.append(name)
         return attention_kernel(name)
 
-    monkeypatch.setattr(dinov2, "attention_kernel", recorded)
+    monkeypatch.setattr(sinder_cli, "attention_kernel", recorded)
     ours = hidden_states(describe(tensors, attention=attention), images(3, 4))
     monkeypatch.undo()
     assert chosen == [attention]
