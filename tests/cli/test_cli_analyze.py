@@ -368,9 +368,9 @@ def test_tokens_that_are_not_finite_are_no_clean_bill(
     state["blocks.1.attn.proj.bias"][7] = float("nan")  # of a bias, which no direction depends on
     torch.save(state, tmp_path / "broken.pth")
     options = ("--weights", tmp_path / "broken.pth", "--fail-on-defects", "--format", "table")
-    run = sinder("analyze", CUSTOM, photographs / "rocket.jpg", *options)
+    run = sinder("analyze", CUSTOM, "--data", photographs / "rocket.jpg", *options)
     assert run.returncode == 1
-    assert "tokens that are not finite from block 1" in run.stdout.lower()
+    assert "tokens that are not finite from block 1" in run.stdout
     assert "2 blocks without a finite token" in run.stdout
 
 

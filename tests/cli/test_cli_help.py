@@ -29,8 +29,8 @@ HEAVY = {"torch", "matplotlib", "numpy", "PIL", "transformers", "safetensors", "
 def options_of(name: str) -> list[str]:
     """Every long option of a subcommand."""
     tree: Any = whole_tree()
-    flags = [flag for parameter in tree.commands[name].params for flag in parameter.opts if flag.startswith("--")]
-    return [*flags, "--help"]
+    both = [flag for parameter in tree.commands[name].params for flag in (*parameter.opts, *parameter.secondary_opts)]
+    return [*(flag for flag in both if flag.startswith("--")), "--help"]
 
 
 def test_these_are_the_commands() -> None:

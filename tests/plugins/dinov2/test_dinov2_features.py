@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from sinder_plugins.dinov2.config import Config
+from sinder_plugins.dinov2.config import OFFICIAL, Config
 from sinder_plugins.dinov2.module import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
@@ -131,7 +131,7 @@ def test_register_models_equal_transformers_at_other_sizes(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg"])
 def test_an_official_model_in_full_size_equals_that_of_transformers(name: str, describe: Describe, drawn: Draw) -> None:
-    config = dinov2.OFFICIAL[name]
+    config = OFFICIAL[name]
     tensors, batch = drawn(config), images(37, 37, count=1)
     ours, theirs = hidden_states(describe(tensors, name), batch), transformers_states(config, tensors, batch)
     assert len(ours) == config.depth + 2
