@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -105,11 +106,28 @@ def test_the_editable_install_finds_the_same_things_from_elsewhere(environment: 
     )
 
 
-def test_an_index_would_take_the_wheel(wheel: Path) -> None:
+def test_an_index_would_take_wheel_and_source(wheel: Path, tmp_path: Path) -> None:
     """Metadata, and the README as it is rendered there."""
     pytest.importorskip("twine")
-    run = subprocess.run(
-        [sys.executable, "-m", "twine", "check", "--strict", str(wheel)], capture_output=True, text=True, check=False
+    copied = tmp_path / "source"
+    shutil.copytree(
+        ROOT, copied, ignore=shutil.ignore_patterns(".*", "tests", "docs", "site", "__pycache__", "*.egg-info")
     )
+    build = [
+        sys.executable,
+        "-m",
+        "build",
+        "--sdist",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path / "dist"),
+        str(copied),
+    ]
+    subprocess.run(build, capture_output=True, text=True, check=True, timeout=300)
+    [source] = dist.iterdir()
+    run = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(source)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "PASSED" in run.stdout
+    assert run.stdout.count("PASSED") == 2
