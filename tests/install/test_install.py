@@ -109,20 +109,10 @@ def test_the_editable_install_finds_the_same_things_from_elsewhere(environment: 
 def test_an_index_would_take_wheel_and_source(wheel: Path, tmp_path: Path) -> None:
     """Metadata, and the README as it is rendered there."""
     pytest.importorskip("twine")
-    copied = tmp_path / "source"
-    shutil.copytree(
-        ROOT, copied, ignore=shutil.ignore_patterns(".*", "tests", "docs", "site", "__pycache__", "*.egg-info")
-    )
-    build = [
-        sys.executable,
-        "-m",
-        "build",
-        "--sdist",
-        "--no-isolation",
-        "--outdir",
-        str(tmp_path / "dist"),
-        str(copied),
-    ]
+    copied, dist = tmp_path / "source", tmp_path / "dist"
+    left_out = (".*", "tests", "docs", "site", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT, copied, ignore=shutil.ignore_patterns(*left_out))
+    build = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(dist), str(copied)]
     subprocess.run(build, capture_output=True, text=True, check=True, timeout=300)
     [source] = dist.iterdir()
     run = subprocess.run(
