@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -102,3 +104,12 @@ def _setting(value: object) -> str:
     if value is None:
         return "default"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
+    """Return rows with the same columns as CSV; nothing stands for a value that is not there."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

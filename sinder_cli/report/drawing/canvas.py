@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import re
 import warnings
@@ -11,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
+
+from sinder_cli.report.formatting import csv_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,15 +59,6 @@ COORDINATES = re.compile(r' (?:d|x|y|width|height|points)="[^"]*"|(?:rotate|tran
 
 
 ChartKind = Literal["png", "svg", "pdf", "csv"]
-
-
-def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
-    """Return rows with the same columns as CSV; nothing stands for a value that is not there."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +18,7 @@ from sinder_cli.images.decoding import UnreadableImageError
 from sinder_cli.report import formatting
 from sinder_cli.report.documents import evaluation_document
 from sinder_cli.report.drawing.pictures import Panel, enlarged, image_file, reduced
-from sinder_cli.report.formatting import Named, counted, duration
+from sinder_cli.report.formatting import Named, counted, csv_text, duration
 from sinder_cli.report.templates import html_template
 
 if TYPE_CHECKING:
@@ -97,17 +95,7 @@ def write_values(folder: Path, result: EvaluationResult) -> None:
     """
     begin_evaluation(folder)
     write_json(folder / DOCUMENT, evaluation_document(result.evaluation))
-    write_text(folder / TABLE, csv_text(result.evaluation))
-
-
-def csv_text(evaluation: Evaluation) -> str:
-    """Return all values as CSV, a row per task, figure and side."""
-    rows = list(evaluation.rows())
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else ["task"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    write_text(folder / TABLE, csv_text(list(result.evaluation.rows())))
 
 
 def render_evaluation_page(evaluation: Evaluation, sections: Sequence[TaskSection]) -> str:
