@@ -1,4 +1,4 @@
-# One way to run things. PYTHON must be 3.10 or newer.
+# One way to run things. PYTHON must be 3.11 or newer.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

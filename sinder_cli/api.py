@@ -214,7 +214,8 @@ def look(
 
 def _in_all_blocks(request: AnalyzeRequest) -> AnalyzeRequest:
     """Return a request whose result has the maps of every image at every block, and no second side."""
-    settings = request.settings.model_copy(update={"blocks": "all", "figures": "all"})
+    few = {} if "min_tokens" in request.settings.model_fields_set else {"min_tokens": 1}  # as a repair begins with one
+    settings = request.settings.model_copy(update={"blocks": "all", "figures": "all", **few})
     return replace(request, settings=settings, compare=None, portraits=True)
 
 

@@ -146,7 +146,8 @@ def _none(blocks: Sequence[BlockRecord], rule: Norms, min_tokens: int) -> Verdic
         kind="none",
         first_block=None,
         sentence=_nothing(blocks, rule, min_tokens),
-        confidence=f"{seen:,} patch tokens per block were seen; the predicted direction {word} (σ₁/σ₂ ≤ {gap:.3g}).",
+        confidence=f"{seen:,} patch tokens per block were seen; the predicted direction {word}"
+        f" (σ₁/σ₂ up to {gap:.3g}).",
         gap=gap,
         tokens=0,
         angle_to_predicted_deg=None,

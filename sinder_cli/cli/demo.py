@@ -31,7 +31,7 @@ def command(
         Path, typer.Option("--out", metavar="DIR", help="Run directory; the run of an earlier demo is replaced.")
     ] = HOME,
 ) -> None:
-    """Predict, repair and export a small model with a planted defect: seconds, and no download."""
+    """Predict, repair and export a small model with a planted defect: a minute or two, and no download."""
     from sinder_cli.backbone.hooks import ModelRequest
     from sinder_cli.report.tables import export_table, prediction_table, repair_table
 
@@ -61,7 +61,9 @@ def command(
         "Next, as they stand; then with a model and photographs of yours:",
     ]
     named = {"model": MODEL, "out": shlex.quote(str(out)), "home": shlex.quote(str(out.parent))}
-    _show(*words, *(f"  {program} {line.format_map(named)}" for line in NEXT))
+    _show(*words)
+    for line in NEXT:  # not as wide as the terminal: a command that is broken in two is none
+        print(f"  {program} {line.format_map(named)}")
 
 
 def _show(*parts: RenderableType) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,10 +20,12 @@ from sinder_cli.requests import AnalyzeRequest, Process, model_named
 
 if TYPE_CHECKING:
     from sinder_cli.analysis.settings import AnalyzeSettings
+    from sinder_cli.backbone.hooks import ModelRequest
     from sinder_cli.cli.options import OutputFormat
 
 MOST_PHOTOGRAPHS = 8  # more are a data set, and get the table
 FOLDER = Path("sinder-looks")
+WORDS = "words.json"  # lies beside the pictures of a run
 SHOWN_COLUMNS = 160  # of the terminal, at most, that a picture is wide
 
 
@@ -43,7 +48,7 @@ def look_at(asked: Sequence[AnalyzeRequest], picture: Path | None, fail_on_defec
     from sinder_cli import api
     from sinder_cli.report.progress import display
 
-    path = picture or FOLDER / _name(asked)
+    path = picture or FOLDER / name_of(asked)
     if path.suffix.lower() != ".png":
         raise UsageError(f"cannot write {path}", "the picture is a PNG", "name a file that ends in .png")
     with display() as emit:
@@ -51,7 +56,7 @@ def look_at(asked: Sequence[AnalyzeRequest], picture: Path | None, fail_on_defec
     for request, answer in zip(asked, look.answers, strict=True):
         print(printable(answer.title))
         for line in answer.lines:
-            print(f"  {printable(line)}")
+            print(_wrapped(printable(line)))
         if answer.repair:
             print(f"  {printable(how_to_repair(request))}")
     print(f"Picture: {printable(str(path))} (the whole report: the same command with --out DIR)")
@@ -61,23 +66,38 @@ def look_at(asked: Sequence[AnalyzeRequest], picture: Path | None, fail_on_defec
             raise DefectsFoundError(f"{answer.model} fails", answer.lines[0].rstrip("."))
 
 
+def _wrapped(line: str) -> str:
+    """Return a line, broken at spaces where a terminal is narrower."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10**6
+    return textwrap.fill(line, max(width, 40), initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+
+
 def how_to_repair(request: AnalyzeRequest) -> str:
-    """Return the command that repairs a model with all photographs of the first one's folder."""
+    """Return the command that repairs a model with all photographs of these folders; a run's pictures are none."""
     model = model_named(request.model)
     options: list[str] = []
     for name in ("weights", "adapter", "heads", "revision", "branch"):
         value = getattr(model, name)
         options += [f"--{name}", str(value)] if value is not None else []
-    folder = str(Path(request.data[0]).parent)
-    return shlex.join([*program_as_called(), "repair", model.model, *options, "--data", folder])
+    if request.settings.image_size is not None:
+        options += ["--image-size", str(request.settings.image_size)]
+    folders = list(dict.fromkeys(str(Path(place).parent) for place in request.data))
+    named = [part for folder in folders if not (Path(folder) / WORDS).is_file() for part in ("--data", folder)]
+    return shlex.join([*program_as_called(), "repair", model.model, *options, *named])
 
 
-def _name(asked: Sequence[AnalyzeRequest]) -> str:
+def name_of(asked: Sequence[AnalyzeRequest]) -> str:
     """Return a name for the picture, of the first photograph and the models."""
     photographs = asked[0].data
     more = f"-and-{len(photographs) - 1}-more" if len(photographs) > 1 else ""
-    models = "-".join(Path(model_named(request.model).model).name[:40] for request in asked[:3])
+    models = "-".join(_short(model_named(request.model)) for request in asked[:3])
     return f"{Path(photographs[0]).stem[:40]}{more}-{models}.png"
+
+
+def _short(model: ModelRequest) -> str:
+    """Return a model's name with that of its weights, if they were named: two of one model have two pictures."""
+    parts = (Path(model.model).name, model.weights.stem if model.weights else "")
+    return "-".join(re.sub(r"[^\w.-]+", "-", part)[:40] for part in parts if part)
 
 
 def _show_in_terminal(path: Path) -> None:

@@ -83,7 +83,9 @@ SUBCOMMANDS = {
         "Show versions, machine, attention kernels, plugins and caches; exit 69 if something needed is missing.",
     ),
     "demo": Subcommand(
-        "demo", "command", "Predict, repair and export a small model with a planted defect: seconds, and no download."
+        "demo",
+        "command",
+        "Predict, repair and export a small model with a planted defect: a minute or two, and no download.",
     ),
     "man": Subcommand(
         "manual", "command", "Show a manual page with `man`, or as roff where its output is no terminal."

@@ -59,8 +59,8 @@ def command(
         bool,
         typer.Option(
             "--resume",
-            help="Resume the run in MODEL or --out; the result is bit-identical. With a larger --max-steps, a finished"
-            " run goes on.",
+            help="Resume the run in MODEL or --out; the result is bit-identical. With a larger --max-steps, a run that"
+            " ended at the smaller one goes on.",
         ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is in --out already.")] = False,

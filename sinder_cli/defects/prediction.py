@@ -58,7 +58,10 @@ class Prediction(Shown):
         return [spectrum.pair.gap for spectrum in self.stages[stage]]
 
     def settled_from(self, stage: Stage = "cumulative") -> int | None:
-        """Return the first block from which the direction is determined and turns by at most 5° per block, or None."""
+        """Return the first block from which the direction is determined and turns by at most 5° per block, or None.
+
+        The last block alone has nothing to turn in, and has not settled.
+        """
         settled: int | None = None
         for spectrum in reversed(self.stages[stage]):
             if spectrum.pair.gap < MIN_GAP:
@@ -66,7 +69,7 @@ class Prediction(Shown):
             settled = spectrum.block
             if spectrum.angle_to_previous is None or spectrum.angle_to_previous > SETTLED_DEGREES:
                 break
-        return settled
+        return None if settled == self.stages[stage][-1].block else settled
 
 
 def predict(

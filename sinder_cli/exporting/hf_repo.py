@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sinder_cli.errors import BadInputError, UsageError
+from sinder_cli.events import Noted
 from sinder_cli.exporting import transformers
 from sinder_cli.exporting.targets import Plan
 from sinder_cli.files import write_json
@@ -27,6 +28,9 @@ def _require(plan: Plan) -> None:
         what = f"cannot export {plan.backbone.name} to hf-repo"
         why = "the licence of the base model is not known, and a repaired model is bound by it"
         raise UsageError(what, why, "name it with --license, such as apache-2.0")
+    if plan.settings.license is None:
+        words = f"licence {plan.backbone.license}: that of the official weights of {plan.backbone.name}; name another"
+        plan.emit(Noted(f"{words} with --license"))
     transformers.TARGET.require(plan)
 
 

@@ -162,6 +162,10 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "to", OLD_NAMES.get(self.to, self.to))
+        if self.license is not None and not re.fullmatch(r"[\w.+-]+", self.license):
+            raise UsageError(
+                f"bad licence {self.license!r}", "it is no identifier", "use for example apache-2.0, or other"
+            )
         if self.base_model is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.base_model):
             raise UsageError(f"bad base model {self.base_model!r}", "it is no repository", "name it OWNER/NAME")
 

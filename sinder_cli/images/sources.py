@@ -207,9 +207,9 @@ def find_images(places: Sequence[str], stdin: IO[str] | IO[bytes] | None = None,
     Folders are searched in sorted order. A list is standard input for `-`, or a file that ends in .txt, .lst or .list;
     it has one path per line, or paths ended by NUL; relative paths start from the working directory.
     A named or listed file counts with any suffix; in folders, only regular files with the suffix of an image count.
-    Hidden folders and `@eaDir` are searched only if they are named. Links to folders are followed, and each folder is
-    searched once, however many links lead to it. Files passed over are counted by kind in one note; an unreadable
-    folder inside a named one is passed over with a warning.
+    Hidden folders, `@eaDir`, and what sinder wrote (runs, reports, looks) are searched only if they are named. Links
+    to folders are followed, and each folder is searched once, however many links lead to it. Files passed
+    over are counted by kind in one note; an unreadable folder inside a named one is passed over with a warning.
     Raises `NoInputError` for a place that does not exist or cannot be read, and if nothing was found.
     """
     found: list[Path] = []
@@ -315,7 +315,7 @@ class _Search:
                     folders.clear()  # makes os.walk skip the folders below
                     continue
                 self.searched.add(real)
-                folders[:] = self._open_ones(sorted(folders))
+                folders[:] = self._open_ones(Path(root), sorted(folders))
                 waiting += [link for name in folders if (link := Path(root, name)).is_symlink()]
                 for path in (Path(root, name) for name in sorted(names)):
                     if kind := _other_kind(path, suffixes):
@@ -323,15 +323,31 @@ class _Search:
                     else:
                         yield path
 
-    def _open_ones(self, folders: Sequence[str]) -> list[str]:
-        """Return the folders that are neither hidden, such as `.ipynb_checkpoints`, nor a Synology's `@eaDir`."""
-        hidden = [name for name in folders if name.startswith(".") or name == "@eaDir"]
-        for name in hidden:
-            self.passed_over.add("hidden folder", name)
-        return [name for name in folders if name not in hidden]
+    def _open_ones(self, root: Path, folders: Sequence[str]) -> list[str]:
+        """Return the folders that are neither hidden, nor a Synology's `@eaDir`, nor written by sinder itself."""
+        open_ones = []
+        for name in folders:
+            if name.startswith(".") or name == "@eaDir":
+                self.passed_over.add("hidden folder", name)
+            elif _is_ours(root / name):
+                self.passed_over.add("sinder folder", name)
+            else:
+                open_ones.append(name)
+        return open_ones
 
     def _unreadable(self, error: OSError) -> None:
         self.emit(Warned(f"passed over {error.filename}: {error.strerror}"))
+
+
+OURS = ("sinder-looks", "sinder-runs")
+DOCUMENTS = ("report.json", "summary.json", "evaluation.json")  # beside report.html
+
+
+def _is_ours(folder: Path) -> bool:
+    """Return True for a folder with pictures of a run, a report, or looks, which are no photographs."""
+    if folder.name in OURS or (folder / "words.json").is_file():
+        return True
+    return (folder / "report.html").is_file() and any((folder / name).is_file() for name in DOCUMENTS)
 
 
 def _other_kind(path: Path, suffixes: frozenset[str]) -> str | None:

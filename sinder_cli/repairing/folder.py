@@ -328,7 +328,12 @@ class RunFolder:
         Raises `BadInputError` for an unreadable `config.json`, and `NoInputError` if there is no finished run.
         """
         if not self.config.is_file():
-            raise NoInputError(f"cannot use {self.path}", "it is no run directory of `sinder repair`", "check the path")
+            remedy = (
+                "name its model, and the file with --weights or --compare-weights"
+                if self.path.is_file()
+                else "check the path"
+            )
+            raise NoInputError(f"cannot use {self.path}", "it is no run directory of `sinder repair`", remedy)
         config = self.read_config()
         model, heads = str(config["model"]), config.get("heads")
         if not self.model.is_file():

@@ -54,13 +54,13 @@ def runs_table(runs: Sequence[ListedRun]) -> RenderableType:
     table.add_column("run", overflow="fold")
     for name in ("model", "verdict"):
         table.add_column(name, overflow="fold")
-    for name in ("outlying", "cls", "steps", "changed (UTC)"):
+    for name in ("outlying", "cls", "steps", "changed"):
         table.add_column(name, justify="right")
     for run in runs:
         counted_tokens = "" if run.outliers_after is None else f"{run.outliers_before} → {run.outliers_after}"
         cls = "" if run.cls_to_inpainted is None else f"{run.cls_to_inpainted:.4f}"
         steps = "" if run.steps is None else f"{run.steps:,}"
-        table.add_row(printable(run.path), run.model, run.verdict, counted_tokens, cls, steps, run.changed)
+        table.add_row(printable(run.path), run.model, run.verdict, counted_tokens, cls, steps, run.changed[:10])
     return Group(table, "outlying: tokens on the guard, before → after; cls: cosine to the inpainted original.")
 
 

@@ -17,6 +17,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from sinder_cli.escaping import printable, say
@@ -25,6 +26,7 @@ from sinder_cli.memory import peak_memory
 from sinder_cli.report.notebook import NotebookProgress, in_notebook
 
 SECONDS_BETWEEN_LINES = 5.0
+REPAIRING = "repairing"  # the phase of a repair's steps
 
 
 @contextmanager
@@ -42,11 +44,11 @@ def display(shown: bool = True) -> Iterator[Emit]:
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        _Rate(),
-        TextColumn("{task.fields[detail]}"),
-        TimeRemainingColumn(compact=True),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9)),
+        _Rate(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        _Left(compact=True),
     )
     with Progress(*columns, console=console, transient=True, refresh_per_second=5) as progress:
         yield _Bars(progress).hear
@@ -57,6 +59,13 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.2g}/s" if task.speed else "")
+
+
+class _Left(TimeRemainingColumn):
+    """A column with the time left; none for the steps of a repair, of which most are never taken."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.description == REPAIRING else super().render(task)
 
 
 class _Bars:
@@ -98,7 +107,7 @@ class _Lines:
         elif text := message(event):
             say(text)
         elif step := _step(event):
-            self._progress("repairing", step[0], f", {step[1]}")
+            self._progress(REPAIRING, step[0], f", {step[1]}")
 
     def _progress(self, phase: str, done: int, detail: str) -> None:
         now = time.monotonic()
@@ -107,7 +116,7 @@ class _Lines:
         self.spoken = now
         total, unit = self.started[phase].total, self.started[phase].unit
         rate = (done - self.started[phase].done) / max(now - self.began, 1e-9)
-        left = f", {_clock((total - done) / rate)} left" if total else ""
+        left = f", {_clock((total - done) / rate)} left" if total and phase != REPAIRING else ""
         say(f"sinder: {phase}: {done}/{total or '?'} {unit}, {rate:.3g}/s{left}{detail}")
 
 

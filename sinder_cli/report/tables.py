@@ -63,9 +63,9 @@ def _prediction_words(prediction: Prediction) -> list[str]:
     if "cumulative" in prediction.stages:
         settled = prediction.settled_from()
         words.append(
-            f"The defect direction has settled from block {settled} on."
+            f"The leading direction has settled from block {settled} on; sinder analyze shows whether tokens take it."
             if settled is not None
-            else f"The defect direction does not settle: σ₁/σ₂ < {MIN_GAP}, or it keeps turning by over 5° per block."
+            else f"The leading direction does not settle: σ₁/σ₂ < {MIN_GAP}, or it keeps turning by over 5° per block."
         )
     words.append(f"turn: angle to the previous block's direction; dim: σ₁/σ₂ < {MIN_GAP}, direction not determined.")
     if prediction.position is not None:
@@ -113,7 +113,10 @@ def _analysis_title(analysis: Analysis) -> str:
 
 def _verdict_words(model: str, side: Side) -> list[str]:
     words = [f"{model}: {side.verdict.sentence}", side.verdict.confidence]
-    return [*words, side.inpainting.sentence] if side.inpainting else words
+    gain = side.inpainting
+    if gain is None or (side.verdict.kind == "none" and gain.gain == "healthy" and not gain.unmarked):
+        return words  # the verdict has said so
+    return [*words, gain.sentence]
 
 
 def _side_table(side: Side, factor: str) -> Table:

@@ -173,7 +173,7 @@ def test_nothing_is_no_defect() -> None:
     assert (verdict.kind, verdict.first_block, verdict.tokens) == ("none", None, 0)
     assert verdict.sentence == "no defects: in no block do 3 tokens or more have a norm above 3 × their image's median."
     assert verdict.confidence == (
-        "10,000 patch tokens per block were seen; the predicted direction is determined in no block (σ₁/σ₂ ≤ 1.04)."
+        "10,000 patch tokens per block were seen; the predicted direction is determined in no block (σ₁/σ₂ up to 1.04)."
     )
     assert "is determined in some block" in judge([block(0, gap=1.7)], 3).confidence
 

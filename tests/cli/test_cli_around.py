@@ -117,7 +117,10 @@ def test_the_demo_tells_the_story_and_what_comes_next(sinder: Sinder, tmp_path: 
     assert "outlying tokens 54 → 0" in run.stdout
     assert f"report: {tmp_path / 'demo' / 'report.html'}" in run.stdout
     assert (tmp_path / "demo" / "exported.pth").is_file()
-    assert "repair MODEL --data photos/ --out run/" in run.stdout
+    commands = [shlex.split(line) for line in run.stdout.splitlines() if line.startswith("  ") and "sinder_cli" in line]
+    assert [words[3] for words in commands] == ["analyze", "evaluate", "runs", "backbones", "repair"]
+    for _, _, _, name, *rest in commands:  # each on a line of its own, to be pasted
+        assert name == "evaluate" or sinder(name, *rest, cwd=tmp_path).returncode == 0
     again = sinder("demo", "--out", str(tmp_path / "demo"))
     assert again.returncode == 0, again.stderr
 

@@ -36,14 +36,14 @@ def step(number: int) -> StepRecord:
     )
 
 
-def test_rate_and_time_left_count_steps_of_this_process_alone(
+def test_the_rate_counts_steps_of_this_process_alone_and_no_time_left_is_made_up(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = display._Lines()
     lines.hear(Started("repairing", 1000, "steps", done=900))
     clock[0] += 10
     lines.hear(step(920))
-    assert capsys.readouterr().err.startswith("sinder: repairing: 920/1000 steps, 2/s, 0:40 left, ")
+    assert capsys.readouterr().err.startswith("sinder: repairing: 920/1000 steps, 2/s, no defect")
 
 
 def test_without_a_run_that_went_before_all_steps_count(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sinder_cli import AnalyzeRequest, ModelRequest, api
-from sinder_cli.cli.look import how_to_repair
+from sinder_cli import AnalyzeRequest, AnalyzeSettings, ModelRequest, api
+from sinder_cli.cli.look import how_to_repair, name_of
 from sinder_cli.cli.main import main
 
 Size = tuple[int, int, int, int]  # of a terminal: rows, columns, and both in pixels
@@ -95,7 +95,7 @@ def test_a_healthy_model_needs_no_repair(here: list[str], capsys: pytest.Capture
     assert called("analyze", "demo_vit_clean", here[0], "--format", "table", "--fail-on-defects") == 0
     printed = capsys.readouterr().out
     assert "Healthy: no token is outlying in any block" in printed
-    assert "Repair: no, there is nothing to train." in printed
+    assert "Repair: these photographs show nothing to train on; others may." in printed
     assert "sinder repair" not in printed
 
 
@@ -193,3 +193,24 @@ def spoken(
                 answered.add(question)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, printed
     return printed
+
+
+def test_few_tokens_on_a_photograph_are_enough(here: list[str]) -> None:
+    look = api.look([AnalyzeRequest("demo_vit", [here[0]])])
+    given = api.look([AnalyzeRequest("demo_vit", [here[0]], AnalyzeSettings(min_tokens=10_000))])
+    assert look.answers[0].fails
+    assert not given.answers[0].fails  # what was asked for holds
+
+
+def test_the_pictures_of_a_run_are_no_photographs_to_train_on(tmp_path: Path) -> None:
+    (tmp_path / "words.json").write_text("{}")
+    asked = AnalyzeRequest("demo_vit", [str(tmp_path / "image.jpg"), "photos/a.jpg", "more/b.jpg"])
+    assert how_to_repair(asked).endswith(" repair demo_vit --data photos --data more")
+
+
+def test_two_checkpoints_of_one_model_have_two_pictures() -> None:
+    names = [
+        name_of([AnalyzeRequest(ModelRequest("dinov2_custom", Path(f"{stem}.pth")), ["a.jpg"])])
+        for stem in ("x", "y z")
+    ]
+    assert names == ["a-dinov2_custom-x.png", "a-dinov2_custom-y-z.png"]

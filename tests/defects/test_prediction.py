@@ -235,6 +235,7 @@ def spectra(*gap_and_turn: tuple[float, float | None]) -> Prediction:
 
 
 def test_a_direction_settles_at_the_last_block_that_turned_it() -> None:
+    assert spectra((2.0, None), (2.0, 1.0), (2.0, 62.0)).settled_from() is None  # the last block turns by itself
     assert spectra((2.0, None), (2.0, 40.0), (2.0, 30.0), (2.0, 5.0), (2.0, 1.0)).settled_from() == 2
 
 

@@ -134,6 +134,16 @@ def test_nothing_found_is_no_input(listed: str | None, tmp_path: Path) -> None:
         find_images([str(tmp_path)] if listed is None else ["-"], io.StringIO(listed or ""))
 
 
+def test_what_sinder_wrote_is_searched_only_if_it_is_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "sinder-looks/a-model.png", "sinder-runs/m/pictures/image.jpg", "run/pictures/norm.png")
+    touch(tmp_path, "run/pictures/words.json", "look/report.html", "look/report.json", "look/figures/b.png")
+    touch(tmp_path, "trip/report.html", "trip/c.png")  # somebody else's page
+    assert names_in(tmp_path) == ["a.png", "trip/c.png"]
+    assert "4 sinder folders" in str(noted_in(tmp_path))
+    named = find_images([str(tmp_path / "run" / "pictures")])
+    assert [path.name for path in named.paths] == ["norm.png"]
+
+
 def test_hidden_folders_are_searched_only_if_they_are_named(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", ".ipynb_checkpoints/a.png", "@eaDir/a.png", "sub/.git/b.png", "sub/.hidden.png")
     assert names_in(tmp_path) == ["a.png", "sub/.hidden.png"]

@@ -121,8 +121,8 @@ def _repair_words(gain: Gain | None) -> list[str]:
     return {
         "features": ["Repair: yes, on many photographs; then sinder evaluate tells whether it helps."],
         "marked": ["Repair: it would change only the outlying tokens themselves."],
-        "none": ["Repair: no, there is nothing to gain."],
-        "healthy": ["Repair: no, there is nothing to train."],
+        "none": ["Repair: there is nothing to gain on these photographs."],
+        "healthy": ["Repair: these photographs show nothing to train on; others may."],
         None: [],
     }[gain]
 
