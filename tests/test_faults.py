@@ -94,7 +94,7 @@ def test_settings_have_the_defaults_that_are_documented() -> None:
     assert settings.model_dump() == {
         "mark": "auto", "norm_factor": 3.0, "mask_threshold": 4.0, "min_tokens": 3, "min_gap": 1.1, "kernel": 3,
         "image_size": None, "batch_size": 1, "dtype": "float32", "tf32": False, "device": "auto", "seed": 0,
-        "workers": None,
+        "workers": None, "figure_formats": (),
     }  # fmt: skip
     with pytest.raises(ValidationError):
         settings.seed = 1  # type: ignore[misc]

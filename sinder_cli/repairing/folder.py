@@ -291,7 +291,7 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Remove what a killed process has left under temporary names."""
-        for path in (self.evaluations, self.images, self.outliers, *self.written):
+        for path in (self.evaluations, self.images, self.outliers, self.pictures, *self.written):
             remove_leftovers(path)
         self.checkpoints.sweep()
 

@@ -34,22 +34,22 @@ def write_pictures(
 
     Raises `StorageError` or `CannotCreateError` for what the file system refuses.
     """
+    contents, words = {}, {}
+    for panel in panels:
+        if panel.image is not None:
+            name = re.sub(r"[^a-z0-9]+", "-", panel.caption.lower()).strip("-") + panel.image.suffix
+            contents[name], words[name] = panel.image.content, panel.alt
+    for chart in charts:
+        contents |= {f"{chart.name}.{kind}": chart.written(kind) for kind in dict.fromkeys((PNG, *formats))}
+        words[f"{chart.name}.{PNG}"] = chart.caption
     try:
         if folder.exists():
             shutil.rmtree(folder)
     except OSError as error:
         raise output_error(folder, error) from error
-    words = {}
     with replacing_folder(folder) as temporary:
-        for panel in panels:
-            if panel.image is not None:
-                name = re.sub(r"[^a-z0-9]+", "-", panel.caption.lower()).strip("-") + panel.image.suffix
-                (temporary / name).write_bytes(panel.image.content)
-                words[name] = panel.alt
-        for chart in charts:
-            for kind in dict.fromkeys((PNG, *formats)):
-                (temporary / f"{chart.name}.{kind}").write_bytes(chart.written(kind))
-            words[f"{chart.name}.{PNG}"] = chart.caption
+        for name, content in contents.items():
+            (temporary / name).write_bytes(content)
         write_json(temporary / WORDS, words)
 
 
