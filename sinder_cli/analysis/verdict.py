@@ -9,6 +9,7 @@ from sinder_cli.analysis.records import BlockRecord, Marked, Rule, Verdict
 from sinder_cli.defects.settings import NORM_FACTOR, PREDICTED_DEGREES
 
 STRAY_SHARE = 1e-4  # share of all tokens: fewer are too few to count, however many images are run
+ALIGNED_TOKENS = 3  # of equation (5) in a block, at least: the paper's; one or two lie there by chance
 CLEAR_GAP, CLEAR_TOKENS = 2.0, 30  # σ₁/σ₂ and number of tokens from which there is little doubt
 
 
@@ -45,7 +46,7 @@ def judge(blocks: Sequence[BlockRecord], min_tokens: int, norm_factor: float = N
         return _defects(showing, near, rule)
     if showing:
         return _unpredicted(showing, rule)
-    aligned = _showing(blocks, "equation_5", min_tokens)
+    aligned = _showing(blocks, "equation_5", max(min_tokens, ALIGNED_TOKENS))
     return _aligned(aligned) if aligned else _none(blocks, rule, min_tokens)
 
 

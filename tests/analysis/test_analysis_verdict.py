@@ -158,6 +158,11 @@ def test_outliers_without_an_observed_direction_are_unpredicted() -> None:
     assert judge([block(0, 60, 1.5, None)], 3).kind == "unpredicted"
 
 
+def test_one_or_two_tokens_that_equation_5_marks_are_chance_however_few_count() -> None:
+    assert judge([block(0, 0, 2.0, None, equation_5=2)], 1).kind == "none"
+    assert judge([block(0, 0, 2.0, None, equation_5=3)], 1).kind == "aligned"
+
+
 def test_tokens_of_ordinary_norm_along_the_direction_are_aligned() -> None:
     verdict = judge([block(0), block(1, 2, 1.5, 1.0, equation_5=8), block(2, 0, 2.5, equation_5=40)], 3)
     assert (verdict.kind, verdict.first_block, verdict.tokens, verdict.gap) == ("aligned", 1, 40, 2.5)
@@ -211,7 +216,7 @@ def test_the_words_name_the_factor_in_force() -> None:
 def test_so_many_tokens_show_and_one_less_does_not(min_tokens: int) -> None:
     assert judge([block(0, min_tokens, 2.0, 5.0)], min_tokens).kind == "defects"
     assert judge([block(0, min_tokens - 1, 2.0, 5.0)], min_tokens).kind == "none"
-    assert judge([block(0, 0, 2.0, None, equation_5=min_tokens)], min_tokens).kind == "aligned"
+    assert judge([block(0, 0, 2.0, None, equation_5=max(min_tokens, 3))], min_tokens).kind == "aligned"
     assert judge([block(0, 0, 2.0, None, equation_5=min_tokens - 1)], min_tokens).kind == "none"
 
 
