@@ -33,6 +33,7 @@ from sinder_cli.files import (
     write_bytes,
     write_json,
 )
+from sinder_cli.folders import RUNS
 from sinder_cli.images.sources import ImageSource
 from sinder_cli.inputs import (
     drawn_images,
@@ -324,7 +325,7 @@ def repair_place(request: RepairRequest, out: Place | None = None) -> tuple[Repa
     if out is None and request.resume and folder.is_run:
         model, settings = as_called(folder, model, request.settings)
         return replace(request, model=model, settings=settings), folder
-    return request, RunFolder(Path(out) if out is not None else Path("sinder-runs", model.model.replace("/", "-")))
+    return request, RunFolder(Path(out) if out is not None else Path(RUNS, model.model.replace("/", "-")))
 
 
 def try_repair(request: RepairRequest, out: Place | None = None, process: Process = HERE) -> DryRun:

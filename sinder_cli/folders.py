@@ -80,6 +80,8 @@ def _lock(handle: int, path: Path, emit: Emit) -> None:
 
 MANIFEST = "sinder_export.json"
 FORMAT = "sinder-export-1"
+WORDS = "words.json"  # describes the pictures of a run, and lies beside them
+LOOKS, RUNS = "sinder-looks", "sinder-runs"  # where commands write that are told no place
 
 REPLACED = ".replaced"  # name of the old output while it lies in the folder for drafts
 

@@ -12,11 +12,12 @@ from rich.console import Group, RenderableType
 from sinder_cli import api
 from sinder_cli.cli.output import program_as_called, show
 from sinder_cli.exporting.targets import ExportSettings
+from sinder_cli.folders import RUNS
 from sinder_cli.report.progress import display
 from sinder_cli.requests import ExportRequest, PredictRequest, Process, RepairRequest
 
 MODEL = "demo_vit"
-HOME = Path("sinder-runs/demo")
+HOME = Path(RUNS, "demo")
 NEXT = (  # each works as it is, once the demo has run
     "analyze {model} {out}/pictures/image.jpg --compare {out} --format table",
     "evaluate {out} dense",

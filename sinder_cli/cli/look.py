@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from sinder_cli.cli.output import is_json, program_as_called
 from sinder_cli.errors import DefectsFoundError, UsageError
 from sinder_cli.escaping import printable
+from sinder_cli.folders import LOOKS, WORDS
 from sinder_cli.images.sources import LISTS
 from sinder_cli.requests import AnalyzeRequest, Process, model_named
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from sinder_cli.cli.options import OutputFormat
 
 MOST_PHOTOGRAPHS = 8  # more are a data set, and get the table
-FOLDER = Path("sinder-looks")
-WORDS = "words.json"  # lies beside the pictures of a run
 SHOWN_COLUMNS = 160  # of the terminal, at most, that a picture is wide
 
 
@@ -48,7 +47,7 @@ def look_at(asked: Sequence[AnalyzeRequest], picture: Path | None, fail_on_defec
     from sinder_cli import api
     from sinder_cli.report.progress import display
 
-    path = picture or FOLDER / name_of(asked)
+    path = picture or Path(LOOKS, name_of(asked))
     if path.suffix.lower() != ".png":
         raise UsageError(f"cannot write {path}", "the picture is a PNG", "name a file that ends in .png")
     with display() as emit:

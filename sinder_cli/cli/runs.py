@@ -10,8 +10,9 @@ import typer
 
 from sinder_cli.cli.options import Format
 from sinder_cli.cli.output import show
+from sinder_cli.folders import RUNS
 
-HOME = Path("sinder-runs")  # where `sinder repair` puts runs by itself
+HOME = Path(RUNS)  # where `sinder repair` puts runs by itself
 
 
 def command(

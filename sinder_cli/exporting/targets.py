@@ -138,6 +138,7 @@ TargetName = Literal["native", "transformers", "hf-repo", "timm", "dinov2", "tor
 OLD_NAMES: dict[str, TargetName] = {"delta": "diff"}  # still accepted
 DtypeName = Literal["float32", "float16", "bfloat16"]
 
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/NAME on a hub
 CARD_OPTIONS = frozenset({"--license", "--base-model"})  # of targets that are folders, which have a card
 SHARD_BYTES = 5 * 10**9  # the largest file that suits a hub
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -166,7 +167,7 @@ class ExportSettings:
             raise UsageError(
                 f"bad licence {self.license!r}", "it is no identifier", "use for example apache-2.0, or other"
             )
-        if self.base_model is not None and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.base_model):
+        if self.base_model is not None and not REPOSITORY.fullmatch(self.base_model):
             raise UsageError(f"bad base model {self.base_model!r}", "it is no repository", "name it OWNER/NAME")
 
     @property

@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, ClassVar, Protocol
 
 from sinder_cli.errors import NoInputError
 from sinder_cli.events import Emit, Noted, Warned, silent
+from sinder_cli.folders import LOOKS, RUNS, WORDS
 from sinder_cli.images.decoding import UnreadableImageError, decode
 
 if TYPE_CHECKING:
@@ -339,13 +340,12 @@ class _Search:
         self.emit(Warned(f"passed over {error.filename}: {error.strerror}"))
 
 
-OURS = ("sinder-looks", "sinder-runs")
 DOCUMENTS = ("report.json", "summary.json", "evaluation.json")  # beside report.html
 
 
 def _is_ours(folder: Path) -> bool:
     """Return True for a folder with pictures of a run, a report, or looks, which are no photographs."""
-    if folder.name in OURS or (folder / "words.json").is_file():
+    if folder.name in (LOOKS, RUNS) or (folder / WORDS).is_file():
         return True
     return (folder / "report.html").is_file() and any((folder / name).is_file() for name in DOCUMENTS)
 

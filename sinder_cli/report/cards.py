@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinder_cli import __version__
+from sinder_cli.exporting.targets import REPOSITORY
 from sinder_cli.files import public_model, public_place, public_source
 from sinder_cli.repairing.folder import RUN_FILES, FinishedRun
 from sinder_cli.report import formatting
@@ -127,7 +127,7 @@ def _metadata(plan: Plan, check: ExportCheck) -> list[str]:
 def _is_of_a_hub(model: str) -> bool:
     """Return True for `hf/OWNER/NAME` that is no local folder: a hub refuses a base model that it does not have."""
     place = model.removeprefix("hf/")
-    named = model.startswith("hf/") and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place)
+    named = model.startswith("hf/") and REPOSITORY.fullmatch(place)
     return bool(named) and not Path(place).is_dir()
 
 

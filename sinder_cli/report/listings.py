@@ -22,14 +22,13 @@ def plain_table(title: str) -> Table:
     return Table(title=title or None, title_justify="left", box=None, padding=(0, 1), header_style="bold")
 
 
-OWN = "sinder-cli"  # the distribution of the built-in plugins, which need not be named
-
-
 def backbones_table(rows: Sequence[InstalledBackbone]) -> RenderableType:
     """Return one line per model; below, whose plugins are others', what they lack, and why some cannot be loaded.
 
     All that would make a line longer is below, so that names stay whole at 80 columns.
     """
+    from sinder_cli.backbone.registry import is_built_in
+
     table = plain_table("")
     table.add_column("name", overflow="fold")  # a shortened name would be of no use
     for name in ("parameters", "patch", "prefix"):
@@ -38,7 +37,7 @@ def backbones_table(rows: Sequence[InstalledBackbone]) -> RenderableType:
         if listing := row.listing:
             sizes = (_millions(listing.parameters), _whole(listing.patch_size), _whole(listing.prefix_tokens))
             table.add_row(Text(listing.name, "dim" if row.missing else ""), *sizes)
-    others = {row.plugin.name: row.plugin.distribution for row in rows if row.plugin.distribution != OWN}
+    others = {row.plugin.name: row.plugin.distribution for row in rows if not is_built_in(row.plugin)}
     missing = {row.plugin.name: ", ".join(row.missing) for row in rows if row.missing}
     return Group(
         table,

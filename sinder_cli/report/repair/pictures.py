@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sinder_cli.files import output_error, replacing_folder, write_json
+from sinder_cli.folders import WORDS
 from sinder_cli.report.drawing.canvas import Chart, ChartKind
 from sinder_cli.report.drawing.pictures import Panel
 
 PNG: ChartKind = "png"
-WORDS = "words.json"  # the description of each picture, by its file name
 
 
 class PictureFile(NamedTuple):
