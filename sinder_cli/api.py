@@ -142,7 +142,8 @@ def predict_defects(
         backbone = open_model(model_named(request.model, emit))  # before torch is imported: the name may be unknown
         from sinder_cli.defects.prediction import predict, write_directions
 
-        prediction = predict(backbone, request.stages, emit)
+        device = exact_device(resolve_device(request.device))
+        prediction = predict(backbone, request.stages, emit, device)
         if place is not None:
             write_directions(place, prediction)
         return prediction

@@ -37,6 +37,7 @@ class PredictRequest:
 
     model: ModelOrRun
     stages: Sequence[Stage] = STAGES
+    device: str = "cpu"  # as in the settings of the other requests; a GPU pays for large models
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,17 @@ def test_a_workload_runs_at_tiny_size(workload: str) -> None:
     assert shown.strip()
 
 
+@pytest.mark.slow
+def test_the_table_of_a_gpu_is_made_at_tiny_size_without_one() -> None:
+    parts = ("predict", "forward", "step", "svd", "repair")  # `real` needs real weights
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--tiny", "--device", "cpu", "--precisions", "TF32"]
+    result = subprocess.run([*command, "--only", *parts], capture_output=True, text=True, check=False)
+    if "NotToBeHadError" in result.stderr:
+        pytest.skip("photographs cannot be had here")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert sum(line.startswith("| ") for line in result.stdout.splitlines()) == 2 + 2 + 1 + 2 + 1 + 1
+
+
 def test_a_row_shows_ratios_and_distance_to_the_floor() -> None:
     shown = run(
         "from measuring import Cost, Row, table\n"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from sinder_cli.distributed import ALONE, Ranks
-from sinder_cli.errors import UnavailableError
+from sinder_cli.errors import UnavailableError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,12 +18,22 @@ if TYPE_CHECKING:
     AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+DEVICE_NAMES = "auto, cpu, cuda, cuda:N or mps"
+
+
+def is_device_name(name: str) -> bool:
+    """Return True for a name that can stand for a device; whether this machine has it is another question."""
+    return re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", name) is not None
+
+
 def resolve_device(name: str, ranks: Ranks = ALONE) -> str:
     """Return the device that a name stands for: `auto` is the first CUDA device if there is one, else the CPU.
 
     Each of several processes gets a CUDA device of its own. A CUDA device becomes this process's current device. Raises
-    `UnavailableError` for a device that does not exist.
+    `UsageError` for a name that stands for none, and `UnavailableError` for a device that does not exist.
     """
+    if not is_device_name(name):
+        raise UsageError(f"no device {name!r}", f"it must be {DEVICE_NAMES}", "leave it out, or name one of these")
     import torch
 
     if name == "auto":
@@ -95,6 +107,7 @@ def _xformers_kernel() -> AttentionKernel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            logging.getLogger("xformers").setLevel(logging.ERROR)  # what does not load is found by trying it
             from xformers.ops import memory_efficient_attention
     except Exception as error:  # a wheel built for another torch fails in many ways
         raise _no_xformers(f"{type(error).__name__}: {error}") from error
@@ -102,6 +115,7 @@ def _xformers_kernel() -> AttentionKernel:
 
     if not torch.cuda.is_available():
         raise _no_xformers("its kernels need a CUDA device")
+    _require_running(memory_efficient_attention)
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # xformers wants [batch, tokens, heads, head width]
@@ -109,6 +123,18 @@ def _xformers_kernel() -> AttentionKernel:
         return mixed.transpose(1, 2)
 
     return kernel
+
+
+def _require_running(attention: AttentionKernel) -> None:
+    """Try the kernel once: xformers can be imported without its CUDA code, and says so only when it is called."""
+    import torch
+
+    probe = torch.zeros(1, 1, 1, 64, dtype=torch.float16, device="cuda")
+    try:
+        attention(probe, probe, probe)
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise _no_xformers(f"it does not run with torch {torch.__version__} on this device: {first}") from error
 
 
 def _no_xformers(why: str) -> UnavailableError:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from sinder_cli.backbone.device import DEVICE_NAMES
 from sinder_cli.cli.options import AdapterFile, Branch, Format, Heads, Model, Revision, WeightsFile, model_request
 from sinder_cli.cli.output import show
 from sinder_cli.defects.settings import STAGES
@@ -47,6 +48,14 @@ def command(
             help="Only this stage; repeatable. Default: all four.",
         ),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            metavar="NAME",
+            help=f"Device to run on: {DEVICE_NAMES}. A GPU takes seconds to start: it pays for the largest models.",
+        ),
+    ] = "cpu",
     format: Format = None,
 ) -> None:
     """Predict the defect directions of every block from the weights alone."""
@@ -59,6 +68,6 @@ def command(
     place = sys.stdout.buffer if out == "-" else Path(out) if out else None
     with display() as emit:
         request = model_request(model, weights, adapter, heads, emit, revision=revision, branch=branch)
-        prediction = api.predict_defects(PredictRequest(request, stages), place, process=Process(emit))
+        prediction = api.predict_defects(PredictRequest(request, stages, device), place, process=Process(emit))
     if out != "-":
         show(format, lambda: prediction_table(prediction), lambda: prediction_document(prediction))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from sinder_cli.backbone.device import DEVICE_NAMES, is_device_name
 from sinder_cli.errors import NoInputError, UsageError, excerpt
 from sinder_cli.faults import first_fault, quoted
 
@@ -46,7 +46,7 @@ class PassSettings(BaseModel):
         "float32", description="Precision of the forward passes; deltas and weights stay float32."
     )
     tf32: bool = Field(False, description="Allow TF32 in the float32 products of a pass, on CUDA devices that have it.")
-    device: str = Field("auto", description="Device to run on: auto, cpu, cuda, cuda:N or mps.")
+    device: str = Field("auto", description=f"Device to run on: {DEVICE_NAMES}.")
     seed: int = Field(
         0, ge=0, le=2**63 - 1, description="Random seed for the order and choice of images, and for generated images."
     )
@@ -60,8 +60,8 @@ class PassSettings(BaseModel):
     @field_validator("device")
     @classmethod
     def _of_a_kind(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,3})?", value):
-            raise ValueError(f"it must be auto, cpu, cuda, cuda:N or mps, not {quoted(value)}")
+        if not is_device_name(value):
+            raise ValueError(f"it must be {DEVICE_NAMES}, not {quoted(value)}")
         return value
 
 

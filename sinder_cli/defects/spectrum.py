@@ -115,13 +115,20 @@ class _Ritz:
 
 
 class _KrylovSpace:
-    """Rows of Q `[m, N]` are an orthonormal basis, rows of P `[m, M]` its images Mᵀq; PPᵀ is M Mᵀ in this basis."""
+    """Rows of Q `[m, N]` are an orthonormal basis, rows of P `[m, M]` its images Mᵀq; PPᵀ is M Mᵀ in this basis.
+
+    The basis is orthogonal to `deflated`, which is a row of its own before it in memory: every new direction is made
+    orthogonal to both by the same products. On a GPU, what costs time is the number of operations.
+    """
 
     def __init__(self, matrix: Tensor, deflated: Tensor | None) -> None:
         self.matrix, self.deflated = matrix, deflated
         self.whole = matrix.shape[0] - (deflated is not None)  # a basis of so many vectors spans everything
         self.size = min(KRYLOV_SIZE, self.whole)
-        self.Q, self.P = matrix.new_zeros(self.size, matrix.shape[0]), matrix.new_zeros(self.size, matrix.shape[1])
+        self._rows = matrix.new_zeros(1 + self.size, matrix.shape[0])
+        if deflated is not None:
+            self._rows[0] = deflated
+        self.Q, self.P = self._rows[1:], matrix.new_zeros(self.size, matrix.shape[1])
         self.filled = 0
 
     @property
@@ -148,10 +155,11 @@ class _KrylovSpace:
 
     def _extend(self, q: Tensor) -> Tensor:
         """Add a direction to the basis, made orthogonal to it, and return the next one, M Mᵀq."""
-        q = _orthonormal(q, self.Q[: self.filled], self.deflated)
-        self.Q[self.filled], self.P[self.filled] = q, q @ self.matrix
+        q = _orthonormal(q, self._rows[: 1 + self.filled])
+        self.Q[self.filled] = q
+        image = torch.mv(self.matrix.T, q, out=self.P[self.filled])
         self.filled += 1
-        return self.matrix @ self.P[self.filled - 1]
+        return self.matrix @ image
 
     def _leading(self) -> _Ritz:
         theta, V = _ritz(self.P[: self.filled])
@@ -165,23 +173,27 @@ class _KrylovSpace:
 
 
 def _ritz(P: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Ritz values, largest first, and the coefficients of their vectors, one row each."""
+    """Return Ritz values, largest first, on the CPU, where so small a matrix is decomposed soonest, and the
+    coefficients of their vectors, one row each.
+    """
     wide = P.double()
-    theta, V = torch.linalg.eigh(wide @ wide.T)
-    return theta.flip(0), V.T.flip(0).to(P.dtype)
+    theta, V = torch.linalg.eigh((wide @ wide.T).cpu())
+    return theta.flip(0), V.T.flip(0).to(P)
 
 
-def _orthonormal(q: Tensor, Q: Tensor, deflated: Tensor | None) -> Tensor:
-    """Return `q` made orthogonal to basis and u, twice because of float32; a new direction if nothing is left."""
-    norm = q.norm()
+def _orthonormal(q: Tensor, basis: Tensor) -> Tensor:
+    """Return `q` made orthogonal to the rows of `basis`, which are orthonormal or zero, and of unit norm.
+
+    Twice, because of float32. If nothing is left of it, the Krylov space is exhausted: a new direction takes its place.
+    """
     for seed in range(2, 5):
+        before = q.norm()
         for _ in range(2):
-            q = q - (Q @ q) @ Q
-            if deflated is not None:
-                q = q - (deflated @ q) * deflated
-        if q.norm() > 1e-5 * norm and norm > 0:
-            return q / q.norm()
-        generator = torch.Generator().manual_seed(seed + len(Q))  # the Krylov space is exhausted
+            q = torch.addmv(q, basis.T, basis @ q, alpha=-1)
+        after = q.norm()
+        was, now = torch.stack([before, after]).tolist()
+        if now > 1e-5 * was:
+            return q / after
+        generator = torch.Generator().manual_seed(seed + len(basis) - 1)
         q = torch.randn(q.shape[0], generator=generator, dtype=torch.float64).to(q)
-        norm = q.norm()
     return q / q.norm()

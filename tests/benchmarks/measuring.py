@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -94,15 +95,15 @@ os.write(told, json.dumps([status, time.perf_counter() - began, usage.ru_maxrss]
 """
 
 
-def measured(command: Sequence[str]) -> Cost:
-    """Run a process to its end. Raises `SystemExit` if it fails.
+def measured(command: Sequence[str], allowed: Sequence[int] = (0,)) -> Cost:
+    """Run a process to its end. Raises `SystemExit` if it ends with an exit code that is not allowed.
 
     A small process starts it: Linux counts the memory of the process that calls exec as the child's.
     """
     run = subprocess.run([PYTHON, "-S", "-E", "-c", LAUNCHER, *command], capture_output=True, check=True)
     status, seconds, kilobytes = json.loads(run.stdout)
-    if status:
-        raise SystemExit(f"{' '.join(command)[:300]} failed with status {status}")
+    if (code := os.waitstatus_to_exitcode(status)) not in allowed:
+        raise SystemExit(f"{' '.join(command)[:300]} ended with exit code {code}")
     return Cost(seconds, kilobytes * 1024 / 1e9)
 
 

@@ -56,7 +56,7 @@ def rows(tiny: bool) -> Iterator[Row]:
 def sampled(block: BlockTensors, samples: int) -> list[Tensor]:
     """Leading left singular vectors of the attention part, the MLP part, the block and the product of blocks."""
     width = block["attention.output"].shape[0]
-    x = torch.randn(samples, width)
+    x = torch.randn(samples, width, device=block["attention.output"].device)
     attention, mlp = [], []
     for some in x.split(10_000):
         normed = block.normed(some, block.map.attention.norm, "attention.norm")
@@ -64,9 +64,9 @@ def sampled(block: BlockTensors, samples: int) -> list[Tensor]:
         normed = block.normed(some, block.map.mlp.norm, "mlp.norm")
         mlp.append(block.linear(hidden(block, normed), "mlp.down"))
     A, C = (torch.linalg.lstsq(x, torch.cat(parts)).solution.T for parts in (attention, mlp))
-    identity = torch.eye(width)
+    identity = torch.eye(width, device=x.device)
     block_map = (identity + C) @ (identity + A)
-    product = block_map @ torch.linalg.qr(torch.randn(width, width)).Q
+    product = block_map @ torch.linalg.qr(torch.randn(width, width, device=x.device)).Q
     return [torch.linalg.svd(each).U[:, 0] for each in (identity + A, identity + C, block_map, product)]
 
 

@@ -22,6 +22,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -145,7 +146,12 @@ def narrow_config() -> Config:
 def random_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     """Values that depend on the role alone, so that all blocks are alike."""
     role = ".".join(name.split(".")[2:] if name.startswith("blocks.") else [name])
-    generator = torch.Generator().manual_seed(zlib.crc32(role.encode()))
+    return _tensor_of(role, shape).clone()
+
+
+@lru_cache(maxsize=32)
+def _tensor_of(name: str, shape: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     if name.endswith(("norm1.weight", "norm2.weight", "norm.weight", "gamma")):
         return torch.ones(shape)
     scale = shape[-1] ** -0.5 if len(shape) == 2 else 0.02

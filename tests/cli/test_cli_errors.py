@@ -94,6 +94,8 @@ CASES = {
     "directions under a file": Case("predict-defects demo_vit -o {readme}/nu.safetensors", 73, "cannot create"),
     "an export into no folder": Case("export demo_vit --to native --out {new}/a.pth", 73, "there is no folder"),
     "an export onto a folder": Case("export demo_vit --to native --out {folder}.pth", 73, "it is a folder"),
+    "prediction on no device": Case("predict-defects demo_vit --device gpu", 2, "it must be auto, cpu, cuda"),
+    "prediction on a missing device": Case("predict-defects demo_vit --device cuda:99", 69, "--device cpu"),
     "xformers where there is none": Case("repair demo_vit --attention xformers --out {new}", 69, "--attention sdpa"),
     "directions onto a device": Case("predict-defects demo_vit -o /dev/null", 73, "it is a device"),
     "a new run directory for an unknown model": Case("repair demo_vitt --out {new}/a/b", 2, "demo_vit"),

@@ -16,7 +16,7 @@ from sinder_cli import ModelRequest, UnavailableError, api, attention_kernel
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.defects.prediction import predict
-from sinder_cli.repairing.deltas import Deltas
+from sinder_cli.repairing.deltas import Deltas, singular_basis
 from sinder_cli.repairing.forward import Directions
 from sinder_cli.repairing.loop import StepRecord
 from sinder_cli.repairing.settings import RepairSettings
@@ -85,6 +85,21 @@ def test_a_batch_gives_the_mean_of_its_images_gradients(dtype: str) -> None:
         zero = torch.zeros_like(found)
         mean = sum((each.gradients.get(name, zero) for each in alone), zero) / count
         assert cosine_similarity(found, mean, dim=0) > (0.999 if dtype == "float32" else 0.95)
+
+
+@pytest.mark.parametrize("shape", [(384, 384), (1536, 384), (384, 1536)])
+@pytest.mark.parametrize("dead", [False, True], ids=["", "with a dead unit"])
+def test_bases_on_the_gpu_make_the_same_weights_as_those_of_the_cpu(shape: tuple[int, int], dead: bool) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * shape[1] ** -0.5
+    if dead:
+        weight[3], weight[:, 5] = 0, 0
+    cpu, cuda = singular_basis(weight), singular_basis(weight.cuda())
+    assert float((cuda.S - cpu.S).abs().max()) < 1e-13 * float(cpu.S[0])
+    assert cuda.rank == cpu.rank
+    delta = torch.linspace(1, -1, len(cpu.S))
+    delta[cpu.rank :] = 0
+    change = cpu.change(delta)
+    assert float((cuda.change(delta.cuda()).cpu() - change).norm() / change.norm()) < 1e-5
 
 
 def test_predictions_on_the_gpu_are_those_on_the_cpu() -> None:

@@ -11,7 +11,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from sinder_cli.repairing.deltas import NEAR_EQUAL, Deltas, SingularBasis, blank_basis, singular_basis
+from sinder_cli.repairing.deltas import NEAR_EQUAL, Deltas, SingularBasis, blank_basis, singular_basis, svd_by_polar
 
 Svd = tuple[Tensor, Tensor, Tensor]
 SVD = torch.linalg.svd  # before a test puts another machine's in its place
@@ -72,7 +72,12 @@ def by_qr_iteration(weight: Tensor) -> Svd:
     return torch.from_numpy(U), torch.from_numpy(S), torch.from_numpy(Vt)
 
 
-MACHINES = (noisy, permuted, transposed, by_qr_iteration)
+def by_polar(weight: Tensor) -> Svd:
+    """As on a CUDA device."""
+    return svd_by_polar(weight) or by_qr_iteration(weight)
+
+
+MACHINES = (by_polar, noisy, permuted, transposed, by_qr_iteration)
 
 
 def on(machine: Callable[[Tensor], Svd], weight: Tensor, monkeypatch: pytest.MonkeyPatch) -> SingularBasis:
@@ -115,6 +120,26 @@ def test_another_machine_makes_the_same_weights_of_a_delta(
     assert disagreement(mine, theirs, delta) < 1e-5
     before, after = weight + mine.change(delta), weight + theirs.change(delta)
     assert float((after - before).abs().max()) < 1e-5 * float(weight.abs().max())
+
+
+@pytest.mark.parametrize("spread", [0, 6, 12])
+@pytest.mark.parametrize("scale", [1e-30, 1, 1e30])
+def test_the_polar_decomposition_gives_an_svd_as_exact_as_lapacks(spread: float, scale: float) -> None:
+    """Orders of magnitude between the singular values, and of all of them."""
+    U, _, Vt = SVD(drawn(96, 64), full_matrices=False)
+    weight = (U * torch.logspace(0, -spread, 64, dtype=torch.float64)) @ Vt * scale
+    found, known = svd_by_polar(weight), SVD(weight, full_matrices=False)
+    assert found is not None
+    identity = torch.eye(64, dtype=torch.float64)
+    assert float(((found[0] * found[1]) @ found[2] - weight).norm() / weight.norm()) < 2e-14
+    assert float((found[0].T @ found[0] - identity).norm()) < 1e-13
+    assert float((found[2] @ found[2].T - identity).norm()) < 1e-13
+    assert float((found[1] - known[1]).abs().max() / known[1][0]) < 1e-14
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(8, 4), drawn(8, 4) * torch.tensor([1, 0, 1, 1])], ids=["0", "a column"])
+def test_what_has_no_polar_decomposition_of_full_rank_is_left_to_another_way(weight: Tensor) -> None:
+    assert svd_by_polar(weight.double()) is None
 
 
 @pytest.mark.parametrize("weight", DEGENERATE.values(), ids=DEGENERATE)

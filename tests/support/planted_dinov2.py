@@ -67,17 +67,23 @@ def planted(config: Config, photographs: Path) -> dict[str, Tensor]:
         rows[r - reach : r + reach + 1, c - reach : c + reach + 1] += 24 * (config.width / 192) ** 0.5 * trigger
     nu = torch.randn(config.width, generator=generator)
     nu -= nu.mean()
-    state[f"blocks.{PLANTED}.mlp.fc1.weight"][0] = 10 * trigger
-    state[f"blocks.{PLANTED}.mlp.fc1.bias"][0] = -10 * 1.2
-    state[f"blocks.{PLANTED}.mlp.fc2.weight"][:, 0] = 12 * nu / nu.norm()
+    first, last = ("w12", "w3") if config.mlp == "SwiGLU" else ("fc1", "fc2")
+    mlp = f"blocks.{PLANTED}.mlp"
+    state[f"{mlp}.{first}.weight"][0] = 10 * trigger
+    state[f"{mlp}.{first}.bias"][0] = -10 * 1.2
+    if config.mlp == "SwiGLU":  # the gate alone sees the trigger
+        state[f"{mlp}.{first}.weight"][config.hidden] = 0
+        state[f"{mlp}.{first}.bias"][config.hidden] = 1
+    state[f"{mlp}.{last}.weight"][:, 0] = 12 * nu / nu.norm()
     return state
 
 
 @torch.no_grad()
 def mlp_inputs(config: Config, state: dict[str, Tensor], photographs: Path) -> Tensor:
     """What the MLP of the planted block reads on the photographs, `[K · tokens, N]`."""
-    module = VisionTransformer(config, config.width // 64, attention_kernel())
-    module.load_state_dict(state)
+    with torch.device("meta"):  # no values that the state would replace
+        module = VisionTransformer(config, config.width // 64, attention_kernel())
+    module.load_state_dict(state, assign=True)
     preprocess = Preprocessing(SIDE, IMAGENET_MEAN, IMAGENET_STD)
     x = module.embed(torch.stack([preprocess(decode(path)) for path in sorted(photographs.iterdir())]))
     *before, block = list(module.blocks)[: PLANTED + 1]
