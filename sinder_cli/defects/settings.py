@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -30,7 +30,10 @@ SLACK = 0.005  # of a cosine: how much further a state may be from the inpainted
 MOST = 10**9  # upper limit of every count, which PyTorch and the operating system accept
 
 
-FigureFormat = Literal["svg", "pdf", "csv"]
+FigureFormats = Annotated[
+    tuple[Literal["svg", "pdf", "csv"], ...],
+    Field(description="Write charts in this format too, besides PNG: svg, pdf, or csv with their numbers; repeatable."),
+]
 
 
 class PassSettings(BaseModel):
@@ -90,9 +93,7 @@ class DetectionSettings(PassSettings):
         description="Side of the neighbourhood, in patches; equation (5) marks no token nearer to the"
         " border than half of it.",
     )
-    figure_formats: tuple[FigureFormat, ...] = Field(
-        (), description="Write charts in this format too, besides PNG: svg, pdf, or csv with their numbers; repeatable."
-    )
+    figure_formats: FigureFormats = ()
 
 
 Settings = TypeVar("Settings", bound=PassSettings)

@@ -16,7 +16,7 @@ from sinder_cli.files import make_folder, output_error, require_creatable_folder
 
 FEATURES = "features"  # kept, and used again by later calls
 PICTURES = "pictures"
-PICTURE_NAME = re.compile(r".+-\d{5,}-\d\.(png|jpg)")  # task, image, panel
+PICTURE_NAME = re.compile(r".+-\d{5,}-\d\.(png|jpg)|differences-.+\.(png|svg|pdf|csv)")  # task, image, panel; charts
 DOCUMENT, TABLE, PAGE = "evaluation.json", "evaluation.csv", "report.html"
 WRITTEN = (DOCUMENT, TABLE, PAGE, PICTURES)
 

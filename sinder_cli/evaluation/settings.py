@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sinder_cli.defects.settings import MOST, NORM_FACTOR, PassSettings
+from sinder_cli.defects.settings import MOST, NORM_FACTOR, FigureFormats, PassSettings
 from sinder_cli.errors import UsageError
 from sinder_cli.faults import first_fault
 
@@ -29,6 +29,7 @@ class EvaluateSettings(PassSettings):
         2000, ge=100, le=10**6, description="Resamples of the images for the 95 % intervals of differences."
     )
     figures: int = Field(8, ge=0, le=MOST, description="Images to draw: those that changed most, both ways.")
+    figure_formats: FigureFormats = ()
 
 
 class TaskSettings(BaseModel):

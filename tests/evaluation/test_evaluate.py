@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from headless import DARK, LIGHT, audit, browser, look
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -80,8 +82,27 @@ def test_all_sides_are_measured_and_written(request_: EvaluateRequest, tmp_path:
     assert len(rows) == sum(len(values) for values in by_name.values())
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Images that changed most, both ways" in page
-    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2 * 3
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2 * 3 + 1
     assert result.evaluation.model_dump(mode="json") == document
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_page_and_everybody_can_read_it(request_: EvaluateRequest, tmp_path: Path) -> None:
+    pytest.importorskip("axe_core_python")
+    program = browser()
+    if program is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
+    settings = request_.settings.model_copy(update={"figure_formats": ("svg", "csv")})
+    api.evaluate(replace(request_, settings=settings), tmp_path / "out")
+    charts = {path.name for path in (tmp_path / "out" / "pictures").glob("differences-*")}
+    assert charts == {f"differences-dense.{kind}" for kind in ("png", "svg", "csv")}
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    for width in (390, 1400):
+        with tempfile.TemporaryDirectory(dir=tmp_path, ignore_cleanup_errors=True) as folder:
+            seen = look(program, page, width, Path(folder))
+        assert (seen.width, seen.overflow, seen.hidden, seen.loaded, seen.console) == (width, 0, [], [], [])
+    for scheme in (LIGHT, DARK):
+        assert audit(program, page, scheme, tmp_path)["violations"] == []
 
 
 def test_features_are_kept_and_used_again(request_: EvaluateRequest, tmp_path: Path, passes: list[int]) -> None:

@@ -18,6 +18,7 @@ from sinder_cli.images.decoding import UnreadableImageError
 from sinder_cli.report import formatting
 from sinder_cli.report.documents import evaluation_document
 from sinder_cli.report.drawing.pictures import Panel, enlarged, image_file, reduced
+from sinder_cli.report.evaluation.charts import differences_chart
 from sinder_cli.report.formatting import Named, counted, csv_text, duration
 from sinder_cli.report.templates import html_template
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from sinder_cli.evaluation.contract import Pixels
     from sinder_cli.evaluation.records import Evaluation, FigureRecord, TaskRecord, ValueRecord
     from sinder_cli.evaluation.run import EvaluationResult, Scored
+    from sinder_cli.report.drawing.canvas import Chart, ChartKind
 
 UNJUDGED = ("within noise", "too few images")
 SIDE_PIXELS = 320  # of a picture
@@ -64,6 +66,7 @@ class TaskSection(NamedTuple):
     task: TaskRecord
     facts: list[Named]
     rows: list[Row]
+    chart: Chart | None
     notes: list[str]
     images: list[ChangedImage]
 
@@ -80,12 +83,22 @@ def write_evaluation(folder: Path, result: EvaluationResult, settings: EvaluateS
             record,
             _facts(record),
             [_row(figure, result.evaluation) for figure in record.figures],
+            _write_chart(folder / PICTURES, differences_chart(record, labels), settings.figure_formats),
             [f"{labels[side]}: {note}" for side, notes in record.notes.items() for note in notes],
             list(_changed(folder / PICTURES, scored, record, labels, settings.figures, emit)),
         )
         for record, scored in zip(result.evaluation.tasks, result.scored, strict=True)
     ]
     write_text(folder / PAGE, render_evaluation_page(result.evaluation, sections))
+
+
+def _write_chart(folder: Path, chart: Chart | None, formats: Sequence[ChartKind]) -> Chart | None:
+    """Write a chart, if there is one, as PNG and in these formats besides; return it."""
+    if chart is not None:
+        kinds: list[ChartKind] = ["png", *formats]
+        for kind in dict.fromkeys(kinds):
+            _write_bytes(folder / f"{chart.name}.{kind}", chart.written(kind))
+    return chart
 
 
 def write_values(folder: Path, result: EvaluationResult) -> None:
@@ -186,11 +199,14 @@ def _changed(
 def _write_panels(folder: Path, stem: str, panels: Sequence[Panel]) -> None:
     for at, panel in enumerate(panels):
         if panel.image is not None:
-            path = folder / f"{stem}-{at}{panel.image.suffix}"
-            try:
-                path.write_bytes(panel.image.content)
-            except OSError as error:
-                raise output_error(path, error) from error
+            _write_bytes(folder / f"{stem}-{at}{panel.image.suffix}", panel.image.content)
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise output_error(path, error) from error
 
 
 def _compared_sides(scored: Scored) -> tuple[SideName, SideName] | None:
