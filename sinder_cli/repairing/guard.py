@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cosine_similarity, normalize
 
 from sinder_cli.backbone.contract import Backbone
-from sinder_cli.defects.detection import DetectionRule
+from sinder_cli.defects.detection import LEANING, DetectionRule
 from sinder_cli.defects.inpainting import inpainted
 from sinder_cli.defects.settings import SLACK
 from sinder_cli.defects.shift import CELLS, Retrieval, found_again, shifted
@@ -91,6 +91,42 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
+class DefectAxis:
+    """The direction d in which defects move tokens after the last block, and the place of ordinary tokens along it.
+
+    A trigger that is not steep moves tokens of ordinary norm too, though less. The yardstick never marks them, and so
+    keeps what a good repair takes from them. A token that leans towards d in the yardstick, and lies nearer to ordinary
+    tokens now, is compared without its part along d. All else of it, N − 1 dimensions, is compared.
+    """
+
+    d: Tensor  # [N], unit norm
+    usual: float  # median of x·d over the tokens that the original never marks, in the yardstick
+    width: float  # `LEANING` times their median distance from it
+
+    @classmethod
+    def of(cls, yardstick: Tensor, original: Tensor, ever: Tensor) -> DefectAxis | None:
+        """Find the axis from patches `[…, N]` and what the original marks, bool `[…]`; None without such tokens."""
+        if not bool(ever.any()) or bool(ever.all()):
+            return None
+        moved = (original[ever].double() - yardstick[ever].double()).mean(dim=0)
+        if not 0 < moved.norm().item() < math.inf:
+            return None
+        d = (moved / moved.norm()).to(yardstick)
+        along = yardstick[~ever] @ d
+        median = along.median()
+        return cls(d, median.item(), LEANING * (along - median).abs().median().item())
+
+    def fair(self, tokens: Tensor, yardstick: Tensor, ever: Tensor, cosines: Tensor) -> Tensor:
+        """Return the cosines `[…]` between patches `[…, N]` and the yardstick's, of leaning ones without their part."""
+        now, was = tokens @ self.d, yardstick @ self.d
+        leaning = ~ever & (was > self.usual + self.width) & (now < was) & (now > self.usual - self.width)
+        kept, known = (each[leaning] - part[leaning, None] * self.d for each, part in ((tokens, now), (yardstick, was)))
+        found = cosines.clone()
+        found[leaning] = torch.maximum(cosines[leaning], _cosines(kept, known))
+        return found
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """Measurements of a model on the guard: K images, h × w patches, N width."""
 
@@ -101,6 +137,7 @@ class Snapshot:
     cls: Tensor | None  # [K, N]: last block
     samples: Tensor  # [≤ SAMPLES, h, w, N]: last block's patch tokens of the first images
     to_inpainted: Tensor  # [K, h, w]: cosine of the last block's patches to the inpainted original's
+    judged: Tensor  # [K, h, w]: the same, of tokens that lean towards the defect without their part along it
     to_original: Tensor
     cls_to_inpainted: Tensor | None  # [K]
     cls_to_original: Tensor | None
@@ -126,7 +163,7 @@ class Snapshot:
     def fidelity(self, to: str = "inpainted") -> Fidelity:
         """Return the cosines to the `inpainted` or the plain `original`."""
         if to == "inpainted":
-            return Fidelity.of(self.to_inpainted, self.cls_to_inpainted, self.ever, self.cls_way)
+            return Fidelity.of(self.judged, self.cls_to_inpainted, self.ever, self.cls_way)
         return Fidelity.of(self.to_original, self.cls_to_original, self.ever)
 
     def defects(self) -> dict[str, Any]:
@@ -189,6 +226,7 @@ class Guard:
     found_before: Retrieval | None = field(init=False, default=None)  # shift retrieval in the original
     _references: list[tuple[Tensor, Tensor]] = field(init=False, default_factory=list)  # inpainted, original [B, T, N]
     _marked: list[Tensor] = field(init=False, default_factory=list)  # bool [B, h, w]
+    _axis: DefectAxis | None = field(init=False, default=None)
 
     def remember(self) -> None:
         """Run the original and the inpainted original; the module must hold the original weights."""
@@ -203,6 +241,8 @@ class Guard:
             self._references.append((reference, seen.last.cpu()))
             self._marked.append(ever.cpu())
             original.append(seen)
+        yardsticks, originals = (self._patches([pair[which] for pair in self._references]) for which in (0, 1))
+        self._axis = DefectAxis.of(yardsticks, originals, torch.cat(self._marked))
         self.before = self._snapshot(original)
         self.found_before = self.found_again(self.before)
 
@@ -226,6 +266,7 @@ class Guard:
             cls=torch.cat([tokens[:, 0] for tokens in last]) if self.backbone.has_cls else None,
             samples=torch.cat(grids)[:SAMPLES].clone(),
             to_inpainted=to_inpainted,
+            judged=self._judged(last, to_inpainted),
             to_original=to_original,
             cls_to_inpainted=cls_to_inpainted,
             cls_to_original=cls_to_original,
@@ -263,6 +304,17 @@ class Guard:
         patches = each[:, self.backbone.prefix_tokens :].unflatten(1, self._marked[0].shape[1:])
         return patches, each[:, 0] if self.backbone.has_cls else None
 
+    def _patches(self, last: Sequence[Tensor]) -> Tensor:
+        """Return the patch tokens of batches `[B, T, N]`, all together, `[K, h, w, N]`."""
+        return torch.cat(list(last))[:, self.backbone.prefix_tokens :].unflatten(1, self._marked[0].shape[1:])
+
+    def _judged(self, last: Sequence[Tensor], to_inpainted: Tensor) -> Tensor:
+        """Return the cosines of patches to the inpainted original by which a state is judged, `[K, h, w]`."""
+        if self._axis is None:
+            return to_inpainted
+        yardstick = self._patches([pair[0] for pair in self._references])
+        return self._axis.fair(self._patches(last), yardstick, torch.cat(self._marked), to_inpainted)
+
     def _way(self, last: Sequence[Tensor]) -> float | None:
         """Compute the cosine between how cls has moved from the original and how inpainting moves it, over all images.
 
@@ -289,7 +341,8 @@ class Guard:
             return True
         without = inpainted(self.backbone, self.rule.norm_factor)
         last = [last_tokens(without, self.module, pixels).cpu() for pixels in self._batches()]
-        found = Fidelity.of(*self._cosines(last, 0), torch.cat(self._marked), self._way(last))
+        patches, heads = self._cosines(last, 0)
+        found = Fidelity.of(self._judged(last, patches), heads, torch.cat(self._marked), self._way(last))
         return not found.holds(self.before.fidelity(), floor)
 
     def evaluation(self, step: int, now: Snapshot, floor: float, best: Best | None) -> Evaluation:

@@ -214,6 +214,7 @@ def repair_table(result: facts.Recorded) -> RenderableType:
         *([verdict.advice] if verdict.advice else []),
         table,
         Text("Good tokens: marked at no block of the original; marked tokens: at one or more.", "dim"),
+        Text("Good tokens that lean towards the defect are compared without their part along it.", "dim"),
         Text("Similarity to the original is not a goal: outliers spoil its cls.", "dim"),
         *([_repaired_blocks(rows)] if rows else []),
         f"run directory: {printable(str(result.folder))}",

@@ -21,7 +21,17 @@ from sinder_cli.defects.shift import Retrieval, found_again, shifted
 from sinder_cli.defects.tokens import last_tokens
 from sinder_cli.errors import BadInputError
 from sinder_cli.repairing.choosing import guard_size, guard_sizes, guarded
-from sinder_cli.repairing.guard import SAME_WAY, SAMPLES, SHIFTED, WORST, Evaluation, Fidelity, Guard, Snapshot
+from sinder_cli.repairing.guard import (
+    SAME_WAY,
+    SAMPLES,
+    SHIFTED,
+    WORST,
+    DefectAxis,
+    Evaluation,
+    Fidelity,
+    Guard,
+    Snapshot,
+)
 from sinder_cli.repairing.loop import CLEAN_LOOKS, EQUAL_FIDELITY, IDLE_LOOKS, SPOILT_LOOKS, Best, Progress
 from sinder_cli.repairing.scan import marked_batch
 
@@ -241,7 +251,8 @@ def snapshot(**changes: Any) -> Snapshot:
         "standing": outlying.any(dim=0),
         "cls": torch.zeros(2, 4),
         "samples": torch.zeros(2, 1, 3, 4),
-        "to_inpainted": torch.tensor([[[0.1, 0.9, 0.8]], [[0.7, 0.6, 0.5]]]),
+        "to_inpainted": torch.zeros(2, 1, 3),
+        "judged": torch.tensor([[[0.1, 0.9, 0.8]], [[0.7, 0.6, 0.5]]]),
         "to_original": torch.tensor([[[1.0, 0.99, 0.98]], [[0.97, 0.96, 0.95]]]),
         "cls_to_inpainted": torch.tensor([0.5, 0.7]),
         "cls_to_original": torch.tensor([0.9, 0.7]),
@@ -300,6 +311,64 @@ def test_fidelity_is_of_cls_of_good_and_of_marked_tokens() -> None:
     everywhere = snapshot(ever=torch.ones(2, 1, 3, dtype=torch.bool)).fidelity()
     assert everywhere.good == pytest.approx(0.6)  # the lower of the two in the middle
     assert everywhere.marked == pytest.approx(0.6)
+
+
+def leaning_tokens() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Patches `[1, 20, 20, 16]`: clean, the original, the yardstick; and what the original marks.
+
+    Of 400 tokens, 8 carry ten times their norm of the defect, and are marked; 12 carry twice their norm, and are not.
+    """
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(1, 20, 20, 16, generator=generator)
+    d = normalize(torch.randn(16, generator=generator), dim=0)
+    ever = torch.zeros(1, 20, 20, dtype=torch.bool)
+    ever[0, 3, 2:10] = True
+    amount = 40.0 * ever
+    amount[0, 15, 4:16] = 8.0
+    original = clean + amount[..., None] * d
+    return clean, original, torch.where(ever[..., None], clean, original), ever
+
+
+def test_tokens_that_lean_towards_the_defect_are_judged_without_their_part_along_it() -> None:
+    clean, original, yardstick, ever = leaning_tokens()
+    axis = DefectAxis.of(yardstick, original, ever)
+    assert axis is not None
+    plain = cosine_similarity(clean, yardstick, dim=-1)
+    fair = axis.fair(clean, yardstick, ever, plain)
+    leaning = torch.zeros_like(ever)
+    leaning[0, 15, 4:16] = True
+    assert plain[leaning].mean() < 0.5
+    assert fair[leaning].min() > 1 - 1e-5
+    assert torch.equal(fair[~leaning], plain[~leaning])
+    was = Fidelity.of(torch.ones_like(plain), None, ever)
+    assert not Fidelity.of(plain, None, ever).holds(was, FLOOR)  # a perfect repair
+    assert Fidelity.of(fair, None, ever).holds(was, FLOOR)
+
+
+def test_other_changes_of_these_tokens_are_not_excused() -> None:
+    clean, original, yardstick, ever = leaning_tokens()
+    axis = DefectAxis.of(yardstick, original, ever)
+    assert axis is not None
+    along = (yardstick @ axis.d)[..., None] * axis.d
+    leaning = (along.norm(dim=-1) > 5) & ~ever
+    for state in (
+        clean - 8 * leaning[..., None] * axis.d,  # beyond ordinary tokens
+        yardstick + leaning[..., None] * along,  # further out
+        yardstick - along - 3 * axis.d,  # all tokens
+    ):
+        plain = cosine_similarity(state, yardstick, dim=-1)
+        assert torch.equal(axis.fair(state, yardstick, ever, plain), plain)
+    turned = torch.where(leaning[..., None], clean.roll(1, dims=-1), clean)
+    fair = axis.fair(turned, yardstick, ever, cosine_similarity(turned, yardstick, dim=-1))
+    assert fair[leaning].mean() < 0.5
+    assert not Fidelity.of(fair, None, ever).holds(Fidelity.of(torch.ones_like(fair), None, ever), FLOOR)
+
+
+def test_without_a_marked_token_there_is_no_axis() -> None:
+    clean, original, yardstick, ever = leaning_tokens()
+    assert DefectAxis.of(yardstick, original, torch.zeros_like(ever)) is None
+    assert DefectAxis.of(yardstick, original, torch.ones_like(ever)) is None
+    assert DefectAxis.of(clean, clean, ever) is None
 
 
 def test_a_snapshot_that_is_not_finite_is_refused() -> None:

@@ -74,6 +74,7 @@ def snapshot_of(clean: Tensor, original: Tensor, count: int, has_cls: bool) -> S
         cls=cls if has_cls else None,
         samples=last[:SAMPLES],
         to_inpainted=cosine_similarity(last, clean, dim=-1),
+        judged=cosine_similarity(last, clean, dim=-1),
         to_original=cosine_similarity(last, original, dim=-1),
         cls_to_inpainted=cosine_similarity(cls, clean.mean((1, 2)), dim=-1) if has_cls else None,
         cls_to_original=cosine_similarity(cls, own, dim=-1) if has_cls else None,
