@@ -44,6 +44,7 @@ BLIND = {  # what figures cannot see
     "retrieval": "A ruined model, whose tokens hold little but their place, retrieves well, too.",
     "contrast": "It knows colours, not objects.",
     "fidelity": "It rewards whatever stays near the original.",
+    "rank": "Noise has a high rank, too.",
     "outlying": "Fewer of them are no success by themselves.",
 }
 LEAST_PAIRS = 8  # of neighbours, similar and unlike, for the contrast of an image to be known
@@ -98,20 +99,22 @@ def score(scoring: Scoring) -> Scores:
         tokens("found near", "shift retrieval, beside marked"),
         tokens("found others", "shift retrieval, others"),
         mean_figure("boundary contrast", found["contrast"], unit="", caution=BLIND["contrast"]),
-        mean_figure("boundary contrast, shuffled", found["shuffled"], "neither", unit=""),
+        mean_figure(
+            "boundary contrast, shuffled", found["shuffled"], "neither", unit="", caution="The null: what chance gives."
+        ),
         *(
             mean_figure(f"{kind} to {to}", found[f"{kind} {to}"], "neither", unit="", caution=BLIND["fidelity"])
             for to in ("inpainted", "original")
             for kind in ("cls", "good", "marked")
             if f"{kind} {to}" in found
         ),
-        mean_figure("Gram drift from original", found["gram"], "neither", unit=""),
-        mean_figure("effective rank", found["rank"], "neither", unit=""),
+        mean_figure("Gram drift from original", found["gram"], "neither", unit="", caution=BLIND["fidelity"]),
+        mean_figure("effective rank", found["rank"], "neither", unit="", caution=BLIND["rank"]),
     ]
     if scoring.side not in ("smoothed", "blurred"):  # which change tokens at the end, and no block
         figures += [
             mean_figure("outlying tokens", found["outlying"], "neither", caution=BLIND["outlying"]),
-            mean_figure("largest norm / median", found["largest"], "neither", unit=""),
+            mean_figure("largest norm / median", found["largest"], "neither", unit="", caution=BLIND["outlying"]),
         ]
     broken = int(found["finite"].eq(0).sum())
     words = "image has" if broken == 1 else "images have"

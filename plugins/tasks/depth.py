@@ -37,6 +37,8 @@ from sinder_cli.tasks import (
     read_depth,
 )
 
+from . import TRAINED
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -83,7 +85,11 @@ class DepthSettings(TaskSettings):
 def read(places: Places, settings: DepthSettings) -> Dataset:
     """Read images with depth, all of which must have a pixel that counts."""
     found = depth_pairs(
-        places, settings.train_share, settings.scale, lambda path, depth: counting(path, depth, settings)
+        places,
+        settings.train_share,
+        settings.scale,
+        (settings.min_depth, settings.max_depth),
+        lambda path, depth: counting(path, depth, settings),
     )
     test, train = ([Truth(path, settings) for path in paths] for paths in (found.truth, found.train_truth))
     return replace(found, truth=test, train_truth=train)
@@ -188,9 +194,11 @@ def score(scoring: Scoring) -> Scores:
     rows = [errors(found(index), *truths(index)) for index in range(len(dataset.truth))]
     rmse, relative, near = torch.tensor(rows, dtype=torch.float64).T
     figures = (
-        mean_figure("RMSE", rmse, "lower", "", NOISE if scoring.settings.max_depth <= INDOORS else 0.0),
-        mean_figure("AbsRel", relative, "lower", ""),
-        mean_figure("δ₁", near),
+        mean_figure(
+            "RMSE", rmse, "lower", "", NOISE if scoring.settings.max_depth <= INDOORS else 0.0, caution=TRAINED
+        ),
+        mean_figure("AbsRel", relative, "lower", "", caution=TRAINED),
+        mean_figure("δ₁", near, caution=TRAINED),
     )
     notes = () if scoring.has_cls else ("the model has no cls: patches alone",)
     return Scores(figures, by_image=-rmse, picture=_pictures(found, truths), notes=notes)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SINDER_API = 1
+SEES = "It sees one box an image, and whether half of it is right: small changes of the features leave it as it is."
 Steering = Literal["key", "query", "value"]
 PARTS: tuple[Steering, ...] = ("key", "query", "value")
 NATIVE, SCALED = "native", "scaled"  # kinds of views: as the images are, or scaled to a size
@@ -108,7 +109,7 @@ def score(scoring: Scoring) -> Scores:
     settings = scoring.settings
     usual = Choice(settings.part, -1, settings.bias)
     overlaps = torch.tensor(_overlaps(scoring, usual), dtype=torch.float64)
-    figures = [mean_figure("CorLoc", (overlaps >= LEAST_IOU).double())]
+    figures = [mean_figure("CorLoc", (overlaps >= LEAST_IOU).double(), caution=SEES)]
     notes = _words_on_scaling(scoring)
     if settings.sweep:
         tried = [usual, *(choice for choice in _choices(scoring) if choice != usual)]

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SINDER_API = 1
+SEES = "It sees cls alone: patch tokens may be ruined."
 KNOWN_AT_A_TIME = 65_536  # training images whose vectors are in memory
 TESTED_AT_A_TIME = 16_384  # test images whose vectors are
 AT_A_TIME = 256  # test images that are compared at once
@@ -89,11 +90,11 @@ def score(scoring: Scoring) -> Scores:
     figures, notes = [], []
     for k, parts in right.items():
         found = torch.cat(parts)
-        figures.append(mean_figure(f"top-1, k={k}", found[:, 0].double()))
+        figures.append(mean_figure(f"top-1, k={k}", found[:, 0].double(), caution=SEES))
         if classes > 5:
-            figures.append(mean_figure(f"top-5, k={k}", found.any(dim=1).double()))
-        if k > most:
-            notes.append(f"k={k}: there are {most} training images")
+            figures.append(mean_figure(f"top-5, k={k}", found.any(dim=1).double(), caution=SEES))
+    if above := [str(k) for k in settings.k if k > most]:
+        notes.append(f"k={', '.join(above)}: there are {most} images to train on, and all of them vote")
     if classes <= 5:
         notes.append("top-5 is left out: there are no more than five classes")
     indices = torch.cat(nearest)

@@ -67,22 +67,28 @@ def mean_class_accuracy(sums: Tensor) -> Tensor:
     return (sums[..., 0, :] / (sums[..., 0, :] + sums[..., 2, :])).nanmean(dim=-1)
 
 
-def overlap_figure(name: str, overlaps: Tensor, measure: Callable[[Tensor], Tensor], noise: float = 0.0) -> Figure:
+def overlap_figure(
+    name: str, overlaps: Tensor, measure: Callable[[Tensor], Tensor], noise: float = 0.0, caution: str = ""
+) -> Figure:
     """Return a figure of the summed overlaps `[images, repetitions, 3, C]`, averaged over repetitions."""
     shape = tuple(overlaps.shape[1:])
-    return Figure(name, overlaps.flatten(1).double(), partial(_measured, shape=shape, measure=measure), noise=noise)
+    value = partial(_measured, shape=shape, measure=measure)
+    return Figure(name, overlaps.flatten(1).double(), value, noise=noise, caution=caution)
 
 
 def _measured(sums: Tensor, shape: tuple[int, ...], measure: Callable[[Tensor], Tensor]) -> Tensor:
     return measure(sums.unflatten(-1, shape)).mean(dim=-1)
 
 
-def figures_of(overlaps: Tensor, noise: float = 0.0) -> tuple[Figure, ...]:
-    """Return mIoU, with what its repetitions differ by, and accuracies of overlaps `[images, repetitions, 3, C]`."""
+def figures_of(overlaps: Tensor, noise: float = 0.0, caution: str = "") -> tuple[Figure, ...]:
+    """Return mIoU, with what its repetitions differ by, and accuracies of overlaps `[images, repetitions, 3, C]`.
+
+    `caution` says what they cannot see.
+    """
     return (
-        overlap_figure("mIoU", overlaps, mean_iou, noise),
-        overlap_figure("accuracy", overlaps, pixel_accuracy),
-        overlap_figure("mean class accuracy", overlaps, mean_class_accuracy),
+        overlap_figure("mIoU", overlaps, mean_iou, noise, caution),
+        overlap_figure("accuracy", overlaps, pixel_accuracy, caution=caution),
+        overlap_figure("mean class accuracy", overlaps, mean_class_accuracy, caution=caution),
     )
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SINDER_API = 1
+MEANS = "It sees cls, and the mean of all patches, in which a few defective ones hardly count."
 ON_PATCHES = ("smoothed", "blurred")  # sides that leave cls as it is
 FEATURE_SETS = {"cls": ("cls",), "cls + mean patch": ("cls", "mean")}
 
@@ -84,7 +85,7 @@ def score(scoring: Scoring) -> Scores:
         train, test = (_gathered(side[VIEW], parts) for side in (scoring.features.train, scoring.features.test))
         chosen = chosen_lambda(train, known, fit, held_out, scoring.settings)
         chances, converged = probabilities(train, known, test, chosen, scoring.settings.iterations)
-        figures.append(mean_figure(f"top-1, {name}", (chances.argmax(dim=1) == truth).double()))
+        figures.append(mean_figure(f"top-1, {name}", (chances.argmax(dim=1) == truth).double(), caution=MEANS))
         notes.append(f"{name}: λ = {chosen:g}" + ("" if converged else "; L-BFGS did not converge"))
     if not held_out:
         notes.append("λ could not be chosen: every class has one image to train on")

@@ -30,6 +30,7 @@ from sinder_cli.tasks import (
     tracked,
 )
 
+from . import TRAINED
 from .labelling import (
     MIOU_NOISE,
     LabelSettings,
@@ -107,7 +108,9 @@ def score(scoring: Scoring) -> Scores:
         height, width = dataset.truth[index].read().shape
         return class_picture(found(index, (height, width)).numpy())
 
-    figures = figures_of(counted, MIOU_NOISE) + (figures_by_class(counted, classes) if settings.by_class else ())
+    figures = figures_of(counted, MIOU_NOISE, TRAINED) + (
+        figures_by_class(counted, classes) if settings.by_class else ()
+    )
     notes = [words_by_class(counted, classes)]
     if unseen := [name for name, is_seen in zip(classes, seen.tolist(), strict=True) if not is_seen]:
         names = ", ".join(unseen[:MOST_NAMED]) + (", …" if len(unseen) > MOST_NAMED else "")

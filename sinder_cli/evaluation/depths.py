@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from sinder_cli.errors import BadInputError, NoInputError, SinderError, UnavailableError, UsageError
 from sinder_cli.evaluation.contract import Dataset, Places
 from sinder_cli.evaluation.layouts import one_folder, pairs_by_stem, split_by_seed, split_folders, without_partner
-from sinder_cli.events import tracked
+from sinder_cli.events import Warned, tracked
 from sinder_cli.images.decoding import UnreadableImageError, upright_size
 from sinder_cli.images.sources import ImageFiles, find_images
 from sinder_cli.memory import is_out_of_memory
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 DepthMap: TypeAlias = "np.ndarray[Any, np.dtype[np.float32]]"  # metres, [H, W]
 Pair = tuple[Path, Path]  # an image, and its depth
+LEAST = 3  # images to split: one to train on, and two to test
 WANTED = ("depth", "images with depth")
+ENOUGH_USED = 0.99  # of the pixels with depth: below it, a warning
 SUFFIXES = (".png", ".npy", ".exr")
 NYU_IMAGE, NYU_DEPTH = "rgb_", "sync_depth_"  # how BTS names the files of NYUd
 NYU_LISTS = ("nyu_train.txt", "nyu_test.txt")
@@ -28,20 +30,29 @@ EXR_CHANNELS = ("Z", "Y", "depth", "R")  # the first of these, where a file has 
 
 
 def depth_pairs(
-    places: Places, train_share: float, scale: float | None, valid: Callable[[Path, DepthMap], Any]
+    places: Places,
+    train_share: float,
+    scale: float | None,
+    limits: tuple[float, float],
+    valid: Callable[[Path, DepthMap], Any],
 ) -> Dataset:
     """Read images with depth; the truth of an image is the path of its depth map.
 
     NYUd: `train/` and `test/`, `sync/` and `official_splits/test/`, or `nyu_train.txt` and `nyu_test.txt`, with
     `SCENE/rgb_00000.jpg` and `SCENE/sync_depth_00000.png`; or `images/` and `depth/` with the same names, with or
     without splits. What has no splits is split by the seed, `train_share` to train on.
-    All depth maps are read once: `valid` returns the mask of the pixels of one that count.
+    All depth maps are read once: `valid` returns the mask of the pixels of one that count, which lie within `limits`,
+    in metres; a warning says so if others are more than a few.
     Raises `NoInputError` for a missing folder, and `BadInputError`, which names the file, for an image without depth
     and the reverse, sizes that differ, depth that cannot be read or has no valid pixel, or fewer than two images.
     """
     train, test, how = _both_splits(places, train_share)
-    for image, depth in tracked([*train, *test], places.emit, "depth", len(train) + len(test), "maps"):
-        _check(image, depth, scale, valid)
+    pairs = tracked([*train, *test], places.emit, "depth", len(train) + len(test), "maps")
+    counts = [_check(image, depth, scale, limits, valid) for image, depth in pairs]
+    known, used = (sum(column) for column in zip(*counts, strict=True))
+    if used < ENOUGH_USED * known:
+        outside, (low, high) = f"{100 * (1 - used / known):.0f} % of the pixels with depth", limits
+        places.emit(Warned(f"{outside} lie outside {low:g} to {high:g} m (depth.min_depth, depth.max_depth): left out"))
     note = f"{len(train):,} images to train on, {len(test):,} to test; {how}"
     return Dataset(
         ImageFiles(tuple(image for image, _ in test)),
@@ -152,14 +163,24 @@ def _listed(path: Path) -> list[Pair]:
 
 
 def _split_pairs(pairs: list[Pair], folder: Path, train_share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    if len(pairs) < 2:
-        raise BadInputError(f"cannot split {folder}", "there is one image", "give two or more")
-    train, test = split_by_seed(pairs, train_share, f"{seed} depth")
+    if len(pairs) < LEAST:
+        images = ", ".join(str(image) for image, _ in pairs)
+        raise BadInputError(f"cannot split {folder}", f"it has {images} alone", f"give {LEAST} images or more")
+    train, test = split_by_seed(pairs, train_share, f"{seed} depth", LEAST - 1)
     return sorted(train), sorted(test)
 
 
-def _check(image: Path, path: Path, scale: float | None, valid: Callable[[Path, DepthMap], Any]) -> None:
-    """Raise `BadInputError` for a depth map that does not belong to its image, or has no valid pixel."""
+def _check(
+    image: Path,
+    path: Path,
+    scale: float | None,
+    limits: tuple[float, float],
+    valid: Callable[[Path, DepthMap], Any],
+) -> tuple[int, int]:
+    """Return the number of pixels with depth, and of those within the limits.
+
+    Raises `BadInputError` for a depth map that does not belong to its image, or has no valid pixel.
+    """
     try:
         width, height = upright_size(image)
     except UnreadableImageError as error:
@@ -168,10 +189,11 @@ def _check(image: Path, path: Path, scale: float | None, valid: Callable[[Path, 
     if depth.shape != (height, width):
         why = f"it has {depth.shape[1]}×{depth.shape[0]} pixels, and {image} has {width}×{height}"
         raise BadInputError(f"cannot use {path}", why, "give both the same size")
+    known = depth[(depth > 0) & (depth < float("inf"))]
     if not valid(path, depth).any():
-        known = depth[depth > 0]
         seen = f"; it has {known.min():.4g} to {known.max():.4g}" if known.size else ""
         raise BadInputError(f"cannot use {path}", f"no pixel has a depth within the range{seen}", "check the scale")
+    return known.size, int(((known > limits[0]) & (known < limits[1])).sum())
 
 
 def read_depth(path: Path, scale: float | None) -> DepthMap:

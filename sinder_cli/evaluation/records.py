@@ -38,6 +38,7 @@ class ValueRecord(Record):
     images: int = Field(description="Images with something to measure.")
     to_original: DifferenceRecord | None = None
     to_smoothed: DifferenceRecord | None = None
+    to_inpainted: DifferenceRecord | None = None
 
 
 class FigureRecord(Record):
@@ -46,7 +47,7 @@ class FigureRecord(Record):
     name: str
     unit: Literal["%", ""]
     better: Literal["higher", "lower", "neither"]
-    noise: float = Field(description="Difference that published repetitions of the protocol have, in the unit.")
+    noise: float = Field(description="What repetitions of the protocol differ by, in the unit: less is noise.")
     caution: str = Field(default="", description="What the figure cannot see.")
     values: tuple[ValueRecord, ...]
 
@@ -98,7 +99,7 @@ class Evaluation(Record):
         for task in self.tasks:
             for figure in task.figures:
                 for value in figure.values:
-                    to_original, to_smoothed = value.to_original, value.to_smoothed
+                    to_original, to_smoothed, to_inpainted = value.to_original, value.to_smoothed, value.to_inpainted
                     yield {
                         "task": task.task,
                         "figure": figure.name,
@@ -115,4 +116,8 @@ class Evaluation(Record):
                         "low_to_smoothed": to_smoothed and to_smoothed.low,
                         "high_to_smoothed": to_smoothed and to_smoothed.high,
                         "standing_to_smoothed": to_smoothed and to_smoothed.standing,
+                        "difference_to_inpainted": to_inpainted and to_inpainted.value,
+                        "low_to_inpainted": to_inpainted and to_inpainted.low,
+                        "high_to_inpainted": to_inpainted and to_inpainted.high,
+                        "standing_to_inpainted": to_inpainted and to_inpainted.standing,
                     }

@@ -45,7 +45,7 @@ from sinder_cli.evaluation.records import (
 from sinder_cli.evaluation.registry import blamed
 from sinder_cli.evaluation.sentences import sentences_of
 from sinder_cli.evaluation.settings import EvaluateSettings
-from sinder_cli.evaluation.statistics import compared
+from sinder_cli.evaluation.statistics import compared, noise_of
 from sinder_cli.evaluation.views import DERIVED, Observer, ViewPreprocessing
 from sinder_cli.events import Emit, Finished, Started, Warned
 from sinder_cli.images.loading import sampled
@@ -190,7 +190,10 @@ class _Task:
                 raise UnavailableError(f"task {run.task.name!r} failed", why, "tell its author")
         for view in views.values():
             ViewPreprocessing.of(view, backbone)  # sizes that do not fit, before anything is run
-        return cls(run.task, run.settings, _limited(dataset, settings), views)
+        limited = _limited(dataset, settings)
+        if len(limited.test) == 1:
+            raise _one_image(run.task, limited.test.name(0))
+        return cls(run.task, run.settings, limited, views)
 
     @property
     def patches_matter(self) -> bool:
@@ -414,10 +417,13 @@ def _usable(
                 f"no {split} image can be used for {each.task.name}", why, "check --data and --image-size"
             )
     if len(usable["test"]) < LEAST_IMAGES:
-        only = each.dataset.test.name(usable["test"][0])
-        why = f"{only} is the only image that can be used, and differences need several"
-        raise BadInputError(f"cannot evaluate {each.task.name}", why, "give more images")
+        raise _one_image(each.task, each.dataset.test.name(usable["test"][0]))
     return usable, skipped
+
+
+def _one_image(task: Task, name: str) -> BadInputError:
+    why = f"{name} is the only image to test on that can be used, and differences need several"
+    return BadInputError(f"cannot evaluate {task.name}", why, "give more images")
 
 
 def _some(dataset: Dataset, kept: Mapping[str, Sequence[int]]) -> Dataset:
@@ -466,6 +472,7 @@ def _figures(scores: Mapping[SideName, Scores], images: int, settings: EvaluateS
                 images=measured.images,
                 to_original=measured.to_original,
                 to_smoothed=measured.to_smoothed,
+                to_inpainted=measured.to_inpainted,
             )
             for side, measured in compared(of_sides, images, settings.resamples, settings.seed).items()
         )
@@ -474,7 +481,7 @@ def _figures(scores: Mapping[SideName, Scores], images: int, settings: EvaluateS
                 name=name,
                 unit=first.unit,
                 better=first.better,
-                noise=first.noise,
+                noise=noise_of(of_sides),
                 caution=first.caution,
                 values=values,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from sinder_cli.evaluation.records import DifferenceRecord, Evaluation, FigureRecord
+from sinder_cli.evaluation.records import DifferenceRecord, Evaluation, FigureRecord, Standing, ValueRecord
 
 
 def headline(evaluation: Evaluation) -> str:
@@ -26,7 +26,7 @@ def headline(evaluation: Evaluation) -> str:
     words = f"Of {len(judged)} figures, {label} is better than the original on {counts['better']}, worse on"
     words += f" {counts['worse']}, and within noise on {counts['within noise']}."
     if counts["too few images"]:
-        words += f" On {counts['too few images']}, too few images have anything to measure."
+        words += f" On {counts['too few images']}, there are too few images to say."
     if counts["better"] and any(value.to_smoothed for value in judged):
         words += f" On {beaten} of the {counts['better']} it also beats averaging the marked tokens at the end."
     return words
@@ -38,6 +38,7 @@ def sentences_of(figures: Sequence[FigureRecord], label: str = "repaired") -> tu
 
 
 AVERAGING = "averaging the marked tokens at the end"
+INPAINTED = "the inpainted original"
 
 
 def _sentences(figure: FigureRecord, label: str) -> Iterator[str]:
@@ -47,38 +48,55 @@ def _sentences(figure: FigureRecord, label: str) -> Iterator[str]:
     against = repaired.to_original
     if against.standing == "too few images":
         images = f"{against.images} image{'' if against.images == 1 else 's'}"
-        words = f"{shown(against.value)} on the {images} with something to measure"
+        words = f"{shown(against.value)} on {images}"
         yield f"{figure.name}: too few images to judge ({words})."
         return
     words = f"{figure.name}: {label} is {_against(against, 'than the original', figure)}"
     if original is not None and against.images < max(original.images, repaired.images):
         words += f", on the {against.images} images in which both can be measured"
-    if repaired.to_smoothed is not None:
-        words += _placebo_words(against.standing == "better", repaired.to_smoothed, figure)
-    yield f"{words}."
+    words += _placebo_words(against.standing, repaired, figure)
+    yield f"{words}{_blur_words(repaired, figure)}."
 
 
-def _placebo_words(better: bool, placebo: DifferenceRecord, figure: FigureRecord) -> str:
-    """Return how the second model compares with the smoothed original, where that matters.
+def _placebo_words(standing: Standing, repaired: ValueRecord, figure: FigureRecord) -> str:
+    """Return how the second model compares with the placebo: the smoothed original, or, for cls, the inpainted one.
 
-    `better` says whether it is better than the original. The filter is named only where it was measured to be no worse.
+    `standing` is its own against the original. It is called a filter only where it is better, and the placebo was
+    measured to be no worse.
     """
+    better = standing == "better"
+    placebo = repaired.to_smoothed or repaired.to_inpainted
+    if placebo is None:
+        return ""
+    other = AVERAGING if repaired.to_smoothed is not None else INPAINTED
     compared = f"({interval(placebo, figure)} against that)"
     filtering = "by this figure the repair is an inpainting filter"
     if placebo.standing == "worse":
-        return f"; {AVERAGING} is better {compared}" + (f": {filtering}, and not the best" if better else "")
-    if not better:
-        return ""
+        return f"; {other} is better {compared}" + (f": {filtering}, and not the best" if better else "")
     if placebo.standing == "better":
-        return f", and {_against(placebo, f'than {AVERAGING}', figure)}"
+        return f", and {_against(placebo, f'than {other}', figure)}" if better else ""
     if placebo.standing == "within noise":
-        return f"; but it is within noise of {AVERAGING} {compared}: {filtering}, as far as these images show"
-    return f"; too few images compare it with {AVERAGING}"
+        if better:
+            return f"; but it is within noise of {other} {compared}: {filtering}, as far as these images show"
+        return f", and of {other} {compared}" if standing == "within noise" else ""
+    return f"; too few images compare it with {other}" if better else ""
+
+
+def _blur_words(repaired: ValueRecord, figure: FigureRecord) -> str:
+    """Return a caution where a mere blur is better than the original, and than the second model."""
+    blurred = figure.of("blurred")
+    if blurred is None or blurred.value is None or repaired.value is None or blurred.to_original is None:
+        return ""
+    above = blurred.value > repaired.value if figure.better == "higher" else blurred.value < repaired.value
+    if blurred.to_original.standing != "better" or not above:
+        return ""
+    return "; a blurred map of the original is better still: the figure rewards smoothness"
 
 
 def _against(difference: DifferenceRecord, than: str, figure: FigureRecord) -> str:
     if difference.standing == "within noise":
-        why = f"; repetitions differ by ±{figure.noise:.2g}" if abs(difference.value) <= figure.noise else ""
+        unsteady = figure.noise > 0 and abs(difference.value) <= figure.noise
+        why = f"; repetitions differ by ±{figure.noise:.2g}" if unsteady else ""
         return f"within noise of {than.removeprefix('than ')} ({interval(difference, figure)}{why})"
     return f"{difference.standing} {than} ({interval(difference, figure)})"
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_COUNTS = 2**22  # images × resamples at a time
-BASES: tuple[SideName, ...] = ("original", "smoothed")  # that all sides are compared with
+BASES: tuple[SideName, ...] = ("original", "smoothed", "inpainted")  # that all sides are compared with
 LEVEL = 0.95
 LEAST_IMAGES = 5  # with something to measure, for an interval to mean anything
 KNOWN = 0.9  # share of the resamples in which there is something to measure
@@ -36,6 +36,7 @@ class Measured:
     images: int  # with something to measure
     to_original: DifferenceRecord | None = None  # None for the original itself
     to_smoothed: DifferenceRecord | None = None
+    to_inpainted: DifferenceRecord | None = None
 
 
 def resamples(images: int, count: int, seed: int) -> Iterator[Tensor]:
@@ -49,7 +50,8 @@ def resamples(images: int, count: int, seed: int) -> Iterator[Tensor]:
 
 
 def compared(figures: Mapping[SideName, Figure], images: int, count: int, seed: int) -> dict[SideName, Measured]:
-    """Return a figure of every side, and its differences to the original and to the smoothed original."""
+    """Return a figure of every side, and its differences to the original and to two placebos."""
+    noise = noise_of(figures)
     pairs = [(side, base) for base in BASES if base in figures for side in figures if side != base]
     common = {(side, base): _known(figures[side]) & _known(figures[base]) for side, base in pairs}
     parts: dict[tuple[SideName, SideName], list[Tensor]] = {pair: [] for pair in pairs}
@@ -66,14 +68,17 @@ def compared(figures: Mapping[SideName, Figure], images: int, count: int, seed: 
         own, other = (_values(figures[each], known.double()[None])[0].item() for each in (side, base))
         if not math.isfinite(own - other):
             return None
-        return _difference(figures[side], own - other, torch.cat(parts[side, base]), int(known.sum()))
+        return _difference(figures[side], noise, own - other, torch.cat(parts[side, base]), int(known.sum()))
 
     return {
-        side: Measured(
-            values[side], int(_known(figure).sum()), difference(side, "original"), difference(side, "smoothed")
-        )
+        side: Measured(values[side], int(_known(figure).sum()), *(difference(side, base) for base in BASES))
         for side, figure in figures.items()
     }
+
+
+def noise_of(figures: Mapping[SideName, Figure]) -> float:
+    """Return the noise of one figure for all of its differences: the largest that a side has."""
+    return max(figure.noise for figure in figures.values())
 
 
 def _known(figure: Figure) -> Tensor:
@@ -95,18 +100,18 @@ def _value(figure: Figure) -> float | None:
     return value if math.isfinite(value) else None  # nothing to measure
 
 
-def _difference(figure: Figure, value: float, resampled: Tensor, images: int) -> DifferenceRecord:
+def _difference(figure: Figure, noise: float, value: float, resampled: Tensor, images: int) -> DifferenceRecord:
     known = resampled[resampled.isfinite()]
     if images < LEAST_IMAGES or len(known) < KNOWN * len(resampled):
         return DifferenceRecord(value=value, images=images, standing="too few images")
     tail = (1 - LEVEL) / 2
     low, high = (torch.quantile(known, at).item() for at in (tail, 1 - tail))
-    standing = _standing(figure, value, low, high)
+    standing = _standing(figure, noise, value, low, high)
     return DifferenceRecord(value=value, low=low, high=high, images=images, standing=standing)
 
 
-def _standing(figure: Figure, value: float, low: float, high: float) -> Standing:
-    if low <= 0 <= high or abs(value) <= figure.noise:
+def _standing(figure: Figure, noise: float, value: float, low: float, high: float) -> Standing:
+    if low <= 0 <= high or abs(value) <= noise:
         return "within noise"
     if figure.better == "neither":
         return "higher" if value > 0 else "lower"

@@ -240,9 +240,12 @@ def _repaired_blocks(rows: Sequence[facts.BlockComparison]) -> RenderableType:
 
 CAPTION = (
     "≈: within noise of the original: its 95 % interval over resampled images contains 0, or it is less than"
-    " repetitions of the protocol differ by. ?: too few images to judge."
+    " repetitions of the protocol differ by. ?: too few images to judge. ↓: lower is better; ·: neither end is."
 )
 STANDINGS = {"better": "green", "worse": "red", "within noise": "dim", "too few images": "dim"}  # as a style
+
+
+ARROWS = {"higher": "", "lower": " ↓", "neither": " ·"}  # by which end of a figure is better
 
 
 def evaluation_table(evaluation: Evaluation, folder: Path | None = None) -> RenderableType:
@@ -255,8 +258,8 @@ def evaluation_table(evaluation: Evaluation, folder: Path | None = None) -> Rend
         for side in sides:
             table.add_column(side.label, justify="right")
         for figure in task.figures:
-            unit = f", {figure.unit}" if figure.unit else ""
-            table.add_row(f"{figure.name}{unit}", *(_evaluated(figure.of(side.side)) for side in sides))
+            unit, arrow = f", {figure.unit}" if figure.unit else "", ARROWS[figure.better]
+            table.add_row(f"{figure.name}{unit}{arrow}", *(_evaluated(figure.of(side.side)) for side in sides))
         labels = {side.side: side.label for side in evaluation.sides}
         notes = [f"{labels[side]}: {note}" for side, texts in task.notes.items() for note in texts]
         parts += [table, Text(task.protocol, "dim"), *notes, *task.sentences, ""]

@@ -37,6 +37,7 @@ from sinder_cli.cli.main import main
 from sinder_cli.evaluation.contract import Dataset, Figure, Places, Scoring, SideFeatures, View
 from sinder_cli.evaluation.settings import EvaluateSettings
 from sinder_cli.evaluation.views import ViewPreprocessing
+from sinder_cli.events import Warned
 from sinder_cli.images.sources import DrawnImages
 from sinder_cli.requests import EvaluateRequest
 from sinder_cli.tasks import read_depth
@@ -373,11 +374,35 @@ def test_every_format_gives_metres(tmp_path: Path, suffix: str) -> None:
 
 
 def test_an_image_is_compared_as_its_exif_turns_it(tmp_path: Path) -> None:
-    folders(tmp_path, "a", "b")
+    folders(tmp_path, "a", "b", "c")
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (HEIGHT, WIDTH)).save(tmp_path / "images" / "a.jpg", exif=exif)
-    assert len(read(tmp_path).test) == 1
+    assert len(read(tmp_path).test) == 2
+
+
+@pytest.mark.parametrize(("most", "warned"), [(10.0, False), (1.5, True)])
+def test_depth_beyond_the_range_is_not_left_out_in_silence(tmp_path: Path, most: float, warned: bool) -> None:
+    folders(tmp_path, "a", "b", "c")
+    for path in (tmp_path / "depth").iterdir():
+        with Image.open(path) as file:
+            values = np.asarray(file).copy()
+        values[: len(values) // 2] //= 2  # 1 m above, 2 m below
+        Image.fromarray(values).save(path)
+    heard: list[Any] = []
+    settings = SETTINGS.model_copy(update={"max_depth": most})
+    TASK.read(Places((str(tmp_path),), (), 0, heard.append), settings)
+    words = [event.text for event in heard if isinstance(event, Warned)]
+    assert len(words) == warned
+    assert all("% of the pixels with depth lie outside 0.001 to 1.5 m" in text for text in words)
+
+
+@pytest.mark.parametrize("count", [3, 4, 7])
+def test_two_images_at_least_are_left_to_test(tmp_path: Path, count: int) -> None:
+    folders(tmp_path, *"abcdefg"[:count])
+    found = read(tmp_path)
+    assert found.train is not None
+    assert (len(found.test) >= 2, len(found.test) + len(found.train)) == (True, count)
 
 
 def broken_png(root: Path) -> None:
@@ -449,7 +474,7 @@ MALFORMED: list[tuple[Callable[[Path], None], str]] = [
     (no_depth, r"cannot use .*images/a\.jpg: it has no depth in .*depth"),
     (no_image, r"cannot use .*depth/a\.png: it has no image in .*images"),
     (twice, r"cannot use .*depth/a\.png: a\.npy has the same name; remove or rename one"),
-    (alone, r"cannot split .*: there is one image; give two or more"),
+    (alone, r"cannot split .*: it has .*images/a\.jpg alone; give 3 images or more"),
     (broken_image, r"cannot read .*images/a\.jpg: "),
 ]
 
@@ -477,14 +502,14 @@ def test_a_missing_partner_is_named_in_nyud(tmp_path: Path) -> None:
 
 
 def test_integers_need_a_scale(tmp_path: Path) -> None:
-    folders(tmp_path, "a", "b")
+    folders(tmp_path, "a", "b", "c")
     with pytest.raises(UsageError, match=r"no scale for .*depth/.\.png: .*depth\.scale=1000") as caught:
         read(tmp_path, settings=NO_SCALE)
     assert caught.value.exit_code == 2
 
 
 def test_exr_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders(tmp_path, "a", "b", suffix=".exr")
+    folders(tmp_path, "a", "b", "c", suffix=".exr")
     monkeypatch.setitem(sys.modules, "OpenEXR", None)
     with pytest.raises(UnavailableError, match=r"sinder-cli\[evaluate\]") as caught:
         read(tmp_path)

@@ -234,9 +234,10 @@ def test_unreadable_images_are_skipped_and_named(request_: EvaluateRequest, pict
     assert [Path(name).name for name in task.skipped] == ["2.png"]
     shutil.rmtree(tmp_path / "pictures")
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "0.png").write_bytes(b"no image")
+    for name in ("0.png", "1.png"):
+        (tmp_path / "pictures" / name).write_bytes(b"no image")
     with pytest.raises(
-        SinderError, match=r"no test image can be used for dense: all 1 failed, the first, .*0\.png"
+        SinderError, match=r"no test image can be used for dense: all 2 failed, the first, .*0\.png"
     ) as error:
         api.evaluate(replace(request_, data=[tmp_path / "pictures"]))
     assert error.value.exit_code == 65
@@ -381,7 +382,7 @@ def test_only_the_first_page_is_said_to_be_used(request_: EvaluateRequest, pictu
 
 
 def test_a_single_image_is_refused(request_: EvaluateRequest, pictures: Path) -> None:
-    with pytest.raises(SinderError, match=r"0\.png is the only image that can be used") as error:
+    with pytest.raises(SinderError, match=r"0\.png is the only image to test on") as error:
         api.evaluate(replace(request_, data=[pictures / "0.png"]))
     assert error.value.exit_code == 65
 

@@ -74,7 +74,38 @@ def test_a_filter_is_not_named_where_too_few_images_compare() -> None:
 def test_averaging_that_is_better_is_always_named(original: str) -> None:
     assert "averaging the marked tokens at the end is better" in said(original, "worse")
     assert "filter" not in said(original, "worse")
-    assert "averaging" not in said(original, "better") + said(original, "within noise")
+    assert "averaging" not in said(original, "better")
+    assert (", and of averaging" in said(original, "within noise")) is (original == "within noise")
+
+
+def test_figures_of_cls_alone_are_held_against_the_inpainted_original() -> None:
+    repaired = ValueRecord(
+        side="repaired", value=9, images=12, to_original=difference("better"), to_inpainted=difference("within noise")
+    )
+    values = (ValueRecord(side="original", value=4, images=12), repaired)
+    (sentence,) = sentences_of([figure("better", None).model_copy(update={"values": values})], "mine")
+    assert "; but it is within noise of the inpainted original (" in sentence
+    assert "an inpainting filter" in sentence
+
+
+@pytest.mark.parametrize(
+    ("value", "standing", "named"), [(11, "better", True), (7, "better", False), (11, "worse", False)]
+)
+def test_a_blur_that_scores_higher_still_is_named(value: float, standing: str, named: bool) -> None:
+    whole = figure("better", "better")
+    blurred = ValueRecord(side="blurred", value=value, images=12, to_original=difference(standing))
+    (sentence,) = sentences_of([whole.model_copy(update={"values": (*whole.values, blurred)})], "mine")
+    assert ("a blurred map of the original is better still" in sentence) is named
+
+
+def test_repetitions_are_named_only_where_they_differ() -> None:
+    tie = DifferenceRecord(value=0, low=0, high=0, images=12, standing="within noise")
+    repaired = ValueRecord(side="repaired", value=4, images=12, to_original=tie)
+    whole = figure("better", None).model_copy(
+        update={"values": (ValueRecord(side="original", value=4, images=12), repaired)}
+    )
+    assert "repetitions" not in sentences_of([whole], "mine")[0]
+    assert "repetitions differ by ±0.15" in sentences_of([whole.model_copy(update={"noise": 0.15})], "mine")[0]
 
 
 def test_a_difference_over_fewer_images_is_said_to_be() -> None:

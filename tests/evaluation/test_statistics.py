@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sinder_cli.evaluation.contract import Figure, mean_figure
-from sinder_cli.evaluation.statistics import compared, resamples
+from sinder_cli.evaluation.statistics import compared, noise_of, resamples
 
 
 def test_differences_and_intervals_are_those_of_a_loop() -> None:
@@ -59,6 +59,19 @@ def test_a_difference_has_a_standing(better: str, gain: float, noise: float, sta
     difference = compared({"original": one, "repaired": other}, 20, 200, 0)["repaired"].to_original
     assert difference is not None
     assert difference.standing == standing
+
+
+def test_the_larger_noise_of_two_sides_is_that_of_their_difference() -> None:
+    values = torch.linspace(0, 1, 40, dtype=torch.float64)
+    noises = {"original": 0.0, "repaired": 5.0}
+    sides = {side: mean_figure("f", values + 0.009 * noise, noise=noise) for side, noise in noises.items()}
+    assert noise_of(sides) == 5.0  # type: ignore[arg-type]
+    found = compared(sides, 40, 100, 0)["repaired"].to_original  # type: ignore[arg-type]
+    assert found is not None
+    assert (round(found.value, 6), found.standing) == (4.5, "within noise")
+    swapped = compared({"original": sides["repaired"], "repaired": sides["original"]}, 40, 100, 0)
+    assert swapped["repaired"].to_original is not None
+    assert swapped["repaired"].to_original.standing == "within noise"
 
 
 def test_values_that_are_unknown_are_left_out() -> None:

@@ -192,8 +192,8 @@ def _changed(
             panels = list(_panels(scored, index, photograph, pair, labels))
         _write_panels(folder, f"{record.task}-{index:05}", panels)
         change = float(changes[index])
-        words = "no change" if change == 0 else f"{'better' if change > 0 else 'worse'} by {abs(change):.3g} as scored"
-        yield ChangedImage(name, words, panels)
+        words = "no change" if change == 0 else f"{'better' if change > 0 else 'worse'} by {abs(change):.3g}"
+        yield ChangedImage(name, f"{words} as scored", panels)
 
 
 def _write_panels(folder: Path, stem: str, panels: Sequence[Panel]) -> None:
