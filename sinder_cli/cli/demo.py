@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 
 from sinder_cli import api
 from sinder_cli.cli.output import program_as_called, show
+from sinder_cli.errors import CannotCreateError
 from sinder_cli.exporting.targets import ExportSettings
 from sinder_cli.folders import RUNS
 from sinder_cli.report.progress import display
@@ -36,6 +37,7 @@ def command(
     from sinder_cli.backbone.hooks import ModelRequest
     from sinder_cli.report.tables import export_table, prediction_table, repair_table
 
+    _require_own(out)
     with display() as emit:
         process = Process(emit)
         prediction = api.predict_defects(PredictRequest(ModelRequest(MODEL)), process=process)
@@ -65,6 +67,22 @@ def command(
     _show(*words)
     for line in NEXT:  # not as wide as the terminal: a command that is broken in two is none
         print(f"  {program} {line.format_map(named)}")
+
+
+def _require_own(out: Path) -> None:
+    """Refuse to replace a run that is not an earlier demo's. Raises `CannotCreateError`."""
+    from sinder_cli.repairing.folder import RunFolder
+    from sinder_cli.repairing.settings import WITHOUT_EFFECT, RepairSettings
+
+    run = RunFolder(out)
+    if not run.config.is_file():
+        return  # the repair itself refuses a folder of other files
+    config = run.read_config()
+    usual = RepairSettings.model_validate({}).model_dump(mode="json", exclude={*WITHOUT_EFFECT, "image_size"})
+    same = all(config["settings"].get(name) == value for name, value in usual.items())
+    if config["call"]["model"] == MODEL and not config["images"]["given"] and same:
+        return
+    raise CannotCreateError(f"cannot replace {out}", "it holds a run that is no demo's", "name another --out")
 
 
 def _show(*parts: RenderableType) -> None:

@@ -123,6 +123,13 @@ def test_the_demo_tells_the_story_and_what_comes_next(sinder: Sinder, tmp_path: 
         assert name == "evaluate" or sinder(name, *rest, cwd=tmp_path).returncode == 0
     again = sinder("demo", "--out", str(tmp_path / "demo"))
     assert again.returncode == 0, again.stderr
+    config = json.loads((tmp_path / "demo" / "config.json").read_text())
+    for change in ({"images": config["images"] | {"given": 12}}, {"settings": config["settings"] | {"max_steps": 6}}):
+        (tmp_path / "demo" / "config.json").write_text(json.dumps(config | change))
+        refused = sinder("demo", "--out", str(tmp_path / "demo"))
+        assert refused.returncode == 73
+        assert "it holds a run that is no demo's" in refused.stderr
+    assert (tmp_path / "demo" / "exported.pth").is_file()
 
 
 def test_models_are_filtered_by_their_names(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from headless import DARK, HEIGHT, LIGHT, Seen, audit, browser, look
+from headless import DARK, HEIGHT, LIGHT, Seen, audit, browser, look, printed, unpacked
 from made_analysis import Made
 from PIL import Image
 
@@ -96,6 +97,22 @@ def test_everybody_can_read_it(name: str, scheme: str, tmp_path: Path, make_resu
     assert found["dark"] is (scheme == DARK)
     assert found["passed"] >= 20
     assert found["violations"] == []
+
+
+@pytest.mark.parametrize("scheme", [LIGHT, DARK], ids=["light", "dark"])
+def test_pages_print_whole_and_on_white(scheme: str, tmp_path: Path, make_result: MakeResult) -> None:
+    """Dark mode is for screens: both schemes print the same, on some pages, none of them cut at the side."""
+    program = browser()
+    if program is None:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
+    write_analysis(tmp_path / "out", ANALYSES["one side"].result(), silent)
+    pages = [(tmp_path / "out" / "report.html").read_text("utf-8"), render_repair_page(make_result())]
+    for page, most in zip(pages, (9, 9), strict=True):
+        pdf = printed(program, page, scheme, tmp_path)
+        assert 2 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= most  # sheets
+        filled = {tuple(map(float, found)) for found in re.findall(rb"([\d.]+) ([\d.]+) ([\d.]+) rg", unpacked(pdf))}
+        assert filled
+        assert not {colour for colour in filled if 0.95 < min(colour) < 1}  # the paper of the screen
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import json
 import re
 import shutil
 import subprocess
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,25 @@ def _run(program: str, profile: Path, width: int, task: str, page: Path) -> subp
     size = f"--window-size={max(width, 500)},{HEIGHT}"
     command = [program, *FLAGS, f"--user-data-dir={profile}", size, task, page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+
+
+def printed(program: str, page: str, scheme: str, folder: Path) -> bytes:
+    """The page as a PDF, as the browser's own print command makes it."""
+    (folder / "printed.html").write_text(page, "utf-8")
+    pdf = folder / "printed.pdf"
+    profile = folder / f"printing-{scheme[-1]}"
+    command = [program, *FLAGS, scheme, f"--user-data-dir={profile}", "--no-pdf-header-footer", f"--print-to-pdf={pdf}"]
+    subprocess.run([*command, (folder / "printed.html").as_uri()], capture_output=True, timeout=180, check=True)
+    return pdf.read_bytes()
+
+
+def unpacked(pdf: bytes) -> bytes:
+    """The streams of a PDF that are compressed, one after the other."""
+    found = []
+    for stream in re.findall(rb"stream\r?\n(.*?)endstream", pdf, re.DOTALL):
+        with suppress(zlib.error):
+            found.append(zlib.decompress(stream))
+    return b"\n".join(found)
 
 
 AUDIT = """<body style="margin:0"><iframe src="audited.html" style="border:0;width:1200px;height:HEIGHTpx"></iframe>

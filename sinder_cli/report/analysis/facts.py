@@ -284,7 +284,7 @@ def setting_rows(analysis: Analysis) -> list[Named]:
 def origin_rows(analysis: Analysis) -> list[Named]:
     """Return what was run: models, weights, images and the version of the program."""
     sides = sides_of(analysis)
-    order = ("",) if len(sides) == 1 else (" of the first", " of the second")
+    order = ("",) if len(sides) == 1 else tuple(f", {name}" for name in short_names(analysis))
     models = [
         row
         for side, which in zip(sides, order, strict=True)
