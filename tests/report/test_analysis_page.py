@@ -158,7 +158,7 @@ def test_both_sides_have_one_name_everywhere(compared: tuple[str, Page], tmp_pat
     assert words in compared[1].text
     html, page = page_of(Made(depth=1, compared=True, drawn=0, models=("demo_vit", "demo_vit")), tmp_path)
     assert "demo_vit, first: " in page.text
-    assert "Model of the second" in page.text
+    assert "Model, second" in page.text
     assert ">B</td>" not in html
     assert "A:" not in page.text
 

@@ -48,7 +48,7 @@ def test_the_page_opens_with_a_verdict_in_words(make_result: MakeResult) -> None
     [
         (OUTCOMES["healthy"], "Healthy: nothing was trained, and the weights are bit-identical to the original's:"),
         (OUTCOMES["improved"], "Improved: outlying tokens at any block 8 → 4 of 128 on 2 images never trained on;"),
-        (OUTCOMES["improved"], "Try a higher --max-steps (now 1,000), more images, or --mark norm."),
+        (OUTCOMES["improved"], "Try --resume and a higher --max-steps (now 1,000), more images, or --mark norm."),
         (OUTCOMES["not improved"], "Not improved: the steps spoilt cls or good tokens, so none of them is kept, and"),
         (
             OUTCOMES["not improved"],
@@ -64,7 +64,7 @@ def test_the_page_opens_with_a_verdict_in_words(make_result: MakeResult) -> None
         ({"images": 1, "also_trained": 1}, "on 1 image, also trained on since no other shows a defect"),
         (
             {"changed": 0, "stopped_by": "max_steps", "recipe": "paper", "mark": "norm", "norm_factor": 3.0},
-            "Try a higher --max-steps (now 30,000), --recipe sinder, or more images.",
+            "Try --resume and a higher --max-steps (now 30,000), --recipe sinder, or more images.",
         ),
     ],
 )

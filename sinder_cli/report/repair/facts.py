@@ -189,7 +189,7 @@ def _advice(summary: dict[str, Any], settings: dict[str, Any]) -> str:
     }
     first = {
         "fidelity": smaller[settings["step"]],
-        "max_steps": f"a higher --max-steps (now {settings['max_steps']:,})",
+        "max_steps": f"--resume and a higher --max-steps (now {settings['max_steps']:,})",
         "no_gain": f"a lower --min-gain (now {number(settings['min_gain'])})"
         if greedy
         else f"a higher --stop-clean-fraction (now {number(settings['stop_clean_fraction'])})",
