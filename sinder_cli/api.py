@@ -104,7 +104,7 @@ __all__ = [
     "with_flags",
 ]
 
-FEW_IMAGES = 16  # a repair that is given fewer gets drawn pictures as well
+FEW_IMAGES = 16  # a repair that is given fewer gets drawn images as well
 # A folder of such a name is a mistake, unless it exists.
 OTHER_SUFFIXES = {".csv", ".htm", ".html", ".jsonl", ".md", ".pdf", ".png", ".safetensors", ".svg", ".txt"}
 HERE = Process()
@@ -420,7 +420,8 @@ def _read_from(request: ModelRequest) -> list[Path]:
 def _export_plan(request: ModelRequest, settings: ExportSettings, of_changes: bool) -> Plan:
     """Return the plan of an export: the backbone as it is written, and how it was repaired."""
     from sinder_cli.exporting.conversion import cast
-    from sinder_cli.exporting.targets import Plan, Repaired
+    from sinder_cli.exporting.origins import are_the_plugins_own
+    from sinder_cli.exporting.targets import Plan, Repaired, target_of
     from sinder_cli.repairing.weight_changes import read_change
 
     run = run_named(request)
@@ -437,8 +438,9 @@ def _export_plan(request: ModelRequest, settings: ExportSettings, of_changes: bo
             repaired = Repaired(read_change(run.adapter), run, lambda: _base_of(run, request))
     if settings.dtype is not None:
         backbone = cast(backbone, settings.dtype)
-    backbone = replace(backbone, license=settings.license or backbone.license)
-    return Plan(backbone, settings, request.emit, repaired)
+    own = target_of(settings.to).kind == "folder" and are_the_plugins_own(request, backbone.name)
+    backbone = replace(backbone, license=settings.license or (backbone.license if own else None))
+    return Plan(backbone, settings, request.emit, repaired, own_weights=own)
 
 
 def _base_of(run: RunFolder, request: ModelRequest) -> tuple[Backbone | None, str]:

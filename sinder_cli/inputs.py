@@ -82,7 +82,7 @@ def drawn_images(backbone: Backbone, seed: int) -> ImageSource:
 def images_of_repair(
     backbone: Backbone, named: ImageSource | None, enough: int, size: int, seed: int, emit: Emit
 ) -> ImageSource:
-    """Return the images of a repair: the named ones, followed by drawn pictures where there are fewer than `enough`.
+    """Return the images of a repair: the named ones, followed by drawn images where there are fewer than `enough`.
 
     Where none are named, a backbone that draws images itself gets its own.
     """

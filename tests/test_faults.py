@@ -64,7 +64,7 @@ def test_no_value_of_any_setting_brings_out_another_librarys_words(kind: type[De
 def test_a_setting_is_refused_with_what_it_must_be(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError) as refusal:
         read_settings(RepairSettings, settings)
-    assert str(refusal.value) == f"{words}; --help lists the settings"
+    assert str(refusal.value) == f"{words}; --help-all lists the settings"
 
 
 @pytest.mark.parametrize(

@@ -280,9 +280,9 @@ from .config import Config
 from .official import DinoVisionTransformer
 
 
-def build():
+def build(**keywords):
     config = {config!r}
-    return DinoVisionTransformer(config, {heads}, scaled_dot_product_attention)
+    return DinoVisionTransformer(config, {heads}, scaled_dot_product_attention, **keywords)
 """
 
 

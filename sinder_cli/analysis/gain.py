@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 SCALE = LinearScale(-1.0, 1.0, 40_000)  # bins of 0.00005: what matters here lies near 1
 SAME = 0.999  # cosine from which tokens count as unmoved; 2.6°
-STAY = f"99 of 100 cosines ≥ {SAME}"
 AS_GOOD_AS_ONE = 0.99995  # in four digits
 FAR = 0.9  # mean cosine of cls below which the report advises a test on a task
 MOST_IMAGES = 1000  # with a record of their own: memory does not grow with the number of images
@@ -240,27 +239,47 @@ def gain_sentence(
     if gain == "healthy":
         return "healthy: no token is outlying in any block; a repair would train nothing."
     whose = f"Without its outlying tokens ({counted})"
+    moved = moves(cls, good, marked, _moved)
     if gain == "none":
-        return f"{whose} tokens would stay as they are ({STAY}): outliers cost little, a repair has nothing to gain."
-    changed = f"marked ones by {_moved(marked.mean)}" if marked is not None else ""
+        return f"{whose} {moved}: outliers cost little, a repair has nothing to gain."
     if gain == "marked":
-        which = "cls and good patches" if cls is not None else "good patches"
-        return f"{whose} {which} would stay as they are ({STAY}), only {changed}: this much a repair could change."
-    parts = [
-        *([f"cls would move by {_moved(cls.mean)}"] if cls is not None else []),
-        *([f"good patches by {_moved(good.median, good.p01)}"] if good is not None else []),
-        changed,
+        return f"{whose} {moved}: a repair could change little but the outlying tokens themselves."
+    far = " cls moves far: outliers may carry information, test on a task whether this is an improvement."
+    return f"{whose} {moved}: this much a repair could change.{far if moves_far(cls) else ''}"
+
+
+def moves(
+    cls: Distribution | None,
+    good: Distribution | None,
+    marked: Distribution | None,
+    said: Callable[[float, float], str],
+) -> str:
+    """Return in words how far tokens would move; `said` words a cosine, and the lowest of them that matters."""
+    known = [
+        *([("cls", said(cls.mean, 1.0))] if cls is not None else []),
+        *([("good tokens", said(good.median, good.p01))] if good is not None else []),
+        *([("marked ones", said(marked.mean, 1.0))] if marked is not None else []),
     ]
-    far = cls is not None and cls.mean < FAR
-    task = " cls moves far: outliers may carry information, test on a task whether this is an improvement."
-    return f"{whose} {', '.join(filter(None, parts))}: this much a repair could change.{task if far else ''}"
+    return ", ".join(f"{who} {'by' if at else 'would move by'} {how}" for at, (who, how) in enumerate(known))
 
 
-def _moved(cosine: float, lowest: float = 1.0) -> str:
-    """Return 29° (cosine 0.8746, 1 % below 0.5) in words, without a lowest cosine that is practically 1."""
+def moves_far(cls: Distribution | None) -> bool:
+    """Return True if cls would move so far that only a task can tell whether this is an improvement."""
+    return cls is not None and cls.mean < FAR
+
+
+def angle_of(cosine: float) -> str:
+    """Return the angle of a cosine in words: 0°, under 0.1°, 2.6°, 104°."""
     degrees = math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+    if 0 < degrees < 0.1:
+        return "under 0.1°"
+    return f"{degrees:.2g}°" if degrees < 9.95 else f"{degrees:.0f}°"
+
+
+def _moved(cosine: float, lowest: float) -> str:
+    """Return 29° (cosine 0.8746, 1 % below 0.5) in words, without a lowest cosine that is practically 1."""
     below = f", 1 % below {lowest:.4f}" if lowest < AS_GOOD_AS_ONE else ""
-    return f"{degrees:.2g}° (cosine {f'{cosine:.4f}' if cosine < AS_GOOD_AS_ONE else '> 0.9999'}{below})"
+    return f"{angle_of(cosine)} (cosine {f'{cosine:.4f}' if cosine < AS_GOOD_AS_ONE else '> 0.9999'}{below})"
 
 
 def _furthest(images: Sequence[ImageInpainting]) -> list[ImageInpainting]:

@@ -223,6 +223,8 @@ def _hint(model: str, listings: list[Listing]) -> str:
         return "name an architecture, download the file, and give it with --weights"
     if model.lower().endswith(CHECKPOINT_ENDINGS):
         return "name an architecture that `sinder backbones` lists, and give the file with --weights"
+    if names_file(model):
+        return f"this is a file: the model comes first, as in `sinder analyze dinov2_vits14 {model}`"
     kind = "/OWNER/NAME" if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else "/NAME"
     taking = [name.removesuffix(kind[1:]) + model for name in names if re.fullmatch(rf"[^/]+{kind}", name)]
     if kind != "/NAME" and taking:
@@ -233,6 +235,14 @@ def _hint(model: str, listings: list[Listing]) -> str:
         return f"did you mean {' or '.join(near)}?"
     others = f"; a model of another library needs a prefix, as in {taking[0]}" if taking and "/" not in model else ""
     return f"`sinder backbones` lists the models{others}"
+
+
+def names_file(name: str) -> bool:
+    """Return True if a name is that of a file, which may stand in the place of a model by mistake."""
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # a name too long, or with a NUL
+        return False
 
 
 def _near_listings(model: str, plugins: Mapping[str, PluginEntry]) -> list[Listing]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from sinder_cli.analysis.settings import AnalyzeSettings
-from sinder_cli.cli.look import is_look, look_at
+from sinder_cli.backbone.registry import hooks_for, names_file
+from sinder_cli.cli.look import is_look, look_at, too_many
 from sinder_cli.cli.options import (
     AdapterFile,
     Attention,
@@ -33,7 +34,7 @@ from sinder_cli.cli.options import (
 )
 from sinder_cli.cli.output import shared, show
 from sinder_cli.errors import DefectsFoundError, SinderError, UsageError
-from sinder_cli.events import silent
+from sinder_cli.events import Noted, silent
 from sinder_cli.requests import AnalyzeRequest, Process
 
 if TYPE_CHECKING:
@@ -93,27 +94,28 @@ def command(
     """Show token norms, defects, and observed against predicted directions."""
     places = [*(data or []), *(more_data or [])]
     second = (compare_weights, compare_adapter, compare_heads)
-    looking = not (data or out or features) and is_look(places, format, settings)
+    alone = not (data or out or features)
+    looking = alone and is_look(places, format, settings)
     compared = compare or [] if looking else one_compared(compare)
     require_second(compared, second)
     if out == "":
         raise UsageError("no folder to write to", "--out is empty", "name one, or - for standard output")
     if picture and not looking:
-        why = (
-            "it shows up to 8 photographs given as plain arguments, without --data, --out or --features, and as a table"
-        )
-        raise UsageError("no picture to save", why, "leave --picture out, or through a pipe add --format table")
+        why = "it shows up to 8 photographs given as plain arguments, without --data, --out, --features, --format json"
+        raise UsageError("no picture to save", why, "leave --picture out")
+    if names_file(model):  # most likely a photograph; models may be called like a file
+        hooks_for(model)
     request = model_request(model, weights, adapter, heads, silent, attention, revision, branch)
     others = [model_request(each, *second, silent, attention) for each in compared]
     if looking:
         look_at([AnalyzeRequest(each, places, settings) for each in (request, *others)], picture, fail_on_defects)
         return
     asked = AnalyzeRequest(request, places, settings, next(iter(others), None), features)
-    _report(asked, out, format, fail_on_defects)
+    _report(asked, out, format, fail_on_defects, too_many(places, format) if alone else "")
 
 
-def _report(asked: AnalyzeRequest, out: str | None, format: Format, fail_on_defects: bool) -> None:
-    """Analyze, write what was asked for, and print the table or the document."""
+def _report(asked: AnalyzeRequest, out: str | None, format: Format, fail_on_defects: bool, note: str) -> None:
+    """Analyze, write what was asked for, and print the table or the document; a `note` is told before."""
     from sinder_cli import api
     from sinder_cli.report.documents import analysis_document
     from sinder_cli.report.progress import display
@@ -121,6 +123,8 @@ def _report(asked: AnalyzeRequest, out: str | None, format: Format, fail_on_defe
 
     problem: SinderError | None = None
     with shared() as ranks, display(ranks.writes) as emit:
+        if note:
+            emit(Noted(note))
         try:
             result = api.analyze(asked, None if out == "-" else out, process=Process(emit, sys.stdin, ranks=ranks))
         except SinderError as error:

@@ -82,11 +82,20 @@ def command(
     ] = None,
     license: Annotated[
         str | None,
-        typer.Option("--license", metavar="ID", help="Licence of the base model, for the card; hf-repo needs one."),
+        typer.Option(
+            "--license",
+            metavar="ID",
+            help="Licence of the base model as the Hub names it, for the card; hf-repo knows that of official weights "
+            "alone.",
+        ),
     ] = None,
     base_model: Annotated[
         str | None,
         typer.Option("--base-model", metavar="OWNER/NAME", help="Repository of the base model, for the card."),
+    ] = None,
+    repo_id: Annotated[
+        str | None,
+        typer.Option("--repo-id", metavar="OWNER/NAME", help="Repository to upload to, for the card of hf-repo."),
     ] = None,
     data: Data = None,
     verify: Annotated[
@@ -105,7 +114,7 @@ def command(
 
     shard = None if max_shard_size is None else parse_size(max_shard_size)
     settings = ExportSettings(
-        cast("TargetName", to), dtype, image_size, dynamic_size, shard, verify, force, license, base_model
+        cast("TargetName", to), dtype, image_size, dynamic_size, shard, verify, force, license, base_model, repo_id
     )
     with display() as emit:
         request = model_request(source, weights, adapter, heads, emit, revision=revision, branch=branch)

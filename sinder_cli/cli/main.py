@@ -24,6 +24,7 @@ from sinder_cli.errors import SinderError, StorageError, TryAgainError, UsageErr
 from sinder_cli.memory import is_out_of_memory
 from sinder_cli.signals import Ended, Stop
 
+HELP_FLAGS = ["-h", "--help"]
 HELP = """Predict, show and repair the singular defects of pre-trained Vision Transformers.
 
 Results go to standard output, progress and messages to standard error."""
@@ -59,7 +60,7 @@ SUBCOMMANDS = {
     "analyze": Subcommand(
         "analyze", "command", "Show token norms, defects, and observed against predicted directions."
     ),
-    "repair": Subcommand("repair", "command", "Repair a backbone's singular defects with unlabelled images."),
+    "repair": Subcommand("repair", "command", "Repair a model's singular defects with unlabelled images."),
     "evaluate": Subcommand(
         "evaluate",
         "command",
@@ -110,10 +111,12 @@ def command() -> Any:
         cls=Subcommands,
         pretty_exceptions_enable=False,
         rich_markup_mode="rich",
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={"help_option_names": HELP_FLAGS},
     )
     app.callback()(_global_options)
     tree: Any = typer.main.get_command(app)
+    for flag in (*tree.params, tree.get_help_option(tree.context_class(tree, help_option_names=HELP_FLAGS))):
+        flag.metavar = ""  # none of them has a value
     for name, subcommand in SUBCOMMANDS.items():
         tree.add_command(TyperCommand(name, help=subcommand.summary))
     return tree

@@ -57,7 +57,7 @@ Revision = Annotated[
 ]
 Branch = Annotated[
     str | None,
-    typer.Option("--branch", metavar="NAME", help="Backbone to use if the file holds several, such as teacher."),
+    typer.Option("--branch", metavar="NAME", help="Model to use if the file holds several, such as teacher."),
 ]
 AdapterFile = Annotated[
     Path | None,
@@ -115,7 +115,11 @@ Photographs = Annotated[
     ),
 ]
 Format = Annotated[
-    OutputFormat | None, typer.Option("--format", help="Default: table on a terminal, else one JSON document.")
+    OutputFormat | None,
+    typer.Option(
+        "--format",
+        help="Default: table on a terminal, else one JSON document; photographs alone are answered in words.",
+    ),
 ]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="Settings as TOML; options override them.")
@@ -143,7 +147,7 @@ def one_compared(compare: list[str] | None) -> list[str]:
     """Return the model to compare with, if there is one. Raises `UsageError` for several."""
     if compare and len(compare) > 1:
         why = f"a report has two sides, and --compare names {len(compare)} more"
-        remedy = "name up to 8 photographs, without --data or --out; through a pipe, with --format table"
+        remedy = "name up to 8 photographs, without --data or --out"
         raise UsageError("cannot compare with several models", why, remedy)
     return compare or []
 

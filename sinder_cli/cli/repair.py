@@ -72,7 +72,7 @@ def command(
     format: Format = None,
     settings: RepairSettings,
 ) -> None:
-    """Repair a backbone's singular defects with unlabelled images."""
+    """Repair a model's singular defects with unlabelled images."""
     from rich.console import Group
 
     from sinder_cli import api

@@ -51,7 +51,7 @@ class PassSettings(BaseModel):
     tf32: bool = Field(False, description="Allow TF32 in the float32 products of a pass, on CUDA devices that have it.")
     device: str = Field("auto", description=f"Device to run on: {DEVICE_NAMES}.")
     seed: int = Field(
-        0, ge=0, le=2**63 - 1, description="Random seed for the order and choice of images, and for generated images."
+        0, ge=0, le=2**63 - 1, description="Random seed for the order and choice of images, and for drawn images."
     )
     workers: int | None = Field(
         None,
@@ -82,9 +82,11 @@ class DetectionSettings(PassSettings):
         description="Multiple of the median norm above which a token is outlying; 0: the paper's rule, by angle alone.",
     )
     mask_threshold: float = Field(
-        4.0, gt=0, description="Standard deviations of equation (5) beyond which a token is marked."
+        4.0,
+        gt=0,
+        description="Standard deviations beyond which equation (5) marks a token as predicted by the weights.",
     )
-    min_tokens: int = Field(3, ge=1, le=MOST, description="Marked tokens that make a block defective.")
+    min_tokens: int = Field(3, ge=1, le=MOST, description="Defective tokens that make a block defective.")
     min_gap: float = Field(
         MIN_GAP, ge=0, description="σ₁/σ₂ that a direction needs to be trusted; 0: the paper's rule."
     )
@@ -111,7 +113,7 @@ def read_settings(kind: type[Settings], given: dict[str, object], file: Path | N
         place, why = first_fault(error, kind.model_fields)
         what = f"bad setting {place[0]!r}" if place else "settings contradict each other"
         where = f" in {file}" if file and not {*place[:1]} & given.keys() else ""
-        raise UsageError(f"{what}{where}", why, "--help lists the settings") from error
+        raise UsageError(f"{what}{where}", why, "--help-all lists the settings") from error
 
 
 def _read_toml(file: Path) -> dict[str, object]:

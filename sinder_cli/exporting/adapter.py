@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sinder_cli.errors import BadInputError, UsageError
 from sinder_cli.events import silent
-from sinder_cli.exporting.diff import require_repaired
+from sinder_cli.exporting.diff import loading_of_changes, require_repaired
 from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
 from sinder_cli.repairing.weight_changes import Adapter, read_adapter
 
@@ -49,6 +49,7 @@ TARGET = ExportTarget(
     summary="only the deltas, to be passed as --adapter",
     write=_write,
     verify=_verify,
+    loading=loading_of_changes,
     require=_require,
     suffixes=(".safetensors",),
     of_changes=True,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sinder_cli.errors import UsageError
 from sinder_cli.events import silent
-from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan, Repaired
+from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Loading, Plan, Repaired
 from sinder_cli.repairing.weight_changes import read_change, write_diff
 
 
@@ -37,11 +37,18 @@ def _verify(plan: Plan, path: Path) -> ExportCheck:
     return ExportCheck(f"applied again to {base.weights.source.label}", difference=0.0, tolerance=0.0)
 
 
+def loading_of_changes(plan: Plan, place: str) -> Loading:
+    """Return how a file of changes is applied to the weights that they belong to."""
+    call = f"model = api.open_model(ModelRequest({plan.backbone.name!r}, adapter=Path({place!r})))"
+    return Loading("from pathlib import Path; from sinder_cli import ModelRequest, api", call)
+
+
 TARGET = ExportTarget(
     kind="file",
     summary="only the changed tensors, to be passed as --adapter",
     write=_write,
     verify=_verify,
+    loading=loading_of_changes,
     require=_require,
     suffixes=(".safetensors",),
     of_changes=True,

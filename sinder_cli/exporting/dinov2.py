@@ -13,7 +13,7 @@ from sinder_cli.backbone.weights import Weights
 from sinder_cli.errors import BadInputError
 from sinder_cli.exporting.conversion import ConvertedTensors
 from sinder_cli.exporting.layouts import Layout, architecture_of, recipes
-from sinder_cli.exporting.native import read_back, write_weights
+from sinder_cli.exporting.native import loading_of_weights, read_back, write_weights
 from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
 
 NORM_EPS = 1e-6  # of DINOv2: it is in its code, not in its files
@@ -74,6 +74,7 @@ TARGET = ExportTarget(
     summary="DINOv2's official keys, whatever library the backbone is from",
     write=_write,
     verify=_verify,
+    loading=loading_of_weights,
     require=_require,
     suffixes=(".safetensors", ".pth", ".pt"),
     options=frozenset({"--dtype"}),

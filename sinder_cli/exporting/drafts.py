@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinder_cli.events import Noted, Warned
+from sinder_cli.exporting.origins import told_model
 from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
-from sinder_cli.files import json_text, public_model, sha256_of
+from sinder_cli.files import json_text, sha256_of
 from sinder_cli.folders import FORMAT, MANIFEST
 from sinder_cli.notebooks import Shown
 
@@ -34,6 +35,7 @@ class ExportResult(Shown):
     model: str
     files: tuple[Written, ...]
     check: ExportCheck
+    load: str = ""  # one line of Python that loads what was written
 
     @property
     def bytes(self) -> int:
@@ -60,8 +62,9 @@ def finished_export(plan: Plan, target: ExportTarget, check: ExportCheck, draft:
     """Return the record of a draft that is complete; a folder gets a list of its files."""
     files = _files(draft)
     if target.kind == "folder":
-        (draft / MANIFEST).write_text(json_text(_manifest(plan, check, files)), encoding="utf-8")
-    return ExportResult(out, plan.settings.to, plan.backbone.name, files, check)
+        (draft / MANIFEST).write_text(json_text(_manifest(plan, target, check, files)), encoding="utf-8")
+    load = target.loading(plan, str(out)).line
+    return ExportResult(out, plan.settings.to, plan.backbone.name, files, check, load)
 
 
 def _files(draft: Path) -> tuple[Written, ...]:
@@ -71,12 +74,12 @@ def _files(draft: Path) -> tuple[Written, ...]:
     return tuple(Written(path.relative_to(draft).as_posix(), path.stat().st_size, sha256_of(path)) for path in found)
 
 
-def _manifest(plan: Plan, check: ExportCheck, files: tuple[Written, ...]) -> dict[str, object]:
+def _manifest(plan: Plan, target: ExportTarget, check: ExportCheck, files: tuple[Written, ...]) -> dict[str, object]:
     """Return the list of files by which a folder is known as an export of sinder."""
     return {
         "format": FORMAT,
         "target": plan.settings.to,
-        "model": public_model(plan.backbone.name),
+        "model": told_model(plan, target.public),
         "verified": check.verified,
         "check": check.line,
         "versions": dict(check.versions),

@@ -25,7 +25,7 @@ from sinder_cli.backbone.sources import TensorInfo, bytes_of, open_checkpoint
 from sinder_cli.backbone.storing import write_safetensors
 from sinder_cli.backbone.weights import Weights, same_bits
 from sinder_cli.errors import BadInputError
-from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
+from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Loading, Plan
 
 
 def _write(plan: Plan, path: Path) -> None:
@@ -127,11 +127,19 @@ def _description(infos: Mapping[str, TensorInfo]) -> bytes:
     return file.getvalue()
 
 
+def loading_of_weights(_: Plan, place: str) -> Loading:
+    """Return how a file of weights is loaded as a state dict."""
+    if place.endswith(".safetensors"):
+        return Loading("from safetensors.torch import load_file", f"state = load_file({place!r})")
+    return Loading("import torch", f"state = torch.load({place!r}, map_location='cpu', weights_only=True)")
+
+
 TARGET = ExportTarget(
     kind="file",
     summary="the backbone's own keys, order and dtype",
     write=_write,
     verify=_verify,
+    loading=loading_of_weights,
     suffixes=(".safetensors", ".pth", ".pt"),
     options=frozenset({"--dtype"}),
 )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinder_cli.backbone.opening import load_module
 from sinder_cli.errors import BadInputError, SinderError, UnavailableError, UsageError, excerpt
-from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Plan
+from sinder_cli.exporting.targets import ExportCheck, ExportTarget, Loading, Plan
 from sinder_cli.exporting.verifying import NOT_LOADED, by_kind, normalized_tokens, square_images, verify_features
 from sinder_cli.memory import is_out_of_memory
 
@@ -142,11 +142,16 @@ def _verify(plan: Plan, path: Path) -> ExportCheck:
         raise _refused(plan, f"the graph is not right at three sizes that were tried: {detail}") from error
 
 
+def _loading(_: Plan, place: str) -> Loading:
+    return Loading("import onnxruntime", f"session = onnxruntime.InferenceSession({place!r})")
+
+
 TARGET = ExportTarget(
     kind="file",
     summary="one file for onnxruntime and similar runtimes, of one image size and any batch size",
     write=_write,
     verify=_verify,
+    loading=_loading,
     require=_require,
     suffixes=(".onnx",),
     options=frozenset({"--image-size", "--dynamic-size"}),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from sinder_cli.errors import UsageError
+from sinder_cli.exporting.licences import require_licence
 
 if TYPE_CHECKING:
     from sinder_cli.backbone.contract import Backbone
@@ -41,6 +42,7 @@ class Plan:
     """Everything that a target needs to write: the backbone in the requested dtype, and its origin.
 
     `repaired` is None for a model that was not repaired. `images` are those that the user named for the check.
+    `own_weights` is True if the weights before any repair are those that the plugin itself gets for the model.
     """
 
     backbone: Backbone
@@ -48,6 +50,7 @@ class Plan:
     emit: Emit
     repaired: Repaired | None = None
     images: ImageSource | None = None
+    own_weights: bool = False
 
     @property
     def image_size(self) -> int:
@@ -88,6 +91,25 @@ def nothing_to_finish(plan: Plan, path: Path) -> None:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """Python that loads an export: the imports, the call that makes the model, and lines that a card shows besides."""
+
+    imports: str
+    call: str
+    more: str = ""
+
+    @property
+    def line(self) -> str:
+        """One line that can be pasted into Python."""
+        return f"{self.imports}; {self.call}"
+
+    @property
+    def text(self) -> str:
+        """The lines for a card."""
+        return f"{self.imports}\n\n{self.call}" + (f"\n{self.more}" if self.more else "")
+
+
+@dataclass(frozen=True)
 class ExportTarget:
     """One format.
 
@@ -102,13 +124,13 @@ class ExportTarget:
     summary: str
     write: Callable[[Plan, Path], None]
     verify: Callable[[Plan, Path], ExportCheck]
+    loading: Callable[[Plan, str], Loading]  # (plan, path of what was written, or its repository) → how it is loaded
     require: Callable[[Plan], None] = nothing_to_refuse
     finish: Callable[[Plan, Path], None] = nothing_to_finish
     suffixes: tuple[str, ...] = ()
     options: frozenset[str] = frozenset()
     of_changes: bool = False
     public: bool = False  # True if the folder is meant for the world: it gets no picture of the user's photographs
-    usage: Callable[[Plan, str], str] | None = None  # (plan, name of the folder) → Python that loads it, for the card
 
 
 def target_of(name: TargetName) -> ExportTarget:
@@ -139,6 +161,7 @@ OLD_NAMES: dict[str, TargetName] = {"delta": "diff"}  # still accepted
 DtypeName = Literal["float32", "float16", "bfloat16"]
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/NAME on a hub
+LONGEST_REPOSITORY = 96  # characters of OWNER/NAME, as the Hub counts them
 CARD_OPTIONS = frozenset({"--license", "--base-model"})  # of targets that are folders, which have a card
 SHARD_BYTES = 5 * 10**9  # the largest file that suits a hub
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -160,15 +183,15 @@ class ExportSettings:
     force: bool = False
     license: str | None = None  # of the base model, as cards name it; None: the one that its plugin knows
     base_model: str | None = None  # its repository, `OWNER/NAME`
+    repo_id: str | None = None  # the repository that a folder for upload is meant for, `OWNER/NAME`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "to", OLD_NAMES.get(self.to, self.to))
-        if self.license is not None and not re.fullmatch(r"[\w.+-]+", self.license):
-            raise UsageError(
-                f"bad licence {self.license!r}", "it is no identifier", "use for example apache-2.0, or other"
-            )
-        if self.base_model is not None and not REPOSITORY.fullmatch(self.base_model):
-            raise UsageError(f"bad base model {self.base_model!r}", "it is no repository", "name it OWNER/NAME")
+        if self.license is not None:
+            require_licence(self.license)
+        for name, place in (("base model", self.base_model), ("repository", self.repo_id)):
+            if place is not None and not is_repository(place):
+                raise UsageError(f"bad {name} {place!r}", "it is no repository", "name it OWNER/NAME")
 
     @property
     def given(self) -> dict[str, bool]:
@@ -180,7 +203,17 @@ class ExportSettings:
             "--max-shard-size": self.max_shard_size is not None,
             "--license": self.license is not None,
             "--base-model": self.base_model is not None,
+            "--repo-id": self.repo_id is not None,
         }
+
+
+def is_repository(text: str) -> bool:
+    """Return True for OWNER/NAME as the Hub takes it: no `--` or `..`, no `-` or `.` at an end of either part."""
+    parts = text.split("/")
+    whole = bool(REPOSITORY.fullmatch(text)) and text.isascii() and len(text) <= LONGEST_REPOSITORY
+    return whole and not any(
+        "--" in part or ".." in part or part != part.strip("-.") or part.endswith(".git") for part in parts
+    )
 
 
 def parse_size(text: str) -> int:

@@ -20,7 +20,7 @@ from sinder_cli.errors import BadInputError
 from sinder_cli.events import Warned
 from sinder_cli.exporting.conversion import ConvertedTensors
 from sinder_cli.exporting.layouts import Architecture, Layout, architecture_of, recipes
-from sinder_cli.exporting.targets import CARD_OPTIONS, ExportCheck, ExportTarget, Plan
+from sinder_cli.exporting.targets import CARD_OPTIONS, ExportCheck, ExportTarget, Loading, Plan
 from sinder_cli.exporting.verifying import all_tokens, verify_features
 from sinder_cli.files import write_json
 
@@ -166,8 +166,9 @@ def _verify(plan: Plan, path: Path) -> ExportCheck:
     return verify_features(plan, path, "load_timm.py", ("timm",), all_tokens)
 
 
-def _usage(_: Plan, folder: str) -> str:
-    return f'import timm\n\nmodel = timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0)'
+def _loading(_: Plan, place: str) -> Loading:
+    name = f"local-dir:{place}"
+    return Loading("import timm", f"model = timm.create_model({name!r}, pretrained=True, num_classes=0)")
 
 
 TARGET = ExportTarget(
@@ -175,7 +176,7 @@ TARGET = ExportTarget(
     summary="a folder for `timm.create_model('local-dir:…')`, ready for a hub",
     write=_write,
     verify=_verify,
+    loading=_loading,
     require=_require,
     options=frozenset({"--dtype"}) | CARD_OPTIONS,
-    usage=_usage,
 )

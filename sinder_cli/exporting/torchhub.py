@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinder_cli.errors import BadInputError
-from sinder_cli.exporting.targets import CARD_OPTIONS, ExportCheck, ExportTarget, Plan
+from sinder_cli.exporting.targets import CARD_OPTIONS, ExportCheck, ExportTarget, Loading, Plan
 from sinder_cli.exporting.verifying import all_tokens, verify_features
 
 if TYPE_CHECKING:
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 HUBCONF = '''"""{model} for torch.hub; it needs nothing but torch."""
 
-from pathlib import Path
+from pathlib import Path as _Path
 
 import torch
 
-from {package}.model import build
+from {package}.model import build as _build
 
 dependencies = ["torch"]
 
@@ -35,10 +35,53 @@ def {name}(pretrained=True):
     multiples of {patch}. {tokens}, then come the patches row by row.
     Without `pretrained`, the weights are the initial ones of the module.
     """
-    module = build()
+    module = _build()
     if pretrained:
-        path = Path(__file__).parent / "{name}.pth"
+        path = _Path(__file__).parent / "{name}.pth"
         module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    return module.eval()
+'''
+OFFICIAL_HUBCONF = '''"""{model} for torch.hub; it needs nothing but torch."""
+
+from enum import Enum as _Enum
+from pathlib import Path as _Path
+
+import torch
+
+from {package}.model import build as _build
+
+dependencies = ["torch"]
+
+
+class _Weights(_Enum):
+    LVD142M = "LVD142M"  # the official name; here it stands for the weights in this folder
+
+
+def {name}(*, pretrained=True, weights=_Weights.LVD142M, **kwargs):
+    """Return {model}: images `[B, 3, H, W]` → {returned}.
+
+    Images are RGB in [0, 1], minus {mean}, divided by {std}; H and W are
+    multiples of {patch}. {tokens}, then come the patches row by row.
+    Keywords are those of facebookresearch/dinov2. Without `pretrained`, the weights are
+    the initial ones of the module.
+    """
+    if getattr(weights, "name", weights) != "LVD142M":
+        raise ValueError(f"there are no weights {{weights!r}} in this folder; leave the keyword out")
+    try:
+        module = _build(**kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name}() {{error}}") from None
+    if pretrained:
+        path = _Path(__file__).parent / "{name}.pth"
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if state["pos_embed"].shape != module.pos_embed.shape:
+            raise ValueError(
+                "img_size does not fit the weights: leave it out, any image of whole patches is taken; "
+                "or give pretrained=False"
+            )
+        module.load_state_dict(state)
+    elif hasattr(module, "init_weights"):
+        module.init_weights()
     return module.eval()
 '''
 
@@ -96,7 +139,7 @@ def _hubconf(backbone: Backbone, package: str) -> str:
     cls = f"cls after the final norm, `[B, {backbone.width}]`; `forward_features` has all tokens"
     first = ["cls comes first"] if backbone.has_cls else []
     first += [f"{registers} registers come {'next' if first else 'first'}"] if registers else []
-    return HUBCONF.format(
+    return (OFFICIAL_HUBCONF if _is_official(backbone) else HUBCONF).format(
         model=backbone.name,
         package=package,
         name=hub_name(backbone.name),
@@ -118,20 +161,17 @@ def _verify(plan: Plan, path: Path) -> ExportCheck:
     return verify_features(plan, path, "load_torchhub.py", ("torch",), all_tokens)
 
 
-def _usage(plan: Plan, folder: str) -> str:
-    name = hub_name(plan.backbone.name)
-    width = plan.backbone.width
-    if _is_official(plan.backbone):
-        return (
-            "import torch\n\n"
-            f'model = torch.hub.load({folder!r}, {name!r}, source="local")\n'
-            f"cls = model(images)  # [B, 3, H, W] → [B, {width}]\n"
-            f'patches = model.forward_features(images)["x_norm_patchtokens"]  # [B, patches, {width}]'
-        )
-    return (
-        "import torch\n\n"
-        f'model = torch.hub.load({folder!r}, {name!r}, source="local")\n'
-        f"tokens = model(images)  # [B, 3, H, W] → [B, {plan.backbone.prefix_tokens} + patches, {plan.backbone.width}]"
+def _loading(plan: Plan, folder: str) -> Loading:
+    name, width = hub_name(plan.backbone.name), plan.backbone.width
+    call = f'model = torch.hub.load({folder!r}, {name!r}, source="local")'
+    if not _is_official(plan.backbone):
+        shape = f"[B, {plan.backbone.prefix_tokens} + patches, {width}]"
+        return Loading("import torch", call, f"tokens = model(images)  # [B, 3, H, W] → {shape}")
+    return Loading(
+        "import torch",
+        call,
+        f"cls = model(images)  # [B, 3, H, W] → [B, {width}]\n"
+        f'patches = model.forward_features(images)["x_norm_patchtokens"]  # [B, patches, {width}]',
     )
 
 
@@ -140,7 +180,7 @@ TARGET = ExportTarget(
     summary="a folder for `torch.hub.load(…, source='local')`, which needs only torch",
     write=_write,
     verify=_verify,
+    loading=_loading,
     require=_require,
     options=frozenset({"--dtype"}) | CARD_OPTIONS,
-    usage=_usage,
 )

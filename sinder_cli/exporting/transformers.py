@@ -20,7 +20,7 @@ from sinder_cli.defects.tokens import stream_from_embedding
 from sinder_cli.errors import BadInputError
 from sinder_cli.exporting.conversion import ConvertedTensors
 from sinder_cli.exporting.layouts import Architecture, Layout, architecture_of, recipes
-from sinder_cli.exporting.targets import CARD_OPTIONS, SHARD_BYTES, ExportCheck, ExportTarget, Plan
+from sinder_cli.exporting.targets import CARD_OPTIONS, SHARD_BYTES, ExportCheck, ExportTarget, Loading, Plan
 from sinder_cli.exporting.verifying import verify_features
 from sinder_cli.files import write_json
 
@@ -209,11 +209,11 @@ def hidden_states(backbone: Backbone, module: nn.Module, images: Tensor) -> dict
     return states | {"last_hidden_state": backbone.finish(module, stream[-1])}
 
 
-def _usage(_: Plan, folder: str) -> str:
-    return (
-        "from transformers import AutoImageProcessor, AutoModel\n\n"
-        f'model = AutoModel.from_pretrained("{folder}")\n'
-        f'processor = AutoImageProcessor.from_pretrained("{folder}")'
+def _loading(_: Plan, place: str) -> Loading:
+    return Loading(
+        "from transformers import AutoImageProcessor, AutoModel",
+        f"model = AutoModel.from_pretrained({place!r})",
+        f"processor = AutoImageProcessor.from_pretrained({place!r})",
     )
 
 
@@ -222,7 +222,7 @@ TARGET = ExportTarget(
     summary="a folder for transformers' `from_pretrained`, ready for a hub",
     write=_write,
     verify=_verify,
+    loading=_loading,
     require=_require,
     options=frozenset({"--dtype", "--max-shard-size"}) | CARD_OPTIONS,
-    usage=_usage,
 )

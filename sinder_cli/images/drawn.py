@@ -46,7 +46,7 @@ class DrawnPictures:
         return self.count
 
     def name(self, index: int) -> str:
-        return f"drawn picture {index}"
+        return f"drawn image {index}"
 
     def load(self, index: int, side: int | None = None) -> Image:  # noqa: ARG002
         if not 0 <= index < self.count:

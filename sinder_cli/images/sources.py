@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, ClassVar, Protocol
 
-from sinder_cli.errors import NoInputError
+from sinder_cli.errors import BadInputError, NoInputError
 from sinder_cli.events import Emit, Noted, Warned, silent
 from sinder_cli.folders import LOOKS, RUNS, WORDS
 from sinder_cli.images.decoding import UnreadableImageError, decode
@@ -227,9 +227,8 @@ def find_images(places: Sequence[str], stdin: IO[str] | IO[bytes] | None = None,
     if kinds := search.passed_over.words:
         emit(Noted(f"passed over: {kinds}"))
     if not found:
-        raise NoInputError(
-            f"no images in {', '.join(places)}", f"looked for {', '.join(sorted(_suffixes()))}", "check --data"
-        )
+        looked = f"looked for {', '.join(sorted(_suffixes()))}"
+        raise NoInputError(f"no images in {', '.join(places)}", looked, "name another place")
     return ImageFiles(tuple(dict.fromkeys(found)))
 
 
@@ -260,14 +259,36 @@ def _content(place: str) -> bytes:
 
 
 def _listed(content: bytes, place: str) -> list[Path]:
+    if kind := _no_list(content):
+        why = f"this is {kind}, not a list of images"
+        raise BadInputError(f"cannot read images from {place}", why, "give the name of an image as an argument")
     try:
         return listed_paths(content)
     except UnicodeError as error:
         raise _cannot_read(place, f"the list is not in the encoding of its byte order mark: {error}") from error
 
 
+# What image files begin with, but no path of a list does.
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
+CONTROLS = frozenset(map(chr, range(32))) - frozenset("\0\t\n\r")
+MOST_CONTROLS = 8, 0.02  # that names may hold: of the first characters, so many and this share
+
+
+def _no_list(content: bytes) -> str:
+    """Return what is no list: an image, or other data that is no text; nothing for a list."""
+    boxed = content[4:8] == b"ftyp" or (content[:4] == b"RIFF" and content[8:12] == b"WEBP")  # AVIF, HEIC, WebP
+    if content.startswith(SIGNATURES) or boxed or (content[:2] == b"BM" and content[6:10] == bytes(4)):
+        return "an image"
+    try:
+        start = _decoded(content)[:4096]
+    except UnicodeError:
+        return ""  # told by who reads the list
+    controls = sum(character in CONTROLS for character in start)
+    return "no text" if controls > MOST_CONTROLS[0] + MOST_CONTROLS[1] * len(start) else ""
+
+
 def _cannot_read(place: str, why: str) -> NoInputError:
-    return NoInputError(f"cannot read images from {place}", why, "check --data")
+    return NoInputError(f"cannot read images from {place}", why, "check the name")
 
 
 @dataclass

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # Every file and folder of a run directory, and what it holds; README and the model card list them from here.
 RUN_FILES = {
-    "model.safetensors": "the repaired backbone, in the key order, names and dtypes of the input",
+    "model.safetensors": "the repaired weights, in the key order, names and dtypes of the input",
     "adapter.safetensors": "the changes of singular values alone, and the fingerprint of the weights they belong to",
     "report.html": "before and after, side by side, in one offline file",
     "pictures/": "the first image and its maps, before and after, and charts; `words.json` describes each",

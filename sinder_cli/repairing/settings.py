@@ -58,20 +58,20 @@ class RepairSettings(DetectionSettings):
         description="Set of defaults for many options: sinder, polyak, or paper. Options that are given"
         " take precedence.",
     )
-    min_tokens: int = Field(1, ge=1, le=MOST, description="Defective tokens that make a block of an image defective.")
+    min_tokens: int = Field(1, ge=1, le=MOST, description="Defective tokens that make a block defective.")
     step: Literal["greedy", "polyak", "sgd"] = Field(
         "greedy",
-        description="greedy: shrink the singular value that moves defective tokens most, compared with ordinary ones; "
+        description="greedy: shrink the singular value that moves defective tokens most, compared with good ones; "
         "polyak: change all of the window, with Polyak's step length; sgd: change all, with lr and momentum.",
     )
     trust: float = Field(0.5, gt=0, le=1, description="Largest relative change of the singular values in a step.")
     max_drift: float = Field(
-        0.05, gt=0, description="Largest movement of ordinary tokens in a greedy step, relative to their mean norm."
+        0.05, gt=0, description="Largest movement of good tokens in a greedy step, relative to their mean norm."
     )
     min_gain: float = Field(
         3.0,
         ge=0,
-        description="Smallest ratio of the movement of defective tokens to that of ordinary ones for a greedy step.",
+        description="Smallest ratio of the movement of defective tokens to that of good ones for a greedy step.",
     )
     lr: float = Field(
         0.005, gt=0, le=MOST_LR, description="Learning rate of sgd for the deltas of the singular values; at most 10."
@@ -94,7 +94,13 @@ class RepairSettings(DetectionSettings):
         le=MOST,
         description="Largest number of images examined before the first step, chosen at random (--seed).",
     )
-    max_steps: int = Field(1000, ge=1, le=MOST, description="Largest number of steps; the images are used repeatedly.")
+    max_steps: int = Field(
+        1000,
+        ge=1,
+        le=MOST,
+        description="Largest number of steps of the whole run; the images are used repeatedly. With --resume and a"
+        " larger number, a run that has ended there goes on.",
+    )
     stop_clean_fraction: float = Field(
         1.0,
         gt=0,
@@ -108,8 +114,8 @@ class RepairSettings(DetectionSettings):
         None,
         ge=1,
         le=MOST,
-        description="Number of images in the guard, which are never trained on; default: a tenth, at least"
-        " 4, at most 64.",
+        description="Number of images in the guard, which judges every state and is never trained on; default: a"
+        " tenth, at least 4, at most 64; never more than half of your images.",
     )
     eval_every: int = Field(
         5, ge=0, le=MOST, description="Steps between two evaluations on the guard's images; 0: only at the end."

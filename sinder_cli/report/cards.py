@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sinder_cli import __version__
-from sinder_cli.exporting.targets import REPOSITORY
+from sinder_cli.exporting import licences
+from sinder_cli.exporting.origins import PLACEHOLDER, base_repository, told_model, told_source
 from sinder_cli.files import public_model, public_place, public_source
 from sinder_cli.repairing.folder import RUN_FILES, FinishedRun
+from sinder_cli.repairing.settings import WITHOUT_EFFECT
 from sinder_cli.report import formatting
 from sinder_cli.report.formatting import Named
 from sinder_cli.report.repair import facts
@@ -84,15 +86,17 @@ def render_export_card(
     `pictures` maps the names of picture files in the folder to their descriptions.
     """
     backbone, run = plan.backbone, _run_of(plan)
+    place = (plan.settings.repo_id or PLACEHOLDER) if target.public else folder
     return markdown_template("export_card.md.jinja").render(
-        model=public_model(backbone.name),
+        model=told_model(plan, target.public),
         license=backbone.license,
         metadata=[line for line in _metadata(plan, check) if line],
         target=plan.settings.to,
         summary=target.summary,
-        facts=_facts(plan),
+        facts=_facts(plan, target.public),
         check=check,
-        usage=target.usage(plan, folder) if target.usage else "",
+        usage=target.loading(plan, place).text,
+        placeholder=place == PLACEHOLDER,
         verdict=facts.verdict(run) if run else None,
         comparison=facts.comparison(run) if run else [],
         rule=facts.rule_words(run) if run else "",
@@ -102,7 +106,7 @@ def render_export_card(
         unchanged=run is not None and not run.summary["changed_weights"],
         run=run,
         run_facts=facts.run_facts(run) if run else [],
-        settings=facts.setting_facts(run) if run else [],
+        settings=[row for row in facts.setting_facts(run) if row.name not in WITHOUT_EFFECT] if run else [],
         pictures=pictures or {},
         repaired=plan.repaired,
         version=__version__,
@@ -112,11 +116,9 @@ def render_export_card(
 
 def _metadata(plan: Plan, check: ExportCheck) -> list[str]:
     """Return the lines of the YAML header; strings are written as in JSON, which YAML reads too."""
-    backbone = plan.backbone
-    of_hub = backbone.name.removeprefix("hf/") if _is_of_a_hub(backbone.name) else ""
-    base = plan.settings.base_model or of_hub
+    base = base_repository(plan)
     return [
-        f"license: {json.dumps(backbone.license)}" if backbone.license else "",
+        *(licences.metadata(plan.backbone.license) if plan.backbone.license else []),
         f"base_model: {json.dumps(base)}" if base else "",
         'library_name: "transformers"' if plan.settings.to in ("transformers", "hf-repo") else "",
         "pipeline_tag: image-feature-extraction",
@@ -124,20 +126,14 @@ def _metadata(plan: Plan, check: ExportCheck) -> list[str]:
     ]
 
 
-def _is_of_a_hub(model: str) -> bool:
-    """Return True for `hf/OWNER/NAME` that is no local folder: a hub refuses a base model that it does not have."""
-    place = model.removeprefix("hf/")
-    named = model.startswith("hf/") and REPOSITORY.fullmatch(place)
-    return bool(named) and not Path(place).is_dir()
-
-
-def _facts(plan: Plan) -> list[Named]:
+def _facts(plan: Plan, public: bool) -> list[Named]:
     backbone, repaired = plan.backbone, plan.repaired
+    source = told_source(plan, public)
     registers = backbone.prefix_tokens - backbone.has_cls
     rows = [
-        Named("Model", public_model(backbone.name)),
+        Named("Model", told_model(plan, public)),
         Named("Licence of the weights", backbone.license or "that of the base model, which is not known here"),
-        Named("Read from", public_source(backbone.weights.source.label)),
+        Named("Read from", source),
         Named("Blocks, width", f"{backbone.depth}, {backbone.width}"),
         Named("Patches", f"{backbone.patch_size} × {backbone.patch_size} pixels"),
         Named(

@@ -74,6 +74,7 @@ def export_document(result: ExportResult) -> dict[str, Any]:
             "files": [asdict(file) for file in result.files],
             "verified": check.pop("verified"),
             "check": check,
+            "load": result.load,
         }
     )
 

@@ -284,10 +284,11 @@ def _evaluated(value: ValueRecord | None) -> Text:
 
 
 def export_table(result: ExportResult) -> RenderableType:
-    """Return the path and size of what was written, and how it was checked."""
+    """Return the path and size of what was written, how it was checked, and the line of Python that loads it."""
     return Group(
         f"{printable(str(result.path))}: {counted(len(result.files), 'file')}, {result.bytes:,} bytes",
         ("verified" if result.check.verified else "not verified") + f": {result.check.line}",
+        Text(f"in Python: {printable(result.load)}", no_wrap=True, overflow="ignore"),  # whole, to be pasted
     )
 
 

@@ -17,7 +17,7 @@ def print_escaped(table: RenderableType) -> None:
     """Print a table whose texts have their control characters escaped; colours only where they are wanted."""
     colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"  # Rich alone keeps bold and italic
     console = Console(color_system=colours, highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
-    console.print(_Escaped(table))  # without markup, since names and paths may hold [brackets]
+    console.print(_Escaped(table), crop=False)  # without markup, since names and paths may hold [brackets]
 
 
 @dataclass(frozen=True)

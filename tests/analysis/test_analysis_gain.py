@@ -18,9 +18,9 @@ from torch import Tensor
 from sinder_cli import Backbone, ModelRequest, UsageError, api
 from sinder_cli.analysis import gain as module
 from sinder_cli.analysis.directions import Basis
-from sinder_cli.analysis.gain import SAME, InpaintingCollector, gain_of, gain_sentence
+from sinder_cli.analysis.gain import SAME, InpaintingCollector, angle_of, gain_of, gain_sentence
 from sinder_cli.analysis.per_image import portraits
-from sinder_cli.analysis.records import Distribution, ImageInpainting, Inpainting
+from sinder_cli.analysis.records import Distribution, Gain, ImageInpainting, Inpainting
 from sinder_cli.analysis.settings import AnalyzeSettings
 from sinder_cli.analysis.survey import Surveys, equal_shapes, survey
 from sinder_cli.analysis.tokens import Subject, block_by_block
@@ -349,18 +349,41 @@ def test_the_first_percentile_counts_not_the_middle() -> None:
 def test_the_words_say_how_far_tokens_would_move() -> None:
     told = gain_sentence("features", "12 in 3 of 4 images", around(0.95), around(0.995, 0.97), around(0.5))
     assert told == (
-        "Without its outlying tokens (12 in 3 of 4 images) cls would move by 18° (cosine 0.9500), good patches by 5.7°"
+        "Without its outlying tokens (12 in 3 of 4 images) cls would move by 18° (cosine 0.9500), good tokens by 5.7°"
         " (cosine 0.9950, 1 % below 0.9700), marked ones by 60° (cosine 0.5000): this much a repair could change."
     )
     far = gain_sentence("features", "12 in 3 of 4 images", around(0.5), around(0.995), around(0.5))
     assert far.endswith("test on a task whether this is an improvement.")
     alone = gain_sentence("marked", "1 in 1 of 4 images", None, around(1.0), around(0.5))
     assert alone == (
-        "Without its outlying tokens (1 in 1 of 4 images) good patches would stay as they are (99 of 100 cosines ≥"
-        " 0.999), only marked ones by 60° (cosine 0.5000): this much a repair could change."
+        "Without its outlying tokens (1 in 1 of 4 images) good tokens would move by 0° (cosine > 0.9999), marked"
+        " ones by 60° (cosine 0.5000): a repair could change little but the outlying tokens themselves."
     )
     nothing = gain_sentence("none", "1 in 1 of 4 images", around(1.0), around(1.0), around(1.0))
     assert nothing.endswith("outliers cost little, a repair has nothing to gain.")
+    assert "cls would move by 0° (cosine > 0.9999), good tokens by 0°" in nothing
+
+
+@pytest.mark.parametrize("gain", ["none", "marked", "features"])
+def test_the_angle_of_cls_is_always_told(gain: Gain) -> None:
+    told = gain_sentence(gain, "1 in 1 of 1 images", around(0.9995), around(1.0), around(0.9995))
+    assert "cls would move by 1.8° (cosine 0.9995)" in told
+
+
+@pytest.mark.parametrize(
+    ("cosine", "words"),
+    [
+        (1.0, "0°"),
+        (1 - 1e-8, "under 0.1°"),
+        (SAME, "2.6°"),
+        (0.985, "9.9°"),
+        (0.5, "60°"),
+        (-0.5, "120°"),
+        (-2, "180°"),
+    ],
+)
+def test_an_angle_has_two_digits_and_no_exponent(cosine: float, words: str) -> None:
+    assert angle_of(cosine) == words
 
 
 # --- the verb

@@ -18,6 +18,7 @@ from sinder_cli.backbone.isolation import PluginEntry, contained
 from sinder_cli.backbone.registry import InstalledBackbone, hooks_for, owner_of, unknown_model
 
 FOLDER = "tests"  # a folder where the tests run
+FILE = "README.md"  # and a file
 
 
 def plugin_of(monkeypatch: pytest.MonkeyPatch, *names: Any) -> None:
@@ -49,6 +50,7 @@ def test_a_listed_name_is_taken_and_a_near_one_refused(monkeypatch: pytest.Monke
         ("https://example.org/something.pth", "download the file, and give it with --weights"),
         ("STOY_SMALL", r"did you mean toy_small\?"),
         ("something", "needs a prefix, as in toy/something"),
+        (FILE, f"this is a file: the model comes first, as in `sinder analyze dinov2_vits14 {FILE}`"),
         (FOLDER, f"is no run directory; a model in a folder is named toy/./{FOLDER}"),
     ],
 )

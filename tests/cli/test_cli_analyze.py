@@ -141,7 +141,8 @@ def test_a_corrupt_image_is_skipped_named_and_counted(
 ) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes((photographs / "coffee.png").read_bytes()[:40_000])
-    run = sinder("analyze", CUSTOM, "--weights", with_registers, photographs / "rocket.jpg", broken)
+    places = (photographs / "rocket.jpg", broken)
+    run = sinder("analyze", CUSTOM, "--weights", with_registers, *places, "--format", "json")
     assert run.returncode == 0, run.stderr
     document = analysed(run)
     assert document["images"] == 1
@@ -275,7 +276,7 @@ def test_images_keep_their_shape_unless_a_square_is_asked_for(
     resize: str, sinder: Sinder, with_registers: Path, photographs: Path
 ) -> None:
     image = photographs / "chelsea.png"  # 451 × 300
-    run = sinder("analyze", CUSTOM, "--weights", with_registers, image, "--resize", resize)
+    run = sinder("analyze", CUSTOM, "--weights", with_registers, image, "--resize", resize, "--format", "json")
     assert run.returncode == 0, run.stderr
     patches = {"short": 9 * (451 * 126 // 300 // 14), "square": 81, "none": (451 // 14) * (300 // 14)}
     assert analysed(run)["blocks"][0]["patch_norm"]["count"] == patches[resize]
@@ -331,7 +332,8 @@ def test_a_corrupt_image_with_an_undecodable_name_is_named_nonetheless(
 ) -> None:
     odd = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.png")
     Path(odd).write_bytes(b"no image")
-    run = sinder("analyze", CUSTOM, "--weights", with_registers, photographs / "rocket.jpg", odd)
+    places = (photographs / "rocket.jpg", odd)
+    run = sinder("analyze", CUSTOM, "--weights", with_registers, *places, "--format", "json")
     assert run.returncode == 0, run.stderr
     assert list(analysed(run)["skipped"]) == [odd]
     assert r"caf\udce9.png" in run.stderr
@@ -353,7 +355,8 @@ def test_figures_are_drawn_of_images_that_could_be_decoded(
 
 
 def test_settings_are_told_as_they_were_resolved(sinder: Sinder, with_registers: Path, photographs: Path) -> None:
-    run = sinder("analyze", CUSTOM, "--weights", with_registers, photographs / "rocket.jpg", "--device", "auto")
+    place = photographs / "rocket.jpg"
+    run = sinder("analyze", CUSTOM, "--weights", with_registers, place, "--device", "auto", "--format", "json")
     settings = analysed(run)["settings"]
     assert (settings["image_size"], settings["blocks"]) == (SIDE, [0, 1, 2])
     assert settings["device"] in ("cpu", "cuda")

@@ -148,10 +148,10 @@ def test_every_group_of_options_has_options() -> None:
 def test_help_has_groups_examples_and_a_short_option(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert called(name, "-h") == 0
     shown = capsys.readouterr().out
-    assert len(EXAMPLES[name]) == 2
+    assert len(EXAMPLES[name]) >= 2
     for _, example in EXAMPLES[name]:
         assert example.split(" | ")[0].split()[1] in shown
-    assert shown.count("<bool>") <= 1  # of --help alone, which is the parser's
+    assert "<bool>" not in shown
 
 
 @pytest.mark.parametrize("name", list(SUBCOMMANDS))
@@ -207,6 +207,7 @@ assert "torch" not in sys.modules
         ("export run --to h", {"hf-repo"}),
         ("evaluate run kn", {"knn"}),
         ("predict-defects demo_vit --stage c", {"cumulative"}),
+        ("repair demo_vit --tru", {"--trust"}),  # which the short help leaves out
         ("rep", {"repair"}),
     ],
 )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,13 @@ def test_the_result_tells_of_the_writing_and_the_check(sinder: Sinder, small: Pa
     table = sinder(
         "export", CUSTOM, "--weights", small, "--to", "native", "-o", tmp_path / "a.pth", "--format", "table"
     )
-    assert table.stdout.splitlines()[-1] == "verified: read back bit for bit: no difference"
+    verified, loading = table.stdout.splitlines()[-2:]
+    assert verified == "verified: read back bit for bit: no difference"
+    line = f"import torch; state = torch.load({str(tmp_path / 'a.pth')!r}, map_location='cpu', weights_only=True)"
+    assert loading == f"in Python: {line}"  # whole, however long
+    found: dict[str, Any] = {}
+    exec(line, found)
+    assert list(found["state"]) == list(load_file(small))
 
 
 def test_an_output_that_is_there_takes_force(sinder: Sinder, small: Path, tmp_path: Path) -> None:

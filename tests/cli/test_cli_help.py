@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import sinder_cli
 from sinder_cli import __version__, errors
+from sinder_cli.cli.help import EXAMPLES, METAVARS, OTHERS, PANEL_OF, PANELS, dressed
 from sinder_cli.cli.main import SUBCOMMANDS, command, whole_tree
-from sinder_cli.cli.manpage import EXIT_CODES, pages
+from sinder_cli.cli.manpage import DESCRIPTIONS, EXIT_CODES, FILES, SEE_ALSO, pages
 
 Sinder = Callable[..., subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).parents[2]
@@ -30,7 +32,14 @@ def options_of(name: str) -> list[str]:
     """Every long option of a subcommand."""
     tree: Any = whole_tree()
     both = [flag for parameter in tree.commands[name].params for flag in (*parameter.opts, *parameter.secondary_opts)]
-    return [*(flag for flag in both if flag.startswith("--")), "--help"]
+    return [flag for flag in both if flag.startswith("--")]
+
+
+def shown_by(flag: str, name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a subcommand prints for `-h`, `--help` or `--help-all`."""
+    tree: Any = whole_tree()
+    tree.main(args=[name, flag], prog_name="sinder", standalone_mode=False)
+    return capsys.readouterr().out
 
 
 def test_these_are_the_commands() -> None:
@@ -85,11 +94,62 @@ def test_asking_for_help_imports_nothing_heavy(arguments: list[str], environment
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_names_every_option_within_80_columns(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    tree: Any = whole_tree()
-    tree.main(args=[name, "--help"], prog_name="sinder", standalone_mode=False)
-    shown = capsys.readouterr().out
+    shown = shown_by("--help-all", name, capsys)
     assert max(map(len, shown.splitlines())) <= 80
     assert [option for option in options_of(name) if option not in shown] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_an_option_takes_in_words(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert re.findall(r"<(?:float|int|str|bool|list|path|file)\b.*", shown_by("--help-all", name, capsys)) == []
+
+
+def test_every_metavar_is_of_an_option() -> None:
+    tree: Any = whole_tree()
+    assert METAVARS.keys() <= {parameter.name for each in tree.commands.values() for parameter in each.params}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_one_group_and_help_comes_last(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tree: Any = whole_tree()
+    options = [each for each in tree.commands[name].params if each.param_type_name == "option"]
+    assert [each.name for each in options if each.rich_help_panel != PANEL_OF.get(each.name)] == []
+    groups = re.findall(r"^╭─ (.+?) ─+╮$", shown_by("-h", name, capsys), re.MULTILINE)
+    assert groups[-1] == "Help"
+    assert "Options" not in groups
+    listed = " ".join(names for both in PANELS.values() for names in both).split()
+    assert len(listed) == len(set(listed))
+
+
+def test_an_option_without_a_group_is_among_others() -> None:
+    app = typer.Typer(add_completion=False)
+
+    @app.command()
+    def command(new: bool = False) -> None: ...
+
+    found: Any = dressed(typer.main.get_command(app), "man")
+    assert [(each.name, each.rich_help_panel) for each in found.params] == [
+        ("new", OTHERS), ("help", "Help"), ("help_all", "Help"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_the_short_help_shows_common_options_and_names_the_other_one(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = shown_by(flag, "repair", capsys)
+    assert {"--data", "--max-steps", "--resume"} <= {*re.findall(r"--[a-z-]+", shown)}
+    assert "--momentum" not in shown
+    count = len({option for option in options_of("repair") if "help" not in option})
+    assert f"Show all {count} options." in shown
+    assert len(shown.splitlines()) <= 100
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_example_is_a_line_with_its_explanation_above(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = " ".join(shown_by("-h", name, capsys).split())
+    for words, example in EXAMPLES[name]:
+        assert f"# {words} {example}" in shown
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -140,11 +200,51 @@ def test_mandoc_finds_nothing_wrong_with_any_page() -> None:
     assert (run.returncode, run.stdout + run.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+SECTIONS = ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXAMPLES", "FILES", "ENVIRONMENT"]
+SECTIONS += ["EXIT STATUS", "SEE ALSO"]
+
+
+@pytest.mark.parametrize("name", ["sinder", *COMMANDS])
 def test_a_page_has_all_its_sections_in_order(name: str) -> None:
-    sections = re.findall(r"^\.SH (.+)$", pages()[f"sinder-{name}.1"], re.MULTILINE)
-    named = ["NAME", "SYNOPSIS", "DESCRIPTION", "EXAMPLES", "FILES", "ENVIRONMENT", "EXIT STATUS", "SEE ALSO"]
-    assert [section for section in sections if section in named] == named
+    page = pages()["sinder.1" if name == "sinder" else f"sinder-{name}.1"]
+    sections = re.findall(r"^\.SH (.+)$", page, re.MULTILINE)
+    named = [each for each in SECTIONS if each != "FILES" or FILES[name]]
+    assert [section for section in sections if section in SECTIONS] == named
+
+
+@pytest.mark.parametrize(
+    ("name", "synopsis"),
+    [
+        ("repair", "[OPTIONS] MODEL [PATH]..."),
+        ("evaluate", "[OPTIONS] MODEL|RUN TASK..."),
+        ("man", "[OPTIONS] [COMMAND]"),
+    ],
+)
+def test_a_synopsis_has_brackets_and_dots_once(name: str, synopsis: str) -> None:
+    assert f".B sinder {name}\n{synopsis}\n" in pages()[f"sinder-{name}.1"]
+
+
+def test_each_page_has_its_own_description_and_files() -> None:
+    tree: Any = whole_tree()
+    assert {*DESCRIPTIONS} == {*SEE_ALSO} == {*FILES} - {"sinder"} == {*COMMANDS}
+    assert len({*DESCRIPTIONS.values()}) == len(COMMANDS)
+    assert [name for name, each in tree.commands.items() if each.help.split("\n")[0] in DESCRIPTIONS[name]] == []
+    files = [tuple(each) for each in FILES.values() if each]
+    assert len({*files}) == len(files)
+
+
+def test_the_page_of_repair_and_the_guide_name_the_same_files_of_a_run() -> None:
+    guide = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
+    names = re.findall(r"^\| `([^`]+)` \|", guide, re.MULTILINE)
+    listed = {name for name in names if "." in name or name.endswith("/")}
+    elsewhere = {name for name in FILES["repair"] if name.startswith(("sinder-runs", "~"))}
+    assert listed == FILES["repair"].keys() - elsewhere
+
+
+def test_the_main_page_names_every_other_page_at_its_end() -> None:
+    end = pages()["sinder.1"].split(".SH SEE ALSO\n")[1].replace("\\-", "-")
+    named = re.findall(r"^\.BR (\S+) \((\d)\)", end, re.MULTILINE)
+    assert {f"{name}.{section}" for name, section in named} == pages().keys() - {"sinder.1"}
 
 
 @pytest.mark.skipif(shutil.which("groff") is None, reason="groff is not installed")

@@ -23,7 +23,7 @@ def test_it_runs_and_every_record_is_shown_as_its_table(tmp_path: Path, monkeypa
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     cells = tour.executed(tour.tour(), tmp_path).cells
     shown = ["".join(out.data["text/html"] for out in cell.outputs) for cell in cells if cell.cell_type == "code"][1:]
-    expected = ("σ₁/σ₂", "stand out", "Repaired", "(run)", "shift retrieval", "verified")
+    expected = ("σ₁/σ₂", "stand out", "Repaired", "(run run)", "shift retrieval", "verified")
     for words, html in zip(expected, shown, strict=True):
         assert words in html
     assert 'src="data:image/png;base64,' in shown[1]

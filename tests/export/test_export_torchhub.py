@@ -125,7 +125,7 @@ def test_a_folder_that_cannot_be_loaded_leaves_the_old_one(
 ) -> None:
     export(CUSTOM, "torchhub", tmp_path / "hub", plain)
     before = {path: path.read_bytes() for path in (tmp_path / "hub").rglob("*") if path.is_file()}
-    monkeypatch.setattr(torchhub, "HUBCONF", torchhub.HUBCONF + "raise RuntimeError('broken')\n")
+    monkeypatch.setattr(torchhub, "OFFICIAL_HUBCONF", torchhub.OFFICIAL_HUBCONF + "raise RuntimeError('broken')\n")
     with pytest.raises(BadInputError, match="it cannot be loaded: RuntimeError: broken"):
         export(CUSTOM, "torchhub", tmp_path / "hub", plain, force=True)
     assert {path: path.read_bytes() for path in (tmp_path / "hub").rglob("*") if path.is_file()} == before

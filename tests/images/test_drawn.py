@@ -163,7 +163,7 @@ def test_the_source_draws_each_picture_when_it_is_loaded() -> None:
     source = pickle.loads(pickle.dumps(DrawnPictures(4, 32, 7)))  # as for another process
     assert len(source) == 4
     assert source.in_memory
-    assert source.name(3) == "drawn picture 3"
+    assert source.name(3) == "drawn image 3"
     assert [source.load(index).tobytes() for index in range(4)] == [p.tobytes() for p in drawn_pictures(4, 32, 7)]
     for outside in (-1, 4):
         with pytest.raises(IndexError):
@@ -187,7 +187,7 @@ def test_joined_images_are_those_of_their_parts_one_after_another(tmp_path: Path
     files, none, pictures = ImageFiles((path,)), DrawnImages((), "none"), DrawnPictures(2, 16, 0)
     joined = JoinedImages((files, none, pictures))
     assert len(joined) == 3
-    assert [joined.name(index) for index in range(3)] == [str(path), "drawn picture 0", "drawn picture 1"]
+    assert [joined.name(index) for index in range(3)] == [str(path), "drawn image 0", "drawn image 1"]
     assert joined.load(0).getpixel((0, 0)) == (9, 8, 7)
     assert joined.load(2).tobytes() == pictures.load(1).tobytes()
     for call in (joined.name, joined.load):

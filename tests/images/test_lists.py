@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from sinder_cli.errors import NoInputError
+from sinder_cli.errors import BadInputError, NoInputError
 from sinder_cli.images.sources import find_images, listed_paths, read_bytes
 
 NAMES = ["two words.png", "u\u2028x.png", "v\u0085w.png", "größe/猫.png", "form\x0cfeed.png"]
@@ -65,3 +66,24 @@ def test_a_list_that_cannot_be_read_is_no_input(tmp_path: Path) -> None:
     for name, why in (("pipe", "a list must be a regular file"), ("torn", "byte order mark"), ("gone", "no such file")):
         with pytest.raises(NoInputError, match=why):
             find_images([str(tmp_path / f"{name}.txt")])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_the_bytes_of_an_image_are_no_list(kind: str) -> None:
+    written = io.BytesIO()
+    Image.new("RGB", (64, 64), "orange").save(written, kind)
+    with pytest.raises(BadInputError, match="standard input: this is an image, not a list of images") as refused:
+        find_images(["-"], io.BytesIO(written.getvalue()))
+    assert refused.value.exit_code == 65
+
+
+def test_other_data_are_no_list_either(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(bytes(range(1, 255)) * 4)
+    with pytest.raises(BadInputError, match=r"list\.txt: this is no text, not a list of images"):
+        find_images([str(tmp_path / "list.txt")])
+
+
+def test_a_name_may_begin_like_an_image_and_hold_a_control_character() -> None:
+    listed = b"BMW.jpg\nGIF.png\nII*.png\n\x1b[2J.png\n"
+    assert len(find_images(["-"], io.BytesIO(listed)).paths) == 4
+    assert len(find_images(["-"], io.BytesIO(listed.replace(b"\n", b"\0"))).paths) == 4

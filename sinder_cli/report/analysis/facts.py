@@ -200,8 +200,8 @@ def gain_measures(analysis: Analysis) -> list[Measure]:
         row("Tokens that the inpainted pass replaces", lambda each: f"{each.replaced:,}"),
         row("Cosine of cls, mean", lambda each: _fine(each.cls_cosine, "mean")),
         row("Cosine of cls, 1 %", lambda each: _fine(each.cls_cosine, "p01")),
-        row("Cosine of good patches, median", lambda each: _fine(each.good_cosine, "median")),
-        row("Cosine of good patches, 1 %", lambda each: _fine(each.good_cosine, "p01")),
+        row("Cosine of good tokens, median", lambda each: _fine(each.good_cosine, "median")),
+        row("Cosine of good tokens, 1 %", lambda each: _fine(each.good_cosine, "p01")),
         row("Cosine of marked patches, mean", lambda each: _fine(each.marked_cosine, "mean")),
     ]
     return [measure for measure in rows if set(measure.values) != {NOTHING}]
@@ -217,7 +217,7 @@ def gain_images(analysis: Analysis) -> list[list[Cell]]:
             Cell("largest norm ÷ median", number(image.max_ratio)),
             Cell("at block", str(image.block)),
             Cell("cls", _four(image.cls_cosine)),
-            Cell("good patches", _four(image.good_cosine)),
+            Cell("good tokens", _four(image.good_cosine)),
             Cell("marked", _four(image.marked_cosine)),
         ]
         for side, name in zip(sides_of(analysis), short_names(analysis), strict=True)

@@ -168,7 +168,7 @@ def _inpainted_words(inpainted: InpaintedMaps) -> str:
     good, marked = inpainted.cosine[~inpainted.marked], inpainted.cosine[inpainted.marked]
     parts = [
         *([f"cls {inpainted.cls_cosine:.4f}"] if inpainted.cls_cosine is not None else []),
-        *([f"good patches {good.median().item():.4f} (median)"] if len(good) else []),
+        *([f"good tokens {good.median().item():.4f} (median)"] if len(good) else []),
         f"marked {marked.mean().item():.4f} (mean of {len(marked):,})",
     ]
     return f"Cosines: {', '.join(parts)}"

@@ -79,7 +79,7 @@ class BlockComparison(NamedTuple):
         return bool(self.before or self.after)
 
 
-DRAWN_ALONE = "Judged on drawn pictures alone: photographs (--data) may show defects that these do not."
+DRAWN_ALONE = "Judged on drawn images alone: photographs (--data) may show defects that these do not."
 
 
 def verdict(result: Recorded) -> RepairVerdict:
