@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -86,16 +85,9 @@ class SideVerdict(NamedTuple):
 
 
 def render_analysis_page(
-    analysis: Analysis,
-    groups: Sequence[tuple[ChartGroup, list[str]]],
-    images: Sequence[PageImage],
-    drawn: int,
-    scales: Scales | None,
+    analysis: Analysis, groups: Sequence[ChartGroup], images: Sequence[PageImage], drawn: int, scales: Scales | None
 ) -> str:
-    """Return the page as one string of HTML that loads nothing.
-
-    `groups` has each chart as an `<svg>` element, too; `drawn` is the number of images with figures.
-    """
+    """Return the page as one string of HTML that loads nothing; `drawn` is the number of images with figures."""
     labels = labels_of(analysis)
     return html_template("analysis.html.jinja").render(
         title=" and ".join(labels),
@@ -116,7 +108,7 @@ def render_analysis_page(
         caution=formatting.CAUTION,
         blocks=facts.block_rows(analysis),
         pairs=facts.pair_rows(analysis),
-        groups=groups,
+        groups=[(group, [chart.svg() for chart in group.charts]) for group in groups],
         images=images,
         drawn=drawn,
         attention=_attention_words(analysis, images),
@@ -223,11 +215,13 @@ def write_analysis(folder: Path, result: AnalysisResult, emit: Emit) -> Analysis
     Images are drawn as they come and not kept in memory. If writing fails, nothing is left of the folder.
     Raises `CannotCreateError` or `StorageError` for what the file system refuses.
     """
-    with replacing_folder(folder) as temporary, ThreadPoolExecutor(max_workers=1) as beside:
+    with replacing_folder(folder) as temporary:
         (temporary / "figures").mkdir()
         _write_directions(temporary / "directions.safetensors", result)
-        charts = beside.submit(_write_charts, temporary, result)  # matplotlib, while the model runs for the images
-        figures: list[FigureFile] = []
+        groups = analysis_charts(result)
+        formats = ("png", *dict.fromkeys(result.analysis.settings.get("figure_formats", ())))
+        charts = [chart for group in groups for chart in group.charts]
+        figures = [_write_chart(temporary, chart, kind) for chart in charts for kind in formats]
         shown: list[PageImage] = []
         scales: Scales | None = None  # the same for all images
         for index, (image, shared) in enumerate(_painted(result, emit)):
@@ -235,19 +229,10 @@ def write_analysis(folder: Path, result: AnalysisResult, emit: Emit) -> Analysis
             figures += _write_figures(temporary, index, image, shared, result.analysis)
             if index < EMBEDDED_IMAGES:
                 shown.append(embedded(image, shared, _side_labels(result.analysis)))
-        files, groups = charts.result()
-        analysis = result.analysis.model_copy(update={"figures": (*files, *figures)})
+        analysis = result.analysis.model_copy(update={"figures": tuple(figures)})
         write_json(temporary / "report.json", analysis_document(analysis))
         write_text(temporary / "report.html", render_analysis_page(analysis, groups, shown, result.drawn, scales))
     return analysis
-
-
-def _write_charts(folder: Path, result: AnalysisResult) -> tuple[list[FigureFile], list[tuple[ChartGroup, list[str]]]]:
-    """Write all charts as files; return these, and the groups with each chart as an `<svg>` element for the page."""
-    groups = analysis_charts(result)
-    kinds: list[ChartKind] = ["png", *dict.fromkeys(result.analysis.settings.get("figure_formats", ()))]
-    files = [_write_chart(folder, chart, kind) for group in groups for chart in group.charts for kind in kinds]
-    return files, [(group, [chart.svg() for chart in group.charts]) for group in groups]
 
 
 def _write_directions(path: Path, result: AnalysisResult) -> None:
