@@ -104,13 +104,17 @@ def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _xformers_kernel() -> AttentionKernel:
+    log = logging.getLogger("xformers")
+    level = log.level
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            logging.getLogger("xformers").setLevel(logging.ERROR)  # what does not load is found by trying it
+            log.setLevel(logging.ERROR)  # what does not load is found by trying it
             from xformers.ops import memory_efficient_attention
     except Exception as error:  # a wheel built for another torch fails in many ways
         raise _no_xformers(f"{type(error).__name__}: {error}") from error
+    finally:
+        log.setLevel(level)
     import torch
 
     if not torch.cuda.is_available():

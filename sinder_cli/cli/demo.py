@@ -78,9 +78,11 @@ def _require_own(out: Path) -> None:
     if not run.config.is_file():
         return  # the repair itself refuses a folder of other files
     config = run.read_config()
+    called, settings = dict(config.get("call") or {}), config.get("settings") or {}
+    plain = called.pop("model", None) == MODEL and not any(called.values())  # no weights, no images
     usual = RepairSettings.model_validate({}).model_dump(mode="json", exclude={*WITHOUT_EFFECT, "image_size"})
-    same = all(config["settings"].get(name) == value for name, value in usual.items())
-    if config["call"]["model"] == MODEL and not config["images"]["given"] and same:
+    same = all(settings.get(name) == value for name, value in usual.items())
+    if plain and same and not (config.get("images") or {}).get("given"):
         return
     raise CannotCreateError(f"cannot replace {out}", "it holds a run that is no demo's", "name another --out")
 

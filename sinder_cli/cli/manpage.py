@@ -10,6 +10,7 @@ from typing import Any
 from sinder_cli.cli.help import EXAMPLES, usage_of
 from sinder_cli.cli.main import HELP, whole_tree
 from sinder_cli.files import write_text
+from sinder_cli.repairing.folder import RUN_FILES
 from sinder_cli.report.manual import NAME, escape, head, schema_page, wrapped
 
 EXIT_CODES = {
@@ -110,19 +111,7 @@ FILES = {
     },
     "repair": {
         "sinder-runs/MODEL/": "the run directory without --out; the following are in it",
-        "model.safetensors": "the repaired weights, in the key order, names and dtypes of the input",
-        "adapter.safetensors": "the changes of singular values alone, for --adapter",
-        "summary.json": "verdict, defects and fidelity before and after, steps, settings",
-        "report.html": "before and after, side by side, in one file that loads nothing",
-        "README.md": "a model card",
-        "pictures/": "the first image of the guard and its maps, before and after, and charts",
-        "evaluations.jsonl": "a line for each evaluation on the guard",
-        "metrics.jsonl": "a line for each step",
-        "outliers.json": "the defective tokens of each image of the original, by block",
-        "config.json": "how it was called: settings, versions, seed, fingerprints",
-        "images.jsonl": "with image files: path, size, time and hash of each",
-        "sidecars/": "small text files that the model needs beside its weights, if there are any",
-        "checkpoints/": "the newest two states, from which --resume goes on",
+        **{name: meaning.replace("`", "") for name, meaning in RUN_FILES.items()},
         **DOWNLOADS,
     },
     "evaluate": {

@@ -173,8 +173,9 @@ class _KrylovSpace:
 
 
 def _ritz(P: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Ritz values, largest first, on the CPU, where so small a matrix is decomposed soonest, and the
-    coefficients of their vectors, one row each.
+    """Return Ritz values, largest first, and the coefficients of their vectors, one row each.
+
+    The values are on the CPU, where so small a matrix is decomposed soonest.
     """
     wide = P.double()
     theta, V = torch.linalg.eigh((wide @ wide.T).cpu())

@@ -44,7 +44,7 @@ def depth_pairs(
     All depth maps are read once: `valid` returns the mask of the pixels of one that count, which lie within `limits`,
     in metres; a warning says so if others are more than a few.
     Raises `NoInputError` for a missing folder, and `BadInputError`, which names the file, for an image without depth
-    and the reverse, sizes that differ, depth that cannot be read or has no valid pixel, or fewer than two images.
+    and the reverse, sizes that differ, depth that cannot be read or has no valid pixel, or too few images to split.
     """
     train, test, how = _both_splits(places, train_share)
     pairs = tracked([*train, *test], places.emit, "depth", len(train) + len(test), "maps")

@@ -99,7 +99,6 @@ class Evaluation(Record):
         for task in self.tasks:
             for figure in task.figures:
                 for value in figure.values:
-                    to_original, to_smoothed, to_inpainted = value.to_original, value.to_smoothed, value.to_inpainted
                     yield {
                         "task": task.task,
                         "figure": figure.name,
@@ -108,16 +107,13 @@ class Evaluation(Record):
                         "side": value.side,
                         "value": value.value,
                         "images": value.images,
-                        "difference": to_original and to_original.value,
-                        "low": to_original and to_original.low,
-                        "high": to_original and to_original.high,
-                        "standing": to_original and to_original.standing,
-                        "difference_to_smoothed": to_smoothed and to_smoothed.value,
-                        "low_to_smoothed": to_smoothed and to_smoothed.low,
-                        "high_to_smoothed": to_smoothed and to_smoothed.high,
-                        "standing_to_smoothed": to_smoothed and to_smoothed.standing,
-                        "difference_to_inpainted": to_inpainted and to_inpainted.value,
-                        "low_to_inpainted": to_inpainted and to_inpainted.low,
-                        "high_to_inpainted": to_inpainted and to_inpainted.high,
-                        "standing_to_inpainted": to_inpainted and to_inpainted.standing,
+                        **_columns(value.to_original),
+                        **_columns(value.to_smoothed, "_to_smoothed"),
+                        **_columns(value.to_inpainted, "_to_inpainted"),
                     }
+
+
+def _columns(difference: DifferenceRecord | None, ending: str = "") -> dict[str, Any]:
+    """Return the columns of a difference in the table of all values; empty ones without it."""
+    fields = {"difference": "value", "low": "low", "high": "high", "standing": "standing"}
+    return {f"{name}{ending}": difference and getattr(difference, field) for name, field in fields.items()}

@@ -104,15 +104,21 @@ class DefectAxis:
     width: float  # `LEANING` times their median distance from it
 
     @classmethod
-    def of(cls, yardstick: Tensor, original: Tensor, ever: Tensor) -> DefectAxis | None:
-        """Find the axis from patches `[…, N]` and what the original marks, bool `[…]`; None without such tokens."""
-        if not bool(ever.any()) or bool(ever.all()):
+    def of(cls, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> DefectAxis | None:
+        """Find the axis from batches of patches `[…, N]`, the yardstick's and the original's, and marks, bool `[…]`.
+
+        `marks` are what the original marks. Returns None if that is no token, or all of them.
+        """
+        if len({bool(each) for *_, ever in batches for each in ever.unique()}) < 2:
             return None
-        moved = (original[ever].double() - yardstick[ever].double()).mean(dim=0)
+        moves = [
+            (original[ever].double() - yardstick[ever].double()).sum(dim=0) for yardstick, original, ever in batches
+        ]
+        moved = torch.stack(moves).sum(dim=0)
         if not 0 < moved.norm().item() < math.inf:
             return None
-        d = (moved / moved.norm()).to(yardstick)
-        along = yardstick[~ever] @ d
+        d = (moved / moved.norm()).to(batches[0][0])
+        along = torch.cat([(yardstick @ d)[~ever] for yardstick, _, ever in batches])
         median = along.median()
         return cls(d, median.item(), LEANING * (along - median).abs().median().item())
 
@@ -241,8 +247,8 @@ class Guard:
             self._references.append((reference, seen.last.cpu()))
             self._marked.append(ever.cpu())
             original.append(seen)
-        yardsticks, originals = (self._patches([pair[which] for pair in self._references]) for which in (0, 1))
-        self._axis = DefectAxis.of(yardsticks, originals, torch.cat(self._marked))
+        known = zip(self._references, self._marked, strict=True)
+        self._axis = DefectAxis.of([(self._patches(one), self._patches(other), ever) for (one, other), ever in known])
         self.before = self._snapshot(original)
         self.found_before = self.found_again(self.before)
 
@@ -304,16 +310,21 @@ class Guard:
         patches = each[:, self.backbone.prefix_tokens :].unflatten(1, self._marked[0].shape[1:])
         return patches, each[:, 0] if self.backbone.has_cls else None
 
-    def _patches(self, last: Sequence[Tensor]) -> Tensor:
-        """Return the patch tokens of batches `[B, T, N]`, all together, `[K, h, w, N]`."""
-        return torch.cat(list(last))[:, self.backbone.prefix_tokens :].unflatten(1, self._marked[0].shape[1:])
+    def _patches(self, last: Tensor) -> Tensor:
+        """Return the patch tokens of a batch `[B, T, N]`: a view `[B, h, w, N]`."""
+        return last[:, self.backbone.prefix_tokens :].unflatten(1, self._marked[0].shape[1:])
 
     def _judged(self, last: Sequence[Tensor], to_inpainted: Tensor) -> Tensor:
         """Return the cosines of patches to the inpainted original by which a state is judged, `[K, h, w]`."""
         if self._axis is None:
             return to_inpainted
-        yardstick = self._patches([pair[0] for pair in self._references])
-        return self._axis.fair(self._patches(last), yardstick, torch.cat(self._marked), to_inpainted)
+        cosines = to_inpainted.split([len(tokens) for tokens in last])
+        batches = zip(last, self._references, self._marked, cosines, strict=True)
+        parts = [
+            self._axis.fair(self._patches(tokens), self._patches(yardstick), ever, found)
+            for tokens, (yardstick, _), ever, found in batches
+        ]
+        return torch.cat(parts)
 
     def _way(self, last: Sequence[Tensor]) -> float | None:
         """Compute the cosine between how cls has moved from the original and how inpainting moves it, over all images.

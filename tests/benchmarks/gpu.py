@@ -69,13 +69,13 @@ class Bench:
         return path if path.exists() else write_checkpoint(path, self.config)
 
 
-def timed(bench: Bench, work: Callable[[], object], rounds: int = 5) -> float:
+def timed(device: str, work: Callable[[], object], rounds: int = 5) -> float:
     """Return the median seconds of a call, after one that warms up."""
     seconds = []
     for _ in range(rounds + 1):
         began = time.perf_counter()
         work()
-        if bench.device.startswith("cuda"):
+        if device.startswith("cuda"):
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:])
@@ -84,12 +84,11 @@ def timed(bench: Bench, work: Callable[[], object], rounds: int = 5) -> float:
 def product_rates(device: str, tiny: bool) -> dict[str, float]:
     """Return the rate of a plain matrix product by precision, in operations a second."""
     size, found = 256 if tiny else 8192, {}
-    bench = Bench(device, tiny, Path(), {})
     for precision in PRECISIONS:
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         with float32_products(precision == "TF32"):
-            found[precision] = 2 * size**3 / timed(bench, lambda a=one, b=other: a @ b)
+            found[precision] = 2 * size**3 / timed(device, lambda a=one, b=other: a @ b)
     return found
 
 
@@ -106,8 +105,10 @@ def predictions(bench: Bench) -> Iterator[Row]:
     ours = measured(sinder("predict-defects", bench.model, "--weights", bench.weights, "--device", bench.device))
     backbone = api.open_model(ModelRequest(bench.model, bench.weights))
     block = read_block(backbone.weights, backbone.layers.blocks[0], device=bench.device)
-    theirs = Cost(timed(bench, lambda: sampled(block, 200 if bench.tiny else SAMPLES), rounds=1) * backbone.depth)
-    alone = timed(bench, lambda: predict(backbone, device=bench.device), rounds=2)
+    theirs = Cost(
+        timed(bench.device, lambda: sampled(block, 200 if bench.tiny else SAMPLES), rounds=1) * backbone.depth
+    )
+    alone = timed(bench.device, lambda: predict(backbone, device=bench.device), rounds=2)
     products = 6 * backbone.width**3 + 2 * backbone.width * block["mlp.down"].numel()
     floor = backbone.depth * products / bench.rates["float32"]
     opponent = f"{SAMPLES:,} samples a block, least squares, SVDs, on the same device"
@@ -126,7 +127,7 @@ def forwards(bench: Bench) -> Iterator[Row]:
     for precision in bench.precisions:
         dtype = "bfloat16" if precision == "bfloat16" else "float32"
         chosen = in_precision(backbone, dtype, tf32=precision == "TF32")
-        seconds = timed(bench, lambda running=chosen: last_tokens(running, module, images)) / BATCH
+        seconds = timed(bench.device, lambda running=chosen: last_tokens(running, module, images)) / BATCH
         operations = backbone.depth * block_operations(bench.config, bench.size)
         floor = operations / bench.rates[precision]
         yield Row(
@@ -167,9 +168,9 @@ def decompositions(bench: Bench) -> Iterator[Row]:
     width, hidden = (64, 170) if bench.tiny else (bench.config.width, bench.config.hidden)
     shapes = [(width, width), (width, width), (hidden, width), (hidden, width), (width, hidden)]
     weights = [torch.randn(shape, device=bench.device) * shape[1] ** -0.5 for shape in shapes]
-    ours = timed(bench, lambda: [singular_basis(weight) for weight in weights], rounds=1)
+    ours = timed(bench.device, lambda: [singular_basis(weight) for weight in weights], rounds=1)
     theirs = timed(
-        bench, lambda: [torch.linalg.svd(weight.double(), full_matrices=False) for weight in weights], rounds=1
+        bench.device, lambda: [torch.linalg.svd(weight.double(), full_matrices=False) for weight in weights], rounds=1
     )
     yield Row(
         f"singular values of a block: {len(weights)} weights, float64", Cost(ours), "`torch.linalg.svd` one by one",

@@ -124,7 +124,12 @@ def test_the_demo_tells_the_story_and_what_comes_next(sinder: Sinder, tmp_path: 
     again = sinder("demo", "--out", str(tmp_path / "demo"))
     assert again.returncode == 0, again.stderr
     config = json.loads((tmp_path / "demo" / "config.json").read_text())
-    for change in ({"images": config["images"] | {"given": 12}}, {"settings": config["settings"] | {"max_steps": 6}}):
+    for change in (
+        {"images": config["images"] | {"given": 12}},
+        {"settings": config["settings"] | {"max_steps": 6}},
+        {"call": config["call"] | {"weights": "mine.pth"}},
+        {"call": None},
+    ):
         (tmp_path / "demo" / "config.json").write_text(json.dumps(config | change))
         refused = sinder("demo", "--out", str(tmp_path / "demo"))
         assert refused.returncode == 73

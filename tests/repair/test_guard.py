@@ -331,7 +331,7 @@ def leaning_tokens() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def test_tokens_that_lean_towards_the_defect_are_judged_without_their_part_along_it() -> None:
     clean, original, yardstick, ever = leaning_tokens()
-    axis = DefectAxis.of(yardstick, original, ever)
+    axis = DefectAxis.of([(yardstick, original, ever)])
     assert axis is not None
     plain = cosine_similarity(clean, yardstick, dim=-1)
     fair = axis.fair(clean, yardstick, ever, plain)
@@ -347,7 +347,7 @@ def test_tokens_that_lean_towards_the_defect_are_judged_without_their_part_along
 
 def test_other_changes_of_these_tokens_are_not_excused() -> None:
     clean, original, yardstick, ever = leaning_tokens()
-    axis = DefectAxis.of(yardstick, original, ever)
+    axis = DefectAxis.of([(yardstick, original, ever)])
     assert axis is not None
     along = (yardstick @ axis.d)[..., None] * axis.d
     leaning = (along.norm(dim=-1) > 5) & ~ever
@@ -366,9 +366,9 @@ def test_other_changes_of_these_tokens_are_not_excused() -> None:
 
 def test_without_a_marked_token_there_is_no_axis() -> None:
     clean, original, yardstick, ever = leaning_tokens()
-    assert DefectAxis.of(yardstick, original, torch.zeros_like(ever)) is None
-    assert DefectAxis.of(yardstick, original, torch.ones_like(ever)) is None
-    assert DefectAxis.of(clean, clean, ever) is None
+    assert DefectAxis.of([(yardstick, original, torch.zeros_like(ever))]) is None
+    assert DefectAxis.of([(yardstick, original, torch.ones_like(ever))]) is None
+    assert DefectAxis.of([(clean, clean, ever)]) is None
 
 
 def test_a_snapshot_that_is_not_finite_is_refused() -> None:
